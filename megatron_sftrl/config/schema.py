@@ -1,0 +1,252 @@
+"""Everything a run can be told, as one tree of typed sections. An unknown key is an error.
+
+Each field's text below it is its documentation: meaning, unit, range.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the run's configuration: frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ArchitectureSection(Section):
+    """Sizes of a randomly initialised model, for those who have no config.json."""
+
+    family: Literal["llama", "qwen2", "qwen3"]
+    """Block layout: llama (no biases), qwen2 (q/k/v biases), qwen3 (q/k norms)."""
+    num_layers: int = Field(ge=1)
+    """Transformer blocks."""
+    hidden_size: int = Field(ge=1)
+    """H, width of the residual stream."""
+    ffn_hidden_size: int = Field(ge=1)
+    """Width of the gated MLP."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_query_groups: int | None = Field(default=None, ge=1)
+    """Key/value heads; the number of query heads when not given."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of one head; hidden_size / num_attention_heads when not given."""
+    vocab_size: int = Field(ge=2)
+    """V, rows of the embedding before padding for tensor parallelism."""
+    max_position_embeddings: int = Field(default=4096, ge=1)
+    """Longest sequence, in tokens."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    norm_eps: float = Field(default=1e-6, gt=0)
+    """Added to the variance in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output layer."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the random weights."""
+
+
+class ModelSection(Section):
+    """Which network is trained, and from which weights it starts."""
+
+    hf_config: Path | None = None
+    """A Hugging Face config.json, or the directory that holds one."""
+    architecture: ArchitectureSection | None = None
+    """Explicit sizes, instead of hf_config."""
+    init_checkpoint: Path | None = None
+    """Start from the weights of this checkpoint (a step directory or a run directory); random when not given."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.hf_config is None) == (self.architecture is None):
+            raise ValueError("give exactly one of model.hf_config and model.architecture")
+        return self
+
+
+class TokenizerSection(Section):
+    """Text to ids."""
+
+    path: Path
+    """A Hugging Face tokenizer directory, or a SentencePiece .model file."""
+    chat_template: Path | None = None
+    """A Jinja file used instead of the tokenizer's own chat template."""
+
+
+class ParallelSection(Section):
+    """How the model and the batch are split. dp is what is left: world_size / (tp * pp * cp)."""
+
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallel size."""
+    pp: int = Field(default=1, ge=1)
+    """Pipeline parallel size."""
+    vp: int = Field(default=1, ge=1)
+    """Model chunks per pipeline stage (virtual pipeline); needs pp > 1 when larger than 1."""
+    cp: int = Field(default=1, ge=1)
+    """Context parallel size: each sequence is split over this many ranks."""
+    sequence_parallel: bool = False
+    """Split the residual stream over tp between the tensor-parallel regions; needs tp > 1."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over dp."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward runs; needs distributed_optimizer and overlap_grad_reduce."""
+
+
+class DataSection(Section):
+    """The demonstrations."""
+
+    train: list[Path] = Field(min_length=1)
+    """JSONL or Parquet files, or directories written by datasets.save_to_disk."""
+    valid: list[Path] = []
+    """Held-out data of the same kinds; no evaluation when empty."""
+    max_length: int = Field(ge=2)
+    """Longest sequence, prompt and response together, in tokens."""
+    truncation: Literal["error", "drop", "right", "left_prompt"] = "error"
+    """A sequence longer than max_length: stop the run, leave the row out (counted), cut the end, or cut the start of the prompt."""
+    shuffle: bool = True
+    """A new order each epoch, derived from the run's seed and the epoch."""
+
+
+class BatchSection(Section):
+    """How sequences become optimizer steps."""
+
+    global_size: int = Field(ge=1)
+    """Sequences per optimizer step, over all ranks."""
+    micro_size: int = Field(default=1, ge=1)
+    """Sequences per micro-batch, when packing is off."""
+    packing: bool = False
+    """Fill each micro-batch with as many sequences as fit into max_tokens."""
+    max_tokens: int | None = Field(default=None, ge=2)
+    """Tokens per packed micro-batch; needed when packing is on, at least data.max_length."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
+    """Mean over loss tokens; mean over sequences of their token means; sum over tokens / (sequences * data.max_length)."""
+
+    @model_validator(mode="after")
+    def _packing_needs_a_size(self) -> BatchSection:
+        if self.packing != (self.max_tokens is not None):
+            raise ValueError("batch.packing and batch.max_tokens go together: set both or neither")
+        return self
+
+
+class LossSection(BaseModel):
+    """The objective. Keys other than name and modules are the loss's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """A registered loss: sft, gift, pear, curiosft, ... or one of your own."""
+    modules: list[str] = []
+    """Python files or importable modules that register losses, imported before the name is looked up."""
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The loss's own options, as written."""
+        return dict(self.model_extra or {})
+
+
+class ReferenceSection(Section):
+    """A second model of the policy's shape and layout, without gradients."""
+
+    kind: Literal["frozen", "moving_average"]
+    """frozen: the weights that training starts from (GIFT). moving_average: follows the policy (CurioSFT)."""
+    placement: Literal["resident", "offload"] = "resident"
+    """offload keeps the weights in CPU memory and brings them in for the reference's forward."""
+    checkpoint: Path | None = None
+    """Frozen weights from this checkpoint instead of the policy's initial weights."""
+    decay: float = Field(default=0.99, ge=0, le=1)
+    """moving_average: reference <- decay * reference + (1 - decay) * policy."""
+    sync_every: int = Field(default=5, ge=1)
+    """moving_average: optimizer steps between two updates."""
+
+
+class OptimSection(Section):
+    """AdamW (or SGD) and its schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after the warm-up."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Final learning rate / peak, for cosine and linear."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """SGD momentum."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled decay of matrices (not of norms and biases)."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class TrainSection(Section):
+    """How long, and with what memory."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps in all."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data, instead of steps; an incomplete last batch of the run is left out."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep only each block's input and recompute the block in the backward."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on data.valid; 0: only at the end."""
+    max_nonfinite_steps: int = Field(default=3, ge=1)
+    """Consecutive steps with a non-finite gradient that end the run; each of them is skipped and counted."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        return self
+
+
+class CheckpointSection(Section):
+    """What is kept on disk."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """Complete checkpoints kept."""
+
+
+class LogSection(Section):
+    """Where the numbers go; metrics.jsonl is always written."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; offline writes into the run directory."""
+    wandb_project: str = "megatron_sftrl"
+    """Project name there."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory."""
+    progress: bool = True
+    """Progress bar on rank 0."""
+
+
+class RunConfig(Section):
+    """One run of `sftrl sft`."""
+
+    run_dir: Path
+    """Directory of this run: resolved.yaml, metrics.jsonl, checkpoints/. A run that finds its own checkpoints there resumes."""
+    seed: int = 1234
+    """Initial weights and data order."""
+    model: ModelSection
+    tokenizer: TokenizerSection
+    parallel: ParallelSection = ParallelSection()
+    data: DataSection
+    batch: BatchSection
+    loss: LossSection
+    reference: ReferenceSection | None = None
+    optim: OptimSection
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
