@@ -1,0 +1,141 @@
+"""From a YAML file and `key=value` overrides to a RunConfig, and back to the text of resolved.yaml.
+
+Paths inside the file are relative to the current directory, as they would be on the command line.
+`key=null` takes a key out again, so that its default holds; below `loss.` it sets the option to null.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_sftrl.config.messages import Origins, explain
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.settings_in_use import idle_settings
+from megatron_sftrl.config.yaml_text import dump_yaml, parse_yaml
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file, apply overrides in order, and validate the whole.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b.c=value`, the value in YAML notation (`data.train=[a.jsonl,b.jsonl]`); the last one wins.
+    Returns:
+        The validated, immutable configuration.
+    Raises:
+        ValueError: everything that is wrong with the file and the overrides, one line each.
+    """
+    path = Path(path)
+    return config_from_text(_read(path), source=str(path), overrides=overrides)
+
+
+def config_from_text(text: str, *, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, for a configuration held in a string, such as a run directory's resolved.yaml.
+
+    Args:
+        text: the YAML document.
+        source: how error messages call it.
+        overrides: as in `load_config`.
+    Raises:
+        ValueError: everything that is wrong with it, one line each.
+    """
+    document = parse_yaml(text, source=source)
+    if not isinstance(document.value, dict):
+        raise ValueError(
+            f"{source}: expected sections such as model, data, loss at the top, got {_kind(document.value)}"
+        )
+    merged, touched = _with_overrides(document.value, overrides)
+    return _validated(merged, Origins(file=source, lines=document.lines, overrides=touched))
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Every setting that has an effect in this run, defaults included, as YAML.
+
+    Loading the text again gives an equal configuration, and the same text.
+    """
+    tree = config.model_dump(mode="json")
+    for setting in idle_settings(config):
+        *sections, name = setting.key.split(".")
+        section = tree
+        for part in sections:
+            section = section[part]
+        del section[name]
+    return dump_yaml(tree)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no such configuration file: {path} (current directory: {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the configuration file {path}: {error}") from error
+
+
+def _with_overrides(
+    tree: dict[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """A copy of `tree` with the overrides applied, and the override that last wrote each path."""
+    merged = copy.deepcopy(tree)
+    touched: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        parts = tuple(dotted.strip().split("."))
+        if not separator or not all(parts):
+            raise ValueError(f"override '{override}': expected key=value, for example parallel.tp=2")
+        if not text.strip():
+            raise ValueError(f"override '{override}': no value; write {dotted}=null for the default")
+        value = parse_yaml(text, source=f"override '{override}'").value
+        section = merged
+        for depth, part in enumerate(parts[:-1], start=1):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                held = ".".join(parts[:depth])
+                raise ValueError(
+                    f"override '{override}': {held} is {section!r}, not a section; set {held} itself"
+                )
+        touched = {path: by for path, by in touched.items() if path[: len(parts)] != parts}
+        touched[parts] = override
+        if value is None and not (parts[0] == "loss" and len(parts) > 1):
+            section.pop(parts[-1], None)
+        else:
+            section[parts[-1]] = value
+    return merged, touched
+
+
+def _validated(tree: dict[str, Any], origins: Origins) -> RunConfig:
+    problems = [
+        f"{'.'.join(path)} ({origins.of(path)}): expected a finite number, got {value}"
+        for path, value in _numbers(tree, ())
+        if not math.isfinite(value)
+    ]
+    if not problems:
+        try:
+            # Strict JSON rules: "8" is not 8, true is not 1, 2.0 is not a count; yet a list may fill a tuple
+            # and a string a Path, which strict Python rules refuse.
+            return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        except ValidationError as error:
+            problems = explain(error, origins)
+    raise ValueError("\n  ".join([f"{origins.file}: {len(problems)} problem(s)", *problems]))
+
+
+def _numbers(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _numbers(item, (*path, str(index)))
+    elif isinstance(value, float):
+        yield path, value
+
+
+def _kind(value: object) -> str:
+    return "an empty file" if value is None else f"a {type(value).__name__}"

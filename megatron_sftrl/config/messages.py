@@ -1,0 +1,157 @@
+"""Says what is wrong with a configuration in the user's words: which key, from where, what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_sftrl.config.schema import RunConfig
+
+_EXPECTED_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list, such as [a, b]",
+    "tuple_type": "a list, such as [a, b]",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origins:
+    """Where each key of a configuration was written.
+
+    Args:
+        file: name of the YAML document.
+        lines: line of each key in it.
+        overrides: the `key=value` text that wrote a path, by path.
+    """
+
+    file: str
+    lines: dict[tuple[str, ...], int]
+    overrides: dict[tuple[str, ...], str]
+
+    def of(self, path: tuple[str, ...]) -> str:
+        """The override or the file and line that `path` comes from."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.overrides:
+                return f"override '{self.overrides[path[:end]]}'"
+            if path[:end] in self.lines:
+                below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
+                return f"override '{below[0]}'" if below else f"{self.file}, line {self.lines[path[:end]]}"
+        below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
+        return f"override '{below[0]}'" if below else self.file
+
+
+def explain(error: ValidationError, origins: Origins) -> list[str]:
+    """One line for each problem that validation found."""
+    return [_line(detail, origins) for detail in error.errors(include_url=False)]
+
+
+def sections(
+    model: type[BaseModel], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """Every section of the schema with its path, outermost first."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        inner = section_type(field.annotation)
+        if inner is not None:
+            yield from sections(inner, (*path, name))
+
+
+def section_type(annotation: object) -> type[BaseModel] | None:
+    """The section a field holds (`Section` or `Section | None`), or None for a plain value."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for option in typing.get_args(annotation) if is_union else (annotation,):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _line(detail: ErrorDetails, origins: Origins) -> str:
+    path = tuple(str(part) for part in detail["loc"])
+    dotted, kind, got = ".".join(path), detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key '{dotted}' ({origins.of(path)}): {_nearest(path)}"
+    if kind == "missing":
+        where = origins.of(path[:-1]) if len(path) > 1 else origins.file
+        return f"missing key '{dotted}' ({where}): {_meaning(path)}"
+    if kind == "value_error":
+        text = str(detail.get("ctx", {}).get("error", detail["msg"]))
+        return f"{text} ({origins.of(path) if path else origins.file})"
+    return f"{dotted} ({origins.of(path)}): expected {_expected(detail)}, got {_shown(got)}"
+
+
+def _expected(detail: ErrorDetails) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in _EXPECTED_TYPES:
+        return _EXPECTED_TYPES[kind]
+    if kind == "literal_error":
+        return f"one of {context['expected']}".replace("'", "").replace(" or ", ", ")
+    bounds = {
+        "greater_than_equal": ("ge", ">="),
+        "greater_than": ("gt", ">"),
+        "less_than_equal": ("le", "<="),
+    }
+    bounds["less_than"] = ("lt", "<")
+    if kind in bounds:
+        name, sign = bounds[kind]
+        return f"a number {sign} {context[name]}"
+    if kind == "too_short":
+        return f"at least {context['min_length']} item(s)"
+    if kind == "too_long":
+        return f"at most {context['max_length']} item(s)"
+    return detail["msg"][0].lower() + detail["msg"][1:]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f"'{value}'" if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(path: tuple[str, ...]) -> str:
+    """The key the user most likely meant: in the same section, then anywhere in the tree."""
+    by_path = dict(sections(RunConfig))
+    siblings = list(by_path[path[:-1]].model_fields)
+    close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{'.'.join((*path[:-1], close[0]))}'?"
+    everywhere = {
+        ".".join((*section, name)): name for section, model in by_path.items() for name in model.model_fields
+    }
+    same_name = [dotted for dotted, name in everywhere.items() if name == path[-1]]
+    close = same_name or [
+        dotted
+        for name in difflib.get_close_matches(path[-1], sorted(set(everywhere.values())), n=1, cutoff=0.75)
+        for dotted in everywhere
+        if everywhere[dotted] == name
+    ]
+    if close:
+        return f"did you mean '{close[0]}'?"
+    where = f"'{'.'.join(path[:-1])}'" if len(path) > 1 else "the top level"
+    return f"the keys of {where} are {', '.join(siblings)}"
+
+
+def _meaning(path: tuple[str, ...]) -> str:
+    """What a missing key stands for, from the schema."""
+    model = dict(sections(RunConfig)).get(path[:-1])
+    field = model.model_fields.get(path[-1]) if model else None
+    if field is None:
+        return "it has no default"
+    inner = section_type(field.annotation)
+    text = (inner.__doc__ if inner else field.description) or ""
+    return f"it has no default. {' '.join(text.split())}"
