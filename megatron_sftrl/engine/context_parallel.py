@@ -1,0 +1,40 @@
+"""Splitting a packed micro-batch over the context-parallel axis, in Megatron's zig-zag order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megatron_sftrl.engine.local_layers import zigzag_positions
+from megatron_sftrl.types import TokenBatch
+
+
+def shard_for_context_parallel(batch: TokenBatch, *, cp_rank: int, cp_size: int) -> TokenBatch:
+    """This rank's share of a micro-batch: chunks r and 2 cp - 1 - r of every sequence.
+
+    positions stay positions in the whole sequence; cu_seqlens become offsets of the local pieces.
+
+    Args:
+        batch: every sequence's length a multiple of 2 * cp_size (padding included).
+        cp_rank, cp_size: place on the context-parallel axis.
+    """
+    if cp_size == 1:
+        return batch
+    lengths = batch.cu_seqlens.diff().tolist()
+    assert all(length % (2 * cp_size) == 0 for length in lengths), "sequences must be padded to 2 * cp"
+    starts = batch.cu_seqlens[:-1].tolist()
+    index = torch.cat(
+        [
+            start + zigzag_positions(length, cp_size, cp_rank)
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+    ).to(batch.tokens.device)
+    fields = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if field.name == "cu_seqlens":
+            fields[field.name] = value // cp_size
+        else:
+            fields[field.name] = None if value is None else value[index]
+    return TokenBatch(**fields)

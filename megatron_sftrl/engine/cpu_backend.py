@@ -1,0 +1,148 @@
+"""Makes megatron-core's hard-wired CUDA calls land on the CPU; does nothing where CUDA is there.
+
+megatron-core writes `device="cuda"`, `torch.cuda.current_device()`, streams, events and type strings
+into code that is otherwise indifferent to the device. This file is the only one in the house that
+changes other libraries. Factory calls and tensor methods are redirected by a TorchFunctionMode, so
+torch's own functions stay what they are; functions of the `torch.cuda` module, which a mode cannot
+see, are replaced one by one.
+
+Written against megatron-core 0.16.1; every entry names the caller it is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def install() -> bool:
+    """Redirect CUDA calls of megatron-core to the CPU, for the rest of this process.
+
+    Call it before importing megatron.core. Calling it again changes nothing.
+
+    Returns:
+        True where the redirection is active, False where CUDA is available and nothing was done.
+    """
+    if torch.cuda.is_available():
+        return False
+    if isinstance(torch.cuda.current_device, _Redirected):
+        return True
+    _redirect_cuda_module()
+    # Entered and never left: the redirection lasts as long as the process.
+    _CpuMode().__enter__()
+    _redirect_rng()
+    return True
+
+
+class _CpuMode(TorchFunctionMode):
+    """Sends tensors that were meant for CUDA to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # optimizer.py and distrib_optimizer.py sort parameters by "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and _is_cuda(device):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _Redirected:
+    """A stand-in for a function of torch.cuda; its type tells that install() has run."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+class _Stream:
+    """A stream on a device that has no streams: everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> _Event:
+        return _Event()
+
+
+class _Event:
+    """An event that has already been reached."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+def _redirect_cuda_module() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    # Used as device=torch.cuda.current_device() by schedules, p2p, mappings, layers, DDP buffers.
+    cuda.current_device = _Redirected(lambda: _CPU)
+    cuda.set_device = _Redirected(lambda device: None)
+    cuda.synchronize = _Redirected(lambda device=None: None)
+    cuda.empty_cache = _Redirected(lambda: None)
+    # Overlapped gradient reduction in distributed/param_and_grad_buffer.py.
+    cuda.current_stream = _Redirected(lambda device=None: stream)
+    cuda.default_stream = _Redirected(lambda device=None: stream)
+    cuda.stream = _Redirected(lambda stream: contextlib.nullcontext())
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    # tensor_parallel/random.py: one generator serves both devices.
+    cuda.manual_seed = _Redirected(torch.manual_seed)
+    cuda.get_rng_state = _Redirected(lambda device=None: torch.get_rng_state())
+    cuda.set_rng_state = _Redirected(lambda state, device=None: torch.set_rng_state(state))
+
+
+def _redirect_rng() -> None:
+    """The RNG tracker reads CUDA's generators through private functions of its own."""
+    from megatron.core.tensor_parallel import random
+
+    module: Any = random
+    module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)

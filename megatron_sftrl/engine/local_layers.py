@@ -1,0 +1,158 @@
+"""Norm and attention for machines without Transformer Engine: plain PyTorch, packed sequences, any device.
+
+megatron-core's own local modules do not fit: its norm refuses sequence parallelism, its attention
+builds masks on "cuda", refuses context parallelism and does not know packed sequences.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), reduced in fp32."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # finalize_model_grads sums the gradient over tp where this is set: each rank saw its own tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention over packed sequences that never crosses a boundary, also under context parallelism.
+
+    Sequences of similar length share one call of scaled_dot_product_attention. Under context
+    parallelism each rank holds chunks r and 2 cp - 1 - r of every sequence (Megatron's zig-zag order);
+    keys and values are gathered over the group and the rank's queries are masked by position.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        assert pg_collection is not None and attn_mask_type == AttnMaskType.causal
+        assert config.kv_channels is not None
+        self.cp_group = pg_collection.cp
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,  # [T, heads/tp, head_dim]
+        key: Tensor,  # [T, groups/tp, head_dim]
+        value: Tensor,  # [T, groups/tp, head_dim]
+        attention_mask: Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None and attention_mask is None and attention_bias is None
+        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        # Whole lengths: cu_seqlens speak of the sequences before they were split over cp.
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        if cp_size > 1:
+            order = _whole_sequence_order(lengths, cp_size).to(query.device)
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)[order]
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)[order]
+        outputs, rows = [], []
+        for sequences in _similar_lengths(lengths):
+            q_index = _padded_index(sequences, lengths, cp_size).to(query.device)  # [S, q]
+            k_index = _padded_index(sequences, lengths, 1).to(query.device)  # [S, k]
+            mask = None
+            if cp_size > 1:
+                mask = _position_mask(sequences, lengths, cp_size, cp_rank).to(query.device)
+            attended = F.scaled_dot_product_attention(
+                query[q_index].transpose(1, 2),
+                key[k_index].transpose(1, 2),
+                value[k_index].transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            ).transpose(1, 2)  # [S, q, heads/tp, head_dim]
+            real = _real_entries(sequences, lengths, cp_size).to(query.device)  # [S, q]
+            outputs.append(attended[real])
+            rows.append(q_index[real])
+        back_in_order = torch.cat(rows).argsort()
+        return torch.cat(outputs)[back_in_order].flatten(1)  # [T, heads/tp * head_dim]
+
+
+def _similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """Sequence indices grouped so that padding inside a group less than doubles the work per axis."""
+    groups: dict[int, list[int]] = {}
+    for sequence, length in enumerate(lengths):
+        if length > 0:
+            groups.setdefault(length.bit_length(), []).append(sequence)
+    return list(groups.values())
+
+
+def _padded_index(sequences: list[int], lengths: list[int], split: int) -> Tensor:
+    """[S, longest / split] row of each token in the packed tensor; short sequences repeat their last row."""
+    local = torch.tensor(lengths) // split
+    starts = F.pad(local.cumsum(0), (1, 0))[:-1]
+    chosen = torch.tensor(sequences)
+    steps = torch.arange(int(local[chosen].max()))
+    return starts[chosen, None] + torch.minimum(steps[None], local[chosen, None] - 1)
+
+
+def _real_entries(sequences: list[int], lengths: list[int], split: int) -> Tensor:
+    """[S, longest / split] False where _padded_index repeats a row."""
+    local = (torch.tensor(lengths) // split)[torch.tensor(sequences)]
+    return torch.arange(int(local.max()))[None] < local[:, None]
+
+
+def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> Tensor:
+    """[length / cp] positions that `cp_rank` holds of a sequence: chunks r and 2 cp - 1 - r of 2 cp."""
+    if cp_size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * cp_size) if length else (torch.arange(0),) * (2 * cp_size)
+    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+
+
+def _whole_sequence_order(lengths: list[int], cp_size: int) -> Tensor:
+    """[T] row of the rank-by-rank gathered tensor at which each token of the whole packed order stands."""
+    num_local = sum(lengths) // cp_size
+    source = torch.empty(sum(lengths), dtype=torch.int64)
+    start = 0
+    for length in lengths:
+        for rank in range(cp_size):
+            local = rank * num_local + start // cp_size + torch.arange(length // cp_size)
+            source[start + zigzag_positions(length, cp_size, rank)] = local
+        start += length
+    return source
+
+
+def _position_mask(sequences: list[int], lengths: list[int], cp_size: int, cp_rank: int) -> Tensor:
+    """[S, 1, q, k] True where the key stands at or before the query in its sequence."""
+    longest = max(lengths[s] for s in sequences)
+    keys = torch.arange(longest)
+    masks = []
+    for sequence in sequences:
+        positions = zigzag_positions(lengths[sequence], cp_size, cp_rank)
+        padding = torch.full((longest // cp_size - positions.numel(),), longest)
+        masks.append(torch.cat([positions, padding])[:, None] >= keys[None])
+    return torch.stack(masks)[:, None]

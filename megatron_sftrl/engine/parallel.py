@@ -1,0 +1,147 @@
+"""The process grid: built once, then handed around; nothing in the house asks a global who it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.engine import cpu_backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelContext:
+    """This process's place in the tp x cp x dp x pp grid.
+
+    Args:
+        rank, world_size: in the whole job.
+        device: where this process computes.
+        tp_group, cp_group, dp_group, pp_group: the process groups of each axis.
+        dp_cp_group: the ranks that hold different tokens of one step for the same weights.
+        tp_rank ... dp_size: position and size along each axis.
+        vp_size: model chunks on this pipeline stage.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+
+    @property
+    def is_last_stage(self) -> bool:
+        """This rank holds the output layer."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+
+def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30.0) -> ParallelContext:
+    """Start torch.distributed (NCCL where CUDA is there, else gloo) and Megatron's process groups.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
+    them the job is this one process.
+
+    Raises:
+        ValueError: the world size is not a multiple of tp * pp * cp.
+    """
+    cpu_backend.install()
+    from megatron.core import parallel_state
+
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = section.tp * section.pp * section.cp
+    if world_size % model_size != 0:
+        raise ValueError(
+            f"{world_size} processes cannot hold tp {section.tp} x pp {section.pp} x cp {section.cp}: "
+            f"start a multiple of {model_size} processes"
+        )
+    device = _select_device()
+    if not dist.is_initialized():
+        _start_torch_distributed(rank, world_size, device, timedelta(minutes=timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=section.tp,
+        pipeline_model_parallel_size=section.pp,
+        virtual_pipeline_model_parallel_size=section.vp if section.vp > 1 else None,
+        context_parallel_size=section.cp,
+        distributed_timeout_minutes=max(1, int(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    _seed_rng_tracker()
+    return ParallelContext(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=section.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=section.pp,
+        vp_size=section.vp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=section.cp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=world_size // model_size,
+        sequence_parallel=section.sequence_parallel,
+    )
+
+
+def destroy_parallel() -> None:
+    """Take down Megatron's groups and torch.distributed; without it gloo may hang at exit."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _select_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_torch_distributed(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        # One process without torchrun: a store in this process, so that no port is needed.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _seed_rng_tracker() -> None:
+    """Megatron forks its RNG tracker in sequence-parallel regions even when nothing draws from it.
+
+    Dropout is 0 in every family here and initial weights come from engine/initialize.py, so the seed
+    has no influence on any number.
+    """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(1)

@@ -1,0 +1,157 @@
+"""The model in training: forward_backward and optim_step, two of the four verbs a trainer knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_sftrl.losses.api import LossInputs
+from megatron_sftrl.losses.registry import Loss
+from megatron_sftrl.losses.weights import weighted_sum
+from megatron_sftrl.vocab_parallel.distribution import TokenDistribution
+from torch import Tensor
+
+from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.engine.initialize import initialize_weights
+from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
+from megatron_sftrl.engine.optimizer import (
+    OptimStep,
+    build_optimizer,
+    learning_rate,
+    step_if_finite,
+    wrap_with_ddp,
+)
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.reports import StepReport, microbatch_report, reduce_reports
+from megatron_sftrl.engine.scaling import as_megatron_loss, finalize_gradients
+from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.types import TokenBatch
+
+
+class PolicyEngine:
+    """Owns the policy's chunks, their gradients and the optimizer on this rank.
+
+    Args:
+        architecture: sizes of the network.
+        run: the run's configuration.
+        parallel: this rank's place.
+        with_optimizer: False for evaluation and scoring, which then need no gradient memory.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        run: RunConfig,
+        parallel: ParallelContext,
+        *,
+        with_optimizer: bool = True,
+    ) -> None:
+        self.architecture = architecture
+        self.parallel = parallel
+        self.optim = run.optim
+        self.config: TransformerConfig = transformer_config(
+            architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
+        )
+        self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
+        initialize_weights(self.chunks, architecture, seed=run.seed)
+        self.wrapped = list(self.chunks)
+        self.optimizer = None
+        if with_optimizer:
+            self._prepare_training(run)
+
+    def _prepare_training(self, run: RunConfig) -> None:
+        wrapped = wrap_with_ddp(self.chunks, self.config, run.parallel)
+        self.wrapped = wrapped
+        self.config.finalize_model_grads_func = finalize_gradients
+        if run.parallel.overlap_grad_reduce:
+            no_syncs = [chunk.no_sync for chunk in wrapped]
+            self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+        if run.parallel.overlap_grad_reduce and len(wrapped) > 1:
+            self.config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+        self.optimizer = build_optimizer(
+            wrapped,
+            run.optim,
+            is_bf16=run.model.dtype == "bf16",
+            is_distributed=run.parallel.distributed_optimizer,
+        )
+
+    def forward_backward(
+        self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
+    ) -> StepReport:
+        """Gradients of sum(token_loss * token_weight) over all micro-batches and ranks, ready for optim_step."""
+        for chunk in self.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        assert self.optimizer is not None
+        self.optimizer.zero_grad()
+        return self._run(batches, loss, reference, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(
+        self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
+    ) -> StepReport:
+        """The same numbers without gradients."""
+        return self._run(batches, loss, reference, forward_only=True)
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """log-probability of each label, [T/cp] fp32 nats per micro-batch, on the last stage (else empty)."""
+
+        def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs = self._distribution(stage.model.logits(stage.hidden_states)).logprobs(
+                stage.batch.labels
+            )
+            return as_megatron_loss(logprobs.new_zeros(()), logprobs)
+
+        return run_schedule(self.wrapped, batches, score, self.parallel, forward_only=True)
+
+    def optim_step(self, step: int, *, num_steps: int) -> OptimStep:
+        """Clip, update the weights, and report; a step with a non-finite gradient norm changes nothing."""
+        assert self.optimizer is not None
+        lr = learning_rate(step, self.optim, num_steps=num_steps)
+        return step_if_finite(self.optimizer, lr=lr)
+
+    def _run(
+        self,
+        batches: Sequence[TokenBatch],
+        loss: Loss,
+        reference: ReferenceModel | None,
+        *,
+        forward_only: bool,
+    ) -> StepReport:
+        reference_states = reference.hidden_states(batches) if reference is not None else []
+
+        def last_stage(stage: LastStageInput) -> tuple[Tensor, Tensor, object]:
+            policy = self._distribution(stage.model.logits(stage.hidden_states))
+            prior = None
+            if reference is not None:
+                prior = self._distribution(reference.logits(reference_states[stage.index]))
+            output = loss(
+                LossInputs(
+                    policy=policy,
+                    batch=stage.batch,
+                    reference=prior,
+                    cp_group=self.parallel.cp_group if self.parallel.cp_size > 1 else None,
+                )
+            )
+            weight = stage.batch.token_weight
+            metrics = {**output.metrics, "entropy": policy.entropy().detach()}
+            report = microbatch_report(output.token_loss, metrics, weight)
+            total = weighted_sum(output.token_loss, weight)
+            return as_megatron_loss(total, report)  # type: ignore[arg-type]
+
+        reports = run_schedule(self.wrapped, batches, last_stage, self.parallel, forward_only=forward_only)
+        if reference is not None:
+            reference.finish_step()
+        return reduce_reports(reports, self.parallel)
+
+    def _distribution(self, logits: Tensor) -> TokenDistribution:
+        return TokenDistribution.from_logits(
+            logits,
+            vocab_size=self.architecture.vocab_size,
+            group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
+            padded_vocab_size=logits.shape[-1] * self.parallel.tp_size,
+        )

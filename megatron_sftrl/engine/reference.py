@@ -1,0 +1,100 @@
+"""A second model of the policy's shape and layout, without gradients: frozen (GIFT) or a moving average (CurioSFT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.config.schema import ReferenceSection
+from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.scaling import as_megatron_loss
+from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.types import TokenBatch
+
+
+class ReferenceModel:
+    """Owns the reference's weights and where they are.
+
+    It runs through the same schedule as the policy, ahead of it, and keeps the last stage's hidden
+    states [T, H]; the loss asks for logits when the policy's micro-batch is at hand. So pp > 1 needs no
+    path of its own and no [T, V] tensor outlives its micro-batch.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        section: ReferenceSection,
+        parallel: ParallelContext,
+    ) -> None:
+        self.section = section
+        self.parallel = parallel
+        self.chunks = build_model_chunks(architecture, config, parallel)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        self._home = torch.device("cpu") if section.placement == "offload" else parallel.device
+        self._move(self._home)
+
+    @torch.no_grad()
+    def copy_from(self, policy_chunks: Sequence[LanguageModel]) -> None:
+        """Take the policy's weights as they are now."""
+        for own, policy in self._pairs(policy_chunks):
+            own.copy_(policy)
+
+    @torch.no_grad()
+    def follow(self, policy_chunks: Sequence[LanguageModel], *, step: int) -> None:
+        """reference <- decay * reference + (1 - decay) * policy, every sync_every steps (arXiv:2602.02244).
+
+        Args:
+            policy_chunks: the policy's chunks, without DDP.
+            step: optimizer steps completed so far, at least 1.
+        """
+        if self.section.kind != "moving_average" or step % self.section.sync_every != 0:
+            return
+        for own, policy in self._pairs(policy_chunks):
+            own.lerp_(policy.to(own.device), 1.0 - self.section.decay)
+
+    @torch.no_grad()
+    def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+        """Last-stage hidden states of each micro-batch, in order; empty on other stages."""
+
+        def keep(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
+            return as_megatron_loss(stage.hidden_states.new_zeros(()), stage.hidden_states.detach())
+
+        self._move(self.parallel.device)
+        states = run_schedule(self.chunks, batches, keep, self.parallel, forward_only=True)
+        self._offload_body()
+        return states
+
+    @torch.no_grad()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, V_padded/tp] on the last stage."""
+        return self.chunks[-1].logits(hidden_states)
+
+    def finish_step(self) -> None:
+        """The step's last logits have been asked for: everything may leave the device."""
+        self._move(self._home)
+
+    def _offload_body(self) -> None:
+        """The blocks leave after the forward; the output layer (or tied embedding) stays for logits()."""
+        if self._home == self.parallel.device:
+            return
+        for chunk in self.chunks:
+            chunk.decoder.to(self._home)
+
+    def _move(self, device: torch.device) -> None:
+        for chunk in self.chunks:
+            chunk.to(device)
+
+    def _pairs(self, policy_chunks: Sequence[LanguageModel]) -> list[tuple[Tensor, Tensor]]:
+        pairs = []
+        for own, policy in zip(self.chunks, policy_chunks, strict=True):
+            policy_parameters = dict(policy.named_parameters())
+            pairs += [(value, policy_parameters[name]) for name, value in own.named_parameters()]
+        return pairs

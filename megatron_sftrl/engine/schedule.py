@@ -1,0 +1,92 @@
+"""Micro-batches through Megatron's pipeline schedules: the only caller of get_forward_backward_func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_sftrl.engine.context_parallel import shard_for_context_parallel
+from megatron_sftrl.engine.model import LanguageModel, model_inputs
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.types import TokenBatch
+
+LastStage = Callable[["LastStageInput"], tuple[Tensor, Tensor, Any]]
+"""From the last stage's hidden states to Megatron's (loss, num_tokens, report)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastStageInput:
+    """What the last pipeline stage knows of one micro-batch.
+
+    Args:
+        index: of the micro-batch in this rank's step.
+        batch: this rank's context-parallel share.
+        hidden_states: [T, 1, H] after the final norm; [T/tp, 1, H] under sequence parallelism.
+        model: gives logits for hidden states.
+    """
+
+    index: int
+    batch: TokenBatch
+    hidden_states: Tensor
+    model: LanguageModel
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[TokenBatch],
+    last_stage: LastStage,
+    parallel: ParallelContext,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Run every micro-batch through this rank's stage; the last stage's reports come back in order.
+
+    Args:
+        chunks: model chunks of this rank, wrapped by DDP or not.
+        batches: whole micro-batches (before the context-parallel split), on any device; all of one
+            length when pp > 1, since the stages exchange tensors of a fixed size.
+        last_stage: called on the last stage only, once a micro-batch.
+        parallel: this rank's place.
+        forward_only: no backward and no gradient synchronisation.
+    Returns:
+        The third values that last_stage returned; empty on other stages.
+    """
+    lengths = {batch.num_tokens for batch in batches}
+    assert parallel.pp_size == 1 or len(lengths) == 1, "pipeline stages exchange tensors of one size"
+    shards = [
+        shard_for_context_parallel(batch, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size).to(
+            parallel.device
+        )
+        for batch in batches
+    ]
+
+    def forward_step(iterator: Iterator[tuple[int, TokenBatch]], chunk: torch.nn.Module) -> tuple:
+        index, batch = next(iterator)
+        output = chunk(**model_inputs(batch, cp_size=parallel.cp_size))
+
+        def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
+            model = get_attr_wrapped_model(chunk, "logits", return_model_obj=True)
+            return last_stage(
+                LastStageInput(index=index, batch=batch, hidden_states=hidden_states, model=model)
+            )
+
+        return output, finish
+
+    forward_backward = get_forward_backward_func()
+    # Each chunk of a virtual pipeline walks over the same micro-batches on its own.
+    iterators = [iter(enumerate(shards)) for _ in chunks]
+    return forward_backward(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(shards),
+        seq_length=max(lengths),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
