@@ -131,7 +131,7 @@ def transformer_config(
         # The default p2p order exchanges wrong tensors under a virtual pipeline on gloo (measured), no error.
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
-        # Frees an output whose asynchronous send gloo may not have read yet: wrong numbers, no error (measured).
+        # Frees an output whose asynchronous send gloo may still read: wrong numbers, no error (measured).
         deallocate_pipeline_outputs=is_cuda,
         # These need CUDA extensions or torch.compile; Transformer Engine brings its own fusions.
         apply_rope_fusion=with_te,

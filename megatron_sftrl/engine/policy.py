@@ -81,7 +81,7 @@ class PolicyEngine:
     def forward_backward(
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
     ) -> StepReport:
-        """Gradients of sum(token_loss * token_weight) over all micro-batches and ranks, ready for optim_step."""
+        """Gradients of sum(token_loss * token_weight) over the step and all ranks, ready for optim_step."""
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -1,16 +1,15 @@
-"""A second model of the policy's shape and layout, without gradients: frozen (GIFT) or a moving average (CurioSFT)."""
+"""A second model in the policy's layout, without gradients: frozen (GIFT) or a moving average (CurioSFT)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.config.schema import ReferenceSection
-from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
+from megatron_sftrl.config.schema import ReferenceSection, RunConfig
+from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
@@ -28,12 +27,15 @@ class ReferenceModel:
     def __init__(
         self,
         architecture: Architecture,
-        config: TransformerConfig,
+        run: RunConfig,
         section: ReferenceSection,
         parallel: ParallelContext,
     ) -> None:
         self.section = section
         self.parallel = parallel
+        config = transformer_config(
+            architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
+        )
         self.chunks = build_model_chunks(architecture, config, parallel)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
