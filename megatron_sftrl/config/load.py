@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_sftrl.config.messages import Origins, explain
+from megatron_sftrl.config.messages import Origins, explain, unknown_key
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
 from megatron_sftrl.config.yaml_text import dump_yaml, parse_yaml
@@ -26,7 +26,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the YAML file.
-        overrides: `a.b.c=value`, the value in YAML notation (`data.train=[a.jsonl,b.jsonl]`); the last one wins.
+        overrides: `a.b.c=value`, the value in YAML notation (`data.train=[a.jsonl,b.jsonl]`); the last wins.
     Returns:
         The validated, immutable configuration.
     Raises:
@@ -62,11 +62,8 @@ def resolved_yaml(config: RunConfig) -> str:
     """
     tree = config.model_dump(mode="json")
     for setting in idle_settings(config):
-        *sections, name = setting.key.split(".")
-        section = tree
-        for part in sections:
-            section = section[part]
-        del section[name]
+        section, name = setting.key.split(".")
+        del tree[section][name]
     return dump_yaml(tree)
 
 
@@ -88,26 +85,38 @@ def _with_overrides(
     for override in overrides:
         dotted, separator, text = override.partition("=")
         parts = tuple(dotted.strip().split("."))
-        if not separator or not all(parts):
+        if not separator or not dotted.strip() or not all(parts):
             raise ValueError(f"override '{override}': expected key=value, for example parallel.tp=2")
         if not text.strip():
             raise ValueError(f"override '{override}': no value; write {dotted}=null for the default")
         value = parse_yaml(text, source=f"override '{override}'").value
-        section = merged
-        for depth, part in enumerate(parts[:-1], start=1):
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                held = ".".join(parts[:depth])
-                raise ValueError(
-                    f"override '{override}': {held} is {section!r}, not a section; set {held} itself"
-                )
+        takes_out = value is None and parts[0] != "loss"
+        if takes_out and (problem := unknown_key(parts)):
+            # Taking out a key that does not exist would pass validation: the misspelt key is gone.
+            raise ValueError(f"unknown key '{dotted}' (override '{override}'): {problem}")
+        section = _section_to_change(merged, parts[:-1], override)
         touched = {path: by for path, by in touched.items() if path[: len(parts)] != parts}
         touched[parts] = override
-        if value is None and not (parts[0] == "loss" and len(parts) > 1):
+        if takes_out or (len(parts) == 1 and value is None):
             section.pop(parts[-1], None)
         else:
             section[parts[-1]] = value
     return merged, touched
+
+
+def _section_to_change(merged: dict[str, Any], path: tuple[str, ...], override: str) -> dict[str, Any]:
+    """The mapping at `path` inside `merged`, made where it is absent."""
+    section = merged
+    for depth, part in enumerate(path, start=1):
+        if section.get(part) is None:  # absent, or written as `reference:` with nothing below
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            held = ".".join(path[:depth])
+            raise ValueError(
+                f"override '{override}': {held} is {section!r}, not a section; set {held} itself"
+            )
+    return section
 
 
 def _validated(tree: dict[str, Any], origins: Origins) -> RunConfig:

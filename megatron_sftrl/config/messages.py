@@ -58,6 +58,15 @@ def explain(error: ValidationError, origins: Origins) -> list[str]:
     return [_line(detail, origins) for detail in error.errors(include_url=False)]
 
 
+def unknown_key(path: tuple[str, ...]) -> str | None:
+    """What to write instead of a key that the schema does not have; None when it has it."""
+    by_path = dict(sections(RunConfig))
+    for end in range(1, len(path) + 1):
+        if path[: end - 1] in by_path and path[end - 1] not in by_path[path[: end - 1]].model_fields:
+            return _nearest(path[:end])
+    return None if path[:-1] in by_path else f"'{'.'.join(path[:-1])}' has no keys of its own"
+
+
 def sections(
     model: type[BaseModel], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:

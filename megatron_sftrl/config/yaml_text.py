@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would take for something other than text, such as 'off' and '1e-5'."""
+    """Quotes what either version of YAML would take for something other than text: 'off', '1e-5'."""
 
     yaml_implicit_resolvers = _both_resolvers()
 
