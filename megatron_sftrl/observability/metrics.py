@@ -1,0 +1,114 @@
+"""One dictionary of numbers per step, handed to every place that keeps or shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_sftrl.observability.run_directory import write_atomically
+
+
+class MetricsSink(Protocol):
+    """A place for a step's numbers."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the numbers of one step; steps come in rising order."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is buffered."""
+        ...
+
+
+class MetricsWriter:
+    """Fans a step's numbers out to its sinks and closes all of them at the end.
+
+    Args:
+        sinks: in the order in which they receive each step; keep metrics.jsonl first.
+    """
+
+    def __init__(self, sinks: Sequence[MetricsSink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand one step's numbers to every sink."""
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def close(self) -> None:
+        """Close every sink, also when one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for sink in reversed(self._sinks):
+                stack.callback(sink.close)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class JsonlSink:
+    """metrics.jsonl: one JSON object per step, on disk as soon as the step is over.
+
+    A number that is not finite is written as null, since JSON has no NaN.
+
+    Args:
+        path: the file; created, or continued.
+        resume_step: last step that the resumed checkpoint holds; later lines are removed. 0 starts anew.
+    Raises:
+        ValueError: a line in the middle of the file that is not a JSON object with a step.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        _keep_steps_up_to(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line and flush it."""
+        numbers = {name: _plain(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """Every complete line of a metrics.jsonl; a last line torn by a crash is left out.
+
+    Raises:
+        ValueError: any other line that is not a JSON object with a step.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            is_row = isinstance(row, dict) and isinstance(row.get("step"), int)
+        except json.JSONDecodeError:
+            is_row = False
+        if is_row and line.endswith("\n"):
+            rows.append(row)
+        elif number < len(lines) or line.endswith("\n"):
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}")
+    return rows
+
+
+def _keep_steps_up_to(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(path) if (row["step"] or 0) <= last_step]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _plain(value: float) -> float | int | None:
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

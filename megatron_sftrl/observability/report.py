@@ -1,0 +1,171 @@
+"""A report as one HTML file: paragraphs, tables and curves, with nothing to fetch from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sftrl.observability.run_directory import write_atomically
+
+_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+  body { margin: 0; background: #f6f7f9; color: #1f2937; font: 16px/1.55 system-ui, sans-serif; }
+  main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
+  h1 { font-size: 28px; line-height: 1.25; margin: 0 0 12px; }
+  h2 { font-size: 18px; margin: 0 0 4px; }
+  p { margin: 0 0 12px; max-width: 72ch; white-space: pre-line; }
+  section { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 20px; margin: 20px 0; }
+  .note { color: #6b7280; font-size: 14px; }
+  .scroll { overflow-x: auto; }
+  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+  th, td { padding: 7px 12px; border-bottom: 1px solid #e5e7eb; text-align: right; white-space: nowrap; }
+  th { color: #6b7280; font-weight: 600; font-size: 14px; }
+  th:first-child, td:first-child { text-align: left; }
+  tr:last-child td { border-bottom: 0; }
+  .curves { display: grid; gap: 20px; }
+  .curves { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+  .curves section { margin: 0; }
+  img { display: block; width: 100%; height: auto; margin-top: 8px; }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
+{% for paragraph in text %}<p>{{ paragraph }}</p>
+{% endfor %}
+{% for table in tables %}<section>
+<h2>{{ table.title }}</h2>
+{% if table.note %}<p class="note">{{ table.note }}</p>{% endif %}
+<div class="scroll"><table>
+<thead><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>
+</section>
+{% endfor %}
+<div class="curves">
+{% for curve, image in curves %}<section>
+<h2>{{ curve.title }}</h2>
+{% if curve.note %}<p class="note">{{ curve.note }}</p>{% endif %}
+<img alt="{{ curve.title }}" src="data:image/svg+xml;base64,{{ image }}">
+</section>
+{% endfor %}</div>
+</main>
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows of ready-made text; the first column is left-aligned, the others right.
+
+    Raises:
+        ValueError: a row that does not have one cell per column.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table '{self.title}': expected {len(self.columns)} cells in each row, got {row}"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One line of a curve; x and y have the same length.
+
+    Raises:
+        ValueError: lengths that differ, or no point.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y) or not self.x:
+            raise ValueError(
+                f"series '{self.label}': expected as many x as y and at least one, "
+                f"got {len(self.x)} and {len(self.y)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One picture with one or more lines."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    note: str = ""
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    text: Sequence[str] = (),
+    tables: Sequence[Table] = (),
+    curves: Sequence[Curve] = (),
+) -> None:
+    """Write a self-contained HTML report; pictures are inside the file, and no script runs.
+
+    Args:
+        path: the .html file; its folder is created.
+        title: heading.
+        text: paragraphs; line breaks inside them are kept.
+        tables: in this order, above the curves.
+        curves: in this order.
+    """
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True).from_string(_PAGE)
+    pictures = [(curve, base64.b64encode(_draw(curve)).decode("ascii")) for curve in curves]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, template.render(title=title, text=text, tables=tables, curves=pictures))
+
+
+def _draw(curve: Curve) -> bytes:
+    """The picture as SVG; letters become outlines, so that no font is needed."""
+    # The Figure class draws without pyplot, which would keep global state and look for a display.
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    for index, series in enumerate(curve.series):
+        marker = "o" if len(series.x) <= 12 else None
+        color = _COLORS[index % len(_COLORS)]
+        axes.plot(
+            series.x, series.y, label=series.label, color=color, linewidth=1.6, marker=marker, markersize=4
+        )
+    axes.set_xlabel(curve.x_label, color="#6b7280")
+    axes.set_ylabel(curve.y_label, color="#6b7280")
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.tick_params(colors="#6b7280", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#9ca3af")
+    if len(curve.series) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    drawn = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
+    return drawn.getvalue()

@@ -1,0 +1,150 @@
+"""A run's directory: its resolved configuration, and the refusal to continue in another run's directory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sftrl.config.load import config_from_text, resolved_yaml
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.yaml_text import parse_yaml
+
+# A resumed run may change these: none of them changes which numbers training computes, beyond the order
+# of fp32 sums (layouts, micro-batches) or where the run ends. train.steps and train.epochs join them only
+# under a constant schedule: cosine and linear stretch with the length.
+_FREE_TO_CHANGE = (
+    "run_dir",
+    "parallel",
+    "checkpoint",
+    "log",
+    "data.valid",
+    "batch.micro_size",
+    "batch.packing",
+    "batch.max_tokens",
+    "reference.placement",
+    "train.recompute",
+    "train.eval_every",
+    "train.max_nonfinite_steps",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDirectory:
+    """The places inside a run's directory."""
+
+    path: Path
+
+    @property
+    def resolved(self) -> Path:
+        """The configuration with every default written out."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Step directories."""
+        return self.path / "checkpoints"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The id under which Weights & Biases continues this run."""
+        return self.path / "wandb_id"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard events."""
+        return self.path / "tensorboard"
+
+
+def open_run_directory(config: RunConfig, *, is_writer: bool) -> RunDirectory:
+    """The run's directory, once it is certain that it belongs to this run.
+
+    Every rank may call it: all of them compare, only the writer writes, and what the writer leaves behind
+    is accepted by the others whether they look before or after.
+
+    Args:
+        config: the run.
+        is_writer: this process creates the directory and writes resolved.yaml (rank 0).
+    Raises:
+        ValueError: the directory belongs to another configuration (each differing key is named), or
+            holds a run without its configuration, or cannot be created.
+    """
+    directory = RunDirectory(path=config.run_dir)
+    if directory.path.exists() and not directory.path.is_dir():
+        raise ValueError(f"run_dir {directory.path} is a file: choose a directory")
+    if directory.resolved.exists():
+        _refuse_another_run(directory, config)
+    elif directory.metrics.exists() or directory.checkpoints.exists():
+        raise ValueError(
+            f"run_dir {directory.path} holds metrics or checkpoints but no resolved.yaml, so it cannot be "
+            "told whose they are: choose another run_dir, or move them away"
+        )
+    if is_writer:
+        try:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory.resolved, resolved_yaml(config))
+        except OSError as error:
+            raise ValueError(f"cannot write into run_dir {directory.path}: {error}") from error
+    return directory
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader, or a crash, sees the old file or the whole new one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _refuse_another_run(directory: RunDirectory, config: RunConfig) -> None:
+    source = str(directory.resolved)
+    old = config_from_text(directory.resolved.read_text(encoding="utf-8"), source=source)
+    free = _FREE_TO_CHANGE
+    if old.optim.schedule == config.optim.schedule == "constant":
+        free = (*free, "train.steps", "train.epochs")
+    before, now = _flat(resolved_yaml(old)), _flat(resolved_yaml(config))
+    differing = [
+        key
+        for key in [*before, *(key for key in now if key not in before)]
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+    if differing:
+        rows = [f"{key}: {_text(before, key)} there, {_text(now, key)} now" for key in differing]
+        raise ValueError(
+            "\n  ".join(
+                [
+                    f"run_dir {directory.path} belongs to a run with another configuration: choose another "
+                    "run_dir, or set these back",
+                    *rows,
+                ]
+            )
+        )
+
+
+def _flat(text: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, (*path, key))
+        else:
+            flat[".".join(path)] = value
+
+    walk(parse_yaml(text, source="resolved.yaml").value, ())
+    return flat
+
+
+def _text(flat: dict[str, Any], key: str) -> str:
+    return "not given" if flat.get(key) is None else str(flat[key])

@@ -1,0 +1,45 @@
+"""Installs the package megatron-sftrl and the command sftrl."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_sftrl/version.py").read_text()).group(1)
+README = HERE / "README.md"
+
+setup(
+    name="megatron-sftrl",
+    version=VERSION,
+    description="SFT that prepares for RL: GIFT, PEAR and CurioSFT on Megatron-Core",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_sftrl", "megatron_sftrl.*"]),
+    python_requires=">=3.11",
+    # tests/unit/test_dependencies.py holds this list against what is imported.
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1",
+        "psutil",
+        "numpy",
+        "transformers>=5.16.1,<5.20",
+        "tokenizers",
+        "sentencepiece",
+        "datasets",
+        "pydantic>=2.7",
+        "PyYAML",
+        "rich",
+        "wandb",
+        "matplotlib",
+        "jinja2",
+        "reasoning-gym",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "vllm": ["vllm>=0.32,<0.33"],
+        "test": ["pytest", "pytest-timeout", "ruff", "pyright", "tensorboard"],
+    },
+    entry_points={"console_scripts": ["sftrl = megatron_sftrl.cli:main"]},
+)
