@@ -43,14 +43,14 @@ class Origins:
 
     def of(self, path: tuple[str, ...]) -> str:
         """The override or the file and line that `path` comes from."""
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.overrides:
-                return f"override '{self.overrides[path[:end]]}'"
-            if path[:end] in self.lines:
-                below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
-                return f"override '{below[0]}'" if below else f"{self.file}, line {self.lines[path[:end]]}"
-        below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
-        return f"override '{below[0]}'" if below else self.file
+        ends = range(len(path), 0, -1)
+        # An override replaces everything below its key, so it comes before any line of the file.
+        by_override = [self.overrides[path[:end]] for end in ends if path[:end] in self.overrides]
+        by_override += [text for key, text in self.overrides.items() if key[: len(path)] == path]
+        if by_override:
+            return f"override '{by_override[0]}'"
+        by_line = [self.lines[path[:end]] for end in ends if path[:end] in self.lines]
+        return f"{self.file}, line {by_line[0]}" if by_line else self.file
 
 
 def explain(error: ValidationError, origins: Origins) -> list[str]:
@@ -115,7 +115,7 @@ def _expected(detail: ErrorDetails) -> str:
     bounds["less_than"] = ("lt", "<")
     if kind in bounds:
         name, sign = bounds[kind]
-        return f"a number {sign} {context[name]}"
+        return f"a number {sign} {context[name]:g}"
     if kind == "too_short":
         return f"at least {context['min_length']} item(s)"
     if kind == "too_long":

@@ -1,0 +1,108 @@
+"""Settings that are each valid and do not fit together."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_sftrl.architectures import architecture_of
+from megatron_sftrl.config.checks import check_run, data_parallel_size
+from tests.unit.config.example import example
+
+
+def check(*overrides: str, world_size: int = 1, loss_needs: tuple[str, ...] = ("reference",)) -> None:
+    config = example(*overrides)
+    check_run(config, architecture_of(config.model), world_size, loss_needs=loss_needs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ([], 1),
+        (["parallel.tp=2", "parallel.sequence_parallel=true"], 2),
+        (["parallel.pp=2", "parallel.vp=2", "parallel.cp=2"], 8),
+        (["batch.global_size=3", "batch.micro_size=2"], 2),
+        (["batch.packing=true", "batch.max_tokens=128"], 1),
+        (["reference.kind=moving_average", "reference.decay=0.5"], 1),
+        (["optim.schedule=cosine", "optim.min_lr_ratio=0.1", "optim.warmup_steps=20"], 1),
+        (
+            [
+                "parallel.distributed_optimizer=true",
+                "parallel.overlap_grad_reduce=true",
+                "parallel.overlap_param_gather=true",
+            ],
+            2,
+        ),
+    ],
+)
+def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -> None:
+    check(*overrides, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "part"),
+    [
+        (
+            ["parallel.tp=2", "parallel.pp=2"],
+            6,
+            "6 process(es) are not a multiple of parallel.tp * pp * cp = 2 * 2 * 1 = 4: "
+            "start 4 (dp = 1) or 8 (dp = 2)",
+        ),
+        (["parallel.cp=4"], 2, "= 1 * 1 * 4 = 4: start 4 (dp = 1) processes"),
+        (["parallel.pp=3"], 3, "4 layers do not divide by parallel.pp * vp = 3 * 1 = 3"),
+        (["parallel.pp=2", "parallel.vp=4"], 2, "4 layers do not divide by parallel.pp * vp = 2 * 4 = 8"),
+        (["parallel.tp=3"], 3, "8 attention heads do not divide by parallel.tp = 3"),
+        (["parallel.tp=8"], 8, "4 query groups (key/value heads) do not divide by parallel.tp = 8"),
+        (["model.architecture.ffn_hidden_size=97", "parallel.tp=2"], 2, "97 MLP columns"),
+        (["parallel.vp=2"], 1, "parallel.vp = 2 needs parallel.pp > 1"),
+        (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel needs parallel.tp > 1"),
+        (["parallel.overlap_param_gather=true"], 1, "needs parallel.distributed_optimizer = true"),
+        (
+            ["batch.packing=true", "batch.max_tokens=64"],
+            1,
+            "batch.max_tokens = 64 is less than data.max_length",
+        ),
+        (["data.max_length=257"], 1, "data.max_length = 257 is more than the model's"),
+        (["reference=null"], 1, "loss 'gift' needs a reference model: add `reference: {kind: frozen}`"),
+        (["optim.warmup_steps=21"], 1, "optim.warmup_steps = 21 is more than train.steps = 20"),
+        (["reference.decay=0.5"], 1, "reference.decay has no effect: reference.kind is frozen"),
+        (["reference.sync_every=5"], 1, "reference.sync_every has no effect"),
+        (
+            ["reference.kind=moving_average", "reference.checkpoint=x"],
+            1,
+            "reference.checkpoint has no effect: a moving average starts from the policy",
+        ),
+        (["optim.momentum=0.9"], 1, "optim.momentum has no effect: optim.name is adamw"),
+        (["optim.name=sgd", "optim.betas=[0.9, 0.9]"], 1, "optim.betas has no effect: optim.name is sgd"),
+        (["optim.min_lr_ratio=0.1"], 1, "optim.min_lr_ratio has no effect: optim.schedule is constant"),
+        (["train.eval_every=5"], 1, "train.eval_every has no effect: data.valid is empty"),
+        (
+            ["batch.packing=true", "batch.max_tokens=128", "batch.micro_size=2"],
+            1,
+            "batch.micro_size has no effect",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_named_with_what_to_do(
+    overrides: list[str], world_size: int, part: str
+) -> None:
+    with pytest.raises(ValueError, match="the run cannot start") as raised:
+        check(*overrides, world_size=world_size)
+    assert part in str(raised.value)
+
+
+def test_a_reference_that_no_loss_uses_is_refused() -> None:
+    with pytest.raises(ValueError, match="loss 'gift' uses no reference model: remove the section"):
+        check(loss_needs=())
+
+
+def test_everything_that_does_not_fit_is_listed_at_once() -> None:
+    with pytest.raises(ValueError, match="4 problem") as raised:
+        check("parallel.tp=3", "parallel.pp=3", "reference=null", world_size=9)
+    assert str(raised.value).count("\n  ") == 4
+
+
+def test_dp_is_what_the_model_parallel_sizes_leave() -> None:
+    config = example("parallel.tp=2", "parallel.pp=2", "parallel.cp=2")
+    assert data_parallel_size(config, 24) == 3
+    with pytest.raises(ValueError, match=r"start 8 \(dp = 1\) or 16 \(dp = 2\)"):
+        data_parallel_size(config, 12)
