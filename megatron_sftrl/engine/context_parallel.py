@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from megatron_sftrl.engine.local_layers import zigzag_positions
 from megatron_sftrl.types import TokenBatch
@@ -21,20 +22,28 @@ def shard_for_context_parallel(batch: TokenBatch, *, cp_rank: int, cp_size: int)
     """
     if cp_size == 1:
         return batch
-    lengths = batch.cu_seqlens.diff().tolist()
-    assert all(length % (2 * cp_size) == 0 for length in lengths), "sequences must be padded to 2 * cp"
-    starts = batch.cu_seqlens[:-1].tolist()
-    index = torch.cat(
-        [
-            start + zigzag_positions(length, cp_size, cp_rank)
-            for start, length in zip(starts, lengths, strict=True)
-        ]
-    ).to(batch.tokens.device)
+    rows = local_rows(batch.cu_seqlens, cp_rank=cp_rank, cp_size=cp_size)
     fields = {}
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if field.name == "cu_seqlens":
             fields[field.name] = value // cp_size
         else:
-            fields[field.name] = None if value is None else value[index]
+            fields[field.name] = None if value is None else value[rows]
     return TokenBatch(**fields)
+
+
+def local_rows(cu_seqlens: Tensor, *, cp_rank: int, cp_size: int) -> Tensor:
+    """[T/cp] int64, where each of this rank's tokens stands in the whole packed micro-batch.
+
+    Args:
+        cu_seqlens: [S + 1] of the whole micro-batch.
+        cp_rank, cp_size: place on the context-parallel axis.
+    """
+    lengths, starts = cu_seqlens.diff().tolist(), cu_seqlens[:-1].tolist()
+    assert all(length % (2 * cp_size) == 0 for length in lengths) or cp_size == 1, "pad to 2 * cp"
+    pieces = [
+        start + zigzag_positions(length, cp_size, cp_rank)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    return torch.cat(pieces).to(cu_seqlens.device)

@@ -1,0 +1,79 @@
+"""Attention over packed sequences equals attention over each sequence alone, on any context-parallel size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ranks import run_ranks
+
+LENGTHS = [16, 48, 8, 24, 8, 32]  # multiples of 8, so that cp 4 can split them
+HEADS, GROUPS, HEAD_DIM = 4, 2, 8
+
+
+def tensors() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    shapes = [(total, HEADS, HEAD_DIM), (total, GROUPS, HEAD_DIM), (total, GROUPS, HEAD_DIM)]
+    upstream = torch.randn(total, HEADS * HEAD_DIM, generator=generator)
+    return [*(torch.randn(shape, generator=generator) for shape in shapes), upstream]
+
+
+def sequence_by_sequence() -> list[torch.Tensor]:
+    """Output and the gradients of q, k, v, from one plain attention call per sequence."""
+    query, key, value, upstream = tensors()
+    leaves = [leaf.requires_grad_() for leaf in (query, key, value)]
+    pieces = []
+    for q, k, v in zip(*(leaf.split(LENGTHS) for leaf in leaves), strict=True):
+        k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD_DIM**0.5
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        pieces.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v))
+    output = torch.cat(pieces).flatten(1)
+    (output * upstream).sum().backward()
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def packed(cp: int) -> list[torch.Tensor]:
+    """The same from PackedAttention, put back into whole order (other ranks' rows zero)."""
+    from megatron_sftrl.config.schema import ParallelSection
+    from megatron_sftrl.engine.parallel import initialize_parallel
+
+    context = initialize_parallel(ParallelSection(cp=cp))
+    from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_sftrl.engine.context_parallel import local_rows
+    from megatron_sftrl.engine.local_layers import PackedAttention
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, kv_channels=HEAD_DIM
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups(["cp"])
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    cu_seqlens = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
+    rows = local_rows(cu_seqlens, cp_rank=context.cp_rank, cp_size=cp)
+    query, key, value, upstream = tensors()
+    leaves = [leaf[rows].requires_grad_() for leaf in (query, key, value)]
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    output = attention(*leaves, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
+    (output * upstream[rows]).sum().backward()
+    results = [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    parallel_state.destroy_model_parallel()
+    return [torch.zeros(sum(LENGTHS), *result.shape[1:]).index_copy(0, rows, result) for result in results]
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_packed_attention_equals_each_sequence_alone_in_value_and_gradient(cp: int) -> None:
+    expected = sequence_by_sequence()
+    parts = run_ranks(cp, packed, cp)
+    for index, name in enumerate(["output", "query gradient", "key gradient", "value gradient"]):
+        whole = sum(part[index] for part in parts)
+        # fp32 attention in another order of summation.
+        torch.testing.assert_close(
+            whole, expected[index], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,76 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sftrl.config.schema import OptimSection
+from tests.ranks import run_ranks
+
+
+def rate(step: int, settings: dict[str, Any], num_steps: int) -> float:
+    from megatron_sftrl.engine import cpu_backend
+
+    cpu_backend.install()
+    from megatron_sftrl.engine.optimizer import learning_rate
+
+    return learning_rate(step, OptimSection.model_validate({"lr": 2.0, **settings}), num_steps=num_steps)
+
+
+def rates(settings: dict[str, Any], num_steps: int) -> list[float]:
+    return [rate(step, settings, num_steps) for step in range(num_steps + 1)]
+
+
+def test_warm_up_rises_linearly_to_the_peak_and_never_starts_at_zero() -> None:
+    # A first step with learning rate 0 would be a wasted batch.
+    assert run_ranks(1, rates, {"warmup_steps": 4}, 6)[0] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_decay_goes_from_the_peak_to_the_minimum_ratio(schedule: str) -> None:
+    curve = run_ranks(1, rates, {"schedule": schedule, "min_lr_ratio": 0.1, "warmup_steps": 2}, 12)[0]
+    assert curve[2] == 2.0
+    assert curve[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in itertools.pairwise(curve[2:]))
+    middle = 0.2 + 1.8 * (0.5 if schedule == "linear" else 0.5 * (1 + math.cos(math.pi / 2)))
+    assert curve[7] == pytest.approx(middle)
+
+
+def decayed_parameters() -> dict[str, tuple[float, float]]:
+    from megatron_sftrl.architectures.architecture import from_section
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from tests.distributed.test_layouts import make_config
+
+    config = make_config({}, family="qwen2")
+    optim = config.optim.model_copy(update={"lr": 0.5, "weight_decay": 0.5, "warmup_steps": 0})
+    config = config.model_copy(update={"optim": optim})
+    assert config.model.architecture is not None
+    policy = PolicyEngine(
+        from_section(config.model.architecture), config, initialize_parallel(config.parallel)
+    )
+    named = dict(policy.chunks[0].named_parameters())
+    for name, parameter in named.items():
+        if name.endswith("bias"):
+            parameter.data.fill_(1.0)
+    before = {name: float(parameter.abs().sum()) for name, parameter in named.items()}
+    for parameter in named.values():
+        parameter.main_grad.zero_()
+    policy.optim_step(0, num_steps=1)
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    return {name: (before[name], float(parameter.abs().sum())) for name, parameter in named.items()}
+
+
+def test_matrices_decay_and_norms_and_biases_do_not() -> None:
+    # Gradients are zero, so a parameter moves by its decay alone: factor 1 - lr * weight_decay = 0.75.
+    for name, (before, after) in run_ranks(1, decayed_parameters)[0].items():
+        is_decayed = not name.endswith("bias") and "norm" not in name
+        expected = 0.75 * before if is_decayed else before
+        torch.testing.assert_close(after, expected, msg=lambda text, name=name: f"{name}: {text}")

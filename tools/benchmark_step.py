@@ -1,0 +1,188 @@
+"""Step time of each loss against the same Megatron step with Megatron's own vocab_parallel_cross_entropy.
+
+    python tools/benchmark_step.py [--tokens 512] [--repeats 5] [--out benchmark_step.json]
+    torchrun --nproc-per-node 2 tools/benchmark_step.py --tp 2
+
+One process (or a tp group) trains one model of about 100M parameters; the losses take turns, step by step,
+so that a noisy machine disturbs all alike. Reported: median seconds of forward_backward + optim_step, and
+the median of the ratios to the baseline step of the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl import TokenBatch, build_loss
+from megatron_sftrl.architectures.architecture import from_section, num_parameters
+from megatron_sftrl.config.schema import ReferenceSection, RunConfig
+from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
+
+BASELINE = "megatron cross-entropy"
+LIMITS = {"sft": 1.05, "pear": 1.05, "gift": 1.45, "curiosft": 1.45}
+
+
+def main() -> None:
+    arguments = _parse()
+    config = _config(arguments)
+    assert config.model.architecture is not None
+    architecture = from_section(config.model.architecture)
+    parallel = initialize_parallel(config.parallel)
+    steps = _build_steps(config, parallel)
+    batch = _random_batch(arguments.tokens, architecture.vocab_size, parallel.device)
+    for step in steps.values():  # the first step allocates optimizer state and memory
+        step(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(arguments.repeats):
+        for name, step in steps.items():
+            seconds[name].append(_timed(step, batch, parallel.device))
+    if parallel.rank == 0:
+        facts = {
+            "parameters": num_parameters(architecture),
+            "vocab_size": architecture.vocab_size,
+            "tokens": arguments.tokens,
+            "tp": arguments.tp,
+            "device": str(parallel.device),
+        }
+        _report(seconds, facts, arguments.out)
+    destroy_parallel()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the micro-batch")
+    parser.add_argument("--repeats", type=int, default=5, help="turns; each runs every loss once")
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the numbers")
+    return parser.parse_args()
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {
+                "architecture": {
+                    "family": "qwen3",
+                    "num_layers": arguments.layers,
+                    "hidden_size": arguments.hidden,
+                    "ffn_hidden_size": 3 * arguments.hidden,
+                    "num_attention_heads": arguments.hidden // 64,
+                    "num_query_groups": arguments.hidden // 128,
+                    "head_dim": 64,
+                    "vocab_size": arguments.vocab,
+                },
+                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+            },
+            "tokenizer": {"path": "unused"},
+            "parallel": {"tp": arguments.tp},
+            "data": {"train": ["unused"], "max_length": arguments.tokens},
+            "batch": {"global_size": 1},
+            "loss": {"name": "sft"},
+            "optim": {"lr": 1e-4},
+            "train": {"steps": 1},
+        }
+    )
+
+
+def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Callable[[TokenBatch], None]]:
+    """One closure per loss, all on the same policy; the baseline first."""
+    # Imported late: megatron.core may only be imported once the CPU backend stands.
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.reference import ReferenceModel
+    from megatron_sftrl.engine.scaling import as_megatron_loss
+    from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+
+    assert config.model.architecture is not None
+    architecture = from_section(config.model.architecture)
+    policy = PolicyEngine(architecture, config, parallel)
+    reference = ReferenceModel(architecture, config, ReferenceSection(kind="frozen"), parallel)
+    reference.copy_from(policy.chunks)
+    average = ReferenceSection(kind="moving_average")
+    teacher = ReferenceModel(architecture, config, average, parallel)
+    teacher.copy_from(policy.chunks)
+
+    def cross_entropy(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
+        logits = stage.model.logits(stage.hidden_states).float()
+        token_loss = vocab_parallel_cross_entropy(logits[:, None], stage.batch.labels[:, None])[:, 0]
+        total = (token_loss * stage.batch.token_weight).sum()
+        return as_megatron_loss(total, total.detach().clone())
+
+    def baseline(batch: TokenBatch) -> None:
+        for chunk in policy.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        assert policy.optimizer is not None
+        policy.optimizer.zero_grad()
+        run_schedule(policy.wrapped, [batch], cross_entropy, parallel, forward_only=False)
+        policy.optim_step(0, num_steps=1)
+
+    def step_of(name: str) -> Callable[[TokenBatch], None]:
+        loss = build_loss(name, {})
+        model = {"gift": reference, "curiosft": teacher}.get(name)
+
+        def step(batch: TokenBatch) -> None:
+            policy.forward_backward([batch], loss, model)
+            policy.optim_step(0, num_steps=1)
+            if model is teacher:
+                # Every call, not every fifth: the cost of the average is counted in full.
+                model.follow(policy.chunks, step=average.sync_every)
+
+        return step
+
+    return {BASELINE: baseline, **{name: step_of(name) for name in LIMITS}}
+
+
+def _random_batch(num_tokens: int, vocab_size: int, device: torch.device) -> TokenBatch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator)
+    return TokenBatch(
+        tokens=ids[:-1],
+        labels=ids[1:],
+        positions=torch.arange(num_tokens),
+        loss_mask=torch.ones(num_tokens, dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+        token_weight=torch.full((num_tokens,), 1.0 / num_tokens),
+        behavior_logprobs=torch.full((num_tokens,), -10.0),
+    ).to(device)
+
+
+def _timed(step: Callable[[TokenBatch], None], batch: TokenBatch, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _report(seconds: dict[str, list[float]], facts: dict[str, object], out: Path | None) -> None:
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(f"{'loss':<24} {'s / step':>9} {'ratio':>7} {'limit':>7}")
+    rows = {}
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(times, seconds[BASELINE], strict=True))
+        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "limit": LIMITS.get(name)}
+        limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
+        print(f"{name:<24} {rows[name]['seconds']:>9.3f} {ratio:>7.3f} {limit:>7}")
+    if out is not None:
+        temporary = out.with_name(out.name + ".tmp")
+        temporary.write_text(json.dumps({"facts": facts, "losses": rows}, indent=2) + "\n")
+        temporary.replace(out)
+
+
+if __name__ == "__main__":
+    main()

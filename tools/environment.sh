@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that the quick start and the tests share; does nothing when it is up to date.
+# Usage: source tools/environment.sh [extras]   e.g. source tools/environment.sh test
+# SFTRL_VENV (default .venv), SFTRL_PYTHON and SFTRL_TORCH (default torch==2.13.0) can be set.
+_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+_venv="${SFTRL_VENV:-$_root/.venv}"
+_extras="${1:-}"
+_python="${SFTRL_PYTHON:-}"
+if [ -z "$_python" ]; then
+  for _candidate in python3.11 python3.12 python3.13 python3; do
+    if "$_candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then
+      _python="$_candidate"
+      break
+    fi
+  done
+fi
+if [ -z "$_python" ]; then
+  echo "error: no Python 3.11 or newer found; set SFTRL_PYTHON" >&2
+  exit 1
+fi
+_stamp="$_venv/.installed-${_extras:-core}-$(cat "$_root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)"
+if [ ! -f "$_stamp" ]; then
+  echo "installing into $_venv ($("$_python" --version))"
+  "$_python" -m venv "$_venv"
+  # torch first and pinned: left to the resolver it would come with another build's CUDA packages.
+  "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check "${SFTRL_TORCH:-torch==2.13.0}"
+  "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$_root${_extras:+[$_extras]}"
+  touch "$_stamp"
+fi
+export PATH="$_venv/bin:$PATH"
