@@ -1,0 +1,23 @@
+"""The objectives: what they are given and return, their registry, and one algorithm per file.
+
+Importing this folder registers the algorithms below.
+"""
+
+from megatron_sftrl.losses import curiosft, dft, entropy, gift, label_smoothing, pear, sft
+from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.registry import Loss, build_loss, register_loss
+from megatron_sftrl.losses.weights import token_weights, weighted_sum
+
+ALGORITHMS = (curiosft, dft, entropy, gift, label_smoothing, pear, sft)
+
+__all__ = [
+    "ALGORITHMS",
+    "Loss",
+    "LossConfig",
+    "LossInputs",
+    "LossOutput",
+    "build_loss",
+    "register_loss",
+    "token_weights",
+    "weighted_sum",
+]

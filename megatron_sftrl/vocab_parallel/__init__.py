@@ -1,0 +1,7 @@
+"""Distributions over a vocabulary split over tensor-parallel ranks, and every collective they need."""
+
+from megatron_sftrl.vocab_parallel.distribution import TokenDistribution, logprobs_together
+from megatron_sftrl.vocab_parallel.targets import SmoothedLabels, TiltedTarget
+from megatron_sftrl.vocab_parallel.top_k import TopLogits
+
+__all__ = ["SmoothedLabels", "TiltedTarget", "TokenDistribution", "TopLogits", "logprobs_together"]

@@ -1,0 +1,242 @@
+"""TokenDistribution: what a loss author meets instead of a shard of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sftrl.vocab_parallel.questions import Question, Subject, answers
+from megatron_sftrl.vocab_parallel.rows import Source
+from megatron_sftrl.vocab_parallel.shard import shard_of
+from megatron_sftrl.vocab_parallel.targets import SmoothedLabels, TiltedTarget
+from megatron_sftrl.vocab_parallel.top_k import TopLogits, gather_top_k
+
+Target = TiltedTarget | SmoothedLabels
+
+
+class TokenDistribution:
+    """softmax over a vocabulary at each of T tokens: logically [T, V], physically [T, V / tp].
+
+    Every method returns [T] in nats, float32 (float64 for float64 logits), alike on all ranks of the group,
+    and differentiable in this rank's logits unless it says otherwise. The logits are never modified. A
+    question that was asked before costs nothing again; a new one costs one MAX and one SUM all-reduce,
+    whatever it asks.
+    """
+
+    __slots__ = ("_subject",)
+
+    def __init__(self, subject: Subject) -> None:
+        """Use `from_logits`."""
+        self._subject = subject
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        *,
+        vocab_size: int,
+        group: dist.ProcessGroup | None = None,
+        padded_vocab_size: int | None = None,
+    ) -> TokenDistribution:
+        """The distribution whose columns are spread over a tensor-parallel group.
+
+        Rank r holds the columns from r * V_local; columns from `vocab_size` on are padding: they are never
+        read and get a gradient of exactly 0. The last rank may also hold an unpadded rest, as torch.chunk
+        leaves it.
+
+        Args:
+            logits: [T, V_local] any floating dtype.
+            vocab_size: V, without padding.
+            group: the tensor-parallel group; None when `logits` hold the whole vocabulary.
+            padded_vocab_size: V_local * tp, needed only where the padding is so heavy that the last rank
+                holds no real column (such logits look like gathered ones).
+
+        Raises:
+            ValueError: the widths do not cover the vocabulary, or look like gathered logits.
+        """
+        shard = shard_of(logits, vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size)
+        return cls(Subject(source=Source(logits=logits, shard=shard)))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, without padding."""
+        return self._subject.source.shard.vocab_size
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._subject.source.logits.shape[0]
+
+    def logprobs(self, ids: Tensor) -> Tensor:
+        """log p(ids[t]) at each token t; `ids` is [T] int64 in [0, V)."""
+        return logprobs_together([self], ids)[0]
+
+    def entropy(self) -> Tensor:
+        """-sum_v p(v) log p(v)."""
+        log_sum, mean = answers([Question(self._subject, "log_sum"), Question(self._subject, "mean")])
+        return log_sum - mean
+
+    def mean_logprob(self) -> Tensor:
+        """1/V sum_v log p(v)."""
+        total, log_sum = answers([Question(self._subject, "total"), Question(self._subject, "log_sum")])
+        return total / self.vocab_size - log_sum
+
+    def cross_entropy(self, target: TokenDistribution | Target) -> Tensor:
+        """-sum_v q(v) log p(v), q the target; no gradient flows into the target.
+
+        Args:
+            target: another distribution on the same columns, or a mixture: what `tilted` returns,
+                SmoothedLabels.
+        """
+        me = self._subject
+        if isinstance(target, TokenDistribution):
+            under = Question(me, "under", target._subject.detached())
+            log_sum, expected = answers([Question(me, "log_sum"), under])
+            return log_sum - expected
+        _check_ids(target.labels, self)
+        if isinstance(target, SmoothedLabels):
+            return self._smoothed_cross_entropy(target)
+        return self._tilted_cross_entropy(target)
+
+    def kl_from(self, target: TokenDistribution) -> Tensor:
+        """KL(target || self) = sum_v q(v) (log q(v) - log p(v)); gradient into self only."""
+        me, fixed = self._subject, target._subject.detached()
+        log_sum, expected, fixed_log_sum, fixed_mean = answers(
+            [
+                Question(me, "log_sum"),
+                Question(me, "under", fixed),
+                Question(fixed, "log_sum"),
+                Question(fixed, "mean"),
+            ]
+        )
+        return (fixed_mean - fixed_log_sum) - (expected - log_sum)
+
+    def kl_to(self, target: TokenDistribution) -> Tensor:
+        """KL(self || target) = sum_v p(v) (log p(v) - log q(v)); gradient into self only."""
+        me, fixed = self._subject, target._subject.detached()
+        log_sum, mean, fixed_log_sum, expected = answers(
+            [
+                Question(me, "log_sum"),
+                Question(me, "mean"),
+                Question(fixed, "log_sum"),
+                Question(fixed, "under", me),
+            ]
+        )
+        return (mean - log_sum) - (expected - fixed_log_sum)
+
+    def tempered(self, tau: Tensor | float) -> TokenDistribution:
+        """softmax(z / tau); `tau` is one number or [T], positive, and a constant for the gradient."""
+        source = self._subject.source
+        options = {"dtype": source.dtype, "device": source.logits.device}
+        if isinstance(tau, Tensor) and tau.shape == (self.num_tokens,):
+            inverse = 1.0 / tau.detach().to(**options)
+        elif isinstance(tau, Tensor):
+            raise ValueError(f"tau: expected a number or [T] = [{self.num_tokens}], got {list(tau.shape)}")
+        elif tau > 0:
+            inverse = torch.full((self.num_tokens,), 1.0 / tau, **options)
+        else:
+            raise ValueError(f"tau: expected a positive temperature, got {tau}")
+        if source.inverse_tau is not None:
+            inverse = inverse * source.inverse_tau
+        hotter = Source(logits=source.logits, shard=source.shard, inverse_tau=inverse)
+        return TokenDistribution(Subject(source=hotter))
+
+    def top_k(self, k: int) -> TopLogits:
+        """The k largest logits of each token without gradient, in one all-gather (all of them when k > V).
+
+        The statistics behind `entropy` travel along, so that the entropy of a distribution without gradient
+        costs no collective afterwards.
+        """
+        if k < 1:
+            raise ValueError(f"top_k: expected k >= 1, got {k}")
+        top, log_sum, mean = gather_top_k(self._subject.source, min(k, self.vocab_size))
+        if not self._subject.needs_grad:
+            self._subject.remember("log_sum", log_sum)
+            self._subject.remember("mean", mean)
+        return top
+
+    def tilted(self, labels: Tensor, beta: float, smoothing: float = 0.0, eps: float = 0.0) -> TiltedTarget:
+        """softmax(log p~ + beta 1[v = y]), p~ = (1 - smoothing) p + smoothing / V + eps, as a target.
+
+        (GIFT, arXiv:2601.09233, Alg. 1.) Nothing is computed here and no gradient flows into it.
+
+        Args:
+            labels: [T] int64.
+            beta: log-odds added to the label; dimensionless, >= 0.
+            smoothing: share of the uniform distribution in the prior, in [0, 1].
+            eps: added to every prior probability; >= 0.
+        """
+        _check_ids(labels, self)
+        return TiltedTarget(labels=labels, reference=self.detach(), beta=beta, smoothing=smoothing, eps=eps)
+
+    def detach(self) -> TokenDistribution:
+        """The same distribution as a constant, which keeps the answers already given."""
+        constant = self._subject.detached()
+        return self if constant is self._subject else TokenDistribution(constant)
+
+    def anticipate(self, labels: Tensor) -> None:
+        """Let the labels' log-probabilities and the entropy come along with the first question asked.
+
+        They ride in the same two all-reduces, so that a loss may ask in any order without paying twice.
+        """
+        _check_ids(labels, self)
+        self._subject.anticipated = labels
+
+    def _smoothed_cross_entropy(self, target: SmoothedLabels) -> Tensor:
+        me = self._subject
+        questions = [
+            Question(me, "pick", target.labels),
+            Question(me, "log_sum"),
+            Question(me, "total"),
+        ]
+        picked, log_sum, total = answers(questions)
+        mean_logprob = total / self.vocab_size - log_sum
+        return (1.0 - target.smoothing) * (log_sum - picked) - target.smoothing * mean_logprob
+
+    def _tilted_cross_entropy(self, target: TiltedTarget) -> Tensor:
+        me, prior = self._subject, target.reference._subject
+        questions = [
+            Question(me, "pick", target.labels),
+            Question(me, "log_sum"),
+            Question(me, "under", prior),
+            Question(prior, "pick", target.labels),
+            Question(prior, "log_sum"),
+        ]
+        if target.has_uniform:
+            questions.append(Question(me, "total"))
+        picked, log_sum, expected, prior_picked, prior_log_sum, *total = answers(questions)
+        weights = target.weights(prior_picked - prior_log_sum)
+        loss = weights.label * (log_sum - picked) + weights.reference * (log_sum - expected)
+        return loss - weights.uniform * (total[0] / self.vocab_size - log_sum) if total else loss
+
+
+def logprobs_together(distributions: Sequence[TokenDistribution], ids: Tensor) -> list[Tensor]:
+    """[T] log p(ids) of each distribution, all in the same one MAX and one SUM all-reduce."""
+    questions: list[Question] = []
+    for distribution in distributions:
+        _check_ids(ids, distribution)
+        subject = distribution._subject
+        questions += [Question(subject, "pick", ids), Question(subject, "log_sum")]
+    found = answers(questions)
+    return [picked - log_sum for picked, log_sum in zip(found[::2], found[1::2], strict=True)]
+
+
+def _check_ids(ids: Tensor, distribution: TokenDistribution) -> None:
+    """Shape and dtype everywhere; the range on the CPU only, where looking at it does not stop a device."""
+    if ids.shape != (distribution.num_tokens,) or ids.dtype != torch.int64:
+        raise ValueError(
+            f"ids: expected int64 [T] = [{distribution.num_tokens}], got {ids.dtype} {list(ids.shape)}"
+        )
+    if (
+        ids.device.type == "cpu"
+        and ids.numel()
+        and not 0 <= int(ids.min()) <= int(ids.max()) < distribution.vocab_size
+    ):
+        raise ValueError(
+            f"ids: expected 0 <= id < vocab_size = {distribution.vocab_size}, got "
+            f"{int(ids.min())}..{int(ids.max())}; "
+            "put any valid id where loss_mask is False"
+        )
