@@ -1,0 +1,1 @@
+"""Demonstrations to TokenBatches: tokenizers, chat templates, row sources, order and packing."""

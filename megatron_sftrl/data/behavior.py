@@ -1,0 +1,85 @@
+"""Behaviour scores of a row: log-probabilities that travel with the token ids they belong to.
+
+Scores made with another tokenizer or chat template are off by a few tokens and ruin every weight computed
+from them without an error, so ids are compared one by one (TRAP: a public PEAR reproduction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOGPROBS_COLUMN = "behavior_logprobs"
+TOKEN_IDS_COLUMN = "behavior_token_ids"
+
+_RESCORE = (
+    "score the rows again with tools/score_behavior_logprobs.py and this tokenizer, template and max_length"
+)
+
+# An engine that computes log-softmax in bf16 or fp32 may report a certain token slightly above 0.
+_ABOVE_ZERO = 1e-2
+
+
+def read_behavior_scores(
+    values: Mapping[str, object], *, loss_token_ids: NDArray[np.int32], num_kept: int
+) -> NDArray[np.float32] | None:
+    """The scores of a row, checked against the tokens that we learn.
+
+    A row that is cut on the right may carry scores of all its loss tokens or of those that remain.
+
+    Args:
+        values: the row.
+        loss_token_ids: [k] ids of the loss tokens before truncation.
+        num_kept: how many of them remain after it, from the first on.
+    Returns:
+        [num_kept] fp32 nats, or None when the row has no scores.
+    Raises:
+        ValueError: one column without the other, unequal lengths, ids that differ, or scores that are not
+            finite or above 0.
+    """
+    logprobs, ids = values.get(LOGPROBS_COLUMN), values.get(TOKEN_IDS_COLUMN)
+    if logprobs is None and ids is None:
+        return None
+    if logprobs is None or ids is None:
+        missing = LOGPROBS_COLUMN if logprobs is None else TOKEN_IDS_COLUMN
+        raise ValueError(f"{missing} is missing; scores and the ids they belong to go together: {_RESCORE}")
+    scores = _numbers(logprobs, LOGPROBS_COLUMN)
+    scored_ids = _numbers(ids, TOKEN_IDS_COLUMN)
+    if len(scores) != len(scored_ids):
+        raise ValueError(
+            f"{LOGPROBS_COLUMN} has {len(scores)} entries but {TOKEN_IDS_COLUMN} has {len(scored_ids)}; "
+            f"{_RESCORE}"
+        )
+    common = min(len(scored_ids), len(loss_token_ids))
+    differs = np.flatnonzero(scored_ids[:common] != loss_token_ids[:common])
+    if len(differs):
+        at = int(differs[0])
+        raise ValueError(
+            f"behaviour scores belong to other tokens: loss token {at} is {loss_token_ids[at]} here, "
+            f"{TOKEN_IDS_COLUMN}[{at}] is {scored_ids[at]:g}; {_RESCORE}"
+        )
+    if len(scored_ids) not in (len(loss_token_ids), num_kept):
+        raise ValueError(
+            f"behaviour scores: expected one for each of the {len(loss_token_ids)} loss tokens, "
+            f"got {len(scored_ids)} (the first {common} ids agree); {_RESCORE}"
+        )
+    bad = np.flatnonzero(~np.isfinite(scores) | (scores > _ABOVE_ZERO))
+    if len(bad):
+        at = int(bad[0])
+        raise ValueError(
+            f"{LOGPROBS_COLUMN}[{at}]: expected a finite log-probability of at most 0, got {scores[at]}; "
+            f"{_RESCORE}"
+        )
+    return scores[:num_kept].astype(np.float32)
+
+
+def _numbers(values: object, column: str) -> NDArray[np.float64]:
+    """A column's list as an array."""
+    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
+        raise ValueError(f"{column}: expected a list of numbers, got {type(values).__name__}")
+    try:
+        return np.asarray(values, dtype=np.float64).reshape(len(values))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{column}: expected a list of numbers ({error})") from error

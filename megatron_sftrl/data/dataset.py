@@ -1,0 +1,212 @@
+"""All rows of the data, tokenized and checked once, before a model is built.
+
+Every row passes through here at the start: a broken row stops a run in its first minute and not in its
+third day, and every rank knows all lengths, so that all ranks can plan the same micro-batches without
+talking to each other. With a cache directory one rank does the work and the others map its arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sftrl.data.behavior import read_behavior_scores
+from megatron_sftrl.data.chat import tokenize_row
+from megatron_sftrl.data.example import Example, Truncation, truncate
+from megatron_sftrl.data.sources import SourceRow, check_source, describe_row, read_rows
+from megatron_sftrl.data.store import TokenStore, open_store, pack_examples, save_store
+from megatron_sftrl.data.tokenizer import Tokenizer
+
+
+class Dataset:
+    """Examples by index, 0 <= index < len. Owns the arrays they are views of."""
+
+    def __init__(self, store: TokenStore) -> None:
+        """Stand in front of a store.
+
+        Args:
+            store: tokenized rows.
+        """
+        self._store = store
+        ends = np.concatenate([[0], np.cumsum(store.loss_mask, dtype=np.int64)])[store.offsets]
+        self._num_loss_tokens = np.diff(ends)
+        self._lengths = np.diff(store.offsets)
+
+    def __len__(self) -> int:
+        """Rows that are trained on: those that were dropped are not counted."""
+        return len(self._store.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at `index`."""
+        return self._store.example(index)
+
+    def describe(self, index: int) -> str:
+        """Where the row comes from, such as `train.jsonl:17`."""
+        return self._store.describe(index)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[R] tokens of each example."""
+        return self._lengths
+
+    @property
+    def num_loss_tokens(self) -> NDArray[np.int64]:
+        """[R] learned tokens of each example."""
+        return self._num_loss_tokens
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out because data.truncation is drop and they are too long."""
+        return self._store.num_dropped
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows that were cut."""
+        return self._store.num_truncated
+
+    @property
+    def has_behavior_logprobs(self) -> bool:
+        """Whether every row carries behaviour scores (otherwise none does)."""
+        return self._store.behavior_logprobs is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, masks and scores: equal means that the same order gives the same batches."""
+        return self._store.fingerprint
+
+
+def load_dataset(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    cache_dir: Path | None = None,
+) -> Dataset:
+    """Read, tokenize and check every row.
+
+    Args:
+        paths: data.train or data.valid.
+        tokenizer: text to ids.
+        max_length: tokens of the longest sequence.
+        truncation: what happens to longer ones.
+        cache_dir: where the tokenized rows are kept and looked for; memory only when None. Let one rank
+            come first, and the others after a barrier, so that the work is done once.
+    Returns:
+        The dataset.
+    Raises:
+        ValueError: a source that cannot be read, a row that cannot be used (named by file and line), or no
+            row left.
+    """
+    for path in paths:
+        check_source(path)
+    place = None
+    if cache_dir is not None:
+        place = cache_dir / _cache_key(paths, tokenizer, max_length=max_length, truncation=truncation)
+        if (store := open_store(place)) is not None:
+            return Dataset(store)
+    store = _build_store(paths, tokenizer, max_length=max_length, truncation=truncation)
+    if place is not None:
+        save_store(store, place)
+        store = open_store(place) or store
+    return Dataset(store)
+
+
+def tokenize_sources(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    use_scores: bool = True,
+) -> Iterator[tuple[int, SourceRow, Example | None, bool]]:
+    """Each row with the example it becomes, in order.
+
+    Args:
+        paths: sources.
+        tokenizer: text to ids.
+        max_length: tokens of the longest sequence.
+        truncation: what happens to longer ones.
+        use_scores: read behaviour scores; a tool that replaces them does not.
+    Yields:
+        Index of the source, the row, its example (None when dropped), and whether it was cut.
+    Raises:
+        ValueError: a row that cannot be read or used, named by file and line.
+    """
+    number_over_all = 0
+    for index, path in enumerate(paths):
+        for row in read_rows(path):
+            source = describe_row(path, row.number)
+            try:
+                ids, mask = tokenize_row(tokenizer, row.values)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
+            full = Example(
+                tokens=np.array(ids, np.int32),
+                loss_mask=np.array(mask, np.bool_),
+                behavior_logprobs=None,
+                row=number_over_all,
+                source=source,
+            )
+            number_over_all += 1
+            cut = truncate(
+                full, max_length=max_length, truncation=truncation, keep_first=ids[0] == tokenizer.bos_id
+            )
+            example = cut
+            if cut is not None and use_scores:
+                example = _with_scores(row, full, cut)
+            yield index, row, example, cut is not full
+
+
+def _with_scores(row: SourceRow, full: Example, cut: Example) -> Example:
+    """The example with the row's behaviour scores, if it has any."""
+    try:
+        scores = read_behavior_scores(
+            row.values, loss_token_ids=full.loss_token_ids, num_kept=cut.num_loss_tokens
+        )
+    except ValueError as error:
+        raise ValueError(f"{cut.source}: {error}") from error
+    return Example(
+        tokens=cut.tokens, loss_mask=cut.loss_mask, behavior_logprobs=scores, row=cut.row, source=cut.source
+    )
+
+
+def _build_store(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation
+) -> TokenStore:
+    kept: list[tuple[int, int, Example]] = []
+    num_dropped = num_truncated = 0
+    for index, row, example, is_cut in tokenize_sources(
+        paths, tokenizer, max_length=max_length, truncation=truncation
+    ):
+        if example is None:
+            num_dropped += 1
+            continue
+        num_truncated += is_cut
+        kept.append((index, row.number, example))
+    if not kept:
+        raise ValueError(
+            f"data: no row to train on in {[str(path) for path in paths]}"
+            + (f"; all {num_dropped} are longer than data.max_length = {max_length}" if num_dropped else "")
+        )
+    return pack_examples(
+        kept, sources=tuple(str(path) for path in paths), num_dropped=num_dropped, num_truncated=num_truncated
+    )
+
+
+def _cache_key(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation
+) -> str:
+    """Name that changes whenever the tokenized rows could."""
+    files = []
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            stat = file.stat()
+            files.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
+    facts = [files, [str(path) for path in paths], tokenizer.fingerprint, max_length, truncation]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,153 @@
+"""One face for every tokenizer: ids of a text, text of ids, the special ids, and a fingerprint.
+
+A `Tokenizer` never adds tokens by itself: whoever builds a sequence places the first and the end token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_sftrl.config.schema import TokenizerSection
+from megatron_sftrl.data.template import ChatTemplate
+
+
+class TokenizerBackend(Protocol):
+    """What a library must offer to stand behind a `Tokenizer`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` at the start of a sequence, special tokens in the text recognised, none added."""
+        ...
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of `text` in the middle of a sequence: no invented space in front where that can be avoided."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included, without any cleaning up."""
+        ...
+
+    def identity(self) -> str:
+        """Text that changes whenever the same input could give other ids."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizer:
+    """Text to ids and back, with the facts about the vocabulary that training needs.
+
+    Args:
+        backend: the library's tokenizer.
+        vocab_size: largest id + 1, added tokens included: the smallest V a model needs.
+        bos_id: id that opens every sequence when no chat template does it; None when there is none.
+        eos_id: end token.
+        pad_id: a valid id for positions that carry nothing.
+        special_ids: ids that stand for control tokens (end of turn, end of text, ...).
+        chat_template: renders messages; None when the tokenizer has no template.
+        fingerprint: hash of vocabulary, rules and template; equal means the same ids for the same rows.
+    """
+
+    backend: TokenizerBackend
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    special_ids: frozenset[int]
+    chat_template: ChatTemplate | None
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` at the start of a sequence, nothing added."""
+        return self.backend.encode(text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of `text` that continues earlier tokens, nothing added."""
+        return self.backend.encode_continuation(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included."""
+        return self.backend.decode([int(i) for i in ids])
+
+
+def load_tokenizer(section: TokenizerSection) -> Tokenizer:
+    """Load a Hugging Face tokenizer directory or a raw SentencePiece model from disk; never from a network.
+
+    Code that lies beside a tokenizer is never executed.
+
+    Args:
+        section: where the tokenizer is, and the Jinja file that replaces its chat template, if any.
+    Returns:
+        The tokenizer.
+    Raises:
+        ValueError: the path is not there, cannot be read as a tokenizer, has no end token, or the template
+            does not compile.
+    """
+    # Late: transformers and sentencepiece cost seconds, and `import megatron_sftrl` must not need them.
+    from megatron_sftrl.data.tokenizer_backends import load_hugging_face, load_sentencepiece
+
+    path = Path(section.path)
+    if not path.exists():
+        raise ValueError(
+            f"tokenizer.path: {path} does not exist; give a Hugging Face tokenizer directory "
+            "or a SentencePiece .model file"
+        )
+    if path.is_dir():
+        loaded = load_hugging_face(path)
+    elif path.suffix == ".model":
+        loaded = load_sentencepiece(path)
+    else:
+        raise ValueError(
+            f"tokenizer.path: expected a directory or a .model file, got {path}; "
+            "for a tokenizer.json give the directory that holds it"
+        )
+    if loaded.eos_id is None:
+        raise ValueError(
+            f"tokenizer.path: {path} has no end token, so a model could never learn to stop; "
+            'set "eos_token" in its tokenizer_config.json'
+        )
+    source, origin = loaded.template_source, f"the chat template of {path}"
+    if section.chat_template is not None:
+        source, origin = _read_template(section.chat_template), str(section.chat_template)
+    template = None
+    if source is not None:
+        template = ChatTemplate(source, special_tokens=loaded.special_tokens, origin=origin)
+    digest = hashlib.sha256(loaded.backend.identity().encode())
+    digest.update(b"\0" + (source or "").encode())
+    return Tokenizer(
+        backend=loaded.backend,
+        vocab_size=loaded.vocab_size,
+        bos_id=loaded.bos_id,
+        eos_id=loaded.eos_id,
+        pad_id=loaded.eos_id if loaded.pad_id is None else loaded.pad_id,
+        special_ids=loaded.special_ids,
+        chat_template=template,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a model whose embedding has fewer rows than the tokenizer has ids.
+
+    Args:
+        tokenizer: source of the ids.
+        vocab_size: V of the model, before padding for tensor parallelism.
+    Raises:
+        ValueError: the tokenizer can produce an id the model has no row for.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model vocabulary: expected at least {tokenizer.vocab_size} (the tokenizer's largest id + 1), "
+            f"got {vocab_size}; raise vocab_size in model.architecture or in the config.json, "
+            "or use the tokenizer that belongs to the model"
+        )
+
+
+def _read_template(path: Path) -> str:
+    """Text of a Jinja file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"tokenizer.chat_template: cannot read {path}: {error}") from error
