@@ -6,12 +6,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_sftrl/version.py").read_text()).group(1)
+FOUND = re.search(r'__version__ = "(.+)"', (HERE / "megatron_sftrl/__init__.py").read_text(encoding="utf-8"))
+assert FOUND, "megatron_sftrl/__init__.py holds the version"
 README = HERE / "README.md"
 
 setup(
     name="megatron-sftrl",
-    version=VERSION,
+    version=FOUND.group(1),
     description="SFT that prepares for RL: GIFT, PEAR and CurioSFT on Megatron-Core",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
@@ -28,6 +29,7 @@ setup(
         "tokenizers",
         "sentencepiece",
         "datasets",
+        "pyarrow",
         "pydantic>=2.7",
         "PyYAML",
         "rich",

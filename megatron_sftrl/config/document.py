@@ -28,12 +28,21 @@ def document_schema() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def document_fields(model: type[BaseModel]) -> list[str]:
+    """One markdown line for each field of a flat model, such as the options of a loss."""
+    return [_line(name, field) for name, field in model.model_fields.items()]
+
+
+def _line(dotted: str, field: FieldInfo) -> str:
+    return f"- `{dotted}` ({_type(field)}; {_default(field)}): {_one_line(field.description)}"
+
+
 def _keys(path: tuple[str, ...], model: type[BaseModel]) -> str:
     lines = []
     for name, field in model.model_fields.items():
         dotted = ".".join((*path, name))
         if section_type(field.annotation) is None:
-            lines.append(f"- `{dotted}` ({_type(field)}; {_default(field)}): {_one_line(field.description)}")
+            lines.append(_line(dotted, field))
         else:
             note = _one_line(field.description)
             lines.append(f"- `{dotted}` (section; {_default(field)}){': ' + note if note else ''}")
@@ -67,7 +76,7 @@ def _type_name(annotation: object) -> str:
         str: "text",
         Path: "path",
     }
-    return names[annotation]
+    return names.get(annotation, str(annotation))
 
 
 def _default(field: FieldInfo) -> str:

@@ -22,7 +22,7 @@ class ProgressSink:
     Args:
         total_steps: of the whole run.
         first_step: steps already done before this process, so that they do not count as speed.
-        stream: where to write.
+        stream: where to write; standard error when not given.
         seconds_between_lines: without a terminal.
         clock: seconds, monotonic.
     """
@@ -32,10 +32,11 @@ class ProgressSink:
         *,
         total_steps: int,
         first_step: int = 0,
-        stream: TextIO = sys.stderr,
+        stream: TextIO | None = None,
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        stream = stream or sys.stderr
         self._total = total_steps
         self._first = first_step
         self._stream = stream

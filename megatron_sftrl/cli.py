@@ -1,0 +1,110 @@
+"""The command line: `sftrl sft run.yaml key=value ...`. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from megatron_sftrl import __version__
+
+_USER_ERROR = 2
+# torchrun ends the other ranks within about a second of rank 0's exit. A rank that still lives after this
+# many seconds has met an error that rank 0 has not, and must be heard.
+_SECONDS_FOR_RANK_0 = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line after the program's name; sys.argv's when not given.
+    Returns:
+        The exit code: 0, or 2 for what the user can fix.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.command(parsed)
+    except ValueError as error:
+        if parsed.traceback or os.environ.get("SFTRL_TRACEBACK") == "1":
+            raise
+        _report(error)
+        return _USER_ERROR
+    except BrokenPipeError:  # `sftrl keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sftrl", description="SFT that prepares for RL, on Megatron-Core.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-sftrl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune on demonstrations",
+        description="Fine-tune as run.yaml says. A run directory that holds this run's checkpoints is "
+        "resumed. On several processes: "
+        "torchrun --nproc-per-node N -m megatron_sftrl sft run.yaml key=value ...",
+        allow_abbrev=False,
+    )
+    sft.add_argument("config", help="YAML file; `sftrl keys` explains every key")
+    sft.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example parallel.tp=2 optim.lr=1e-5"
+    )
+    sft.set_defaults(command=_sft)
+
+    keys = commands.add_parser("keys", help="explain every key of run.yaml")
+    keys.set_defaults(command=_keys)
+
+    losses = commands.add_parser("losses", help="list the losses: equation, source, needs and options")
+    losses.add_argument("modules", nargs="*", metavar="file.py", help="files of your own losses, listed too")
+    losses.set_defaults(command=_losses)
+
+    for command in (sft, keys, losses):
+        command.add_argument(
+            "--traceback", action="store_true", help="show where an error was raised (or SFTRL_TRACEBACK=1)"
+        )
+    return parser
+
+
+def _sft(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.config.load import load_config
+
+    config = load_config(parsed.config, parsed.overrides)
+    from megatron_sftrl.trainers.sft import run_sft
+
+    run_sft(config)
+
+
+def _keys(_: argparse.Namespace) -> None:
+    from megatron_sftrl.config.document import document_schema
+
+    print(document_schema(), end="")
+
+
+def _losses(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.config.document import document_fields
+    from megatron_sftrl.losses.registry import DEFAULT_REGISTRY, load_module
+
+    for module in parsed.modules:
+        load_module(module)
+    for name in DEFAULT_REGISTRY.names():
+        entry = DEFAULT_REGISTRY.get(name)
+        needs = f" (needs {', '.join(entry.needs)})" if entry.needs else ""
+        text = inspect.getdoc(entry.function) or "No description."
+        print("\n".join([f"## {name}{needs}", "", text, "", *document_fields(entry.config)]), end="\n\n")
+
+
+def _report(error: ValueError) -> None:
+    """Print a user's error once per job, not once per process."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        time.sleep(_SECONDS_FOR_RANK_0)
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {error}\n(--traceback shows where it was raised)", file=sys.stderr, flush=True)

@@ -1,0 +1,129 @@
+"""The command line: what it runs, and what a user's mistake looks like."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_sftrl.cli
+from megatron_sftrl import __version__
+from megatron_sftrl.cli import main
+from tests.unit.config.example import EXAMPLE
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*arguments: str, rank: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_sftrl", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(EXAMPLE)
+    done = run("sft", str(path), "parallel.tpp=2")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {path}: 1 problem(s)\n  unknown key 'parallel.tpp'")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_the_traceback_is_there_when_asked_for(tmp_path: Path, how: str) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    done = run("sft", "--traceback", missing) if how == "flag" else run("sft", missing, SFTRL_TRACEBACK="1")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "no such configuration file" in done.stderr
+
+
+def test_another_rank_leaves_the_word_to_rank_0_and_then_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(megatron_sftrl.cli.time, "sleep", waited.append)
+    assert main(["sft", "missing.yaml"]) == 2
+    assert waited == [5.0]
+    assert capsys.readouterr().err.startswith("error (rank 3): no such configuration file")
+
+
+def test_rank_0_does_not_wait(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(megatron_sftrl.cli.time, "sleep", lambda _: pytest.fail("rank 0 waited"))
+    assert main(["sft", "missing.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: no such configuration file")
+
+
+def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("megatron_sftrl.config.load.load_config", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["sft", "run.yaml"])
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["--version"])
+    assert exited.value.code == 0
+    assert capsys.readouterr().out == f"megatron-sftrl {__version__}\n"
+
+
+def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys"]) == 0
+    assert "`parallel.tp` (integer >= 1; default 1)" in capsys.readouterr().out
+
+
+def test_every_loss_is_listed_with_its_equation_needs_and_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "my_loss_for_the_cli_test.py"
+    mine.write_text(
+        '"""Mine."""\n'
+        "from megatron_sftrl import LossConfig, LossInputs, LossOutput, register_loss\n"
+        "class Config(LossConfig):\n"
+        "    weight: float = 0.5\n"
+        '    """Share of nothing."""\n'
+        "@register_loss('listed_by_the_cli_test', config=Config)\n"
+        "def mine(inputs: LossInputs, config: Config) -> LossOutput:\n"
+        '    """L_t = 0."""\n'
+        "    raise AssertionError\n"
+    )
+    from megatron_sftrl.losses.registry import DEFAULT_REGISTRY
+
+    try:
+        assert main(["losses", str(mine)]) == 0
+    finally:
+        DEFAULT_REGISTRY._entries.pop("listed_by_the_cli_test", None)
+    out = capsys.readouterr().out
+    for name in ("sft", "gift", "pear", "curiosft", "dft", "entropy", "label_smoothing"):
+        assert f"## {name}" in out
+    assert "## gift (needs reference)" in out
+    assert "`beta` (number >= 0; default 20.0)" in out
+    assert (
+        "## listed_by_the_cli_test\n\nL_t = 0.\n\n- `weight` (number; default 0.5): Share of nothing." in out
+    )
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m megatron_sftrl keys | head -1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

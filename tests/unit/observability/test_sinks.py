@@ -1,0 +1,69 @@
+"""What the log section switches on is there after the run, and is continued by a resumed one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_sftrl.observability.metrics import read_metrics
+from megatron_sftrl.observability.run_directory import open_run_directory
+from megatron_sftrl.observability.sinks import open_metrics
+from tests.unit.config.example import example
+
+
+def run(path: Path, *overrides: str, resume_step: int, steps: range) -> None:
+    config = example(f"run_dir='{path}'", *overrides)
+    directory = open_run_directory(config, is_writer=True)
+    with open_metrics(directory, config, resume_step=resume_step, total_steps=4) as writer:
+        for step in steps:
+            writer.write(step, {"loss": 1.0 / step})
+
+
+def test_metrics_jsonl_is_always_written(tmp_path: Path) -> None:
+    run(tmp_path, "log.progress=false", resume_step=0, steps=range(1, 3))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "resolved.yaml"]
+
+
+def test_progress_goes_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, resume_step=0, steps=range(1, 5))
+    captured = capfd.readouterr()
+    assert "step 4/4" in captured.err
+    assert captured.out == ""
+
+
+def test_tensorboard_hides_the_points_after_the_checkpoint(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    switches = ("log.progress=false", "log.tensorboard=true")
+    run(tmp_path, *switches, resume_step=0, steps=range(1, 4))
+    run(tmp_path, *switches, resume_step=2, steps=range(3, 5))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_a_missing_tensorboard_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if "tensorb" in name else find_spec(name)
+    )
+    with pytest.raises(ValueError, match=r"log\.tensorboard needs the package tensorboard.*pip install"):
+        run(tmp_path, "log.tensorboard=true", resume_step=0, steps=range(1, 2))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_wandb_offline_stays_in_the_run_directory_under_one_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    switches = ("log.progress=false", "log.wandb=offline")
+    run(tmp_path, *switches, resume_step=0, steps=range(1, 3))
+    first_id = (tmp_path / "wandb_id").read_text()
+    run(tmp_path, *switches, resume_step=1, steps=range(2, 4))
+    assert (tmp_path / "wandb_id").read_text() == first_id
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{first_id}/run-{first_id}.wandb"))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]

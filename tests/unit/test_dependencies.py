@@ -1,0 +1,75 @@
+"""setup.py asks for what is imported, and for nothing else."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+IMPORT_NAMES = {"PyYAML": "yaml", "megatron-core": "megatron", "reasoning-gym": "reasoning_gym"}
+# Packages that are needed without an import of ours.
+NEEDED_BY_OTHERS = {
+    "psutil": "megatron-core's dist_checkpointing hangs in its save without it, and does not declare it",
+}
+# Imported only where an extra is installed, or by tests and tools for developers.
+OPTIONAL = {"transformer_engine", "vllm", "tensorboard", "apex", "pytest", "setuptools"}
+
+
+def setup_arguments() -> dict[str, ast.expr]:
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    call = next(
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
+    )
+    return {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+
+
+def required() -> list[str]:
+    """Names in install_requires, without versions."""
+    return [
+        re.split(r"[<>=!~\[; ]", text)[0] for text in ast.literal_eval(setup_arguments()["install_requires"])
+    ]
+
+
+def imported_libraries() -> set[str]:
+    """First names of every import in the product."""
+    found: set[str] = set()
+    for folder in ("megatron_sftrl", "tools", "examples"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                    found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", required())
+def test_every_required_package_is_imported_or_has_a_stated_reason(package: str) -> None:
+    name = IMPORT_NAMES.get(package, package)
+    assert name in imported_libraries() or package in NEEDED_BY_OTHERS
+
+
+def test_every_imported_library_is_required() -> None:
+    known = {IMPORT_NAMES.get(package, package) for package in required()}
+    known |= {"pydantic_core"}  # pydantic's own core, in lock-step with it
+    local = {"megatron_sftrl", *(file.stem for file in (ROOT / "examples").rglob("*.py"))}
+    local |= {file.stem for file in (ROOT / "tools").rglob("*.py")} | {"tools", "examples", "tests"}
+    unknown = imported_libraries() - known - local - OPTIONAL - set(sys.stdlib_module_names)
+    assert unknown == set()
+
+
+def test_the_reasons_stay_honest() -> None:
+    assert set(NEEDED_BY_OTHERS) <= set(required())
+    assert not set(NEEDED_BY_OTHERS) & imported_libraries()
+
+
+def test_the_license_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
