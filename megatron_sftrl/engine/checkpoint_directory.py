@@ -1,0 +1,165 @@
+"""Checkpoints as directories: temporary until complete, renamed in one step, verified before use.
+
+    checkpoints/step-00000120/       complete: the name exists only after everything in it is on the disk
+    checkpoints/.step-00000140.tmp/  being written or removed; left over when a process was killed
+
+Functions here run on one rank and know nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron_sftrl.engine.checkpoint_record import FILE_NAME, CheckpointRecord, FileRecord, read_record
+
+_COMPLETE = re.compile(r"step-(\d{8,})")
+_TEMPORARY = re.compile(r"\.step-\d{8,}(\.old)?\.tmp")
+_SMALL_FILE_BYTES = 1 << 20
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints under `directory`, lowest step first; empty when there is no such directory."""
+    if not directory.is_dir():
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in directory.iterdir()
+        if (match := _COMPLETE.fullmatch(path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a user's path means: a step directory, a run directory, or its checkpoints/.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    if (path / FILE_NAME).exists() or _COMPLETE.fullmatch(path.name):
+        if not path.is_dir():
+            raise ValueError(f"checkpoint {path} does not exist")
+        return path
+    for directory in (path / "checkpoints", path):
+        if found := complete_checkpoints(directory):
+            return found[-1]
+    raise ValueError(
+        f"no complete checkpoint in {path}: expected a step directory (step-00000123), or a run directory "
+        "with checkpoints/step-*"
+    )
+
+
+def begin(directory: Path, step: int, *, num_bytes: int) -> Path:
+    """Clear what killed processes left, and make the empty temporary directory of a new checkpoint.
+
+    Args:
+        directory: holds the checkpoints; created when missing.
+        step: of the new checkpoint.
+        num_bytes: about as much as will be written.
+    Raises:
+        ValueError: not enough space on the disk.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
+    disk = shutil.disk_usage(directory)
+    # Some network file systems report no sizes at all.
+    if disk.total > 0 and disk.free < num_bytes:
+        raise ValueError(
+            f"the disk is full: a checkpoint of step {step} needs about {_size(num_bytes)} and {directory} "
+            f"has {_size(disk.free)} left. Earlier checkpoints are untouched; free space and resume"
+        )
+    temporary = directory / f".{step_name(step)}.tmp"
+    temporary.mkdir()
+    return temporary
+
+
+def complete(temporary: Path, record: CheckpointRecord, *, keep_last: int) -> Path:
+    """Record the files, force everything to the disk, give the directory its name, remove old ones.
+
+    Args:
+        temporary: from begin(), with every file but checkpoint.json.
+        record: its `files` are filled in here.
+        keep_last: complete checkpoints that stay.
+    Returns:
+        The checkpoint's path.
+    """
+    files = {path.name: _file_record(path) for path in sorted(temporary.iterdir())}
+    text = dataclasses.replace(record, files=files).to_json()
+    with open(temporary / FILE_NAME, "w") as stream:
+        stream.write(text)
+    for path in temporary.iterdir():
+        _force_to_disk(path)
+    _force_to_disk(temporary)
+    directory = temporary.parent
+    final = directory / step_name(record.trainer.step)
+    temporary.rename(final)
+    _force_to_disk(directory)
+    for old in complete_checkpoints(directory)[:-keep_last]:
+        # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
+        removed = directory / f".{old.name}.old.tmp"
+        old.rename(removed)
+        shutil.rmtree(removed)
+    return final
+
+
+def verify(path: Path) -> CheckpointRecord:
+    """Read the record of a checkpoint and compare every file with it.
+
+    Raises:
+        ValueError: naming every file that is missing, or has another size or content.
+    """
+    record = read_record(path)
+    problems = []
+    for name, expected in record.files.items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := file.stat().st_size) != expected.size:
+            problems.append(f"{name} has {size} bytes instead of {expected.size}")
+        elif expected.sha256 is not None and _sha256(file) != expected.sha256:
+            problems.append(f"{name} has another content than was written")
+    if problems:
+        raise ValueError(
+            f"checkpoint {path} is damaged: {'; '.join(problems)}. Nothing was loaded; delete this directory "
+            "to go back to the checkpoint before it"
+        )
+    return record
+
+
+def discard(temporary: Path) -> None:
+    """Remove an unfinished checkpoint."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def _file_record(path: Path) -> FileRecord:
+    size = path.stat().st_size
+    return FileRecord(size=size, sha256=_sha256(path) if size <= _SMALL_FILE_BYTES else None)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 10**6:
+        return f"{num_bytes / 1e3:.1f} kB"
+    return f"{num_bytes / 1e9:.3f} GB"

@@ -1,0 +1,114 @@
+"""Tensors to and from a directory in Megatron's torch_dist format.
+
+Written by torch.distributed.checkpoint inside this process. Megatron's own synchronous save goes
+through a manager process that it spawns (a fresh interpreter that imports torch and the user's main
+module) and a forked writer: seconds for every run, a hang without psutil, and a main module that must
+be importable. The files are the same, and dist_checkpointing.load reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from torch.distributed import checkpoint as torch_checkpoint
+
+from megatron_sftrl.engine.checkpoint_together import on_every_rank, on_rank_zero
+
+
+def write_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
+    """Write this rank's main replicas; every rank calls it. Files are forced to the disk.
+
+    Raises:
+        ValueError: on every rank, when any rank could not write.
+    """
+    mine = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
+    state = mcore_to_pyt_state_dict(_by_key(mine), False)  # type: ignore[arg-type]
+    # Planning also checks that the boxes of all ranks cover every tensor once, without overlap.
+    on_every_rank(
+        lambda: torch_checkpoint.save(
+            state,
+            storage_writer=torch_checkpoint.FileSystemWriter(directory, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    )
+    on_rank_zero(lambda: _write_format_files(directory))
+
+
+def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
+    """Fill the tensors' data in place from `directory`; every rank calls it.
+
+    Raises:
+        ValueError: on every rank, when any rank could not read. The tensors are then undefined.
+    """
+    on_every_rank(
+        lambda: dist_checkpointing.load(_by_key(tensors), str(directory), validate_access_integrity=False)
+    )
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor in the checkpoint, by key; every rank calls it."""
+
+    def read() -> dict[str, tuple[int, ...]]:
+        metadata = dist_checkpointing.load_tensors_metadata(str(directory))
+        return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+
+    return on_rank_zero(read)
+
+
+def check_tensors(
+    tensors: Sequence[ShardedTensor], stored: dict[str, tuple[int, ...]], directory: Path
+) -> None:
+    """Compare what all ranks want with what is stored, before anything is read.
+
+    Args:
+        tensors: wanted by this rank.
+        stored: shapes of the tensors that should all be wanted by some rank.
+        directory: for the message.
+    Raises:
+        ValueError: on every rank, listing every missing, unexpected and differently shaped tensor.
+    """
+    wanted = {tensor.key: (tuple(tensor.global_shape), tensor.allow_shape_mismatch) for tensor in tensors}
+    everyone: list[dict[str, tuple[tuple[int, ...], bool]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, wanted)
+    all_wanted = {key: value for each in everyone for key, value in each.items()}
+    problems = [f"missing: {key}" for key in sorted(all_wanted.keys() - stored.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(stored.keys() - all_wanted.keys())]
+    for key in sorted(all_wanted.keys() & stored.keys()):
+        shape, has_padding = all_wanted[key]
+        # Vocabulary padding differs between layouts; the vocabulary itself is part of the architecture.
+        skip = 1 if has_padding else 0
+        if shape[skip:] != stored[key][skip:] or len(shape) != len(stored[key]):
+            problems.append(f"shape of {key}: expected {list(shape)}, got {list(stored[key])}")
+    if problems:
+        raise ValueError(
+            f"checkpoint {directory} does not fit this run; nothing was loaded:\n  " + "\n  ".join(problems)
+        )
+
+
+def num_bytes(tensors: Iterable[ShardedTensor]) -> int:
+    """Bytes that write_tensors would write on this rank."""
+    return sum(
+        tensor.data.nbytes
+        for tensor in tensors
+        if tensor.data is not None and is_main_replica(tensor.replica_id)
+    )
+
+
+def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
+    grouped: dict[str, list[ShardedTensor]] = {}
+    for tensor in tensors:
+        grouped.setdefault(tensor.key, []).append(tensor)
+    return grouped
+
+
+def _write_format_files(directory: Path) -> None:
+    """metadata.json and common.pt (empty: what is not a tensor is in checkpoint.json)."""
+    TorchCommonSaveStrategy("torch", 1).save_common({}, str(directory))
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))

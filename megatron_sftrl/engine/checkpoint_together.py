@@ -1,0 +1,63 @@
+"""Actions that either succeed on every rank or raise the same ValueError on every rank.
+
+Without it, a rank that finds a problem raises and the others wait for it in their next collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+T = TypeVar("T")
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give its (picklable) result to every rank.
+
+    Raises:
+        ValueError: on every rank, with the text of what rank 0 raised.
+    """
+    outcome: list[object] = [None, None]
+    cause: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action(), None]
+        except Exception as error:
+            cause, outcome = error, [None, _text(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1]) from cause
+    return outcome[0]  # type: ignore[return-value]
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; its result stays local.
+
+    Raises:
+        ValueError: on every rank, with the text of each rank that raised.
+    """
+    result, problem, cause = None, None, None
+    try:
+        result = action()
+    # torch's CheckpointException is not an Exception.
+    except (Exception, CheckpointException) as error:
+        cause, problem = error, _text(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    said = list(dict.fromkeys(text for text in problems if text is not None))
+    if said:
+        raise ValueError("\n".join(said)) from cause
+    return result  # type: ignore[return-value]
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        # {rank: (exception, traceback)}; every rank that failed tells its own reason.
+        reasons = [f"rank {rank}: {_text(reason)}" for rank, (reason, _) in sorted(error.failures.items())]
+        return "; ".join(reasons)
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
