@@ -1,111 +1,80 @@
-"""Small real tokenizers, trained in the test, and chat templates of the common kinds."""
+"""Small real tokenizers and chat templates of the common kinds, from tests/data/chat."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-CORPUS = [
-    "What is 2+2? The answer is 4.",
-    "You are a helpful assistant. Answer briefly.",
-    "user assistant system think step by step\n\nFirst we add, then we check.",
-    "Name a colour. Blue is a colour, red is a colour too.",
-    "Hello there, how are you? I am fine, thank you very much.",
-] * 4
+from megatron_sftrl.config.schema import TokenizerSection
+from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>"]
-SPECIALS += ["<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "<unk>"]
+CHAT = Path(__file__).resolve().parents[2] / "data" / "chat"
+SENTENCEPIECE_MODEL = CHAT / "tiny.model"
+"""A BPE model of 100 pieces; characters outside of its corpus are unknown."""
 
-TEMPLATES = {
-    # Qwen 2.5: a system turn of its own when the conversation has none.
-    "chatml": (
-        "{%- if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "{% endif %}"
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    # Llama 3: first token in the template, contents trimmed.
-    "llama3": (
-        "{{ bos_token }}{% for message in messages %}"
-        "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>"
-        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-    ),
-    # Mistral: no header in front of the assistant, the end token after it.
-    "inst": (
-        "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
-        "[INST] {{ message.content }} [/INST]{% elif message.role == 'assistant' %}"
-        " {{ message.content }}{{ eos_token }}"
-        "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-    ),
-    # The blocks close in front of the end token, as many published templates do.
-    "generation": (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
-        "{% generation %}{{ message.content }}{% endgeneration %}<|im_end|>\n"
-        "{% else %}{{ message.content }}<|im_end|>\n"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    # Nothing but text: no special token ends a turn.
-    "plain_text": (
-        "{% for message in messages %}### {{ message.role }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}### assistant:{% endif %}"
-    ),
-    # Qwen 3: thoughts of earlier turns disappear once a later turn follows.
-    "forgets_thoughts": (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-        "{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>')[-1] }}"
-        "{% else %}{{ message.content }}{% endif %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-}
+
+def template_path(name: str) -> Path:
+    """One of tests/data/chat/templates."""
+    return CHAT / "templates" / f"{name}.jinja"
 
 
 def write_byte_level(directory: Path, *, template: str | None = None, adds_bos: bool = False) -> Path:
-    """A byte-level BPE tokenizer of 400 ids, saved as a Hugging Face directory."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A Hugging Face directory with the byte-level BPE tokenizer of 400 ids.
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=SPECIALS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    if adds_bos:
-        bos = tokenizer.token_to_id("<s>")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
-        )
+    Args:
+        directory: where to write it.
+        template: name of the chat template in its tokenizer_config.json.
+        adds_bos: the tokenizer itself puts <s> in front of a text.
+    Returns:
+        The directory.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    shutil.copy(CHAT / "byte_level" / "tokenizer.json", directory / "tokenizer.json")
+    if adds_bos:
+        rules = json.loads((directory / "tokenizer.json").read_text())
+        bos = rules["model"]["vocab"]["<s>"]
+        rules["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [bos], "tokens": ["<s>"]}},
+        }
+        (directory / "tokenizer.json").write_text(json.dumps(rules))
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
         "eos_token": "</s>",
+        "unk_token": "<unk>",
         "clean_up_tokenization_spaces": False,
     }
     if template is not None:
-        config["chat_template"] = TEMPLATES[template]
+        config["chat_template"] = template_path(template).read_text()
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
 
-def write_sentencepiece(directory: Path) -> Path:
-    """A raw SentencePiece unigram model of 120 pieces with byte fallback off."""
-    import sentencepiece
+def load_by_name(directory: Path, *, kind: str, template: str | None) -> Tokenizer:
+    """The tokenizer that a golden case names."""
+    if kind == "sentencepiece":
+        section = TokenizerSection(
+            path=SENTENCEPIECE_MODEL, chat_template=template_path(template) if template else None
+        )
+    else:
+        path = write_byte_level(directory, template=template, adds_bos=template is None)
+        section = TokenizerSection(path=path)
+    return load_tokenizer(section)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "corpus.txt").write_text("\n".join(CORPUS))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(directory / "corpus.txt"),
-        model_prefix=str(directory / "tiny"),
-        vocab_size=100,
-        model_type="bpe",
-        byte_fallback=False,
-        minloglevel=2,
-    )
-    return directory / "tiny.model"
+
+def reading(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> str:
+    """Tokens as a person reads them: `|` between tokens, what is learned in double brackets."""
+    text, was_learned = "", False
+    for i, learned in zip(ids, mask, strict=True):
+        if learned != was_learned:
+            text += "[[" if learned else "]]"
+            was_learned = learned
+        text += tokenizer.decode([i]) + "|"
+    return text + ("]]" if was_learned else "")
