@@ -1,6 +1,6 @@
 """Tensors to and from a directory in Megatron's torch_dist format.
 
-Written by torch.distributed.checkpoint inside this process. Megatron's own synchronous save goes
+Written and read by torch.distributed.checkpoint inside this process. Megatron's own synchronous save goes
 through a manager process that it spawns (a fresh interpreter that imports torch and the user's main
 module) and a forked writer: seconds for every run, a hang without psutil, and a main module that must
 be importable. The files are the same, and dist_checkpointing.load reads them.
@@ -12,13 +12,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_sftrl.engine.checkpoint_metadata import IndexReader, read_index
 from megatron_sftrl.engine.checkpoint_together import on_every_rank, on_rank_zero
 
 
@@ -38,7 +43,7 @@ def write_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     )
-    on_rank_zero(lambda: _write_format_files(directory))
+    on_rank_zero(lambda: _finish_format(directory))
 
 
 def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
@@ -47,8 +52,15 @@ def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
     Raises:
         ValueError: on every rank, when any rank could not read. The tensors are then undefined.
     """
+    state = mcore_to_pyt_state_dict(_by_key(tensors), True)  # type: ignore[arg-type]
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[each for each in tensors if not each.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={
+            each.key: each for each in tensors if each.allow_shape_mismatch
+        },
+    )
     on_every_rank(
-        lambda: dist_checkpointing.load(_by_key(tensors), str(directory), validate_access_integrity=False)
+        lambda: torch_checkpoint.load(state, storage_reader=IndexReader(directory), planner=planner)
     )
 
 
@@ -56,8 +68,10 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in the checkpoint, by key; every rank calls it."""
 
     def read() -> dict[str, tuple[int, ...]]:
-        metadata = dist_checkpointing.load_tensors_metadata(str(directory))
-        return {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+        index = read_index(directory).state_dict_metadata
+        return {
+            key: tuple(entry.size) for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)
+        }
 
     return on_rank_zero(read)
 
@@ -108,7 +122,13 @@ def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
     return grouped
 
 
-def _write_format_files(directory: Path) -> None:
-    """metadata.json and common.pt (empty: what is not a tensor is in checkpoint.json)."""
+def _finish_format(directory: Path) -> None:
+    """Write metadata.json and common.pt (empty: what is not a tensor is in checkpoint.json)."""
+    written = {info.relative_path for info in (read_index(directory).storage_data or {}).values()}
+    if lost := sorted(name for name in written if not (directory / name).is_file()):
+        raise ValueError(
+            f"rank 0 does not see {', '.join(lost)} that other ranks wrote to {directory}: run_dir must be "
+            "on a file system that all nodes share"
+        )
     TorchCommonSaveStrategy("torch", 1).save_common({}, str(directory))
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
