@@ -138,7 +138,7 @@ def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Call
             policy.optim_step(0, num_steps=1)
             if model is teacher:
                 # Every call, not every fifth: the cost of the average is counted in full.
-                model.follow(policy.chunks, step=average.sync_every)
+                model.follow(policy.chunks)
 
         return step
 

@@ -56,7 +56,7 @@ class ModelSection(Section):
     architecture: ArchitectureSection | None = None
     """Explicit sizes, instead of hf_config."""
     init_checkpoint: Path | None = None
-    """Start from the weights of this checkpoint (a step directory or a run directory); random when not given."""
+    """Start from the weights of this checkpoint (step or run directory); random when not given."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""
 
@@ -94,7 +94,7 @@ class ParallelSection(Section):
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward runs; needs distributed_optimizer and overlap_grad_reduce."""
+    """Gather updated parameters while the next forward runs; needs the two settings above."""
 
 
 class DataSection(Section):
@@ -107,7 +107,8 @@ class DataSection(Section):
     max_length: int = Field(ge=2)
     """Longest sequence, prompt and response together, in tokens."""
     truncation: Literal["error", "drop", "right", "left_prompt"] = "error"
-    """A sequence longer than max_length: stop the run, leave the row out (counted), cut the end, or cut the start of the prompt."""
+    """A sequence longer than max_length: stop the run, leave the row out (counted), cut the end, or cut the
+    start of the prompt."""
     shuffle: bool = True
     """A new order each epoch, derived from the run's seed and the epoch."""
 
@@ -124,7 +125,8 @@ class BatchSection(Section):
     max_tokens: int | None = Field(default=None, ge=2)
     """Tokens per packed micro-batch; needed when packing is on, at least data.max_length."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
-    """Mean over loss tokens; mean over sequences of their token means; sum over tokens / (sequences * data.max_length)."""
+    """Mean over loss tokens; mean over sequences of their token means; sum over tokens divided by
+    (sequences * data.max_length)."""
 
     @model_validator(mode="after")
     def _packing_needs_a_size(self) -> BatchSection:
@@ -236,7 +238,8 @@ class RunConfig(Section):
     """One run of `sftrl sft`."""
 
     run_dir: Path
-    """Directory of this run: resolved.yaml, metrics.jsonl, checkpoints/. A run that finds its own checkpoints there resumes."""
+    """Directory of this run: resolved.yaml, metrics.jsonl, checkpoints/. A run that finds its own checkpoints
+    there resumes."""
     seed: int = 1234
     """Initial weights and data order."""
     model: ModelSection

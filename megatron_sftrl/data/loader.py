@@ -51,6 +51,7 @@ class StepData:
         batches: this rank's micro-batches; their token_weight sums to 1 over the step and all ranks (over
             all steps, in an evaluation).
         rows: index into the dataset of every sequence of the step, in the order they were drawn.
+        microbatch_rows: microbatch_rows[dp_rank][microbatch], the rows that each micro-batch holds.
         num_sequences: over all ranks.
         num_loss_tokens: learned tokens over all ranks.
         num_tokens: positions with a real token, over all ranks.
@@ -59,6 +60,7 @@ class StepData:
 
     batches: tuple[TokenBatch, ...]
     rows: tuple[int, ...]
+    microbatch_rows: tuple[tuple[tuple[int, ...], ...], ...]
     num_sequences: int
     num_loss_tokens: int
     num_tokens: int
@@ -162,6 +164,10 @@ class StepLoader:
         return StepData(
             batches=batches,
             rows=tuple(rows),
+            microbatch_rows=tuple(
+                tuple(tuple(rows[position] for position in positions) for positions in microbatches)
+                for microbatches in plan
+            ),
             num_sequences=len(rows),
             num_loss_tokens=int(self._dataset.num_loss_tokens[rows].sum()),
             num_tokens=sum(num_tokens) - len(rows),

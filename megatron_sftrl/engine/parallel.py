@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -108,6 +110,23 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         dp_size=world_size // model_size,
         sequence_parallel=section.sequence_parallel,
     )
+
+
+@contextlib.contextmanager
+def parallel_context(section: ParallelSection) -> Iterator[ParallelContext]:
+    """initialize_parallel, and its end when the block ends well.
+
+    A rank that fails leaves at once instead: its peers may stand in a collective, and whoever started
+    them (torchrun) ends them.
+    """
+    context = initialize_parallel(section)
+    try:
+        yield context
+    except BaseException:
+        if context.world_size == 1:
+            destroy_parallel()
+        raise
+    destroy_parallel()
 
 
 def destroy_parallel() -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_sftrl.losses.api import LossInputs
-from megatron_sftrl.losses.registry import Loss
-from megatron_sftrl.losses.weights import weighted_sum
-from megatron_sftrl.vocab_parallel.distribution import TokenDistribution
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture
@@ -28,7 +25,11 @@ from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.reports import StepReport, microbatch_report, reduce_reports
 from megatron_sftrl.engine.scaling import as_megatron_loss, finalize_gradients
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.losses.api import LossInputs
+from megatron_sftrl.losses.registry import Loss
+from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.vocab_parallel.distribution import TokenDistribution
 
 
 class PolicyEngine:
@@ -114,6 +115,20 @@ class PolicyEngine:
         lr = learning_rate(step, self.optim, num_steps=num_steps)
         return step_if_finite(self.optimizer, lr=lr)
 
+    def gather_parameters(self) -> None:
+        """Fetch other ranks' updates now; with overlap_param_gather they would arrive in the next forward.
+
+        Whoever reads the weights outside of a forward (moving average, checkpoint) calls it first.
+        """
+        for chunk in self.wrapped:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def reload_optimizer_weights(self) -> None:
+        """Take weights that were loaded into the model over into the optimizer's fp32 copies."""
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
     def _run(
         self,
         batches: Sequence[TokenBatch],
@@ -138,7 +153,12 @@ class PolicyEngine:
                 )
             )
             weight = stage.batch.token_weight
-            metrics = {**output.metrics, "entropy": policy.entropy().detach()}
+            # Both came along with the loss's own questions: no collective of their own.
+            always = {
+                "entropy": policy.entropy().detach(),
+                "nll": -policy.logprobs(stage.batch.labels).detach(),
+            }
+            metrics = {**output.metrics, **always}
             report = microbatch_report(output.token_loss, metrics, weight)
             total = weighted_sum(output.token_loss, weight)
             return as_megatron_loss(total, report)  # type: ignore[arg-type]

@@ -49,16 +49,17 @@ class ReferenceModel:
         for own, policy in self._pairs(policy_chunks):
             own.copy_(policy)
 
+    def is_due(self, steps_done: int) -> bool:
+        """A moving average follows after every sync_every-th optimizer step, a frozen reference never."""
+        return self.section.kind == "moving_average" and steps_done % self.section.sync_every == 0
+
     @torch.no_grad()
-    def follow(self, policy_chunks: Sequence[LanguageModel], *, step: int) -> None:
-        """reference <- decay * reference + (1 - decay) * policy, every sync_every steps (arXiv:2602.02244).
+    def follow(self, policy_chunks: Sequence[LanguageModel]) -> None:
+        """reference <- decay * reference + (1 - decay) * policy   (CurioSFT, arXiv:2602.02244).
 
         Args:
-            policy_chunks: the policy's chunks, without DDP.
-            step: optimizer steps completed so far, at least 1.
+            policy_chunks: the policy's chunks, without DDP, after PolicyEngine.gather_parameters.
         """
-        if self.section.kind != "moving_average" or step % self.section.sync_every != 0:
-            return
         for own, policy in self._pairs(policy_chunks):
             own.lerp_(policy.to(own.device), 1.0 - self.section.decay)
 

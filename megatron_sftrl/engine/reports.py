@@ -33,11 +33,13 @@ class StepReport:
     """One step over all ranks, the same on every rank.
 
     Args:
+        weight: sum of token_weight.
         loss: sum of token_loss * token_weight, in nats for the losses of this package.
         metrics: averages over loss tokens with token_weight.
         nonfinite_microbatches: (dp_rank, micro-batch) whose loss was NaN or infinite.
     """
 
+    weight: float
     loss: float
     metrics: Mapping[str, float]
     nonfinite_microbatches: tuple[tuple[int, int], ...]
@@ -53,6 +55,20 @@ def microbatch_report(
     weighted = torch.where(is_counted, rows.detach().float() * token_weight, 0.0)
     is_nonfinite = (~torch.isfinite(token_loss.detach()) & is_counted).any()
     return MicrobatchReport(names=names, sums=weighted.sum(dim=1), has_nonfinite_loss=is_nonfinite)
+
+
+def combine_reports(reports: Sequence[StepReport]) -> StepReport:
+    """Several steps as one: losses add up, metrics are averaged with their steps' weights."""
+    weight = sum(report.weight for report in reports)
+    names = reports[0].metrics
+    return StepReport(
+        weight=weight,
+        loss=sum(report.loss for report in reports),
+        metrics={
+            name: sum(report.weight * report.metrics[name] for report in reports) / weight for name in names
+        },
+        nonfinite_microbatches=(),
+    )
 
 
 def reduce_reports(reports: Sequence[MicrobatchReport], parallel: ParallelContext) -> StepReport:
@@ -84,5 +100,8 @@ def _reduce_on_last_stage(reports: Sequence[MicrobatchReport], parallel: Paralle
         name: value / weight if weight else math.nan for name, value in zip(names, values[2:], strict=True)
     }
     return StepReport(
-        loss=loss, metrics=metrics, nonfinite_microbatches=tuple((rank, index) for rank, index in flagged)
+        weight=weight,
+        loss=loss,
+        metrics=metrics,
+        nonfinite_microbatches=tuple((rank, index) for rank, index in flagged),
     )

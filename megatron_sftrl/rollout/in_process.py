@@ -23,10 +23,10 @@ def generate(
     prompts: Sequence[tuple[int, ...]],
     sampling: SamplingParams,
     *,
-    eos_id: int,
-    stream_offset: int = 0,
+    stop_ids: frozenset[int],
+    streams: Sequence[int],
 ) -> list[Rollout]:
-    """Continue each prompt until its end token or max_new_tokens.
+    """Continue each prompt until an end token or max_new_tokens.
 
     Every rank of one data-parallel replica calls it with the same prompts; replicas may differ.
 
@@ -34,16 +34,16 @@ def generate(
         policy: the model.
         prompts: token ids; a prompt given n times yields n different samples.
         sampling: temperature, length, seed.
-        eos_id: generation of a response ends with it.
-        stream_offset: number of the first prompt in the whole job. Response i draws from the random
-            stream (seed, stream_offset + i), so the number of replicas changes no sample.
+        stop_ids: a response ends with the first of them.
+        streams: number of each prompt's random stream. It belongs to the sample, not to its place in this
+            call, so neither batching nor the number of replicas changes what is drawn.
     Raises:
         ValueError: an empty prompt, or one that leaves no room within the model's positions.
     """
     _check_prompts(prompts, sampling, policy.architecture.max_position_embeddings)
     responses: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    uniforms = _uniform_streams(len(prompts), sampling, stream_offset)
+    uniforms = _uniform_streams(streams, sampling)
     active = list(range(len(prompts)))
     for position in range(sampling.max_new_tokens):
         if not active:
@@ -56,13 +56,13 @@ def generate(
         for i, token, logprob in zip(active, drawn.ids.tolist(), drawn.logprobs.tolist(), strict=True):
             responses[i].append(token)
             logprobs[i].append(logprob)
-        active = [i for i in active if responses[i][-1] != eos_id]
+        active = [i for i in active if responses[i][-1] not in stop_ids]
     return [
         Rollout(
             prompt_tokens=tuple(prompt),
             response_tokens=tuple(response),
             logprobs=tuple(logprob),
-            is_finished=bool(response) and response[-1] == eos_id,
+            is_finished=bool(response) and response[-1] in stop_ids,
         )
         for prompt, response, logprob in zip(prompts, responses, logprobs, strict=True)
     ]
@@ -79,13 +79,13 @@ def _check_prompts(prompts: Sequence[tuple[int, ...]], sampling: SamplingParams,
             )
 
 
-def _uniform_streams(num_prompts: int, sampling: SamplingParams, offset: int) -> Tensor:
+def _uniform_streams(streams: Sequence[int], sampling: SamplingParams) -> Tensor:
     """[prompts, max_new_tokens] float64 in [0, 1): one counter-based stream per response."""
-    streams = [
-        np.random.Generator(np.random.Philox(key=[sampling.seed, offset + i])).random(sampling.max_new_tokens)
-        for i in range(num_prompts)
+    drawn = [
+        np.random.Generator(np.random.Philox(key=[sampling.seed, stream])).random(sampling.max_new_tokens)
+        for stream in streams
     ]
-    return torch.from_numpy(np.stack(streams)) if streams else torch.zeros(0, sampling.max_new_tokens)
+    return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, sampling.max_new_tokens)
 
 
 def _pack(

@@ -1,0 +1,99 @@
+"""The data of an SFT run: training and validation steps by number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.loader import StepLoader
+from megatron_sftrl.data.order import num_training_steps
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.observability.run_directory import RunDirectory
+from megatron_sftrl.trainers.plan import RunPlan, batch_layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstrations:
+    """What the loop asks the data for.
+
+    Args:
+        train: steps of training data.
+        valid: steps that cover the held-out data once; None without data.valid.
+        num_steps: optimizer steps of the whole run.
+        dataset: the training rows.
+    """
+
+    train: StepLoader
+    valid: StepLoader | None
+    num_steps: int
+    dataset: Dataset
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the training data."""
+        return len(self.dataset)
+
+    def describe(self, row: int) -> str:
+        """Where a training row comes from."""
+        return self.dataset.describe(row)
+
+
+def open_demonstrations(plan: RunPlan, directory: RunDirectory, parallel: ParallelContext) -> Demonstrations:
+    """Tokenize everything once (rank 0, kept in the run directory) and lay out the steps.
+
+    Raises:
+        ValueError: a row that cannot be used, or a loss that needs scores the data has not.
+    """
+    config = plan.config
+    if parallel.rank > 0:
+        dist.barrier()  # rank 0 comes first; the others find its work in the cache
+    train = _load(plan, directory, is_train=True)
+    valid = _load(plan, directory, is_train=False) if config.data.valid else None
+    if parallel.rank == 0:
+        dist.barrier()
+    if "behavior_logprobs" in plan.loss.needs:
+        for name, dataset in (("train", train), ("valid", valid)):
+            if dataset is not None and not dataset.has_behavior_logprobs:
+                raise ValueError(
+                    f"loss {plan.loss.name!r} needs behavior_logprobs, but data.{name} has none: "
+                    "score it with tools/score_behavior_logprobs.py"
+                )
+    steps = num_training_steps(
+        steps=config.train.steps,
+        epochs=config.train.epochs,
+        num_rows=len(train),
+        global_size=config.batch.global_size,
+    )
+    return Demonstrations(
+        train=_loader(plan, train, parallel, is_train=True),
+        valid=_loader(plan, valid, parallel, is_train=False) if valid is not None else None,
+        num_steps=steps,
+        dataset=train,
+    )
+
+
+def _load(plan: RunPlan, directory: RunDirectory, *, is_train: bool) -> Dataset:
+    data = plan.config.data
+    return load_dataset(
+        data.train if is_train else data.valid,
+        plan.tokenizer,
+        max_length=data.max_length,
+        truncation=data.truncation,
+        cache_dir=directory.path / "tokens",
+    )
+
+
+def _loader(plan: RunPlan, dataset: Dataset, parallel: ParallelContext, *, is_train: bool) -> StepLoader:
+    config = plan.config
+    return StepLoader(
+        dataset,
+        batch=config.batch,
+        layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+        max_length=config.data.max_length,
+        pad_id=plan.tokenizer.pad_id,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        mode="train" if is_train else "evaluate",
+    )

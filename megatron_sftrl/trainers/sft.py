@@ -1,0 +1,167 @@
+"""`sftrl sft`: supervised fine-tuning with any registered loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.data.loader import StepData
+from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+from megatron_sftrl.engine.optimizer import OptimStep
+from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.reports import StepReport, combine_reports
+from megatron_sftrl.observability.memory import peak_memory_bytes
+from megatron_sftrl.observability.metrics import MetricsWriter
+from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
+from megatron_sftrl.observability.sinks import open_metrics
+from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
+from megatron_sftrl.trainers.guards import NonFiniteGuard
+from megatron_sftrl.trainers.models import build_models
+from megatron_sftrl.trainers.plan import RunPlan, plan_run
+
+
+def run_sft(config: RunConfig) -> None:
+    """Train as the configuration says; a run directory that holds this run's checkpoints is resumed.
+
+    Raises:
+        ValueError: something that the user can fix, found before anything is built or overwritten.
+        RuntimeError: too many steps in a row without a finite gradient.
+    """
+    plan = plan_run(config)
+    with parallel_context(config.parallel) as parallel:
+        directory = open_run_directory(config, is_writer=parallel.rank == 0)
+        demonstrations = open_demonstrations(plan, directory, parallel)
+        SftTrainer(plan, directory, demonstrations, parallel).train()
+
+
+class SftTrainer:
+    """Owns the models and the state of one run; `train` is the loop."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        directory: RunDirectory,
+        demonstrations: Demonstrations,
+        parallel: ParallelContext,
+    ) -> None:
+        self.config = plan.config
+        self.loss = plan.loss
+        self.directory = directory
+        self.data = demonstrations
+        self.parallel = parallel
+        self.policy, self.reference = build_models(plan, parallel)
+        self.store = CheckpointStore(
+            directory.checkpoints, parallel, keep_last=plan.config.checkpoint.keep_last
+        )
+        self.state = self._resume_or_start()
+        self.guard = NonFiniteGuard(plan.config.train.max_nonfinite_steps)
+        is_cuda = parallel.device.type == "cuda"
+        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None)
+
+    def train(self) -> None:
+        """Steps until the end, with evaluations and checkpoints between them."""
+        num_steps = self.data.num_steps
+        with self._open_metrics() as metrics:
+            while self.state.step < num_steps:
+                step = self.state.step
+                with self.timers("data"):
+                    data = self.data.train.step(step)
+                with self.timers("forward_backward"):
+                    report = self.policy.forward_backward(data.batches, self.loss, self.reference)
+                with self.timers("optimizer"):
+                    update = self.policy.optim_step(step, num_steps=num_steps)
+                with self.timers("reference"):
+                    self._follow(step + 1)
+                self._advance(data, update)
+                self._guard(step, data, report, update)
+                numbers = self._step_numbers(data, report, update)
+                if self._is_due(self.config.train.eval_every):
+                    numbers |= self.evaluate()
+                metrics.write(self.state.step, numbers)
+                if self._is_due(self.config.checkpoint.every):
+                    with self.timers("checkpoint"):
+                        self.store.save(self.state, self.policy, self.reference)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The loss and its metrics over all of data.valid, each under valid/."""
+        if self.data.valid is None:
+            return {}
+        with self.timers("evaluate"):
+            reports = [
+                self.policy.evaluate(self.data.valid.step(step).batches, self.loss, self.reference)
+                for step in range(self.data.valid.num_evaluation_steps)
+            ]
+        whole = combine_reports(reports)
+        return {f"valid/{name}": value for name, value in {"loss": whole.loss, **whole.metrics}.items()}
+
+    def _resume_or_start(self) -> TrainerState:
+        latest = self.store.latest()
+        if latest is None:
+            return TrainerState()
+        return self.store.load(latest, self.policy, self.reference)
+
+    def _follow(self, steps_done: int) -> None:
+        if self.reference is not None and self.reference.is_due(steps_done):
+            self.policy.gather_parameters()
+            self.reference.follow(self.policy.chunks)
+
+    def _advance(self, data: StepData, update: OptimStep) -> None:
+        self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            consumed_samples=self.state.consumed_samples + data.num_sequences,
+            skipped_steps=self.state.skipped_steps + update.is_skipped,
+        )
+
+    def _guard(self, step: int, data: StepData, report: StepReport, update: OptimStep) -> None:
+        rows = [
+            row
+            for dp_rank, microbatch in report.nonfinite_microbatches
+            for row in data.microbatch_rows[dp_rank][microbatch]
+        ]
+        suspects = [self.data.describe(row) for row in rows or data.rows]
+        self.guard.check(step, is_skipped=update.is_skipped, suspects=suspects)
+
+    def _step_numbers(self, data: StepData, report: StepReport, update: OptimStep) -> dict[str, float]:
+        seconds = self.timers.collect()
+        busy = sum(seconds[phase] for phase in ("data", "forward_backward", "optimizer", "reference"))
+        return {
+            "loss": report.loss,
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "tokens": data.num_tokens,
+            "loss_tokens": data.num_loss_tokens,
+            "tokens_per_second": data.num_tokens / busy,
+            "padding_share": 1.0 - data.num_tokens / data.num_padded_tokens,
+            "epoch": self.state.consumed_samples / self.data.num_rows,
+            "skipped_steps": self.state.skipped_steps,
+            **report.metrics,
+            **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
+        }
+
+    def _is_due(self, every: int) -> bool:
+        """After every `every` steps, and at the end of the run in any case."""
+        return self.state.step == self.data.num_steps or (every > 0 and self.state.step % every == 0)
+
+    @contextlib.contextmanager
+    def _open_metrics(self) -> Iterator[MetricsWriter]:
+        """Rank 0 writes; the others hand their numbers to nobody."""
+        sinks = MetricsWriter([])
+        if self.parallel.rank == 0:
+            sinks = open_metrics(
+                self.directory,
+                self.config,
+                resume_step=self.state.step,
+                total_steps=self.data.num_steps,
+            )
+        with sinks as metrics:
+            yield metrics
+        dist.barrier()
