@@ -26,7 +26,6 @@ setup(
         "psutil",
         "numpy",
         "transformers>=5.16.1,<5.20",
-        "tokenizers",
         "sentencepiece",
         "datasets",
         "pyarrow",

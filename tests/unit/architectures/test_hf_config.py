@@ -24,7 +24,7 @@ def values(model_type: str = "llama", **changes: object) -> dict[str, object]:
     base: dict[str, object] = {
         "architectures": [names[model_type]],
         "model_type": model_type,
-        "hidden_size": 4096,
+        "hidden_size": 2048,
         "intermediate_size": 11008,
         "num_hidden_layers": 2,
         "num_attention_heads": 32,
@@ -122,7 +122,7 @@ def test_settings_without_effect_do_not_stop_a_run(tmp_path: Path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected a whole number >= 1, got 0"),
         ({"rms_norm_eps": -1}, "rms_norm_eps: expected a number > 0, got -1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
-        ({"num_attention_heads": 31}, "hidden_size = 4096 is not a multiple of num_attention_heads = 31"),
+        ({"num_attention_heads": 31}, "hidden_size = 2048 is not a multiple of num_attention_heads = 31"),
         ({"num_key_value_heads": 5}, "not a multiple of num_query_groups = 5"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear': only default and llama3"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_type 'yarn'"),
