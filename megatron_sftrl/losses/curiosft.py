@@ -57,24 +57,21 @@ def curiosft(inputs: LossInputs, config: CurioSftConfig) -> LossOutput:
     """
     assert inputs.reference is not None
     policy, labels, teacher = inputs.policy, inputs.batch.labels, inputs.reference.detach()
-    if config.temperature == "entropy_guided":
-        top = teacher.top_k(config.top_k)
-        tau = solve_temperature(top, teacher.entropy(), config)
-        soft_teacher = teacher.tempered(tau)
-    else:
-        soft_teacher = teacher.tempered(config.tau_min)
-        tau = None
-    asked = [policy, soft_teacher] if tau is not None else [policy, soft_teacher, teacher]
-    logprobs, teacher_logprobs, *_ = logprobs_together(asked, labels)
+    is_guided = config.temperature == "entropy_guided"
+    top = teacher.top_k(config.top_k if is_guided else 1)  # the teacher's entropy travels with it
+    entropy = teacher.entropy()
+    tau = solve_temperature(top, entropy, config) if is_guided else torch.full_like(entropy, config.tau_min)
+    soft_teacher = teacher.tempered(tau)
     if config.divergence == "k2":
-        divergence = 0.5 * (logprobs - teacher_logprobs.detach()) ** 2
-    elif config.divergence == "forward_kl":
-        divergence = policy.kl_from(soft_teacher)
+        logprobs, teacher_logprobs = logprobs_together([policy, soft_teacher], labels)
+        divergence = 0.5 * (logprobs - teacher_logprobs) ** 2
     else:
-        divergence = policy.kl_to(soft_teacher)
+        kl = policy.kl_from if config.divergence == "forward_kl" else policy.kl_to
+        divergence = kl(soft_teacher)
+        logprobs = policy.logprobs(labels)  # came along with the divergence
     metrics = {
-        "curiosft/teacher_entropy": teacher.entropy(),
-        "curiosft/tau": torch.full_like(logprobs, config.tau_min).detach() if tau is None else tau,
+        "curiosft/teacher_entropy": entropy,
+        "curiosft/tau": tau,
         f"curiosft/{config.divergence}": divergence.detach(),
     }
     return LossOutput(token_loss=-logprobs + config.alpha * divergence, metrics=metrics)

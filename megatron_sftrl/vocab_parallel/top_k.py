@@ -32,6 +32,7 @@ class TopLogits:
         return total.log() - (exps * shift).nansum(dim=1) / total  # nansum: -inf columns have p = 0
 
 
+@torch.no_grad()
 def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
     """The top k, and the statistics of the whole vocabulary that travel with them.
 
@@ -69,7 +70,7 @@ def _local_top_k(source: Source, k: int) -> Tensor:
     num_tokens, num_local = source.logits.shape[0], min(k, source.shard.num_columns)
     top = torch.full((num_tokens, k), -torch.inf, dtype=source.dtype, device=source.logits.device)
     for rows in row_chunks(source, 2, source.dtype):
-        values = source.real_logits[rows].detach().topk(num_local, dim=1).values.to(source.dtype)
+        values = source.real_logits[rows].topk(num_local, dim=1).values.to(source.dtype)
         top[rows, :num_local] = (
             values if source.inverse_tau is None else values * source.inverse_tau[rows, None]
         )
