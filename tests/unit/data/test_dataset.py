@@ -1,0 +1,226 @@
+"""Sources to datasets: every kind of file, truncation, behaviour scores, the cache, and bad rows by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sftrl.config.schema import TokenizerSection
+from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
+from tests.unit.data.tokenizers_for_tests import write_byte_level
+
+ROWS = [
+    {"prompt": "What is 2+2?", "response": "The answer is 4."},
+    {"prompt": "Hello", "response": "Hello there, how are you?"},
+    {"prompt": "Name a colour.", "response": "Blue"},
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return load_tokenizer(TokenizerSection(path=write_byte_level(tmp_path / "tokenizer", adds_bos=True)))
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def load(tokenizer: Tokenizer, *paths: Path, **options) -> Dataset:
+    return load_dataset(list(paths), tokenizer, **{"max_length": 64, "truncation": "error", **options})
+
+
+def contents(dataset: Dataset) -> list[tuple[list[int], list[bool]]]:
+    return [(e.tokens.tolist(), e.loss_mask.tolist()) for e in (dataset[i] for i in range(len(dataset)))]
+
+
+def test_jsonl_parquet_and_saved_datasets_give_the_same_examples(tokenizer, tmp_path) -> None:
+    import datasets
+
+    lines = write_lines(tmp_path / "a.jsonl", ROWS)
+    datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    expected = load(tokenizer, lines)
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        other = load(tokenizer, path)
+        assert contents(other) == contents(expected)
+        assert other.fingerprint == expected.fingerprint
+        assert other.describe(2) == f"{path} row 2"
+    both = load(tokenizer, lines, tmp_path / "saved")
+    assert [both[i].row for i in range(6)] == list(range(6))
+    assert both.describe(1) == f"{lines}:2"
+    assert both.describe(4) == f"{tmp_path / 'saved'} row 1"
+    assert len({d.fingerprint for d in (expected, both)}) == 2
+
+
+def test_parquet_messages_with_filled_in_nulls_are_read(tokenizer, tmp_path) -> None:
+    import datasets
+
+    template = write_byte_level(tmp_path / "chat", template="chatml")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Hello", "name": None},
+                {"role": "assistant", "content": "fine"},
+            ]
+        }
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "m.parquet"))
+    dataset = load(load_tokenizer(TokenizerSection(path=template)), tmp_path / "m.parquet")
+    assert dataset[0].num_loss_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "not JSON"),
+        ("[1]", "expected a JSON object"),
+        (b"\xff\xfe".decode("latin-1"), "not JSON"),
+        ({"prompt": "Hello"}, "no response"),
+        ({"prompt": "Hello", "response": ""}, "response is empty"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(line, message, tokenizer, tmp_path) -> None:
+    path = write_lines(tmp_path / "bad.jsonl", [ROWS[0], "", line])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:3: .*{message}"):
+        load(tokenizer, path)
+
+
+def test_sources_that_are_none_are_refused(tokenizer, tmp_path) -> None:
+    import datasets
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("prompt,response\n")
+    (tmp_path / "a.parquet").write_text("not parquet")
+    (tmp_path / "a.jsonl").write_text("\n")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "splits"))
+    for name, message in [
+        ("nowhere.jsonl", "does not exist"),
+        ("empty", "save_to_disk"),
+        ("a.csv", "expected .jsonl"),
+        ("a.parquet", "cannot be read as Parquet"),
+        ("a.jsonl", "no row to train on"),
+        ("splits", "splits/train"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load(tokenizer, tmp_path / name)
+
+
+def test_truncation_does_what_it_says_and_is_counted(tokenizer, tmp_path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ROWS)
+    full = load(tokenizer, path)
+    lengths = full.lengths.tolist()
+    limit = max(lengths) - 2
+    long_row = lengths.index(max(lengths))
+    with pytest.raises(
+        ValueError, match=rf"a\.jsonl:{long_row + 1}: .*max_length = {limit} tokens, got {limit + 2}"
+    ):
+        load(tokenizer, path, max_length=limit)
+
+    dropped = load(tokenizer, path, max_length=limit, truncation="drop")
+    assert dropped.num_dropped == sum(length > limit for length in lengths) > 0
+    assert contents(dropped) == [c for c in contents(full) if len(c[0]) <= limit]
+    assert [dropped[i].row for i in range(len(dropped))] == [i for i in range(3) if lengths[i] <= limit]
+
+    right = load(tokenizer, path, max_length=limit, truncation="right")
+    assert right.num_truncated == dropped.num_dropped
+    assert right[long_row].tokens.tolist() == full[long_row].tokens[:limit].tolist()
+    assert right[long_row].loss_mask.tolist() == full[long_row].loss_mask[:limit].tolist()
+
+
+def test_left_prompt_keeps_the_first_token_the_response_and_its_end(tokenizer, tmp_path) -> None:
+    row = {"prompt": "Hello there, how are you? What is 2+2?", "response": "4."}
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    full = load(tokenizer, path)[0]
+    limit = len(full.tokens) - 3
+    cut = load(tokenizer, path, max_length=limit, truncation="left_prompt")[0]
+    assert cut.tokens.tolist() == [full.tokens[0], *full.tokens[4:]]
+    assert cut.loss_token_ids.tolist() == full.loss_token_ids.tolist()
+    assert not cut.loss_mask[0]
+    shortest = full.num_loss_tokens + 1
+    kept = load(tokenizer, path, max_length=shortest, truncation="left_prompt")[0]
+    assert kept.tokens.tolist() == [full.tokens[0], *full.loss_token_ids]
+    with pytest.raises(ValueError, match="cutting the prompt is not enough"):
+        load(tokenizer, path, max_length=shortest - 1, truncation="left_prompt")
+
+
+def test_a_fully_truncated_response_is_refused_and_never_trained_on_nothing(tokenizer, tmp_path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "Hello there, how are you?", "response": "fine"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the response is fully truncated"):
+        load(tokenizer, path, max_length=4, truncation="right")
+    with pytest.raises(ValueError, match="all 1 are longer"):
+        load(tokenizer, path, max_length=4, truncation="drop")
+
+
+def scored(dataset: Dataset) -> list[dict]:
+    rows = []
+    for index, row in enumerate(ROWS):
+        ids = dataset[index].loss_token_ids.tolist()
+        rows.append(
+            {**row, "behavior_token_ids": ids, "behavior_logprobs": [-0.5 - i for i in range(len(ids))]}
+        )
+    return rows
+
+
+def test_behaviour_scores_travel_with_the_tokens_they_belong_to(tokenizer, tmp_path) -> None:
+    plain = load(tokenizer, write_lines(tmp_path / "a.jsonl", ROWS))
+    assert not plain.has_behavior_logprobs
+    rows = scored(plain)
+    dataset = load(tokenizer, write_lines(tmp_path / "b.jsonl", rows))
+    assert dataset.has_behavior_logprobs
+    for index, row in enumerate(rows):
+        np.testing.assert_array_equal(dataset[index].behavior_logprobs, row["behavior_logprobs"])
+    assert dataset.fingerprint != plain.fingerprint
+    limit = int(plain.lengths.max()) - 2
+    cut = load(tokenizer, tmp_path / "b.jsonl", max_length=limit, truncation="right")
+    for index, row in enumerate(rows):
+        kept = cut[index].num_loss_tokens
+        np.testing.assert_array_equal(cut[index].behavior_logprobs, row["behavior_logprobs"][:kept])
+
+
+def test_behaviour_scores_that_do_not_fit_are_refused_by_row_and_position(tokenizer, tmp_path) -> None:
+    good = scored(load(tokenizer, write_lines(tmp_path / "a.jsonl", ROWS)))
+    ids, scores = good[1]["behavior_token_ids"], good[1]["behavior_logprobs"]
+    shifted = [ids[0], ids[1], ids[2] + 1, *ids[3:]]
+    for changes, message in [
+        ({"behavior_token_ids": shifted}, rf"loss token 2 is {ids[2]} here.*is {ids[2] + 1}.*score_behavior"),
+        ({"behavior_token_ids": ids[:-1], "behavior_logprobs": scores[:-1]}, "expected one for each"),
+        ({"behavior_token_ids": ids[:-1]}, "entries but"),
+        ({"behavior_logprobs": [*scores[:-1], float("nan")]}, "finite"),
+        ({"behavior_logprobs": [float("-inf"), *scores[1:]]}, "finite"),
+        ({"behavior_logprobs": [0.7, *scores[1:]]}, "at most 0"),
+        ({"behavior_logprobs": None}, "behavior_logprobs is missing"),
+        ({"behavior_token_ids": None}, "behavior_token_ids is missing"),
+        ({"behavior_logprobs": "high"}, "list of numbers"),
+        ({"behavior_logprobs": None, "behavior_token_ids": None}, "no behaviour scores but others do"),
+    ]:
+        rows = [good[0], {**good[1], **changes}, good[2]]
+        with pytest.raises(ValueError, match=rf"c\.jsonl:2: .*{message}"):
+            load(tokenizer, write_lines(tmp_path / "c.jsonl", rows))
+
+
+def test_the_cache_gives_the_same_examples_and_is_left_when_anything_changes(tokenizer, tmp_path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", scored(load(tokenizer, write_lines(tmp_path / "a.jsonl", ROWS))))
+    cache = tmp_path / "cache"
+    fresh = load(tokenizer, path)
+    built = load(tokenizer, path, cache_dir=cache)
+    mapped = load(tokenizer, path, cache_dir=cache)
+    for other in (built, mapped):
+        assert contents(other) == contents(fresh)
+        assert other.fingerprint == fresh.fingerprint
+        np.testing.assert_array_equal(other[0].behavior_logprobs, fresh[0].behavior_logprobs)
+        assert other.describe(0) == fresh.describe(0)
+    assert [entry.name for entry in cache.iterdir() if entry.name.startswith(".")] == []
+    assert len(list(cache.iterdir())) == 1
+    load(tokenizer, path, cache_dir=cache, max_length=63)
+    write_lines(path, ROWS[:2])
+    assert len(load(tokenizer, path, cache_dir=cache)) == 2
+    other_tokenizer = load_tokenizer(
+        TokenizerSection(path=write_byte_level(tmp_path / "u", template="chatml"))
+    )
+    assert contents(load(other_tokenizer, path, cache_dir=cache)) != contents(fresh)[:2]
+    assert len(list(cache.iterdir())) == 4
