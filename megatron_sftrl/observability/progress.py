@@ -36,15 +36,15 @@ class ProgressSink:
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        stream = stream or sys.stderr
+        target = sys.stderr if stream is None else stream
         self._total = total_steps
         self._first = first_step
-        self._stream = stream
+        self._stream = target
         self._pause = seconds_between_lines
         self._clock = clock
         self._start = clock()
         self._last_line = float("-inf")
-        self._bar = _open_bar(total_steps, first_step, stream) if stream.isatty() else None
+        self._bar = _open_bar(total_steps, first_step, target) if target.isatty() else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show one step's numbers."""
