@@ -201,14 +201,14 @@ class _SentencePieceBackend:
 
     def _encode_inside(self, text: str) -> list[int]:
         """Ids of a text that has something in front of it."""
-        pieces = self._processor.encode(self._anchor + text, out_type="immutable_proto").pieces
-        ids = [piece.id for piece in pieces]
-        num_anchor = len(self._anchor_ids)
-        if ids[:num_anchor] != self._anchor_ids:
+        anchored = self._processor.encode(self._anchor + text)
+        if anchored[: len(self._anchor_ids)] != self._anchor_ids:
             return self._processor.encode(text)
         # Neighbouring unknown characters become one unknown token: the text's share of it stays.
-        is_shared = not pieces[num_anchor - 1].surface.endswith(self._anchor)
-        return [self._anchor_ids[-1]] * is_shared + ids[num_anchor:]
+        first, unknown = text[0], self._processor.unk_id()
+        swallowed = self._processor.encode(self._anchor + first) == self._anchor_ids
+        share = [unknown] if swallowed and unknown in self._processor.encode(first) else []
+        return share + anchored[len(self._anchor_ids) :]
 
 
 _SPACE = "\u2581"
