@@ -15,10 +15,10 @@ from megatron_sftrl.vocab_parallel.statistics import local_sums as sums_of_shard
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TopLogits:
-    """The k largest logits of each token, in falling order, alike on all ranks of the group.
+    """The k largest logits of each token, alike on all ranks of the group.
 
     Args:
-        values: [T, k] in the working dtype, without gradient.
+        values: [T, k] in the working dtype, without gradient, in no order (sorting costs as much as finding).
     """
 
     values: Tensor
@@ -26,7 +26,7 @@ class TopLogits:
     def entropy(self, tau: Tensor | float) -> Tensor:
         """[T] nats, entropy of softmax(values / tau); `tau` is [T] or one number, positive."""
         scale = tau[:, None] if isinstance(tau, Tensor) else tau
-        shift = (self.values - finite_maximum(self.values[:, 0])[:, None]) / scale
+        shift = (self.values - finite_maximum(self.values.amax(dim=1))[:, None]) / scale
         exps = torch.exp(shift)
         total = exps.sum(dim=1)
         return total.log() - (exps * shift).nansum(dim=1) / total  # nansum: -inf columns have p = 0
@@ -46,7 +46,7 @@ def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
     )
     gathered = all_gather(packet, source.shard.group)  # [ranks, T, k + 3]
     candidates = gathered[:, :, :k].transpose(0, 1).flatten(1)  # [T, ranks * k]
-    values = candidates.topk(k, dim=1).values
+    values = candidates.topk(k, dim=1, sorted=False).values if candidates.shape[1] > k else candidates
     parts = gathered[:, :, k:].permute(2, 0, 1)  # [3, ranks, T]
     maximum = parts[0].amax(dim=0)
     ranks = range(gathered.shape[0])
@@ -70,7 +70,7 @@ def _local_top_k(source: Source, k: int) -> Tensor:
     num_tokens, num_local = source.logits.shape[0], min(k, source.shard.num_columns)
     top = torch.full((num_tokens, k), -torch.inf, dtype=source.dtype, device=source.logits.device)
     for rows in row_chunks(source, 2, source.dtype):
-        values = source.real_logits[rows].topk(num_local, dim=1).values.to(source.dtype)
+        values = source.real_logits[rows].topk(num_local, dim=1, sorted=False).values.to(source.dtype)
         top[rows, :num_local] = (
             values if source.inverse_tau is None else values * source.inverse_tau[rows, None]
         )
