@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_sftrl import __version__
 
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sft.set_defaults(command=_sft)
 
+    _add_generate(commands)
+
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
     keys.set_defaults(command=_keys)
 
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     losses.add_argument("modules", nargs="*", metavar="file.py", help="files of your own losses, listed too")
     losses.set_defaults(command=_losses)
 
-    for command in (sft, keys, losses):
+    for command in commands.choices.values():
         command.add_argument(
             "--traceback", action="store_true", help="show where an error was raised (or SFTRL_TRACEBACK=1)"
         )
@@ -80,6 +83,50 @@ def _sft(parsed: argparse.Namespace) -> None:
     from megatron_sftrl.trainers.sft import run_sft
 
     run_sft(config)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="responses of a checkpoint for a file of prompts",
+        description="Every row comes back with `responses`, `num_tokens` and `is_finished` added. "
+        "Model, tokenizer and layout are those of run.yaml; the checkpoint may come from any layout.",
+        allow_abbrev=False,
+    )
+    generate.add_argument("config", help="YAML file of a run")
+    generate.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.tp=2")
+    generate.add_argument("--prompts", type=Path, required=True, help="rows with `prompt` or `messages`")
+    generate.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    generate.add_argument(
+        "--checkpoint", type=Path, help="step or run directory; the run's own latest when not given"
+    )
+    generate.add_argument("--num-samples", type=int, default=1, help="responses per prompt (1)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    generate.add_argument("--max-new-tokens", type=int, default=256, help="end token included (256)")
+    generate.add_argument("--seed", type=int, default=0, help="of the random streams (0)")
+    generate.set_defaults(command=_generate)
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.config.load import load_config
+
+    config = load_config(parsed.config, parsed.overrides)
+    from megatron_sftrl.trainers.generate import GenerateRequest, run_generate
+    from megatron_sftrl.types import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=parsed.temperature, max_new_tokens=parsed.max_new_tokens, seed=parsed.seed
+    )
+    run_generate(
+        config,
+        GenerateRequest(
+            prompts=parsed.prompts,
+            out=parsed.out,
+            checkpoint=parsed.checkpoint,
+            num_samples=parsed.num_samples,
+            sampling=sampling,
+        ),
+    )
 
 
 def _keys(_: argparse.Namespace) -> None:

@@ -89,11 +89,21 @@ class SamplingParams:
         temperature: logits are divided by it; 0 means the most likely token.
         max_new_tokens: tokens generated at most, the end token included.
         seed: stream of random numbers; the same seed gives the same tokens on the same layout.
+
+    Raises:
+        ValueError: a negative temperature or seed, or no token to generate.
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.max_new_tokens < 1 or self.seed < 0:
+            raise ValueError(
+                "sampling: expected temperature >= 0, max_new_tokens >= 1 and seed >= 0, got "
+                f"{self.temperature}, {self.max_new_tokens} and {self.seed}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Everything that touches megatron.core: process groups, models, optimizer, schedules, checkpoints."""

@@ -23,14 +23,12 @@ class TrainerState:
     Args:
         step: optimizer steps done, skipped ones included.
         consumed_samples: sequences taken from the training data since the run began.
-        consumed_tokens: loss tokens among them.
         skipped_steps: steps whose gradient was not finite.
-        consecutive_skipped_steps: of them, the unbroken run that ends at `step`.
+        consecutive_skipped_steps: of them, the unbroken streak that ends at `step`.
     """
 
-    step: int
+    step: int = 0
     consumed_samples: int = 0
-    consumed_tokens: int = 0
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
 
@@ -41,11 +39,11 @@ class FileRecord:
 
     Args:
         size: bytes.
-        sha256: of small files; the tensors' own files carry checksums inside.
+        sha256: of its content, in hexadecimal as sha256sum prints it.
     """
 
     size: int
-    sha256: str | None
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

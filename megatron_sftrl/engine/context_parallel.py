@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.engine.local_layers import zigzag_positions
+from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import TokenBatch
 
 
@@ -31,6 +33,24 @@ def shard_for_context_parallel(batch: TokenBatch, *, cp_rank: int, cp_size: int)
         else:
             fields[field.name] = None if value is None else value[rows]
     return TokenBatch(**fields)
+
+
+def gather_whole(local: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:
+    """[T] values of the whole micro-batch, in packed order, from each rank's [T/cp]; no gradient.
+
+    Args:
+        local: [T/cp] floating point, this rank's share.
+        cu_seqlens: [S + 1] of this rank's share.
+        parallel: this rank's place.
+    """
+    if parallel.cp_size == 1:
+        return local
+    whole_offsets = cu_seqlens * parallel.cp_size
+    rows = local_rows(whole_offsets, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size)
+    whole = local.new_zeros(local.numel() * parallel.cp_size)
+    whole[rows] = local.detach()
+    dist.all_reduce(whole, group=parallel.cp_group)
+    return whole
 
 
 def local_rows(cu_seqlens: Tensor, *, cp_rank: int, cp_size: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.initialize import initialize_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.optimizer import (
@@ -99,15 +100,16 @@ class PolicyEngine:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """log-probability of each label, [T/cp] fp32 nats per micro-batch, on the last stage (else empty)."""
+        """log-probability of each label, [T] fp32 nats per micro-batch; empty before the last stage."""
+        parallel = self.parallel
 
         def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs = self._distribution(stage.model.logits(stage.hidden_states)).logprobs(
-                stage.batch.labels
-            )
-            return as_megatron_loss(logprobs.new_zeros(()), logprobs)
+            distribution = self._distribution(stage.model.logits(stage.hidden_states))
+            logprobs = distribution.logprobs(stage.batch.labels)
+            whole = gather_whole(logprobs, stage.batch.cu_seqlens, parallel)
+            return as_megatron_loss(logprobs.new_zeros(()), whole)
 
-        return run_schedule(self.wrapped, batches, score, self.parallel, forward_only=True)
+        return run_schedule(self.wrapped, batches, score, parallel, forward_only=True)
 
     def optim_step(self, step: int, *, num_steps: int) -> OptimStep:
         """Clip, update the weights, and report; a step with a non-finite gradient norm changes nothing."""

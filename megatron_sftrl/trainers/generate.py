@@ -53,6 +53,8 @@ def run_generate(config: RunConfig, request: GenerateRequest) -> None:
     Raises:
         ValueError: a prompt that cannot be used, no checkpoint, an output that exists.
     """
+    if request.num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {request.num_samples}")
     if request.out.exists():
         raise ValueError(f"{request.out} exists already: choose another --out, or remove it")
     architecture, tokenizer = plan_model(config)

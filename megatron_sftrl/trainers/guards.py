@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_NAMED_AT_MOST = 16
 
-class NonFiniteGuard:
-    """Counts skipped steps; a streak of `limit` of them stops the run and names the samples.
+
+def stop_on_nonfinite_streak(
+    streak: int, *, limit: int, step: int, suspects: Sequence[str], directory: str
+) -> None:
+    """End the run when its last `limit` steps were all skipped, and name the samples.
 
     Args:
+        streak: consecutive steps, up to now, whose gradient norm was NaN or infinite.
         limit: train.max_nonfinite_steps.
+        step: optimizer steps done.
+        suspects: where the samples come from whose loss was not finite; all of the step's when only the
+            gradient was.
+        directory: where the last checkpoint lies.
+    Raises:
+        ValueError: the streak has reached the limit.
     """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._streak = 0
-
-    def check(self, step: int, *, is_skipped: bool, suspects: Sequence[str]) -> None:
-        """Take note of a step.
-
-        Args:
-            step: 0-based.
-            is_skipped: the gradient norm was NaN or infinite.
-            suspects: where the samples come from whose loss was not finite; all of the step's when only
-                the gradient was.
-        Raises:
-            RuntimeError: the streak is full.
-        """
-        self._streak = self._streak + 1 if is_skipped else 0
-        if self._streak >= self._limit:
-            raise RuntimeError(
-                f"{self._streak} steps in a row had a non-finite gradient, the last at step {step}; "
-                f"the samples of that step: {', '.join(suspects)}. No checkpoint was written since: look at "
-                "these samples, lower optim.lr, or raise train.max_nonfinite_steps"
-            )
+    if streak < limit:
+        return
+    named = ", ".join(suspects[:_NAMED_AT_MOST])
+    more = f" and {len(suspects) - _NAMED_AT_MOST} more" if len(suspects) > _NAMED_AT_MOST else ""
+    raise ValueError(
+        f"{streak} steps in a row had a non-finite gradient, the last of them step {step}; its samples: "
+        f"{named}{more}. Their updates were skipped; the last checkpoint in {directory} is from before or "
+        "within the streak. Look at these samples, lower optim.lr, or raise train.max_nonfinite_steps"
+    )

@@ -21,7 +21,7 @@ from megatron_sftrl.observability.run_directory import RunDirectory, open_run_di
 from megatron_sftrl.observability.sinks import open_metrics
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
-from megatron_sftrl.trainers.guards import NonFiniteGuard
+from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, plan_run
 
@@ -30,8 +30,8 @@ def run_sft(config: RunConfig) -> None:
     """Train as the configuration says; a run directory that holds this run's checkpoints is resumed.
 
     Raises:
-        ValueError: something that the user can fix, found before anything is built or overwritten.
-        RuntimeError: too many steps in a row without a finite gradient.
+        ValueError: something that the user can fix, found before anything is built or overwritten; later
+            only a full disk, or too many steps in a row without a finite gradient.
     """
     plan = plan_run(config)
     with parallel_context(config.parallel) as parallel:
@@ -60,7 +60,6 @@ class SftTrainer:
             directory.checkpoints, parallel, keep_last=plan.config.checkpoint.keep_last
         )
         self.state = self._resume_or_start()
-        self.guard = NonFiniteGuard(plan.config.train.max_nonfinite_steps)
         is_cuda = parallel.device.type == "cuda"
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None)
 
@@ -79,7 +78,7 @@ class SftTrainer:
                 with self.timers("reference"):
                     self._follow(step + 1)
                 self._advance(data, update)
-                self._guard(step, data, report, update)
+                self._guard(data, report)
                 numbers = self._step_numbers(data, report, update)
                 if self._is_due(self.config.train.eval_every):
                     numbers |= self.evaluate()
@@ -118,16 +117,23 @@ class SftTrainer:
             step=self.state.step + 1,
             consumed_samples=self.state.consumed_samples + data.num_sequences,
             skipped_steps=self.state.skipped_steps + update.is_skipped,
+            consecutive_skipped_steps=(self.state.consecutive_skipped_steps + 1) * update.is_skipped,
         )
 
-    def _guard(self, step: int, data: StepData, report: StepReport, update: OptimStep) -> None:
+    def _guard(self, data: StepData, report: StepReport) -> None:
         rows = [
             row
             for dp_rank, microbatch in report.nonfinite_microbatches
             for row in data.microbatch_rows[dp_rank][microbatch]
         ]
         suspects = [self.data.describe(row) for row in rows or data.rows]
-        self.guard.check(step, is_skipped=update.is_skipped, suspects=suspects)
+        stop_on_nonfinite_streak(
+            self.state.consecutive_skipped_steps,
+            limit=self.config.train.max_nonfinite_steps,
+            step=self.state.step,
+            suspects=suspects,
+            directory=str(self.directory.checkpoints),
+        )
 
     def _step_numbers(self, data: StepData, report: StepReport, update: OptimStep) -> dict[str, float]:
         seconds = self.timers.collect()

@@ -1,0 +1,132 @@
+"""Writes behaviour log-probabilities, scored with any checkpoint, into a copy of the data (for PEAR).
+
+    python tools/score_behavior_logprobs.py behavior.yaml [key=value ...] \\
+        --checkpoint DIR --data train.jsonl --out scored.jsonl
+    torchrun --nproc-per-node 2 tools/score_behavior_logprobs.py behavior.yaml parallel.tp=2 ...
+
+behavior.yaml is a run's YAML: its model, tokenizer, parallel and batch sections say how to score. Each row
+gets two columns: behavior_logprobs (nats, one per loss token, at temperature 1) and behavior_token_ids, the
+ids that they belong to; training refuses a row whose ids differ from its own. The scores are those of the
+tokens as training will see them, so score with the tokenizer, template and max_length of the training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sftrl.config.load import load_config
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.data.dataset import Dataset, tokenize_sources
+from megatron_sftrl.data.loader import StepLoader
+from megatron_sftrl.data.store import pack_examples
+from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.trainers.plan import batch_layout, plan_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("config", help="YAML of a run: model, tokenizer, parallel, batch")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="step directory or run directory")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL, Parquet or datasets directory")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        score(config, checkpoint=arguments.checkpoint, data=arguments.data, out=arguments.out)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def score(config: RunConfig, *, checkpoint: Path, data: Path, out: Path) -> None:
+    """Score every row of `data`; `out` appears when all of it is there.
+
+    Raises:
+        ValueError: a row that cannot be used or is longer than the model's positions, an output that exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already: choose another --out, or remove it")
+    architecture, tokenizer = plan_model(config)
+    rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
+    with parallel_context(config.parallel) as parallel:
+        # Late: megatron.core may be imported only where the CPU backend stands.
+        from megatron_sftrl.engine.checkpoint import load_weights
+        from megatron_sftrl.engine.policy import PolicyEngine
+
+        policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
+        load_weights(policy.chunks, checkpoint, architecture=architecture)
+        loader = StepLoader(
+            dataset,
+            batch=config.batch,
+            layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+            max_length=config.data.max_length,
+            pad_id=tokenizer.pad_id,
+            seed=0,
+            shuffle=False,
+            mode="evaluate",
+        )
+        scores = _collect(_score_share(policy, loader, dataset, parallel), parallel)
+        if parallel.rank == 0:
+            _write(
+                out, rows, [(dataset[row].loss_token_ids.tolist(), scores[row]) for row in range(len(rows))]
+            )
+        dist.barrier()
+
+
+def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[dict[str, Any]], Dataset]:
+    """Rows as they are, and tokenized whole: training may cut a row later, the scores are cut with it."""
+    rows, examples = [], []
+    for source, row, example, _ in tokenize_sources(
+        [data], tokenizer, max_length=max_length, truncation="error", use_scores=False
+    ):
+        assert example is not None
+        rows.append(dict(row.values))
+        examples.append((source, row.number, example))
+    if not rows:
+        raise ValueError(f"{data} holds no row")
+    store = pack_examples(examples, sources=(str(data),), num_dropped=0, num_truncated=0)
+    return rows, Dataset(store)
+
+
+def _score_share(
+    policy: Any, loader: StepLoader, dataset: Dataset, parallel: ParallelContext
+) -> dict[int, list[float]]:
+    """Log-probabilities of this replica's rows, known on its last pipeline stage."""
+    scores: dict[int, list[float]] = {}
+    for step in range(loader.num_evaluation_steps):
+        data = loader.step(step)
+        logprobs = policy.logprobs(data.batches)
+        held = data.microbatch_rows[parallel.dp_rank]
+        for values, batch, rows in zip(logprobs, data.batches, held if logprobs else (), strict=False):
+            learned = values.cpu()[batch.loss_mask]
+            sizes = [int(dataset.num_loss_tokens[row]) for row in rows]
+            for row, part in zip(rows, learned.split(sizes), strict=True):
+                scores[row] = part.tolist()
+    return scores
+
+
+def _collect(mine: dict[int, list[float]], parallel: ParallelContext) -> dict[int, list[float]]:
+    shares: list[dict[int, list[float]] | None] = [None] * parallel.world_size
+    dist.all_gather_object(shares, mine)
+    return {row: values for share in shares if share for row, values in share.items()}
+
+
+def _write(out: Path, rows: list[dict[str, Any]], scores: list[tuple[list[int], list[float]]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for row, (ids, logprobs) in zip(rows, scores, strict=True):
+            added = {"behavior_logprobs": logprobs, "behavior_token_ids": ids}
+            file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+    os.replace(unfinished, out)
+
+
+if __name__ == "__main__":
+    main()
