@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -138,29 +142,41 @@ def tokenize_sources(
     Raises:
         ValueError: a row that cannot be read or used, named by file and line.
     """
-    number_over_all = 0
-    for index, path in enumerate(paths):
-        for row in read_rows(path):
-            source = describe_row(path, row.number)
-            try:
-                ids, mask = tokenize_row(tokenizer, row.values)
-            except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
-            full = Example(
-                tokens=np.array(ids, np.int32),
-                loss_mask=np.array(mask, np.bool_),
-                behavior_logprobs=None,
-                row=number_over_all,
-                source=source,
-            )
-            number_over_all += 1
-            cut = truncate(
-                full, max_length=max_length, truncation=truncation, keep_first=ids[0] == tokenizer.bos_id
-            )
-            example = cut
-            if cut is not None and use_scores:
-                example = _with_scores(row, full, cut)
-            yield index, row, example, cut is not full
+    first_row = 0
+    # Threads: the tokenizers run outside of Python's lock, and results come back in order.
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        for index, path in enumerate(paths):
+            for chunk in _chunks(read_rows(path)):
+                numbers = range(first_row, first_row + len(chunk))
+                examples = pool.map(partial(_tokenize, tokenizer, path), chunk, numbers)
+                for row, full in zip(chunk, examples, strict=True):
+                    opens = int(full.tokens[0]) == tokenizer.bos_id
+                    cut = truncate(full, max_length=max_length, truncation=truncation, keep_first=opens)
+                    scored = _with_scores(row, full, cut) if cut is not None and use_scores else cut
+                    yield index, row, scored, cut is not full
+                first_row += len(chunk)
+
+
+def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
+    """Rows in lists that keep every thread busy and memory small."""
+    while chunk := list(islice(rows, 1024)):
+        yield chunk
+
+
+def _tokenize(tokenizer: Tokenizer, path: Path, row: SourceRow, row_over_all: int) -> Example:
+    """The whole example of a row, without its scores."""
+    source = describe_row(path, row.number)
+    try:
+        ids, mask = tokenize_row(tokenizer, row.values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return Example(
+        tokens=np.array(ids, np.int32),
+        loss_mask=np.array(mask, np.bool_),
+        behavior_logprobs=None,
+        row=row_over_all,
+        source=source,
+    )
 
 
 def _with_scores(row: SourceRow, full: Example, cut: Example) -> Example:

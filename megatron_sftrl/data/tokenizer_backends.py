@@ -118,8 +118,17 @@ class _HuggingFaceBackend:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # None for a tokenizer written in Python.
+        self._fast = getattr(tokenizer, "backend_tokenizer", None)
+        if self._fast is not None:
+            # A tokenizer.json may carry the settings of whoever saved it; data.max_length alone cuts here.
+            self._fast.no_truncation()
+            self._fast.no_padding()
 
     def encode(self, text: str) -> list[int]:
+        if self._fast is not None:
+            # Directly, since transformers sets options on the shared object, which threads must not do.
+            return self._fast.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -136,10 +145,9 @@ class _HuggingFaceBackend:
         )
 
     def identity(self) -> str:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._fast is None:
             return json.dumps(sorted(self._tokenizer.get_vocab().items()))
-        rules = json.loads(backend.to_str())
+        rules = json.loads(self._fast.to_str())
         # State of past calls, not part of the rules.
         return json.dumps(
             {k: v for k, v in rules.items() if k not in ("truncation", "padding")}, sort_keys=True

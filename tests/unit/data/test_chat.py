@@ -126,6 +126,11 @@ def test_a_template_cannot_leave_its_sandbox(source) -> None:
         template.render([turn("user", "Hello")])
 
 
+def test_a_template_may_print_json_and_html_stays_as_written() -> None:
+    template = ChatTemplate("{{ messages | tojson }}", special_tokens={}, origin="t")
+    assert template.render([turn("user", "<b>é")]) == '[{"role": "user", "content": "<b>é"}]'
+
+
 def test_a_template_that_is_no_jinja_is_refused() -> None:
     with pytest.raises(ValueError, match=r"broken\.jinja is not a Jinja template"):
         ChatTemplate("{% for %}", special_tokens={}, origin="broken.jinja")

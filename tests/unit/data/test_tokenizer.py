@@ -106,3 +106,20 @@ def test_code_beside_a_tokenizer_is_not_executed(tmp_path) -> None:
     with contextlib.suppress(ValueError):
         load_tokenizer(TokenizerSection(path=path))
     assert not witness.exists()
+
+
+def test_truncation_and_padding_that_a_tokenizer_file_carries_are_not_applied(tmp_path) -> None:
+    path = write_byte_level(tmp_path / "t")
+    expected = load_tokenizer(TokenizerSection(path=path)).encode("Hello there, how are you?")
+    rules = json.loads((path / "tokenizer.json").read_text())
+    rules["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    rules["padding"] = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+    (path / "tokenizer.json").write_text(json.dumps(rules))
+    assert load_tokenizer(TokenizerSection(path=path)).encode("Hello there, how are you?") == expected
