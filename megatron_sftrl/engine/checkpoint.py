@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel
 
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.engine import checkpoint_directory
+from megatron_sftrl.engine.checkpoint_integrity import hashed_files, verified_record
 from megatron_sftrl.engine.checkpoint_io import (
     check_tensors,
     num_bytes,
@@ -84,7 +84,7 @@ class CheckpointStore:
         for path in on_rank_zero(lambda: checkpoint_directory.complete_checkpoints(self.directory)):
             if path.name == checkpoint_directory.step_name(state.step):
                 return path
-        _gather_parameters(policy)
+        policy.gather_parameters()
         tensors = _resume_tensors(policy, reference)
         tensors += rng_tensors(rng_states(self.parallel), self.parallel)
         record = _record(state, policy, reference, _agreed_step(policy, self.parallel))
@@ -94,6 +94,7 @@ class CheckpointStore:
         )
         try:
             write_tensors(tensors, temporary)
+            record = dataclasses.replace(record, files=hashed_files(temporary))
             return on_rank_zero(
                 lambda: checkpoint_directory.complete(temporary, record, keep_last=self.keep_last)
             )
@@ -120,7 +121,7 @@ class CheckpointStore:
                 architecture, dtype, optimizer or reference, tensors that do not fit.
         """
         assert policy.optimizer is not None
-        record = on_rank_zero(lambda: checkpoint_directory.verify(path))
+        record = verified_record(path)
         _check_record(record, policy, reference, path)
         stored = stored_shapes(path)
         tensors = _resume_tensors(policy, reference)
@@ -149,7 +150,7 @@ def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: A
             sizes (all of them), missing or unexpected tensors (all of them).
     """
     found = on_rank_zero(lambda: checkpoint_directory.checkpoint_at(path))
-    record = on_rank_zero(lambda: checkpoint_directory.verify(found))
+    record = verified_record(found)
     _raise_if_different(_architecture_differences(record, architecture), found)
     tensors = model_tensors(chunks, prefix="policy")
     stored = stored_shapes(found)
@@ -165,13 +166,6 @@ def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> l
     if reference is not None and _stored_kind(reference) is not None:
         tensors += model_tensors(reference.chunks, prefix="reference")
     return tensors
-
-
-def _gather_parameters(policy: PolicyEngine) -> None:
-    """With overlap_param_gather other ranks' updates arrive only in the next forward: fetch them now."""
-    for chunk in policy.wrapped:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""Checkpoints as directories: temporary until complete, renamed in one step, verified before use.
+"""Checkpoints as directories: temporary until complete, renamed in one step.
 
     checkpoints/step-00000120/       complete: the name exists only after everything in it is on the disk
     checkpoints/.step-00000140.tmp/  being written or removed; left over when a process was killed
@@ -8,18 +8,16 @@ Functions here run on one rank and know nothing of tensors.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
 
-from megatron_sftrl.engine.checkpoint_record import FILE_NAME, CheckpointRecord, FileRecord, read_record
+from megatron_sftrl.engine.checkpoint_record import FILE_NAME, CheckpointRecord, FileRecord
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}(\.old)?\.tmp")
-_SMALL_FILE_BYTES = 1 << 20
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -80,19 +78,16 @@ def begin(directory: Path, step: int, *, num_bytes: int) -> Path:
 
 
 def complete(temporary: Path, record: CheckpointRecord, *, keep_last: int) -> Path:
-    """Record the files, force everything to the disk, give the directory its name, remove old ones.
+    """Write the record, force everything to the disk, give the directory its name, remove old ones.
 
     Args:
         temporary: from begin(), with every file but checkpoint.json.
-        record: its `files` are filled in here.
+        record: describes those files.
         keep_last: complete checkpoints that stay.
     Returns:
         The checkpoint's path.
     """
-    files = {path.name: _file_record(path) for path in sorted(temporary.iterdir())}
-    text = dataclasses.replace(record, files=files).to_json()
-    with open(temporary / FILE_NAME, "w") as stream:
-        stream.write(text)
+    (temporary / FILE_NAME).write_text(record.to_json())
     for path in temporary.iterdir():
         _force_to_disk(path)
     _force_to_disk(temporary)
@@ -108,28 +103,22 @@ def complete(temporary: Path, record: CheckpointRecord, *, keep_last: int) -> Pa
     return final
 
 
-def verify(path: Path) -> CheckpointRecord:
-    """Read the record of a checkpoint and compare every file with it.
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+    return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
 
-    Raises:
-        ValueError: naming every file that is missing, or has another size or content.
-    """
-    record = read_record(path)
-    problems = []
-    for name, expected in record.files.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif (size := file.stat().st_size) != expected.size:
-            problems.append(f"{name} has {size} bytes instead of {expected.size}")
-        elif expected.sha256 is not None and _sha256(file) != expected.sha256:
-            problems.append(f"{name} has another content than was written")
-    if problems:
-        raise ValueError(
-            f"checkpoint {path} is damaged: {'; '.join(problems)}. Nothing was loaded; delete this directory "
-            "to go back to the checkpoint before it"
-        )
-    return record
+
+def file_problem(path: Path, expected: FileRecord) -> str | None:
+    """What is wrong with a file of a checkpoint, None when nothing is."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if (size := path.stat().st_size) != expected.size:
+        return f"{path.name} has {size} bytes instead of {expected.size}"
+    if file_record(path) != expected:
+        return f"{path.name} has another content than was written"
+    return None
 
 
 def discard(temporary: Path) -> None:
@@ -140,15 +129,6 @@ def discard(temporary: Path) -> None:
 def step_name(step: int) -> str:
     """Directory name of a step's checkpoint."""
     return f"step-{step:08d}"
-
-
-def _file_record(path: Path) -> FileRecord:
-    size = path.stat().st_size
-    return FileRecord(size=size, sha256=_sha256(path) if size <= _SMALL_FILE_BYTES else None)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _force_to_disk(path: Path) -> None:
