@@ -57,6 +57,7 @@ def run_span(span: Span) -> Outcome:
         loss = build_loss("sft", {}) if span.reference is None else build_loss("curiosft", {"top_k": 16})
         metrics = []
         for step in range(state.step, span.last):
+            draw_random_numbers()
             batches = step_batches(
                 step,
                 num_groups=parallel.dp_size,
@@ -115,6 +116,8 @@ def span_config(span: Span) -> RunConfig:
 
 def held_state(policy, reference) -> dict[str, Tensor]:
     """Weights, optimizer state and reference of this rank, read without the checkpoint's own code."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
     state = {}
     for index, chunk in enumerate(policy.chunks):
         for name, parameter in chunk.named_parameters():
@@ -132,7 +135,18 @@ def held_state(policy, reference) -> dict[str, Tensor]:
             for name, parameter in chunk.named_parameters():
                 state[f"reference.{index}.{name}"] = parameter.detach().clone()
     state["rng"] = torch.get_rng_state()
+    for name, tracked in get_cuda_rng_tracker().get_states().items():
+        state[f"rng.{name}"] = tracked
     return state
+
+
+def draw_random_numbers() -> None:
+    """What dropout would do; without it no generator moves and a resume that forgets them goes unseen."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.rand(3)
+    with get_cuda_rng_tracker().fork():
+        torch.rand(3)
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
