@@ -4,13 +4,15 @@
     torchrun --nproc-per-node 2 tools/benchmark_step.py --tp 2
 
 One process (or a tp group) trains one model of about 100M parameters; the losses take turns, step by step,
-so that a noisy machine disturbs all alike. Reported: median seconds of forward_backward + optim_step, and
-the median of the ratios to the baseline step of the same turn.
+so that a noisy machine disturbs all alike. Reported: mean seconds of forward_backward + optim_step (and of
+CurioSFT's moving average, which follows every fifth step), and their ratio to the baseline's. Repeats are
+rounded up to a multiple of five, so that the average's share is exact.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -35,12 +37,13 @@ def main() -> None:
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     parallel = initialize_parallel(config.parallel)
+    average_every = ReferenceSection(kind="moving_average").sync_every
     steps = _build_steps(config, parallel)
     batch = _random_batch(arguments.tokens, architecture.vocab_size, parallel.device)
     for step in steps.values():  # the first step allocates optimizer state and memory
         step(batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
+    for _ in range(-(-arguments.repeats // average_every) * average_every):
         for name, step in steps.items():
             seconds[name].append(_timed(step, batch, parallel.device))
     if parallel.rank == 0:
@@ -132,12 +135,12 @@ def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Call
     def step_of(name: str) -> Callable[[TokenBatch], None]:
         loss = build_loss(name, {})
         model = {"gift": reference, "curiosft": teacher}.get(name)
+        steps_done = itertools.count()
 
         def step(batch: TokenBatch) -> None:
             policy.forward_backward([batch], loss, model)
             policy.optim_step(0, num_steps=1)
-            if model is teacher:
-                # Every call, not every fifth: the cost of the average is counted in full.
+            if model is not None and model.is_due(next(steps_done)):
                 model.follow(policy.chunks)
 
         return step
@@ -174,8 +177,8 @@ def _report(seconds: dict[str, list[float]], facts: dict[str, object], out: Path
     print(f"{'loss':<24} {'s / step':>9} {'ratio':>7} {'limit':>7}")
     rows = {}
     for name, times in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(times, seconds[BASELINE], strict=True))
-        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "limit": LIMITS.get(name)}
+        ratio = sum(times) / sum(seconds[BASELINE])
+        rows[name] = {"seconds": statistics.mean(times), "ratio": ratio, "limit": LIMITS.get(name)}
         limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
         print(f"{name:<24} {rows[name]['seconds']:>9.3f} {ratio:>7.3f} {limit:>7}")
     if out is not None:

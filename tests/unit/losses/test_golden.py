@@ -30,7 +30,7 @@ CASES = {
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-def errors(dtype_name: str) -> dict[str, tuple[float, float, float]]:
+def errors(dtype_name: str, device: str = "cpu") -> dict[str, tuple[float, float, float]]:
     """For each case the largest errors of loss, mean and gradient on this rank, relative to the truth."""
     golden, dtype = np.load(GOLDEN), DTYPES[dtype_name]
     group = dist.group.WORLD if dist.is_initialized() else None
@@ -40,7 +40,8 @@ def errors(dtype_name: str) -> dict[str, tuple[float, float, float]]:
 
     def shard(name: str) -> torch.Tensor:
         columns = torch.from_numpy(golden[name]).reshape(-1, V)[:, start:stop].to(dtype)
-        return torch.nn.functional.pad(columns, (0, width - columns.shape[1]), value=1e30)  # huge padding
+        padded = torch.nn.functional.pad(columns, (0, width - columns.shape[1]), value=1e30)  # huge padding
+        return padded.to(device)
 
     num_sequences, length = golden["y"].shape
     num_tokens = num_sequences * length
@@ -53,7 +54,8 @@ def errors(dtype_name: str) -> dict[str, tuple[float, float, float]]:
         cu_seqlens=torch.arange(num_sequences + 1, dtype=torch.int32) * length,
         token_weight=mask / mask.sum(),
         behavior_logprobs=torch.from_numpy(golden["b"]).flatten().to(dtype),
-    )
+    ).to(device)
+    mask = mask.to(device)
     found = {}
     for case, (name, options) in CASES.items():
         logits = shard("z").requires_grad_()
@@ -69,8 +71,8 @@ def errors(dtype_name: str) -> dict[str, tuple[float, float, float]]:
         assert logits.grad is not None
         assert torch.equal(logits.detach(), before), "the logits were modified"
         assert (logits.grad[:, stop - start :] == 0).all(), "padding got a gradient"
-        truth = torch.from_numpy(golden[f"{case}.per_token"]).flatten()  # 0 where masked
-        gradient = torch.from_numpy(golden[f"{case}.grad"]).reshape(-1, V)[:, start:stop]
+        truth = torch.from_numpy(golden[f"{case}.per_token"]).flatten().to(device)  # 0 where masked
+        gradient = torch.from_numpy(golden[f"{case}.grad"]).reshape(-1, V)[:, start:stop].to(device)
         found[case] = (
             ((loss - truth).abs()[mask].max() / truth.abs().max()).item(),
             abs(mean.item() / golden[f"{case}.mean"].item() - 1),
