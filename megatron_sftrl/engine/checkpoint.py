@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -179,7 +179,7 @@ def _record(
         optimizer_step=step,
         reference=_stored_kind(reference),
         layout=_layout(policy.parallel),
-        versions={name: version(name) for name in ("torch", "megatron-core")},
+        versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
         files={},
     )
 

@@ -146,7 +146,7 @@ def draw_random_numbers() -> None:
 
     torch.rand(3)
     with get_cuda_rng_tracker().fork():
-        torch.rand(3)
+        torch.rand(3, device="cuda")  # lands on the CPU where there is no CUDA
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, Tensor]:
