@@ -18,13 +18,14 @@ NUM_STEPS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Part of a run: load (when told), train steps [first, last), save (when told)."""
+    """Part of a run: load (when told), train steps [first, last), save at the end or before some steps."""
 
     parallel: dict
     first: int = 0
     last: int = NUM_STEPS
     load: str | None = None
     save: str | None = None
+    save_before: tuple[int, ...] = ()
     keep_last: int = 2
     model: dict = field(default_factory=dict)
     optim: dict = field(default_factory=dict)
@@ -57,6 +58,10 @@ def run_span(span: Span) -> Outcome:
         loss = build_loss("sft", {}) if span.reference is None else build_loss("curiosft", {"top_k": 16})
         metrics = []
         for step in range(state.step, span.last):
+            if step in span.save_before:
+                assert span.save is not None
+                store = CheckpointStore(Path(span.save), parallel, keep_last=span.keep_last)
+                store.save(TrainerState(step=step), policy, reference)
             draw_random_numbers()
             batches = step_batches(
                 step,
@@ -74,6 +79,7 @@ def run_span(span: Span) -> Outcome:
         if span.save is not None:
             store = CheckpointStore(Path(span.save), parallel, keep_last=span.keep_last)
             store.save(TrainerState(step=span.last, consumed_samples=8 * span.last), policy, reference)
+        policy.gather_parameters()
         return Outcome(metrics=metrics, state=held_state(policy, reference), step=state.step)
 
 
