@@ -46,7 +46,7 @@ def check_run(
     problems = [
         *_world_problems(config, world_size),
         *_layout_problems(config, architecture),
-        *_overlap_problems(config),
+        *_optimizer_problems(config),
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
@@ -107,7 +107,7 @@ def _layout_problems(config: RunConfig, architecture: ModelSizes) -> Iterator[st
         yield "parallel.sequence_parallel needs parallel.tp > 1: set tp, or sequence_parallel = false"
 
 
-def _overlap_problems(config: RunConfig) -> Iterator[str]:
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if parallel.overlap_param_gather and not (
         parallel.distributed_optimizer and parallel.overlap_grad_reduce
@@ -115,6 +115,11 @@ def _overlap_problems(config: RunConfig) -> Iterator[str]:
         yield (
             "parallel.overlap_param_gather needs parallel.distributed_optimizer = true and "
             "parallel.overlap_grad_reduce = true: set both, or overlap_param_gather = false"
+        )
+    if parallel.distributed_optimizer and config.optim.name == "sgd":
+        yield (
+            "parallel.distributed_optimizer shards Adam's state only (megatron-core): set "
+            "distributed_optimizer = false, or optim.name = adamw"
         )
 
 

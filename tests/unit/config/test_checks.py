@@ -57,6 +57,11 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
         (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel needs parallel.tp > 1"),
         (["parallel.overlap_param_gather=true"], 1, "needs parallel.distributed_optimizer = true"),
         (
+            ["parallel.distributed_optimizer=true", "optim.name=sgd"],
+            1,
+            "parallel.distributed_optimizer shards Adam's state only",
+        ),
+        (
             ["batch.packing=true", "batch.max_tokens=64"],
             1,
             "batch.max_tokens = 64 is less than data.max_length",
