@@ -26,6 +26,7 @@ setup(
         "psutil",
         "numpy",
         "transformers>=5.16.1,<5.20",
+        "tokenizers",
         "sentencepiece",
         "datasets",
         "pyarrow",

@@ -1,0 +1,169 @@
+"""The examples that newcomers start from: they load, fit together, and say what they claim to say."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
+from megatron_sftrl.architectures.architecture import Architecture, from_section
+from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.load import load_config
+from megatron_sftrl.config.schema import ArchitectureSection
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+CLUSTER = sorted(EXAMPLES.glob("*.yaml"))
+QUICKSTART = sorted((EXAMPLES / "quickstart").glob("*.yaml"))
+
+
+def load_quickstart(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the quick start as a module; its folder is on the path, as when it is run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "quickstart"))
+    spec = importlib.util.spec_from_file_location(
+        f"quickstart_{name}", EXAMPLES / "quickstart" / f"{name}.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def qwen_7b() -> Architecture:
+    """The sizes that the placeholder /path/to/Qwen2.5-7B stands for."""
+    section = ArchitectureSection(
+        family="qwen2",
+        num_layers=28,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
+        vocab_size=152064,
+        max_position_embeddings=131072,
+    )
+    return from_section(section)
+
+
+def test_there_is_an_example_for_each_method() -> None:
+    assert [path.stem for path in CLUSTER] == ["curiosft", "gift", "pear"]
+    assert [path.stem for path in QUICKSTART] == ["base", "gift"]
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
+def test_a_cluster_example_fits_a_7b_model_on_eight_gpus(path: Path) -> None:
+    config = load_config(path)
+    loss = build_loss(config.loss.name, config.loss.options)
+    check_run(config, qwen_7b(), 8, loss_needs=loss.needs)
+    assert config.loss.name == path.stem
+
+
+@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
+def test_the_options_of_a_cluster_example_are_the_published_defaults(path: Path) -> None:
+    config = load_config(path)
+    written = build_loss(config.loss.name, config.loss.options).config.model_dump()
+    defaults = build_loss(config.loss.name).config.model_dump()
+    # PEAR weighs single tokens by default; the example takes the paper's blocks of 4.
+    assert written == {**defaults, **({"variant": "block"} if path.stem == "pear" else {})}
+
+
+@pytest.mark.parametrize("path", QUICKSTART, ids=lambda path: path.stem)
+def test_a_quick_start_stage_fits_two_processes(path: Path) -> None:
+    config = load_config(path)
+    assert config.model.architecture is not None
+    loss = build_loss(config.loss.name, config.loss.options)
+    check_run(config, from_section(config.model.architecture), 2, loss_needs=loss.needs)
+
+
+def test_the_quick_start_fine_tunes_the_base_model_that_it_trained() -> None:
+    base, gift = (load_config(EXAMPLES / "quickstart" / f"{name}.yaml") for name in ("base", "gift"))
+    assert gift.model.architecture == base.model.architecture
+    assert gift.model.init_checkpoint == base.run_dir
+    assert gift.tokenizer == base.tokenizer
+    assert (gift.parallel.tp, gift.loss.name) == (2, "gift")
+
+
+def test_the_loss_in_a_users_file_is_gift_without_eps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy, prior = (torch.randn(7, 11, generator=generator, dtype=torch.float64) for _ in range(2))
+    batch = TokenBatch(
+        tokens=torch.arange(7),
+        labels=torch.arange(1, 8),
+        positions=torch.arange(7),
+        loss_mask=torch.ones(7, dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, 7], dtype=torch.int32),
+        token_weight=torch.full((7,), 1 / 7),
+    )
+    mine = build_loss("my_gift", {"beta": 4.0}, modules=[EXAMPLES / "my_loss.py"])
+    built_in = build_loss("gift", {"beta": 4.0, "eps": 0.0})
+    losses = [
+        loss(
+            LossInputs(
+                policy=TokenDistribution.from_logits(policy, vocab_size=11),
+                reference=TokenDistribution.from_logits(prior, vocab_size=11),
+                batch=batch,
+            )
+        ).token_loss
+        for loss in (mine, built_in)
+    ]
+    # The same operations in the same order.
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+
+
+def test_demonstrations_are_accepted_and_wrong_or_unfinished_answers_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = load_quickstart("task", monkeypatch)
+    problem = next(task.problems(seed=3))
+    right = task.demonstration(problem)
+    assert task.is_correct(right, problem.answer, is_strict=True)
+    wrong = f"<answer>{int(problem.answer) + 1}</answer>"
+    for is_strict in (True, False):
+        assert not task.is_correct(wrong, problem.answer, is_strict=is_strict)
+        assert not task.is_correct("", problem.answer, is_strict=is_strict)
+    prose = f"The answer is {problem.answer}."
+    assert task.is_correct(prose, problem.answer, is_strict=False)
+    for loose in (prose, right + "!", right.removesuffix("</answer>"), f"{right}\n{right}"):
+        assert not task.is_correct(loose, problem.answer, is_strict=True)
+
+
+def test_problems_of_a_seed_repeat_exactly_and_never_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_quickstart("task", monkeypatch)
+    first, again, other = (
+        [p for p, _ in zip(task.problems(seed), range(500), strict=False)] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert len({problem.question for problem in first}) == 500
+    assert len({problem.question for problem in first} & {problem.question for problem in other}) < 50
+
+
+def test_base_texts_mix_styles_and_contain_slips(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_quickstart("task", monkeypatch)
+    draw = random.Random(0)
+    chosen = [p for p, _ in zip(task.problems(seed=1), range(400), strict=False)]
+    texts = [task.base_text(problem, draw) for problem in chosen]
+    worked = [(t, p) for t, p in zip(texts, chosen, strict=True) if "=" in t]
+    slips = [t for t, p in worked if not task.is_correct(t, p.answer, is_strict=True)]
+    # 400 draws at 0.4: five standard deviations are 0.12. With slips in 10 % of 3 or 4 steps, 30 % go wrong.
+    assert 0.28 < len(worked) / 400 < 0.52
+    assert 0.1 < len(slips) / len(worked) < 0.5
+
+
+@pytest.mark.parametrize(("after", "code"), [(0.45, 0), (0.35, 1), (0.2, 1)])
+def test_the_quick_start_fails_unless_both_accuracies_rise(
+    monkeypatch: pytest.MonkeyPatch, after: float, code: int
+) -> None:
+    report = load_quickstart("report", monkeypatch)
+
+    def accuracy(greedy: float, sampled: float) -> object:
+        shares = {"greedy": greedy, "sampled": sampled}
+        return report.Accuracy(stage="s", step=1, strict=shares, lenient=shares, answers=[])
+
+    assert report.check_rise(accuracy(0.3, 0.3), accuracy(0.9, after)) == code
+    assert report.check_rise(accuracy(0.3, 0.3), accuracy(after, 0.9)) == code
