@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -127,6 +128,8 @@ def test_demonstrations_are_accepted_and_wrong_or_unfinished_answers_are_not(
     for is_strict in (True, False):
         assert not task.is_correct(wrong, problem.answer, is_strict=is_strict)
         assert not task.is_correct("", problem.answer, is_strict=is_strict)
+        # reasoning-gym gives partial credit to an answer that contains the right one.
+        assert not task.is_correct("<answer>15</answer>", "5", is_strict=is_strict)
     prose = f"The answer is {problem.answer}."
     assert task.is_correct(prose, problem.answer, is_strict=False)
     for loose in (prose, right + "!", right.removesuffix("</answer>"), f"{right}\n{right}"):
@@ -135,18 +138,17 @@ def test_demonstrations_are_accepted_and_wrong_or_unfinished_answers_are_not(
 
 def test_problems_of_a_seed_repeat_exactly_and_never_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_quickstart("task", monkeypatch)
-    first, again, other = (
-        [p for p, _ in zip(task.problems(seed), range(500), strict=False)] for seed in (1, 1, 2)
-    )
+    # 80,000 sums of 4 terms: among 3,000 problems about 14 would come twice if nothing held them back.
+    first, again, other = (list(islice(task.problems(seed), 3000)) for seed in (1, 1, 2))
     assert first == again
-    assert len({problem.question for problem in first}) == 500
-    assert len({problem.question for problem in first} & {problem.question for problem in other}) < 50
+    assert len({problem.question for problem in first}) == 3000
+    assert len({problem.question for problem in first} & {problem.question for problem in other}) < 300
 
 
 def test_base_texts_mix_styles_and_contain_slips(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_quickstart("task", monkeypatch)
     draw = random.Random(0)
-    chosen = [p for p, _ in zip(task.problems(seed=1), range(400), strict=False)]
+    chosen = list(islice(task.problems(seed=1), 400))
     texts = [task.base_text(problem, draw) for problem in chosen]
     worked = [(t, p) for t, p in zip(texts, chosen, strict=True) if "=" in t]
     slips = [t for t, p in worked if not task.is_correct(t, p.answer, is_strict=True)]
