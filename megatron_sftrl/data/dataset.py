@@ -104,8 +104,8 @@ def load_dataset(
     Returns:
         The dataset.
     Raises:
-        ValueError: a source that cannot be read, a row that cannot be used (named by file and line), or no
-            row left.
+        ValueError: a source that cannot be read, a row that cannot be used (named by file and line), no row
+            left, or a cache that cannot be written.
     """
     for path in paths:
         check_source(path)
@@ -116,7 +116,13 @@ def load_dataset(
             return Dataset(store)
     store = _build_store(paths, tokenizer, max_length=max_length, truncation=truncation)
     if place is not None:
-        save_store(store, place)
+        try:
+            save_store(store, place)
+        except OSError as error:
+            raise ValueError(
+                f"the tokenized rows cannot be kept in {cache_dir}: {error}; free space there, or choose "
+                "another run_dir"
+            ) from error
         store = open_store(place) or store
     return Dataset(store)
 

@@ -69,10 +69,20 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and flush it."""
+        """Append one line and flush it.
+
+        Raises:
+            ValueError: it cannot be written; a disk is full, say.
+        """
         numbers = {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"the metrics of step {step} cannot be written: {error}; free space and start the run again, "
+                "it goes on from its last checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

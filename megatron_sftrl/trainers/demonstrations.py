@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megatron_sftrl.data.dataset import Dataset, load_dataset
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.order import num_training_steps
+from megatron_sftrl.engine.checkpoint_together import on_rank_zero
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.observability.run_directory import RunDirectory
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout
@@ -47,12 +46,15 @@ def open_demonstrations(plan: RunPlan, directory: RunDirectory, parallel: Parall
         ValueError: a row that cannot be used, or a loss that needs scores the data has not.
     """
     config = plan.config
-    if parallel.rank > 0:
-        dist.barrier()  # rank 0 comes first; the others find its work in the cache
-    train = _load(plan, directory, is_train=True)
-    valid = _load(plan, directory, is_train=False) if config.data.valid else None
-    if parallel.rank == 0:
-        dist.barrier()
+
+    def load() -> tuple[Dataset, Dataset | None]:
+        train = _load(plan, directory, is_train=True)
+        valid = _load(plan, directory, is_train=False) if config.data.valid else None
+        return train, valid
+
+    # Rank 0 comes first and the others find its work in the cache; a bad row is an error on all of them.
+    on_rank_zero(lambda: load() and None)
+    train, valid = load()
     if "behavior_logprobs" in plan.loss.needs:
         for name, dataset in (("train", train), ("valid", valid)):
             if dataset is not None and not dataset.has_behavior_logprobs:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+from megatron_sftrl.engine.checkpoint_together import on_rank_zero
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
@@ -35,9 +36,13 @@ def run_sft(config: RunConfig) -> None:
     """
     plan = plan_run(config)
     with parallel_context(config.parallel) as parallel:
-        directory = open_run_directory(config, is_writer=parallel.rank == 0)
+        directory = open_run_directory(config, is_writer=False)
         demonstrations = open_demonstrations(plan, directory, parallel)
-        SftTrainer(plan, directory, demonstrations, parallel).train()
+        trainer = SftTrainer(plan, directory, demonstrations, parallel)
+        # Only now: who corrects a bad row, max_length or init_checkpoint shall not meet the resolved.yaml of
+        # a run that never began, and be refused as another run.
+        on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
+        trainer.train()
 
 
 class SftTrainer:
@@ -79,10 +84,8 @@ class SftTrainer:
                     self._follow(step + 1)
                 self._advance(data, update)
                 self._guard(data, report)
-                numbers = self._step_numbers(data, report, update)
-                if self._is_due(self.config.train.eval_every):
-                    numbers |= self.evaluate()
-                metrics.write(self.state.step, numbers)
+                held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
+                metrics.write(self.state.step, {**self._step_numbers(data, report, update), **held_out})
                 if self._is_due(self.config.checkpoint.every):
                     with self.timers("checkpoint"):
                         self.store.save(self.state, self.policy, self.reference)

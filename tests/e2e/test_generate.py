@@ -1,0 +1,77 @@
+"""`sftrl generate` from a run's checkpoint: the same responses under every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.product import sftrl, sftrl_each
+from tests.e2e.project import Project, read_rows
+
+SAMPLED = ("--num-samples", "3", "--temperature", "1.0", "--seed", "5")
+
+
+def command(
+    project: Project, run_dir: Path, out: Path, *more: str, overrides: tuple[str, ...] = ()
+) -> list[str]:
+    return [
+        "generate", str(project.yaml), f"run_dir={run_dir}", *overrides, "--prompts", str(project.valid),
+        "--out", str(out), "--max-new-tokens", "8", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["greedy", "sampled"])
+def test_one_process_and_tp_2_generate_the_same(
+    how: str, project: Project, two_processes: Path, tmp_path: Path
+) -> None:
+    more = SAMPLED if how == "sampled" else ()
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    sftrl(*command(project, two_processes, one, *more))
+    sftrl(*command(project, two_processes, two, *more, overrides=("parallel.tp=2",)), ranks=2)
+    assert one.read_text() == two.read_text()
+    rows = read_rows(one)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_rows(project.valid)]
+    for row in rows:
+        assert len(row["responses"]) == len(row["num_tokens"]) == (3 if how == "sampled" else 1)
+        for text, count, is_finished in zip(
+            row["responses"], row["num_tokens"], row["is_finished"], strict=True
+        ):
+            assert is_finished or count == 8
+            if "<" not in text:  # no special token; an id is a character, or none (the model's last row)
+                assert len(text) <= count - is_finished
+    assert len({text for row in rows for text in row["responses"]}) > 1 or how == "greedy"
+
+
+def test_a_seed_repeats_its_samples_and_another_seed_draws_others(
+    project: Project, two_processes: Path, tmp_path: Path
+) -> None:
+    outs = [tmp_path / f"{number}.jsonl" for number in range(3)]
+    seeds = ["5", "5", "6"]
+    for done in sftrl_each(
+        [
+            command(project, two_processes, out, *SAMPLED[:-1], seed)
+            for out, seed in zip(outs, seeds, strict=True)
+        ]
+    ):
+        done.expect(0)
+    first, again, other = (out.read_text() for out in outs)
+    assert first == again
+    assert first != other
+
+
+def test_an_output_that_exists_and_a_missing_checkpoint_are_refused(
+    project: Project, two_processes: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious.jsonl"
+    precious.write_text("mine\n")
+    exists, nothing = sftrl_each(
+        [
+            command(project, two_processes, precious),
+            command(project, tmp_path / "empty", tmp_path / "new.jsonl"),
+        ]
+    )
+    assert f"{precious} exists already: choose another --out" in exists.expect(2).stderr
+    assert precious.read_text() == "mine\n"
+    assert "no complete checkpoint in" in nothing.expect(2).stderr
+    assert not (tmp_path / "new.jsonl").exists()
