@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
@@ -130,5 +130,6 @@ def _finish_format(directory: Path) -> None:
             f"rank 0 does not see {', '.join(lost)} that other ranks wrote to {directory}: run_dir must be "
             "on a file system that all nodes share"
         )
-    TorchCommonSaveStrategy("torch", 1).save_common({}, str(directory))
+    # Written by hand: the function for it moved between megatron-core 0.16 and 0.19.
+    torch.save({}, directory / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))

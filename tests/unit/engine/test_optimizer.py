@@ -73,4 +73,5 @@ def test_matrices_decay_and_norms_and_biases_do_not() -> None:
     for name, (before, after) in run_ranks(1, decayed_parameters)[0].items():
         is_decayed = not name.endswith("bias") and "norm" not in name
         expected = 0.75 * before if is_decayed else before
-        torch.testing.assert_close(after, expected, msg=lambda text, name=name: f"{name}: {text}")
+        # fp32 sums over a few thousand elements: 1e-6 is rounding, a missing decay is 0.25.
+        assert after == pytest.approx(expected, rel=1e-6), name
