@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_sftrl.config.schema import OptimSection
 from tests.ranks import run_ranks
