@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl.engine.checkpoint_directory import file_record
+from megatron_sftrl.engine.checkpoint.directory import file_record
 from tests.distributed.checkpoint_runs import Span, engines, held_state, run_span, stored_tensors
 from tests.ranks import run_ranks
 

@@ -85,12 +85,6 @@ def make_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def num_positions(row: Row) -> int:
-    """Predicting positions of a row: user mark, prompt, assistant mark, response, end; the last predicts
-    nothing."""
-    return len(str(row["prompt"])) + len(str(row["response"])) + 2
-
-
 def num_learned(row: Row) -> int:
     """Loss tokens of a row: the response and its end token."""
     return len(str(row["response"])) + 1

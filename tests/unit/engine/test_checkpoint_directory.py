@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.engine import checkpoint_directory
-from megatron_sftrl.engine.checkpoint_record import CheckpointRecord, TrainerState, read_record
+from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
+from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState, read_record
 
 
 def record(step: int) -> CheckpointRecord:

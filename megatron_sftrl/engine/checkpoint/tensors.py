@@ -26,8 +26,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
-from megatron_sftrl.engine.checkpoint_boxes import boxes_of_range
-from megatron_sftrl.engine.checkpoint_optimizer import OptimizerShare
+from megatron_sftrl.engine.checkpoint.boxes import boxes_of_range
+from megatron_sftrl.engine.checkpoint.optimizer import OptimizerShare
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 

@@ -1,6 +1,6 @@
 """A run on the disk and back: saved atomically, loaded into any layout, refused when it does not fit.
 
-What a checkpoint holds is told in checkpoint_tensors.py and checkpoint_record.py. Not in it: a frozen
+What a checkpoint holds is told in tensors.py and record.py. Not in it: a frozen
 reference (it is made again from the configuration), gradients, the configuration itself (run_dir has
 it), and the sampler's state (a function of seed and consumed_samples).
 
@@ -20,25 +20,25 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.engine import checkpoint_directory
-from megatron_sftrl.engine.checkpoint_integrity import hashed_files, verified_record
-from megatron_sftrl.engine.checkpoint_io import (
+from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
+from megatron_sftrl.engine.checkpoint.integrity import hashed_files, verified_record
+from megatron_sftrl.engine.checkpoint.io import (
     check_tensors,
     num_bytes,
     read_tensors,
     stored_shapes,
     write_tensors,
 )
-from megatron_sftrl.engine.checkpoint_optimizer import optimizer_shares, optimizer_step, set_optimizer_step
-from megatron_sftrl.engine.checkpoint_record import CheckpointRecord, TrainerState, differences
-from megatron_sftrl.engine.checkpoint_tensors import (
+from megatron_sftrl.engine.checkpoint.optimizer import optimizer_shares, optimizer_step, set_optimizer_step
+from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState, differences
+from megatron_sftrl.engine.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
     restore_rng_states,
     rng_states,
     rng_tensors,
 )
-from megatron_sftrl.engine.checkpoint_together import on_rank_zero
+from megatron_sftrl.engine.checkpoint.together import on_rank_zero
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine

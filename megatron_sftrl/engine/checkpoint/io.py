@@ -23,8 +23,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_sftrl.engine.checkpoint_metadata import IndexReader, read_index
-from megatron_sftrl.engine.checkpoint_together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.checkpoint.metadata import IndexReader, read_index
+from megatron_sftrl.engine.checkpoint.together import on_every_rank, on_rank_zero
 
 
 def write_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:

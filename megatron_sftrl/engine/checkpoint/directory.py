@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_sftrl.engine.checkpoint_record import FILE_NAME, CheckpointRecord, FileRecord
+from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}(\.old)?\.tmp")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sftrl.engine.checkpoint_directory import file_problem, file_record
-from megatron_sftrl.engine.checkpoint_record import CheckpointRecord, FileRecord, read_record
-from megatron_sftrl.engine.checkpoint_together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.checkpoint.directory import file_problem, file_record
+from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, FileRecord, read_record
+from megatron_sftrl.engine.checkpoint.together import on_every_rank, on_rank_zero
 
 
 def hashed_files(directory: Path) -> dict[str, FileRecord]:

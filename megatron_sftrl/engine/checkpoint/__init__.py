@@ -1,0 +1,12 @@
+"""Checkpoints of one format for every layout: what is saved, how it lies on the disk, how it is proven whole.
+
+`store` is the door; behind it `tensors` and `optimizer` name what a checkpoint holds in coordinates of the
+model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and reads torch_dist files,
+`directory`, `record`, `integrity` and `metadata` make a directory complete or refused, `together` makes an
+error of one rank the error of all.
+"""
+
+from megatron_sftrl.engine.checkpoint.record import TrainerState
+from megatron_sftrl.engine.checkpoint.store import CheckpointStore, load_weights
+
+__all__ = ["CheckpointStore", "TrainerState", "load_weights"]
