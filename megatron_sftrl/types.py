@@ -6,6 +6,7 @@ Shapes use one alphabet everywhere: T packed tokens, S sequences, V vocabulary, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +75,16 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
-            field.name: None if (value := getattr(self, field.name)) is None else value.to(device)
+        return self.map(lambda value: value.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor], **replaced: Tensor) -> TokenBatch:
+        """The same batch with `function` applied to every tensor that is there, but those in `replaced`."""
+        changed = {
+            field.name: function(value)
             for field in dataclasses.fields(self)
+            if field.name not in replaced and (value := getattr(self, field.name)) is not None
         }
-        return TokenBatch(**moved)
+        return dataclasses.replace(self, **changed, **replaced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,11 +124,7 @@ def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Call
         return as_megatron_loss(total, total.detach().clone())
 
     def baseline(batch: TokenBatch) -> None:
-        for chunk in policy.wrapped:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        assert policy.optimizer is not None
-        policy.optimizer.zero_grad()
+        policy.zero_gradients()
         run_schedule(policy.wrapped, [batch], cross_entropy, parallel, forward_only=False)
         policy.optim_step(0, num_steps=1)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,14 +23,7 @@ def shard_for_context_parallel(batch: TokenBatch, *, cp_rank: int, cp_size: int)
     if cp_size == 1:
         return batch
     rows = local_rows(batch.cu_seqlens, cp_rank=cp_rank, cp_size=cp_size)
-    fields = {}
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        if field.name == "cu_seqlens":
-            fields[field.name] = value // cp_size
-        else:
-            fields[field.name] = None if value is None else value[rows]
-    return TokenBatch(**fields)
+    return batch.map(lambda value: value[rows], cu_seqlens=batch.cu_seqlens // cp_size)
 
 
 def gather_whole(local: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:

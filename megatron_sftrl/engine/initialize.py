@@ -35,7 +35,7 @@ def _sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
             yield value
         elif isinstance(value, ShardedTensorFactory):
             # The gated MLP's two halves are views into one parameter.
-            yield from value.build()
+            yield from value.build()  # type: ignore[misc]
 
 
 def _fill(shard: ShardedTensor, architecture: Architecture, seed: int) -> None:

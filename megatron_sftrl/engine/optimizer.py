@@ -87,7 +87,7 @@ def step_if_finite(optimizer: MegatronOptimizer, *, lr: float) -> OptimStep:
     clip_grad = optimizer.config.clip_grad
     parameters = optimizer.get_parameters()
     if clip_grad > 0 and parameters:
-        clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=grad_norm)
+        clip_grad_by_total_norm_fp32([*parameters], max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
     return OptimStep(grad_norm=grad_norm, lr=lr, is_skipped=False)
 

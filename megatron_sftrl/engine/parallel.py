@@ -94,11 +94,11 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         rank=rank,
         world_size=world_size,
         device=device,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_group=_group(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_group(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_group(parallel_state.get_context_parallel_group()),
+        dp_group=_group(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=section.tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -136,6 +136,12 @@ def destroy_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    """Megatron's getters are typed more loosely than what they return here."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _select_device() -> torch.device:

@@ -59,7 +59,7 @@ class PolicyEngine:
         )
         self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
         initialize_weights(self.chunks, architecture, seed=run.seed)
-        self.wrapped = list(self.chunks)
+        self.wrapped: list[DistributedDataParallel] | list[LanguageModel] = self.chunks
         self.optimizer = None
         if with_optimizer:
             self._prepare_training(run)
@@ -70,9 +70,9 @@ class PolicyEngine:
         self.config.finalize_model_grads_func = finalize_gradients
         if run.parallel.overlap_grad_reduce:
             no_syncs = [chunk.no_sync for chunk in wrapped]
-            self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+            self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]  # type: ignore[assignment]
         if run.parallel.overlap_grad_reduce and len(wrapped) > 1:
-            self.config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+            self.config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]  # type: ignore[assignment]
         self.optimizer = build_optimizer(
             wrapped,
             run.optim,
@@ -84,12 +84,17 @@ class PolicyEngine:
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
     ) -> StepReport:
         """Gradients of sum(token_loss * token_weight) over the step and all ranks, ready for optim_step."""
+        self.zero_gradients()
+        return self._run(batches, loss, reference, forward_only=False)
+
+    def zero_gradients(self) -> None:
+        """Empty Megatron's gradient buffers; the schedule accumulates into them."""
+        assert self.optimizer is not None
         for chunk in self.wrapped:
+            assert isinstance(chunk, DistributedDataParallel)
             chunk.train()
             chunk.zero_grad_buffer()
-        assert self.optimizer is not None
         self.optimizer.zero_grad()
-        return self._run(batches, loss, reference, forward_only=False)
 
     @torch.no_grad()
     def evaluate(

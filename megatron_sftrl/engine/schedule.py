@@ -72,6 +72,7 @@ def run_schedule(
 
         def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
             model = get_attr_wrapped_model(chunk, "logits", return_model_obj=True)
+            assert isinstance(model, LanguageModel)
             return last_stage(
                 LastStageInput(index=index, batch=batch, hidden_states=hidden_states, model=model)
             )
@@ -80,7 +81,7 @@ def run_schedule(
 
     forward_backward = get_forward_backward_func()
     # Each chunk of a virtual pipeline walks over the same micro-batches on its own.
-    iterators = [iter(enumerate(shards)) for _ in chunks]
+    iterators: list[Iterator] = [enumerate(shards) for _ in chunks]
     return forward_backward(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],

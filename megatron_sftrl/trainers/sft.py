@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
-from megatron_sftrl.engine.checkpoint_together import on_rank_zero
+from megatron_sftrl.engine.checkpoint.together import on_rank_zero
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
