@@ -20,12 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_sftrl import TokenBatch, build_loss
 from megatron_sftrl.architectures.architecture import from_section, num_parameters
 from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
+from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.scaling import as_megatron_loss
+from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
 
 BASELINE = "megatron cross-entropy"
 LIMITS = {"sft": 1.05, "pear": 1.05, "gift": 1.45, "curiosft": 1.45}
@@ -100,14 +105,6 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Callable[[TokenBatch], None]]:
     """One closure per loss, all on the same policy; the baseline first."""
-    # Imported late: megatron.core may only be imported once the CPU backend stands.
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.engine.reference import ReferenceModel
-    from megatron_sftrl.engine.scaling import as_megatron_loss
-    from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
-
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     policy = PolicyEngine(architecture, config, parallel)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,15 @@ import torch.distributed as dist
 
 from megatron_sftrl.config.load import load_config
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, TOKEN_IDS_COLUMN
 from megatron_sftrl.data.dataset import Dataset, tokenize_sources
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.store import pack_examples
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.plan import batch_layout, plan_model
 
 
@@ -56,10 +59,6 @@ def score(config: RunConfig, *, checkpoint: Path, data: Path, out: Path) -> None
     architecture, tokenizer = plan_model(config)
     rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel) as parallel:
-        # Late: megatron.core may be imported only where the CPU backend stands.
-        from megatron_sftrl.engine.checkpoint import load_weights
-        from megatron_sftrl.engine.policy import PolicyEngine
-
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         load_weights(policy.chunks, checkpoint, architecture=architecture)
         loader = StepLoader(
@@ -74,9 +73,7 @@ def score(config: RunConfig, *, checkpoint: Path, data: Path, out: Path) -> None
         )
         scores = _collect(_score_share(policy, loader, dataset, parallel), parallel)
         if parallel.rank == 0:
-            _write(
-                out, rows, [(dataset[row].loss_token_ids.tolist(), scores[row]) for row in range(len(rows))]
-            )
+            _write(out, rows, dataset, scores)
         dist.barrier()
 
 
@@ -96,7 +93,7 @@ def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[di
 
 
 def _score_share(
-    policy: Any, loader: StepLoader, dataset: Dataset, parallel: ParallelContext
+    policy: PolicyEngine, loader: StepLoader, dataset: Dataset, parallel: ParallelContext
 ) -> dict[int, list[float]]:
     """Log-probabilities of this replica's rows, known on its last pipeline stage."""
     scores: dict[int, list[float]] = {}
@@ -118,14 +115,16 @@ def _collect(mine: dict[int, list[float]], parallel: ParallelContext) -> dict[in
     return {row: values for share in shares if share for row, values in share.items()}
 
 
-def _write(out: Path, rows: list[dict[str, Any]], scores: list[tuple[list[int], list[float]]]) -> None:
+def _write(out: Path, rows: list[dict[str, Any]], dataset: Dataset, scores: dict[int, list[float]]) -> None:
+    lines = []
+    for number, row in enumerate(rows):
+        added = {
+            LOGPROBS_COLUMN: scores[number],
+            TOKEN_IDS_COLUMN: dataset[number].loss_token_ids.tolist(),
+        }
+        lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for row, (ids, logprobs) in zip(rows, scores, strict=True):
-            added = {"behavior_logprobs": logprobs, "behavior_token_ids": ids}
-            file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
-    os.replace(unfinished, out)
+    write_atomically(out, "".join(lines))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ _CPU = torch.device("cpu")
 def install() -> bool:
     """Redirect CUDA calls of megatron-core to the CPU, for the rest of this process.
 
-    Call it before importing megatron.core. Calling it again changes nothing.
+    Call it before the first call into megatron.core (importing it is harmless). Calling it again changes
+    nothing.
 
     Returns:
         True where the redirection is active, False where CUDA is available and nothing was done.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import generate
 from megatron_sftrl.trainers.plan import plan_model
 from megatron_sftrl.types import Rollout, SamplingParams
@@ -116,19 +116,17 @@ def _write(
     out: Path, rows: list[Mapping[str, Any]], responses: dict[int, list[Rollout]], tokenizer: Tokenizer
 ) -> None:
     stops = end_token_ids(tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows):
-            answers = responses[number]
-            texts = [
+    lines = []
+    for number, row in enumerate(rows):
+        answers = responses[number]
+        added = {
+            "responses": [
                 tokenizer.decode([token for token in answer.response_tokens if token not in stops])
                 for answer in answers
-            ]
-            added = {
-                "responses": texts,
-                "num_tokens": [len(answer.response_tokens) for answer in answers],
-                "is_finished": [answer.is_finished for answer in answers],
-            }
-            file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
-    os.replace(unfinished, out)
+            ],
+            "num_tokens": [len(answer.response_tokens) for answer in answers],
+            "is_finished": [answer.is_finished for answer in answers],
+        }
+        lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(lines))
