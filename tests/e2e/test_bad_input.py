@@ -163,7 +163,8 @@ def test_under_torchrun_a_bad_row_is_told_once_and_ends_the_job(project: Project
         assert started.wait() != 0
         said = started.output()
     assert f"\n{said}".count(f"\nerror: {data}:37: not JSON") == 1
-    # Neither a word of the other rank nor its broken connection; torchrun's own report follows.
-    assert "rank 1" not in said
-    assert "rank1" not in said
+    # The other rank has heard of it: no traceback of a broken connection. (On an overloaded machine it may
+    # repeat the message as its own before torchrun ends it.)
+    assert "[rank1]: Traceback" not in said, said
+    assert "Connection closed" not in said, said
     assert not (tmp_path / "run").exists()
