@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 for what the user can fix.
     """
     parsed = _parser().parse_args(arguments)
+    _hide_warnings_about_absent_cuda_packages()
     try:
         parsed.command(parsed)
     except ValueError as error:
@@ -37,6 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `sftrl keys | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _hide_warnings_about_absent_cuda_packages() -> None:
+    """megatron-core warns a dozen times at import that Apex and Transformer Engine are not installed.
+
+    On the CPU neither could be; where a GPU driver is there they are worth knowing, and stay.
+    """
+    if not os.path.exists("/dev/nvidiactl"):
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed")
+    # A default of megatron-core's own TransformerConfig.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,13 +18,17 @@ if [ -z "$_python" ]; then
   echo "error: no Python 3.11 or newer found; set SFTRL_PYTHON" >&2
   exit 1
 fi
-_stamp="$_venv/.installed-${_extras:-core}-$(cat "$_root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)"
-if [ ! -f "$_stamp" ]; then
+_stamp="$_venv/.installed-${_extras:-core}"
+# The checkout is part of it: an editable install points at one folder, and a shared environment may be asked
+# for by several.
+_want="$_root $(cat "$_root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)"
+if [ "$(cat "$_stamp" 2>/dev/null)" != "$_want" ]; then
   echo "installing into $_venv ($("$_python" --version))"
+  rm -f "$_venv"/.installed-*
   "$_python" -m venv "$_venv"
   # torch first and pinned: left to the resolver it would come with another build's CUDA packages.
   "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check "${SFTRL_TORCH:-torch==2.13.0}"
   "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$_root${_extras:+[$_extras]}"
-  touch "$_stamp"
+  echo "$_want" | tee "$_venv/.installed-core" > "$_stamp"
 fi
 export PATH="$_venv/bin:$PATH"
