@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_sftrl import __version__
@@ -27,12 +27,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for what the user can fix.
     """
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, late = parser.parse_known_args(arguments)
+    # argparse takes key=value only in front of the options; people write them behind, too.
+    if late and not ("overrides" in parsed and all("=" in word and word[0] != "-" for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        parsed.overrides = [*parsed.overrides, *late]
+    return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
+
+
+def run_command(command: Callable[[], None], *, with_traceback: bool = False) -> int:
+    """Run something that a user started; what the user can fix becomes one message, told once per job.
+
+    Args:
+        command: raises ValueError for what the user can fix.
+        with_traceback: let the error through (as SFTRL_TRACEBACK=1 does).
+    Returns:
+        The exit code: 0, or 2 for what the user can fix.
+    """
     _hide_warnings_about_absent_cuda_packages()
     try:
-        parsed.command(parsed)
+        command()
     except ValueError as error:
-        if parsed.traceback or os.environ.get("SFTRL_TRACEBACK") == "1":
+        if with_traceback or os.environ.get("SFTRL_TRACEBACK") == "1":
             raise
         _report(error)
         return _USER_ERROR

@@ -1,12 +1,12 @@
 """Step time of each loss against the same Megatron step with Megatron's own vocab_parallel_cross_entropy.
 
-    python tools/benchmark_step.py [--tokens 512] [--repeats 5] [--out benchmark_step.json]
+    python tools/benchmark_step.py [--tokens 512] [--repeats 3] [--out benchmark_step.json]
     torchrun --nproc-per-node 2 tools/benchmark_step.py --tp 2
 
-One process (or a tp group) trains one model of about 100M parameters; the losses take turns, step by step,
-so that a noisy machine disturbs all alike. Reported: mean seconds of forward_backward + optim_step (and of
-CurioSFT's moving average, which follows every fifth step), and their ratio to the baseline's. Repeats are
-rounded up to a multiple of five, so that the average's share is exact.
+One process (or a tp group) trains one model of about 100M parameters. The losses take turns of five steps,
+so that a noisy machine disturbs all alike and CurioSFT's moving average, which follows every fifth step, has
+its exact share. Reported: seconds of a step (forward_backward, optim_step, moving average) and the median
+over the turns of its ratio to the baseline's step in the same turn.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
 
 BASELINE = "megatron cross-entropy"
+STEPS_PER_TURN = 5
 LIMITS = {"sft": 1.05, "pear": 1.05, "gift": 1.45, "curiosft": 1.45}
 
 
@@ -42,13 +43,12 @@ def main() -> None:
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     parallel = initialize_parallel(config.parallel)
-    average_every = ReferenceSection(kind="moving_average").sync_every
     steps = _build_steps(config, parallel)
     batch = _random_batch(arguments.tokens, architecture.vocab_size, parallel.device)
     for step in steps.values():  # the first step allocates optimizer state and memory
         step(batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(-(-arguments.repeats // average_every) * average_every):
+    for _ in range(arguments.repeats):
         for name, step in steps.items():
             seconds[name].append(_timed(step, batch, parallel.device))
     if parallel.rank == 0:
@@ -66,7 +66,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the micro-batch")
-    parser.add_argument("--repeats", type=int, default=5, help="turns; each runs every loss once")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of five steps of every loss")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
@@ -159,10 +159,11 @@ def _timed(step: Callable[[TokenBatch], None], batch: TokenBatch, device: torch.
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step(batch)
+    for _ in range(STEPS_PER_TURN):
+        step(batch)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / STEPS_PER_TURN
 
 
 def _report(seconds: dict[str, list[float]], facts: dict[str, object], out: Path | None) -> None:
@@ -170,8 +171,8 @@ def _report(seconds: dict[str, list[float]], facts: dict[str, object], out: Path
     print(f"{'loss':<24} {'s / step':>9} {'ratio':>7} {'limit':>7}")
     rows = {}
     for name, times in seconds.items():
-        ratio = sum(times) / sum(seconds[BASELINE])
-        rows[name] = {"seconds": statistics.mean(times), "ratio": ratio, "limit": LIMITS.get(name)}
+        ratio = statistics.median(a / b for a, b in zip(times, seconds[BASELINE], strict=True))
+        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "limit": LIMITS.get(name)}
         limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
         print(f"{name:<24} {rows[name]['seconds']:>9.3f} {ratio:>7.3f} {limit:>7}")
     if out is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.load import load_config
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, TOKEN_IDS_COLUMN
@@ -40,12 +41,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="step directory or run directory")
     parser.add_argument("--data", type=Path, required=True, help="JSONL, Parquet or datasets directory")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    arguments = parser.parse_args()
-    try:
+    arguments = parser.parse_intermixed_args()
+
+    def command() -> None:
         config = load_config(arguments.config, arguments.overrides)
         score(config, checkpoint=arguments.checkpoint, data=arguments.data, out=arguments.out)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+
+    raise SystemExit(run_command(command))
 
 
 def score(config: RunConfig, *, checkpoint: Path, data: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ class OptimStep:
     Args:
         grad_norm: global L2 norm before clipping.
         lr: learning rate used.
-        is_skipped: the gradient was not finite and no parameter moved.
+        is_skipped: the loss or the gradient was not finite and no parameter moved.
     """
 
     grad_norm: float
@@ -70,8 +70,8 @@ def build_optimizer(
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
 
 
-def step_if_finite(optimizer: MegatronOptimizer, *, lr: float) -> OptimStep:
-    """Clip and apply the accumulated gradients, unless their norm is not finite.
+def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, is_loss_finite: bool) -> OptimStep:
+    """Clip and apply the accumulated gradients, unless their norm or the loss is not finite.
 
     Megatron's own step() checks for non-finite gradients only with an fp16 loss scale, so its parts
     are called one by one.
@@ -82,7 +82,7 @@ def step_if_finite(optimizer: MegatronOptimizer, *, lr: float) -> OptimStep:
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
+    if not (is_loss_finite and math.isfinite(grad_norm)):
         return OptimStep(grad_norm=grad_norm, lr=lr, is_skipped=True)
     clip_grad = optimizer.config.clip_grad
     parameters = optimizer.get_parameters()

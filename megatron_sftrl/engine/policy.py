@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -116,11 +117,17 @@ class PolicyEngine:
 
         return run_schedule(self.wrapped, batches, score, parallel, forward_only=True)
 
-    def optim_step(self, step: int, *, num_steps: int) -> OptimStep:
-        """Clip, update the weights, and report; a step with a non-finite gradient norm changes nothing."""
+    def optim_step(self, step: int, *, num_steps: int, loss: float = 0.0) -> OptimStep:
+        """Clip, update the weights, and report; a step that is not finite changes nothing.
+
+        Args:
+            step: 0-based, for the learning rate.
+            num_steps: of the whole run.
+            loss: of the step: NaN and infinity skip it as a non-finite gradient norm does.
+        """
         assert self.optimizer is not None
         lr = learning_rate(step, self.optim, num_steps=num_steps)
-        return step_if_finite(self.optimizer, lr=lr)
+        return step_if_finite(self.optimizer, lr=lr, is_loss_finite=math.isfinite(loss))
 
     def gather_parameters(self) -> None:
         """Fetch other ranks' updates now; with overlap_param_gather they would arrive in the next forward.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from megatron_sftrl.data.dataset import Dataset, load_dataset
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.order import num_training_steps
-from megatron_sftrl.engine.checkpoint.together import on_rank_zero
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.observability.run_directory import RunDirectory
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
-from megatron_sftrl.engine.checkpoint.together import on_rank_zero
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
+from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
@@ -79,13 +79,13 @@ class SftTrainer:
                 with self.timers("forward_backward"):
                     report = self.policy.forward_backward(data.batches, self.loss, self.reference)
                 with self.timers("optimizer"):
-                    update = self.policy.optim_step(step, num_steps=num_steps)
+                    update = self.policy.optim_step(step, num_steps=num_steps, loss=report.loss)
                 with self.timers("reference"):
                     self._follow(step + 1)
                 self._advance(data, update)
-                self._guard(data, report)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
                 metrics.write(self.state.step, {**self._step_numbers(data, report, update), **held_out})
+                self._guard(data, report)
                 if self._is_due(self.config.checkpoint.every):
                     with self.timers("checkpoint"):
                         self.store.save(self.state, self.policy, self.reference)
@@ -104,10 +104,16 @@ class SftTrainer:
         return {f"valid/{name}": value for name, value in {"loss": whole.loss, **whole.metrics}.items()}
 
     def _resume_or_start(self) -> TrainerState:
-        latest = self.store.latest()
+        latest, fingerprint = self.store.latest(), self.data.dataset.fingerprint
         if latest is None:
-            return TrainerState()
-        return self.store.load(latest, self.policy, self.reference)
+            return TrainerState(data_fingerprint=fingerprint)
+        state = self.store.load(latest, self.policy, self.reference)
+        if state.data_fingerprint != fingerprint:
+            raise ValueError(
+                f"data.train is not what {latest} was trained on: its tokens, masks or scores changed, so "
+                "the run would go on with other samples; restore the data, or choose another run_dir"
+            )
+        return state
 
     def _follow(self, steps_done: int) -> None:
         if self.reference is not None and self.reference.is_due(steps_done):

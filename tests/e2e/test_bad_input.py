@@ -168,3 +168,16 @@ def test_under_torchrun_a_bad_row_is_told_once_and_ends_the_job(project: Project
     assert "[rank1]: Traceback" not in said, said
     assert "Connection closed" not in said, said
     assert not (tmp_path / "run").exists()
+
+
+def test_training_data_that_changed_since_the_checkpoint_is_refused(project: Project, tmp_path: Path) -> None:
+    rows = read_rows(project.train)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    command = ["sft", str(project.yaml), f"run_dir={tmp_path / 'run'}", f"data.train=[{data}]"]
+    (done,) = sftrl_each([command])
+    done.expect(0)
+    before = contents(tmp_path / "run/checkpoints")
+    write_rows(data, [*rows[1:], rows[0]])  # the same rows in another order are other samples, too
+    (done,) = sftrl_each([command])
+    assert_one_message(done, ("data.train is not what", "restore the data, or choose another run_dir"))
+    assert contents(tmp_path / "run/checkpoints") == before

@@ -2,8 +2,7 @@
 
 `store` is the door; behind it `tensors` and `optimizer` name what a checkpoint holds in coordinates of the
 model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and reads torch_dist files,
-`directory`, `record`, `integrity` and `metadata` make a directory complete or refused, `together` makes an
-error of one rank the error of all.
+`directory`, `record`, `integrity` and `metadata` make a directory complete or refused.
 """
 
 from megatron_sftrl.engine.checkpoint.record import TrainerState

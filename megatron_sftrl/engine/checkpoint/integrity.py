@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.engine.checkpoint.directory import file_problem, file_record
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, FileRecord, read_record
-from megatron_sftrl.engine.checkpoint.together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 
 
 def hashed_files(directory: Path) -> dict[str, FileRecord]:

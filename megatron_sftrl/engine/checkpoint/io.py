@@ -24,7 +24,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sftrl.engine.checkpoint.metadata import IndexReader, read_index
-from megatron_sftrl.engine.checkpoint.together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 
 
 def write_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:

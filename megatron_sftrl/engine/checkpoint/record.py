@@ -25,12 +25,14 @@ class TrainerState:
         consumed_samples: sequences taken from the training data since the run began.
         skipped_steps: steps whose gradient was not finite.
         consecutive_skipped_steps: of them, the unbroken streak that ends at `step`.
+        data_fingerprint: hash of the tokenized training data, so that a resume on changed data is noticed.
     """
 
     step: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
+    data_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,11 +38,11 @@ from megatron_sftrl.engine.checkpoint.tensors import (
     rng_states,
     rng_tensors,
 )
-from megatron_sftrl.engine.checkpoint.together import on_rank_zero
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.together import on_rank_zero
 
 # They change no parameter's shape and no number that the network computes from given weights.
 _FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")

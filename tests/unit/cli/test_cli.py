@@ -127,3 +127,15 @@ def test_a_closed_pipe_is_no_error() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_overrides_may_stand_behind_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(EXAMPLE)
+    options = ["--prompts", "p.jsonl", "--out", "o.jsonl"]
+    assert main(["generate", str(path), *options, "parallel.tpp=2"]) == 2
+    assert "unknown key 'parallel.tpp'" in capsys.readouterr().err
+    for unknown in (["--tempreature=1"], ["stray"]):
+        with pytest.raises(SystemExit):
+            main(["generate", str(path), *options, *unknown])
+        assert f"unrecognized arguments: {unknown[0]}" in capsys.readouterr().err
