@@ -94,7 +94,7 @@ class _Pool:
         workers = self._workers[:world_size]
         self._num_calls += 1
         store_file = os.path.join(self._folder.name, f"store-{self._num_calls}")
-        port = _free_port()
+        port = free_port()
         for rank, worker in enumerate(workers):
             call = _Call(function, args, rank, world_size, store_file, port, timeout_s)
             # sys.path first: unpickling the call imports the test's module, which pytest may have put there
@@ -180,10 +180,17 @@ def _kill(process: BaseProcess) -> None:
     process.join()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port nobody listens on, from below the range that the kernel hands out to connections by itself.
+
+    A port of that range (bind to 0) may be some connection's own by the time a group wants to listen on it.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(pipe: Connection, stack_file: str) -> None:

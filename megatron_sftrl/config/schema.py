@@ -224,8 +224,8 @@ class CheckpointSection(Section):
 class LogSection(Section):
     """Where the numbers go; metrics.jsonl is always written."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases; offline writes into the run directory."""
+    wandb: Literal["off", "offline", "online"] = "offline"
+    """Weights & Biases; offline writes into the run directory and needs no account."""
     wandb_project: str = "megatron_sftrl"
     """Project name there."""
     tensorboard: bool = False

@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -152,9 +151,3 @@ def run_product(*arguments: str, log: Path, ranks: int = 1, program: Sequence[st
         code = started.wait()
         assert code == 0, f"exit code {code}; it said:\n{started.output()}"
         return started.output()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

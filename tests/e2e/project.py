@@ -144,6 +144,7 @@ def _config(project: Project) -> dict:
         "optim": {"lr": 0.01, "warmup_steps": 2, "eps": 1e-4},
         "train": {"steps": NUM_STEPS, "eval_every": 4},
         "checkpoint": {"every": 4},
+        "log": {"wandb": "off"},  # seconds of each start; conftest.py switches it on once
     }
 
 

@@ -25,6 +25,7 @@ loss: {name: gift, beta: 5}
 reference: {kind: frozen}
 optim: {lr: 1e-5}
 train: {steps: 20}
+log: {wandb: off}
 """
 
 

@@ -35,7 +35,7 @@ def check(*overrides: str, world_size: int = 1, loss_needs: tuple[str, ...] = ("
     ],
 )
 def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -> None:
-    check(*overrides, world_size=world_size)
+    assert check(*overrides, world_size=world_size) is None  # it raises otherwise
 
 
 @pytest.mark.parametrize(
