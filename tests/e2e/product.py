@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT, free_port, run_ranks
 
 TIMEOUT_S = 300.0  # a run takes seconds; the machine may be shared with other jobs
 
