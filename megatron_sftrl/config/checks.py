@@ -56,18 +56,6 @@ def check_run(
         raise ValueError("\n  ".join([f"the run cannot start, {len(problems)} problem(s)", *problems]))
 
 
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """dp = world_size / (tp * pp * cp).
-
-    Raises:
-        ValueError: the quotient is not whole.
-    """
-    for problem in _world_problems(config, world_size):
-        raise ValueError(problem)
-    parallel = config.parallel
-    return world_size // (parallel.tp * parallel.pp * parallel.cp)
-
-
 def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     replica = parallel.tp * parallel.pp * parallel.cp

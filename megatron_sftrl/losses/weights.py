@@ -22,7 +22,6 @@ def token_weights(
     num_loss_tokens: int,
     num_sequences: int,
     max_length: int,
-    sequence_loss_tokens: Tensor | None = None,
 ) -> Tensor:
     """The weight of each token in the step's loss.
 
@@ -33,18 +32,16 @@ def token_weights(
     The first two sum to 1 over the step; constant_length sums to the filled share of it.
 
     Args:
-        loss_mask: [T] bool.
+        loss_mask: [T] bool, of whole sequences: weights are filled before context parallelism cuts them.
         cu_seqlens: [S + 1] int32.
         aggregation: how tokens are averaged.
         num_loss_tokens: over all micro-batches and ranks of the step.
         num_sequences: sequences that have loss tokens, over the same.
         max_length: tokens.
-        sequence_loss_tokens: [S] loss tokens of each whole sequence, where this rank holds only a part of it
-            (context parallelism); counted from `loss_mask` when not given.
     Returns:
         [T] fp32, 0 where masked.
     Raises:
-        ValueError: the step has no loss token, or a count is smaller than what this batch alone holds.
+        ValueError: the step has no loss token or no sequence, or the aggregation is unknown.
     """
     if num_loss_tokens < 1 or num_sequences < 1 or max_length < 1:
         raise ValueError(
@@ -59,10 +56,8 @@ def token_weights(
     elif aggregation == "sequence_mean":
         lengths = cu_seqlens.diff().long()
         owner = torch.repeat_interleave(lengths, output_size=loss_mask.numel())
-        if sequence_loss_tokens is None:
-            empty = torch.zeros_like(lengths)
-            sequence_loss_tokens = empty.index_add(0, owner, loss_mask.long())
-        per_token = (1.0 / (num_sequences * sequence_loss_tokens.clamp(min=1).double()))[owner].float()
+        counts = torch.zeros_like(lengths).index_add(0, owner, loss_mask.long())
+        per_token = (1.0 / (num_sequences * counts.clamp(min=1).double()))[owner].float()
     else:
         raise ValueError(
             f"aggregation: expected token_mean, sequence_mean or constant_length, got {aggregation!r}"

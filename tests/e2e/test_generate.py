@@ -21,14 +21,16 @@ def command(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "seed=7"])
 @pytest.mark.parametrize("how", ["greedy", "sampled"])
-def test_one_process_and_tp_2_generate_the_same(
-    how: str, project: Project, two_processes: Path, tmp_path: Path
+def test_one_process_and_two_generate_the_same(
+    how: str, layout: str, project: Project, two_processes: Path, tmp_path: Path
 ) -> None:
+    """seed=7 is the run's own: two processes without a split of the model, dp = 2."""
     more = SAMPLED if how == "sampled" else ()
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     sftrl(*command(project, two_processes, one, *more))
-    sftrl(*command(project, two_processes, two, *more, overrides=("parallel.tp=2",)), ranks=2)
+    sftrl(*command(project, two_processes, two, *more, overrides=(layout,)), ranks=2)
     assert one.read_text() == two.read_text()
     rows = read_rows(one)
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_rows(project.valid)]

@@ -53,6 +53,21 @@ def test_scores_stand_beside_the_row_and_the_tokens_they_belong_to(project: Proj
         assert all(value < 0 for value in row["behavior_logprobs"])
 
 
+@pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.cp=2"])
+def test_another_layout_gives_the_same_scores(
+    layout: str, project: Project, two_processes: Path, scored: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scored.jsonl"
+    run_product(
+        project.yaml, layout, "--checkpoint", two_processes, "--data", project.train, "--out", out,
+        log=tmp_path / "log", ranks=2, program=[str(ROOT / "tools/score_behavior_logprobs.py")],
+    )  # fmt: skip
+    for ours, theirs in zip(read_rows(out), read_rows(scored), strict=True):
+        assert ours["behavior_token_ids"] == theirs["behavior_token_ids"]
+        # fp32 logits summed in another order
+        assert ours["behavior_logprobs"] == pytest.approx(theirs["behavior_logprobs"], abs=2e-5)
+
+
 def test_scores_are_the_nll_that_training_reports_and_pear_starts_from_weights_of_gamma_alone(
     project: Project, two_processes: Path, scored: Path, tmp_path: Path
 ) -> None:

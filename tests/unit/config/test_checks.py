@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sftrl.architectures import architecture_of
-from megatron_sftrl.config.checks import check_run, data_parallel_size
+from megatron_sftrl.config.checks import check_run
 from tests.unit.config.example import example
 
 
@@ -106,8 +106,6 @@ def test_everything_that_does_not_fit_is_listed_at_once() -> None:
     assert str(raised.value).count("\n  ") == 4
 
 
-def test_dp_is_what_the_model_parallel_sizes_leave() -> None:
-    config = example("parallel.tp=2", "parallel.pp=2", "parallel.cp=2")
-    assert data_parallel_size(config, 24) == 3
+def test_a_wrong_number_of_processes_names_the_nearest_right_ones() -> None:
     with pytest.raises(ValueError, match=r"start 8 \(dp = 1\) or 16 \(dp = 2\)"):
-        data_parallel_size(config, 12)
+        check("parallel.tp=2", "parallel.pp=2", "parallel.cp=2", world_size=12)

@@ -39,19 +39,6 @@ def test_sequence_mean_gives_every_sequence_the_same_share():
     assert shares == pytest.approx([1 / 3] * 3, rel=1e-6)  # float32
 
 
-def test_a_part_of_a_sequence_weighs_by_the_whole_sequence():
-    part = token_weights(
-        torch.tensor([True, True]),
-        torch.tensor([0, 2], dtype=torch.int32),
-        "sequence_mean",
-        num_loss_tokens=8,
-        num_sequences=2,
-        max_length=10,
-        sequence_loss_tokens=torch.tensor([4]),
-    )
-    assert part.tolist() == [0.125, 0.125]
-
-
 def test_a_step_without_loss_tokens_is_refused():
     with pytest.raises(ValueError, match="check the data's loss masks"):
         token_weights(
