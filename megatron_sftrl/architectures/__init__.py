@@ -1,10 +1,10 @@
-"""Which networks can be trained: their sizes, wherever they are written down."""
+"""Which networks can be trained: their sizes, and the names of their tensors in both worlds."""
 
 from __future__ import annotations
 
 from megatron_sftrl.architectures.architecture import Architecture, from_section
 from megatron_sftrl.architectures.hf_config import from_hf_config
-from megatron_sftrl.config.schema import ModelSection
+from megatron_sftrl.config.model import ModelSection
 
 
 def architecture_of(model: ModelSection) -> Architecture:
@@ -13,7 +13,8 @@ def architecture_of(model: ModelSection) -> Architecture:
     Raises:
         ValueError: a config.json that cannot be honoured, or sizes that do not fit together.
     """
-    if model.hf_config is not None:
-        return from_hf_config(model.hf_config)
-    assert model.architecture is not None, "ModelSection holds exactly one of the two"
+    directory = model.hf if model.hf is not None else model.hf_config
+    if directory is not None:
+        return from_hf_config(directory)
+    assert model.architecture is not None, "ModelSection holds exactly one source"
     return from_section(model.architecture)

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from megatron_sftrl.config.schema import ArchitectureSection
+from megatron_sftrl.architectures.rope import Rope
+from megatron_sftrl.config.model import ArchitectureSection
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """A mixture of experts in place of each block's MLP.
+
+    Args:
+        num_experts: E, gated MLPs in each block.
+        experts_per_token: of them, those that a token visits: the ones with the largest router logits.
+        normalizes_weights: their softmax weights are divided by their sum.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    normalizes_weights: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} must lie between 1 and num_experts = "
+                f"{self.num_experts}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,18 +44,20 @@ class Architecture:
         family: block layout; names the table of parameter names.
         num_layers: blocks.
         hidden_size: H, width of the residual stream.
-        ffn_hidden_size: width of the gated MLP.
+        ffn_hidden_size: width of the gated MLP, in a mixture of each expert.
         num_attention_heads: query heads.
         num_query_groups: key/value heads.
         head_dim: width of one head; heads * head_dim need not be H.
         vocab_size: V, before padding for tensor parallelism.
         max_position_embeddings: longest sequence, tokens.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling_factor: Llama 3.1 frequency scaling (low 1, high 4, original length 8192); None for none.
+        rope: rotary frequencies.
+        sliding_window: positions that a token of a window layer attends to, its own included; None for all.
+        window_layers: the layers, counted from 0, that attend over the sliding window only.
         norm_eps: added to the variance in RMSNorm.
         tie_embeddings: the output layer is the embedding.
         qkv_bias: q, k and v projections have biases.
         qk_norm: RMSNorm over each head of q and k.
+        mixture: None for a dense model.
         init_std: standard deviation of random weights.
     Raises:
         ValueError: sizes that cannot form a network.
@@ -44,12 +72,14 @@ class Architecture:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    rope_theta: float
-    rope_scaling_factor: float | None
+    rope: Rope
+    sliding_window: int | None
+    window_layers: tuple[int, ...]
     norm_eps: float
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    mixture: Mixture | None
     init_std: float
 
     def __post_init__(self) -> None:
@@ -60,6 +90,13 @@ class Architecture:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary positions need an even number")
+        if self.family == "llama" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}: transformers refuses such a llama, whatever its head_dim; "
+                "use family mistral, which has the same blocks"
+            )
+        assert (self.sliding_window is None) == (not self.window_layers)
 
 
 def from_section(section: ArchitectureSection) -> Architecture:
@@ -81,13 +118,48 @@ def from_section(section: ArchitectureSection) -> Architecture:
         head_dim=head_dim,
         vocab_size=section.vocab_size,
         max_position_embeddings=section.max_position_embeddings,
-        rope_theta=section.rope_theta,
-        rope_scaling_factor=None,
+        rope=Rope(kind="default", theta=section.rope_theta),
+        sliding_window=None,
+        window_layers=(),
         norm_eps=section.norm_eps,
         tie_embeddings=section.tie_embeddings,
         qkv_bias=has_qkv_bias(section.family),
         qk_norm=has_qk_norm(section.family),
+        mixture=_mixture(section),
         init_std=section.init_std,
+    )
+
+
+def to_record(architecture: Architecture) -> dict[str, Any]:
+    """Every field as plain JSON values, for a checkpoint's record."""
+    return json.loads(json.dumps(asdict(architecture)))
+
+
+def from_record(record: Mapping[str, Any]) -> Architecture:
+    """The architecture that to_record() wrote.
+
+    Raises:
+        ValueError: fields that are missing, unknown or do not fit together.
+    """
+    fields = dict(record)
+    try:
+        fields["rope"] = Rope(**fields["rope"])
+        fields["mixture"] = None if fields["mixture"] is None else Mixture(**fields["mixture"])
+        fields["window_layers"] = tuple(fields["window_layers"])
+        return Architecture(**fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record of an architecture is damaged: {error}") from error
+
+
+def _mixture(section: ArchitectureSection) -> Mixture | None:
+    is_mixture = section.family in MIXTURE_FAMILIES
+    if not is_mixture:
+        return None
+    assert section.num_experts is not None and section.experts_per_token is not None
+    return Mixture(
+        num_experts=section.num_experts,
+        experts_per_token=section.experts_per_token,
+        normalizes_weights=True,
     )
 
 
@@ -97,8 +169,8 @@ def has_qkv_bias(family: Family) -> bool:
 
 
 def has_qk_norm(family: Family) -> bool:
-    """Qwen3 is the family that normalises each head of q and k."""
-    return family == "qwen3"
+    """Qwen3 is the family that normalises each head of q and k, also as a mixture."""
+    return family in ("qwen3", "qwen3_moe")
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
@@ -142,6 +214,8 @@ def num_parameters(architecture: Architecture) -> int:
     attention += (query_width + 2 * key_width) if a.qkv_bias else 0
     attention += 2 * a.head_dim if a.qk_norm else 0
     mlp = 3 * a.hidden_size * a.ffn_hidden_size
+    if a.mixture is not None:
+        mlp = a.mixture.num_experts * (mlp + a.hidden_size)
     norms = 2 * a.hidden_size
     ends = embedding * (1 if a.tie_embeddings else 2) + a.hidden_size
     return a.num_layers * (attention + mlp + norms) + ends

@@ -1,66 +1,33 @@
 """Reads a Hugging Face config.json: each thing it asks for is honoured, or refused by name.
 
 Only JSON is read, transformers is not imported. Absent keys take the defaults of transformers' own
-configuration classes (version 5), so that both build the same network.
+configuration classes (version 5.19), so that both build the same network.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_sftrl.architectures.architecture import (
     Architecture,
-    Family,
+    Mixture,
     divided_head_dim,
     has_qk_norm,
     has_qkv_bias,
 )
+from megatron_sftrl.architectures.hf_families import HfFamily, asked_family
+from megatron_sftrl.architectures.hf_rope import read_rope
+from megatron_sftrl.architectures.hf_window import read_window
 from megatron_sftrl.architectures.json_reader import JsonReader, read_json_object
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _FamilyDefaults:
-    """What transformers assumes when config.json does not say."""
-
-    family: Family
-    model_type: str
-    num_key_value_heads: int | None
-    head_dim: int | None
-    max_position_embeddings: int
-
-
-_FAMILIES = {
-    "LlamaForCausalLM": _FamilyDefaults(
-        family="llama",
-        model_type="llama",
-        num_key_value_heads=None,
-        head_dim=None,
-        max_position_embeddings=2048,
-    ),
-    "Qwen2ForCausalLM": _FamilyDefaults(
-        family="qwen2",
-        model_type="qwen2",
-        num_key_value_heads=32,
-        head_dim=None,
-        max_position_embeddings=32768,
-    ),
-    "Qwen3ForCausalLM": _FamilyDefaults(
-        family="qwen3",
-        model_type="qwen3",
-        num_key_value_heads=32,
-        head_dim=128,
-        max_position_embeddings=32768,
-    ),
-}
 
 _READ_KEYS = frozenset(
     {
         "architectures",
         "attention_bias",
         "attention_dropout",
+        "attn_logit_softcapping",
         "auto_map",
+        "final_logit_softcapping",
         "head_dim",
         "hidden_act",
         "hidden_size",
@@ -69,46 +36,71 @@ _READ_KEYS = frozenset(
         "is_encoder_decoder",
         "layer_types",
         "max_position_embeddings",
+        "max_window_layers",
         "mlp_bias",
         "model_type",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
         "quantization_config",
         "rms_norm_eps",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
+        "sliding_window",
         "tie_word_embeddings",
         "use_sliding_window",
         "vocab_size",
     }
 )
 
-# They concern storage, generation, labels or caches, never the logits of a forward with the full context.
-# sliding_window and max_window_layers act only with use_sliding_window or layer_types, which are checked;
+# output_router_logits and router_aux_loss_coef add a term to the loss that transformers itself computes.
+_MIXTURE_KEYS = frozenset(
+    {
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    }
+)
+
+# They concern storage, generation, labels or caches, never the logits of a forward with the full context;
 # pretraining_tp only split the same products into slices.
 _KEYS_WITHOUT_EFFECT = frozenset(
     {
         "_attn_implementation",
         "_attn_implementation_autoset",
+        "_commit_hash",
         "_name_or_path",
         "bos_token_id",
         "chunk_size_feed_forward",
+        "do_sample",
         "dtype",
         "eos_token_id",
         "id2label",
         "label2id",
-        "max_window_layers",
+        "max_length",
+        "num_labels",
         "output_attentions",
         "output_hidden_states",
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
+        "repetition_penalty",
         "return_dict",
-        "sliding_window",
         "task_specific_params",
+        "temperature",
         "tokenizer_class",
+        "top_k",
+        "top_p",
         "torch_dtype",
         "transformers_version",
         "unsloth_fixed",
@@ -116,8 +108,6 @@ _KEYS_WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
-
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def from_hf_config(path: Path | str) -> Architecture:
@@ -131,71 +121,94 @@ def from_hf_config(path: Path | str) -> Architecture:
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     reader = read_json_object(file)
-    defaults = _family(reader)
-    _refuse_what_is_not_supported(reader)
-    sizes = {
-        name: reader.whole(name)
-        for name in (
-            "num_hidden_layers",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "vocab_size",
-        )
-    }
-    heads = sizes["num_attention_heads"]
-    groups = reader.whole("num_key_value_heads", defaults.num_key_value_heads or heads)
-    max_positions = reader.whole("max_position_embeddings", defaults.max_position_embeddings)
-    head_dim = defaults.head_dim
-    if reader.get("head_dim") is not None:
-        head_dim = reader.whole("head_dim")
-    theta, scaling_factor = _rope(reader)
-    norm_eps = reader.number("rms_norm_eps", 1e-6)
+    line = asked_family(reader)
+    _refuse_what_is_not_supported(reader, line)
+    num_layers, hidden_size = reader.whole("num_hidden_layers"), reader.whole("hidden_size")
+    heads, vocab_size = reader.whole("num_attention_heads"), reader.whole("vocab_size")
+    groups, head_dim = _num_query_groups(reader, line, heads), _head_dim(reader, line)
+    max_positions = reader.whole("max_position_embeddings", line.max_position_embeddings)
+    rope = read_rope(reader, default_theta=line.rope_theta, max_position_embeddings=max_positions)
+    if rope.kind == "yarn" and line.family == "mixtral" and head_dim is None:
+        reader.problems.append("head_dim is missing: transformers fails on yarn in a Mixtral without it")
+    window, window_layers = read_window(
+        reader, line, num_layers=num_layers, max_position_embeddings=max_positions
+    )
+    width = _ffn_hidden_size(reader, line)
+    norm_eps = reader.number("rms_norm_eps", line.norm_eps)
     init_std = reader.number("initializer_range", 0.02)
     tie_embeddings = reader.flag("tie_word_embeddings")
+    mixture = _mixture_values(reader, line)
     reader.raise_problems()
     try:
         return Architecture(
-            family=defaults.family,
-            num_layers=sizes["num_hidden_layers"],
-            hidden_size=sizes["hidden_size"],
-            ffn_hidden_size=sizes["intermediate_size"],
+            family=line.family,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            ffn_hidden_size=width,
             num_attention_heads=heads,
             num_query_groups=groups,
-            head_dim=head_dim or divided_head_dim(sizes["hidden_size"], heads),
-            vocab_size=sizes["vocab_size"],
+            head_dim=head_dim or divided_head_dim(hidden_size, heads),
+            vocab_size=vocab_size,
             max_position_embeddings=max_positions,
-            rope_theta=theta,
-            rope_scaling_factor=scaling_factor,
+            rope=rope,
+            sliding_window=window,
+            window_layers=window_layers,
             norm_eps=norm_eps,
             tie_embeddings=tie_embeddings,
-            qkv_bias=has_qkv_bias(defaults.family),
-            qk_norm=has_qk_norm(defaults.family),
+            qkv_bias=has_qkv_bias(line.family),
+            qk_norm=has_qk_norm(line.family),
+            mixture=mixture,
             init_std=init_std,
         )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _family(reader: JsonReader) -> _FamilyDefaults:
-    asked = reader.get("architectures")
-    by_type = {defaults.model_type: name for name, defaults in _FAMILIES.items()}
-    model_type = reader.get("model_type")
-    if asked is None and model_type in by_type:
-        asked = [by_type[model_type]]
-    name = asked[0] if isinstance(asked, list) and len(asked) == 1 else None
-    if name not in _FAMILIES:
-        raise ValueError(
-            f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}); "
-            f"supported: {', '.join(_FAMILIES)}"
-        )
-    defaults = _FAMILIES[name]
-    if model_type is not None and model_type != defaults.model_type:
-        reader.problems.append(f"model_type {model_type!r} contradicts architectures {asked!r}")
-    return defaults
+def _num_query_groups(reader: JsonReader, line: HfFamily, heads: int) -> int:
+    key = "num_key_value_heads"
+    if line.null_key_value_heads and reader.has(key) and reader.get(key) is None:
+        return heads
+    return reader.whole(key, line.num_key_value_heads or heads)
 
 
-def _refuse_what_is_not_supported(reader: JsonReader) -> None:
+def _head_dim(reader: JsonReader, line: HfFamily) -> int | None:
+    """None for hidden_size / num_attention_heads."""
+    if not reader.has("head_dim"):
+        return line.head_dim
+    if reader.get("head_dim") is None and line.null_head_dim:
+        return None
+    return reader.whole("head_dim", 1)
+
+
+def _ffn_hidden_size(reader: JsonReader, line: HfFamily) -> int:
+    if line.mixture is None:
+        return reader.whole("intermediate_size")
+    return reader.whole(line.mixture.width_key, line.mixture.width)
+
+
+def _mixture_values(reader: JsonReader, line: HfFamily) -> Mixture | None:
+    """The experts; problems are added to the reader."""
+    if line.mixture is None:
+        return None
+    # transformers 5 writes num_local_experts for both families and reads both names.
+    counts = {
+        reader.whole(key, line.mixture.num_experts)
+        for key in ("num_experts", "num_local_experts")
+        if reader.has(key)
+    }
+    if len(counts) > 1:
+        reader.problems.append("num_experts and num_local_experts contradict each other")
+    per_token = reader.whole("num_experts_per_tok", line.mixture.experts_per_token)
+    normalizes = True if line.family == "mixtral" else reader.flag("norm_topk_prob")
+    num_experts = min(counts, default=line.mixture.num_experts)
+    try:
+        return Mixture(num_experts=num_experts, experts_per_token=per_token, normalizes_weights=normalizes)
+    except ValueError as error:
+        reader.problems.append(str(error))
+        return None
+
+
+def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     say = reader.problems.append
     if reader.get("auto_map"):
         say("auto_map asks for code that comes with the model: remote code is never run")
@@ -203,68 +216,39 @@ def _refuse_what_is_not_supported(reader: JsonReader) -> None:
         say("quantization_config: quantised weights cannot be trained; use the unquantised model")
     if reader.get("is_encoder_decoder"):
         say("is_encoder_decoder: only decoder-only models are supported")
-    activation = reader.get("hidden_act")
-    if activation not in (None, "silu"):
+    activation = reader.values.get("hidden_act", "silu")
+    if activation != "silu":
         say(f"hidden_act {activation!r}: only silu (SwiGLU) is supported")
     # Qwen2 does not read attention_bias: its q, k and v always carry biases and its output never does.
-    if reader.get("attention_bias") and reader.get("model_type") != "qwen2":
+    if reader.get("attention_bias") and line.family != "qwen2":
         say("attention_bias: biases on all four projections are not supported")
     if reader.get("mlp_bias"):
         say("mlp_bias: biases in the MLP are not supported")
     if reader.get("attention_dropout"):
         say(f"attention_dropout {reader.get('attention_dropout')}: dropout is not supported, set 0.0")
-    if reader.get("use_sliding_window"):
-        say("use_sliding_window: attention over a window is not supported, only over the full context")
-    other_layers = sorted({str(kind) for kind in reader.get("layer_types") or []} - {"full_attention"})
-    if other_layers:
-        say(f"layer_types {', '.join(other_layers)}: only full_attention is supported")
-    for key in sorted(reader.values.keys() - _READ_KEYS - _KEYS_WITHOUT_EFFECT):
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if reader.get(key) is not None:
+            say(f"{key} {reader.get(key)!r}: a soft-cap on logits is not supported")
+    known = _READ_KEYS | _KEYS_WITHOUT_EFFECT
+    if line.mixture is not None:
+        known |= _MIXTURE_KEYS
+        _refuse_other_mixtures(reader, line)
+    for key in sorted(reader.values.keys() - known):
         # null, false, 0 and empty ask for nothing.
         if reader.get(key):
             say(f"{key}: not known here; remove it if it does not change what the network computes")
 
 
-def _rope(reader: JsonReader) -> tuple[float, float | None]:
-    """(theta, Llama 3.1 scaling factor or None), from transformers 5's rope_parameters or the older keys."""
-    scaling = reader.get("rope_scaling") or {}
-    parameters = reader.get("rope_parameters") or {}
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
-            reader.problems.append(f"{name}: expected one flat set of values for all layers, got {value!r}")
-            return 1.0, None
-    merged = {**scaling, **parameters}
-    contradictions = [k for k in scaling.keys() & parameters.keys() if scaling[k] != parameters[k]]
-    theta = reader.number("rope_theta", merged.get("rope_theta") or 10000.0)
-    if merged.get("rope_theta") not in (None, theta):
-        contradictions.append("rope_theta")
-    for key in contradictions:
-        reader.problems.append(f"{key} is given twice with different values")
-    kind = merged.get("rope_type") or merged.get("type") or "default"
-    known = {"rope_theta", "rope_type", "type"}
-    if kind == "llama3":
-        return theta, _llama3_factor(reader, merged, known)
-    if kind != "default":
-        reader.problems.append(f"rope_type {kind!r}: only default and llama3 are supported")
-    else:
-        _refuse_unknown_rope(reader, merged, known)
-    return theta, None
-
-
-def _llama3_factor(reader: JsonReader, rope: dict[str, Any], known: set[str]) -> float | None:
-    """The factor; the other values are fixed in megatron-core's RotaryEmbedding._apply_scaling."""
-    _refuse_unknown_rope(reader, rope, known | {"factor", *_LLAMA3_ROPE})
-    for key, only in _LLAMA3_ROPE.items():
-        if rope.get(key) != only:
-            reader.problems.append(f"rope {key} {rope.get(key)!r}: llama3 scaling is supported with {only}")
-    factor = rope.get("factor")
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
-        reader.problems.append(f"rope factor: expected a number >= 1, got {factor!r}")
-        return None
-    return float(factor)
-
-
-def _refuse_unknown_rope(reader: JsonReader, rope: dict[str, Any], known: set[str]) -> None:
-    for key in sorted(rope.keys() - known):
-        is_whole_head = key == "partial_rotary_factor" and rope[key] == 1.0
-        if rope[key] is not None and not is_whole_head:
-            reader.problems.append(f"rope {key} {rope[key]!r}: not supported")
+def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:
+    if reader.get("mlp_only_layers"):
+        reader.say("mlp_only_layers", f" {reader.get('mlp_only_layers')!r}: only a mixture in every layer")
+    if reader.values.get("decoder_sparse_step", 1) != 1:
+        reader.say(
+            "decoder_sparse_step", f" {reader.get('decoder_sparse_step')!r}: only 1, a mixture in every layer"
+        )
+    if reader.get("router_jitter_noise"):
+        reader.say("router_jitter_noise", f" {reader.get('router_jitter_noise')!r}: not supported, set 0.0")
+    if line.family == "mixtral":
+        for key in ("norm_topk_prob", "moe_intermediate_size"):
+            if reader.has(key):
+                reader.say(key, ": MixtralForCausalLM does not read it, remove it")

@@ -3,53 +3,78 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 
 class JsonReader:
-    """The object of one file, and what was found wrong with it so far.
+    """An object of a file, and what was found wrong with the file so far.
+
+    A default stands for a key that is absent. A null is not absent: it is a value, and here a wrong one.
 
     Args:
         file: where the object was read, for messages.
         values: the object.
+        prefix: said before each key in messages, for an object inside another one.
+        problems: list to add to; a new one by default.
     """
 
-    def __init__(self, file: Path, values: dict[str, Any]) -> None:
+    def __init__(
+        self, file: Path, values: dict[str, Any], *, prefix: str = "", problems: list[str] | None = None
+    ) -> None:
         self.file = file
         self.values = values
-        self.problems: list[str] = []
+        self.prefix = prefix
+        self.problems: list[str] = [] if problems is None else problems
+
+    def part(self, values: dict[str, Any], prefix: str) -> JsonReader:
+        """A reader of an object inside this one, that adds to the same problems."""
+        return JsonReader(self.file, values, prefix=prefix, problems=self.problems)
 
     def get(self, key: str) -> Any:
         """The value, or None when absent."""
         return self.values.get(key)
 
+    def has(self, key: str) -> bool:
+        """The key is there, with null or anything else."""
+        return key in self.values
+
+    def say(self, key: str, problem: str) -> None:
+        """Add a problem with one key."""
+        self.problems.append(f"{self.prefix}{key}{problem}")
+
     def whole(self, key: str, default: int | None = None) -> int:
         """A count of at least 1; a default of None means that the key must be there."""
-        value = self.get(key)
-        value = default if value is None else value
-        if value is None:
-            self.problems.append(f"{key} is missing")
+        value = self.values.get(key, default)
+        if value is None and default is None:
+            self.say(key, " is missing")
             return 1
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.problems.append(f"{key}: expected a whole number >= 1, got {value!r}")
+            self.say(key, f": expected a whole number >= 1, got {value!r}")
             return 1
         return value
 
-    def number(self, key: str, default: float) -> float:
-        """A number above 0."""
-        value = self.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            self.problems.append(f"{key}: expected a number > 0, got {value!r}")
+    def number(self, key: str, default: float | None = None, *, at_least: float | None = None) -> float:
+        """A finite number above 0, or of at least `at_least`; a default of None: the key must be there."""
+        value: Any = self.values.get(key, default)
+        if value is None and not self.has(key):
+            self.say(key, " is missing")
             return 1.0
-        return float(value)
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        # A NaN fails every comparison; the second bound is for infinities and endless integers.
+        if (number > 0 if at_least is None else number >= at_least) and number <= sys.float_info.max:
+            return float(number)
+        bound = "> 0" if at_least is None else f">= {at_least:g}"
+        self.say(key, f": expected a number {bound}, got {value!r}")
+        return 1.0
 
-    def flag(self, key: str) -> bool:
-        """true or false; false when absent."""
-        value = self.get(key)
-        if value is not None and not isinstance(value, bool):
-            self.problems.append(f"{key}: expected true or false, got {value!r}")
+    def flag(self, key: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            self.say(key, f": expected true or false, got {value!r}")
         return bool(value)
 
     def raise_problems(self) -> None:
@@ -59,7 +84,8 @@ class JsonReader:
             ValueError: everything that was found wrong, one line each.
         """
         if self.problems:
-            raise ValueError("\n  ".join([f"{self.file} cannot be used:", *self.problems]))
+            listed = dict.fromkeys(self.problems)  # each once, in order
+            raise ValueError("\n  ".join([f"{self.file} cannot be used:", *listed]))
 
 
 def read_json_object(file: Path) -> JsonReader:

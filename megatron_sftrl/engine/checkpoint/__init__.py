@@ -2,10 +2,22 @@
 
 `store` is the door; behind it `tensors` and `optimizer` name what a checkpoint holds in coordinates of the
 model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and reads torch_dist files,
-`directory`, `record`, `integrity` and `metadata` make a directory complete or refused.
+`directory`, `record`, `integrity` and `metadata` make a directory complete or refused. `converted` and
+`parts` are for conversions: checkpoints of weights only, tensor by tensor.
 """
 
+from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets
+from megatron_sftrl.engine.checkpoint.parts import StoredPart, StoredTensors
 from megatron_sftrl.engine.checkpoint.record import TrainerState
-from megatron_sftrl.engine.checkpoint.store import CheckpointStore, load_weights
+from megatron_sftrl.engine.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
 
-__all__ = ["CheckpointStore", "TrainerState", "load_weights"]
+__all__ = [
+    "CheckpointStore",
+    "StoredPart",
+    "StoredTensors",
+    "TrainerState",
+    "find_checkpoint",
+    "load_weights",
+    "save_converted",
+    "stored_assets",
+]

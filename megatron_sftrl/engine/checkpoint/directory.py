@@ -9,12 +9,12 @@ Functions here run on one rank and know nothing of tensors.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
 
 from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord
+from megatron_sftrl.hf.disk import force_to_disk
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}(\.old)?\.tmp")
@@ -88,13 +88,13 @@ def complete(temporary: Path, record: CheckpointRecord, *, keep_last: int) -> Pa
         The checkpoint's path.
     """
     (temporary / FILE_NAME).write_text(record.to_json())
-    for path in temporary.iterdir():
-        _force_to_disk(path)
-    _force_to_disk(temporary)
+    for path in temporary.rglob("*"):
+        force_to_disk(path)
+    force_to_disk(temporary)
     directory = temporary.parent
     final = directory / step_name(record.trainer.step)
     temporary.rename(final)
-    _force_to_disk(directory)
+    force_to_disk(directory)
     for old in complete_checkpoints(directory)[:-keep_last]:
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under its name.
         removed = directory / f".{old.name}.old.tmp"
@@ -129,14 +129,6 @@ def discard(temporary: Path) -> None:
 def step_name(step: int) -> str:
     """Directory name of a step's checkpoint."""
     return f"step-{step:08d}"
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size(num_bytes: int) -> str:

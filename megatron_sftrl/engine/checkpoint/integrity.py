@@ -6,6 +6,7 @@ flipped bit in a weight loads without a word), so nothing else would notice a da
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,17 +17,56 @@ from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 
 
 def hashed_files(directory: Path) -> dict[str, FileRecord]:
-    """Size and hash of each file in `directory`; each rank reads its share.
+    """Size and hash of each file below `directory`; each rank reads its share.
 
     Raises:
         ValueError: on every rank, when any rank could not read.
     """
-    names = on_rank_zero(lambda: sorted(path.name for path in directory.iterdir()))
+    names = on_rank_zero(
+        lambda: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    )
     mine = on_every_rank(lambda: {name: file_record(directory / name) for name in _share(names)})
     everyone: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     merged = {name: record for each in everyone for name, record in each.items()}
     return {name: merged[name] for name in names}
+
+
+class Verification:
+    """Hashes a checkpoint's files in a thread, each rank its share, while the checkpoint is used.
+
+    Args:
+        path: of the checkpoint; every rank makes a Verification of it.
+    Raises:
+        ValueError: on every rank: no checkpoint.json that can be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: CheckpointRecord = on_rank_zero(lambda: read_record(path))
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hash")
+        self._mine = pool.submit(self._problems_of_share)
+        pool.shutdown(wait=False)
+
+    def finish(self) -> CheckpointRecord:
+        """Wait for all ranks; every rank calls it before anything made of the checkpoint counts.
+
+        Raises:
+            ValueError: on every rank, naming every file that is missing or has another size or content.
+        """
+        mine = on_every_rank(self._mine.result)
+        everyone: list[list[str | None]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        if problems := sorted(text for each in everyone for text in each if text is not None):
+            raise ValueError(
+                f"checkpoint {self.path} is damaged: {'; '.join(problems)}. Nothing was loaded; delete this "
+                "directory to go back to the checkpoint before it"
+            )
+        return self.record
+
+    def _problems_of_share(self) -> list[str | None]:
+        files = self.record.files
+        return [file_problem(self.path / name, files[name]) for name in _share(list(files))]
 
 
 def verified_record(path: Path) -> CheckpointRecord:
@@ -35,18 +75,7 @@ def verified_record(path: Path) -> CheckpointRecord:
     Raises:
         ValueError: on every rank, naming every file that is missing or has another size or content.
     """
-    record = on_rank_zero(lambda: read_record(path))
-    mine = on_every_rank(
-        lambda: [file_problem(path / name, record.files[name]) for name in _share(list(record.files))]
-    )
-    everyone: list[list[str | None]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if problems := sorted(text for each in everyone for text in each if text is not None):
-        raise ValueError(
-            f"checkpoint {path} is damaged: {'; '.join(problems)}. Nothing was loaded; delete this directory "
-            "to go back to the checkpoint before it"
-        )
-    return record
+    return Verification(path).finish()
 
 
 def _share(names: list[str]) -> list[str]:

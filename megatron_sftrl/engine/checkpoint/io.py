@@ -43,7 +43,7 @@ def write_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     )
-    on_rank_zero(lambda: _finish_format(directory))
+    on_rank_zero(lambda: finish_format(directory))
 
 
 def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
@@ -122,7 +122,7 @@ def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[ShardedTensor]]:
     return grouped
 
 
-def _finish_format(directory: Path) -> None:
+def finish_format(directory: Path) -> None:
     """Write metadata.json and common.pt (empty: what is not a tensor is in checkpoint.json)."""
     written = {info.relative_path for info in (read_index(directory).storage_data or {}).values()}
     if lost := sorted(name for name in written if not (directory / name).is_file()):

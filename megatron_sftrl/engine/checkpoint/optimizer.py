@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
+
+from megatron_sftrl.engine.optimizer import leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ def optimizer_shares(optimizer: MegatronOptimizer) -> list[OptimizerShare]:
     State that the optimizer has not created yet (no step done) is created as zeros.
     """
     shares = []
-    for leaf in _leaves(optimizer):
+    for leaf in leaves(optimizer):
         kinds = _kinds(leaf)
         for parameter, main, start in _held(leaf):
             state = leaf.optimizer.state[main]
@@ -68,7 +70,7 @@ def optimizer_shares(optimizer: MegatronOptimizer) -> list[OptimizerShare]:
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Updates that this rank's optimizer has applied (Adam's t); 0 for SGD, which does not count."""
     steps = set()
-    for leaf in _leaves(optimizer):
+    for leaf in leaves(optimizer):
         if _counts_per_parameter(leaf):
             steps |= {int(state["step"]) for state in leaf.optimizer.state.values() if "step" in state}
         else:
@@ -79,7 +81,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
 
 def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Make the optimizer believe that it has applied `step` updates; call after optimizer_shares()."""
-    for leaf in _leaves(optimizer):
+    for leaf in leaves(optimizer):
         if leaf.config.optimizer != "adam":
             continue
         if _counts_per_parameter(leaf):
@@ -90,12 +92,6 @@ def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
             for group in leaf.optimizer.param_groups:
                 if group["params"]:
                     group["step"] = step
-
-
-def _leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that own parameters; a rank whose share is empty has none."""
-    leaves = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [leaf for leaf in leaves if leaf.optimizer is not None]
 
 
 def _kinds(leaf: MegatronOptimizer) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +55,19 @@ class CheckpointRecord:
     Args:
         trainer: where the run stood.
         architecture: every field of the Architecture.
-        dtype: of the weights, bf16 or fp32.
-        optimizer: its name in the configuration.
+        dtype: of the weights, bf16, fp32 or fp16 (converted ones only).
+        optimizer: its name in the configuration, None when only weights are stored.
         optimizer_step: updates applied (Adam's t).
         reference: kind of the reference whose weights are stored, None when none are.
         layout: sizes of the parallel axes and the kind of device, for the random generators.
         versions: of the packages that wrote it.
-        files: by name, checkpoint.json itself left out.
+        files: by path below the directory, checkpoint.json itself left out.
     """
 
     trainer: TrainerState
-    architecture: Mapping[str, str | int | float | bool | None]
+    architecture: Mapping[str, Any]
     dtype: str
-    optimizer: str
+    optimizer: str | None
     optimizer_step: int
     reference: str | None
     layout: Mapping[str, str | int]
@@ -106,8 +106,8 @@ def read_record(path: Path) -> CheckpointRecord:
 
 
 def differences(
-    stored: Mapping[str, str | int | float | bool | None],
-    current: Mapping[str, str | int | float | bool | None],
+    stored: Mapping[str, Any],
+    current: Mapping[str, Any],
 ) -> list[str]:
     """`name: checkpoint a, this run b` for each value that is not the same."""
     return [

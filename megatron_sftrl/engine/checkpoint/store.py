@@ -13,15 +13,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.architectures.architecture import Architecture, to_record
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
-from megatron_sftrl.engine.checkpoint.integrity import hashed_files, verified_record
+from megatron_sftrl.engine.checkpoint.converted import store_assets
+from megatron_sftrl.engine.checkpoint.integrity import Verification, hashed_files, verified_record
 from megatron_sftrl.engine.checkpoint.io import (
     check_tensors,
     num_bytes,
@@ -43,9 +45,11 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.hf.assets import HfAssets
 
 # They change no parameter's shape and no number that the network computes from given weights.
 _FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")
+_NO_ASSETS = HfAssets(files={})
 
 
 class CheckpointStore:
@@ -55,10 +59,14 @@ class CheckpointStore:
         directory: `<run_dir>/checkpoints`, on a file system that all nodes share.
         parallel: this rank's place.
         keep_last: complete checkpoints kept, at least 1.
+        assets: tokenizer and configuration files that an export needs beside the weights.
     """
 
-    def __init__(self, directory: Path, parallel: ParallelContext, *, keep_last: int) -> None:
+    def __init__(
+        self, directory: Path, parallel: ParallelContext, *, keep_last: int, assets: HfAssets = _NO_ASSETS
+    ) -> None:
         assert keep_last >= 1
+        self.assets = assets
         self.directory = directory
         self.parallel = parallel
         self.keep_last = keep_last
@@ -94,6 +102,7 @@ class CheckpointStore:
         )
         try:
             write_tensors(tensors, temporary)
+            on_rank_zero(lambda: store_assets(temporary, self.assets))
             record = dataclasses.replace(record, files=hashed_files(temporary))
             return on_rank_zero(
                 lambda: checkpoint_directory.complete(temporary, record, keep_last=self.keep_last)
@@ -135,6 +144,17 @@ class CheckpointStore:
         return record.trainer
 
 
+def find_checkpoint(path: Path) -> Verification:
+    """The checkpoint that a user's path means, being verified; every rank calls it, and then its finish().
+
+    Args:
+        path: a checkpoint directory, or a run directory for its latest complete checkpoint.
+    Raises:
+        ValueError: on every rank: nothing there.
+    """
+    return Verification(on_rank_zero(lambda: checkpoint_directory.checkpoint_at(path)))
+
+
 def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: Architecture) -> None:
     """Fill model chunks with the policy weights of a checkpoint of any layout; cast where dtypes differ.
 
@@ -149,8 +169,8 @@ def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: A
         ValueError: on every rank and before anything is changed: no or a damaged checkpoint, differing
             sizes (all of them), missing or unexpected tensors (all of them).
     """
-    found = on_rank_zero(lambda: checkpoint_directory.checkpoint_at(path))
-    record = verified_record(found)
+    verification = find_checkpoint(path)
+    found, record = verification.path, verification.finish()
     _raise_if_different(_architecture_differences(record, architecture), found)
     tensors = model_tensors(chunks, prefix="policy")
     stored = stored_shapes(found)
@@ -173,7 +193,7 @@ def _record(
 ) -> CheckpointRecord:
     return CheckpointRecord(
         trainer=state,
-        architecture=dataclasses.asdict(policy.architecture),
+        architecture=to_record(policy.architecture),
         dtype=_dtype(policy),
         optimizer=policy.optim.name,
         optimizer_step=step,
@@ -201,10 +221,10 @@ def _check_record(
 
 
 def _architecture_differences(record: CheckpointRecord, architecture: Architecture) -> list[str]:
-    def relevant(fields: Mapping[str, str | int | float | bool | None]) -> dict:
+    def relevant(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if name not in _FREE_ARCHITECTURE_FIELDS}
 
-    return differences(relevant(record.architecture), relevant(dataclasses.asdict(architecture)))
+    return differences(relevant(record.architecture), relevant(to_record(architecture)))
 
 
 def _raise_if_different(problems: list[str], path: Path) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import random
+
 import pytest
 
-from megatron_sftrl.architectures.architecture import from_section, num_parameters, padded_vocab_size
-from megatron_sftrl.config.schema import ArchitectureSection
+from megatron_sftrl.architectures.architecture import (
+    from_record,
+    from_section,
+    num_parameters,
+    padded_vocab_size,
+    to_record,
+)
+from megatron_sftrl.config.model import ArchitectureSection
+from tests.unit.architectures.random_architectures import FAMILIES, random_architecture
 
 
 def section(**changes: object) -> ArchitectureSection:
@@ -41,6 +51,10 @@ def test_the_family_decides_biases_and_norms(family: str, bias: bool, norm: bool
         ({"num_attention_heads": 5}, "hidden_size = 64 is not a multiple of num_attention_heads = 5"),
         ({"num_query_groups": 3}, "num_attention_heads = 4 is not a multiple of num_query_groups = 3"),
         ({"head_dim": 15}, "head_dim = 15: rotary positions need an even number"),
+        (
+            {"hidden_size": 66, "head_dim": 16},
+            "hidden_size = 66 is not a multiple of num_attention_heads = 4: transformers refuses",
+        ),
     ],
 )
 def test_sizes_that_form_no_network_are_refused(changes: dict[str, object], message: str) -> None:
@@ -82,3 +96,23 @@ def test_parameters_are_counted_as_transformers_counts_them(family: str, is_tied
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert num_parameters(architecture) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_record_of_json_values_gives_the_same_architecture_back() -> None:
+    rng = random.Random(50)
+    for number in range(60):
+        architecture = random_architecture(rng, FAMILIES[number % len(FAMILIES)])
+        assert from_record(json.loads(json.dumps(to_record(architecture)))) == architecture
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "unknown inside rope"])
+def test_a_record_that_does_not_hold_the_fields_is_refused(damage: str) -> None:
+    record = to_record(random_architecture(random.Random(51), "qwen3"))
+    if damage == "missing":
+        del record["rope"]
+    elif damage == "unknown":
+        record["depth"] = 3
+    else:
+        record["rope"]["depth"] = 3
+    with pytest.raises(ValueError, match="the record of an architecture is damaged"):
+        from_record(record)

@@ -1,0 +1,1 @@
+"""Hugging Face directories to checkpoints and back, without building a model."""

@@ -1,0 +1,141 @@
+"""A checkpoint, converted or of a run, becomes a Hugging Face directory: tensor by tensor, no model built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sftrl.architectures.architecture import Architecture, from_record
+from megatron_sftrl.architectures.hf_config_writer import hf_config_values
+from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
+from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
+from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
+from megatron_sftrl.hf.assets import HfAssets, with_dtype, write_assets
+from megatron_sftrl.hf.exchange import split_whole
+from megatron_sftrl.hf.output import HfFile, plan_files, write_file, write_index
+
+
+def convert_to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_file_bytes: int,
+    on_bytes: Callable[[int, int], None],
+) -> Path:
+    """Write the directory `out`, which transformers and vLLM load; every rank calls it.
+
+    Each process writes whole safetensors files. Memory: one of them and two of the largest tensors.
+
+    Args:
+        checkpoint: a converted checkpoint, a training checkpoint (its policy is exported), or a run
+            directory (its latest checkpoint). Any layout wrote it.
+        out: directory to make; it has its name only when it is complete.
+        dtype: of the exported weights; None keeps the stored one of each tensor.
+        max_file_bytes: size of a safetensors file; a tensor larger than that has a file of its own.
+        on_bytes: told (bytes written by this process so far, bytes it will write).
+    Returns:
+        `out`.
+    Raises:
+        ValueError: on every rank: no or a damaged checkpoint, an output that exists, a full disk.
+    """
+    verification = find_checkpoint(checkpoint)
+    path, architecture = verification.path, from_record(verification.record.architecture)
+    stored = on_every_rank(lambda: _stored(path, architecture))
+    sizes = _sizes(stored, architecture, dtype)
+    files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
+    with new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        try:
+            on_every_rank(lambda: _write_files(temporary, mine, stored, architecture, dtype, sizes, on_bytes))
+        finally:
+            # A damaged file is named as such, whatever else went wrong with it before.
+            verification.finish()
+        on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
+        assets = _with_config(stored_assets(path), architecture, _main_dtype(stored, dtype))
+        on_rank_zero(lambda: write_assets(temporary, assets))
+    return out
+
+
+def _stored(path: Path, architecture: Architecture) -> StoredTensors:
+    """The checkpoint's tensors: all of the table in their shapes; rows of vocabulary padding may follow."""
+    stored, problems = StoredTensors(path), []
+    for key, tensor in _by_key(architecture).items():
+        expected, found = (*tensor.stack, *tensor.shape), stored.shapes.get(f"policy.{key}")
+        if found is None:
+            problems.append(f"missing: {key}")
+        elif found != expected and not (
+            tensor.has_padding and found[0] >= expected[0] and found[1:] == expected[1:]
+        ):
+            problems.append(f"shape of {key}: expected {expected}, got {found}")
+    if problems:
+        raise ValueError("\n  ".join([f"checkpoint {path} does not hold the model it describes:", *problems]))
+    return stored
+
+
+def _by_key(architecture: Architecture) -> dict[str, MegatronTensor]:
+    """One tensor of each key."""
+    return {tensor.key: tensor for tensor in megatron_tensors(architecture)}
+
+
+def _sizes(stored: StoredTensors, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, int]:
+    """Bytes of each Hugging Face tensor, in the order of the model."""
+    shapes, sizes = hf_shapes(architecture), {}
+    for tensor in megatron_tensors(architecture):
+        item = (dtype or stored.dtypes[f"policy.{tensor.key}"]).itemsize
+        for run in tensor.rows:
+            sizes[run.name] = torch.Size(shapes[run.name]).numel() * item
+    return sizes
+
+
+def _main_dtype(stored: StoredTensors, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or stored.dtypes["policy.embedding.word_embeddings.weight"]
+
+
+def _write_files(
+    directory: Path,
+    files: list[HfFile],
+    stored: StoredTensors,
+    architecture: Architecture,
+    dtype: torch.dtype | None,
+    sizes: dict[str, int],
+    on_bytes: Callable[[int, int], None],
+) -> None:
+    total, done = sum(sizes[name] for file in files for name in file.tensors), 0
+    for file in files:
+        tensors = {}
+        for name, tensor in _tensors(set(file.tensors), stored, architecture):
+            tensors[name] = tensor if dtype is None else tensor.to(dtype)
+            done += sizes[name]
+            on_bytes(done, total)
+        write_file(directory, file, tensors)
+
+
+def _tensors(
+    names: set[str], stored: StoredTensors, architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """The named Hugging Face tensors, in the order of the model."""
+    for tensor in megatron_tensors(architecture):
+        if names.isdisjoint(run.name for run in tensor.rows):
+            continue
+        whole = stored.read(
+            f"policy.{tensor.key}",
+            (*tensor.index, *(0 for _ in tensor.shape)),
+            (*(1 for _ in tensor.index), *tensor.shape),
+        )
+        for name, values in split_whole(whole.view(tensor.shape), tensor).items():
+            if name in names:
+                yield name, values
+
+
+def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtype) -> HfAssets:
+    """The config.json that came with the weights, or one that describes the architecture."""
+    if "config.json" in assets.files:
+        return with_dtype(assets, dtype)
+    text = json.dumps(hf_config_values(architecture, dtype=dtype), indent=2) + "\n"
+    return HfAssets(files={**assets.files, "config.json": text.encode()})

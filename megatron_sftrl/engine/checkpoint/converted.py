@@ -1,0 +1,91 @@
+"""Checkpoints of weights only, made by a conversion: training starts from them, no run resumes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import megatron.core
+import torch
+import torch.distributed as dist
+
+from megatron_sftrl.architectures.architecture import Architecture, to_record
+from megatron_sftrl.engine.checkpoint.integrity import hashed_files
+from megatron_sftrl.engine.checkpoint.parts import StoredPart, write_parts
+from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord, TrainerState
+from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
+from megatron_sftrl.hf.assets import HfAssets, write_assets
+from megatron_sftrl.hf.disk import force_to_disk
+from megatron_sftrl.hf.output import LOCK
+
+_ASSETS = "hf"
+"""Folder of a checkpoint with what travels beside weights: config.json, tokenizer, chat template."""
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+
+
+def save_converted(
+    out: Path, parts: Sequence[StoredPart], *, architecture: Architecture, assets: HfAssets
+) -> Path:
+    """Write the checkpoint directory `out`; every rank calls it with its own parts.
+
+    Args:
+        out: has its name only when everything in it is on the disk.
+        parts: of this process, with keys as in the table of names.
+        architecture: of the weights.
+        assets: stored with them, for an export.
+    Returns:
+        `out`.
+    Raises:
+        ValueError: on every rank: `out` exists, a full disk, a part that could not be read.
+    """
+    total = _sum_over_ranks(sum(part.num_bytes for part in parts))
+    with new_directory_together(out, num_bytes=total) as temporary:
+        write_parts([replace(part, key=f"policy.{part.key}") for part in parts], temporary)
+        on_rank_zero(lambda: store_assets(temporary, assets))
+        files = _synced_and_hashed(temporary)
+        record = CheckpointRecord(
+            trainer=TrainerState(),
+            architecture=to_record(architecture),
+            dtype=on_rank_zero(lambda: _DTYPE_NAMES[parts[0].dtype]),
+            optimizer=None,
+            optimizer_step=0,
+            reference=None,
+            layout={},
+            versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+            files={name: file for name, file in files.items() if name != LOCK},
+        )
+        on_rank_zero(lambda: (temporary / FILE_NAME).write_text(record.to_json()))
+    return out
+
+
+def _synced_and_hashed(directory: Path) -> dict[str, FileRecord]:
+    """Hash the files while each rank forces those that it wrote to the disk; rank 0 does the rest later."""
+    mine = list(directory.glob(f"__{dist.get_rank()}_*"))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync") as pool:
+        synced = pool.submit(lambda: [force_to_disk(path) for path in mine])
+        files = hashed_files(directory)
+    on_every_rank(synced.result)
+    return files
+
+
+def store_assets(checkpoint: Path, assets: HfAssets) -> None:
+    """Write `assets` into a checkpoint that is being made."""
+    folder = checkpoint / _ASSETS
+    folder.mkdir()
+    write_assets(folder, assets)
+
+
+def stored_assets(checkpoint: Path) -> HfAssets:
+    """What was stored beside the weights of a complete checkpoint."""
+    folder = checkpoint / _ASSETS
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return HfAssets(files={str(path.relative_to(folder)): path.read_bytes() for path in files})
+
+
+def _sum_over_ranks(value: int) -> int:
+    values = [0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return sum(values)

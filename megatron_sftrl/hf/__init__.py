@@ -1,0 +1,1 @@
+"""Hugging Face model directories as files: weights read and written, and what travels beside them."""

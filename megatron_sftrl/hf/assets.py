@@ -1,0 +1,167 @@
+"""What travels beside weights: the model's configuration, its tokenizer and its chat template, as files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CONFIG = "config.json"
+_MODEL_FILES = (CONFIG, "generation_config.json")
+_TEMPLATE = "chat_template.jinja"
+_NAMED_TEMPLATES = "additional_chat_templates"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tekken.json",
+    _TEMPLATE,
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfAssets:
+    """Files of a model directory that are not weights.
+
+    Args:
+        files: content by name; a name may have one folder in front (additional_chat_templates/rag.jinja).
+    """
+
+    files: Mapping[str, bytes]
+
+
+def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Path | None) -> HfAssets:
+    """Read what belongs beside exported weights; never code, never weights.
+
+    Args:
+        model: directory with config.json, and generation_config.json if it has one.
+        tokenizer: Hugging Face tokenizer directory (a model directory is one), or a SentencePiece file.
+        chat_template: Jinja file that replaces every chat template of the tokenizer.
+    Returns:
+        The files.
+    Raises:
+        ValueError: a path that is not there, cannot be read, or holds none of these files.
+    """
+    files: dict[str, bytes] = {}
+    if model is not None:
+        files |= _read_named(Path(model), _MODEL_FILES)
+        if CONFIG not in files:
+            raise ValueError(f"no {CONFIG} in {model}: expected a Hugging Face model directory")
+    if tokenizer is not None:
+        files |= _read_tokenizer(Path(tokenizer))
+    if chat_template is not None:
+        files = _with_template(files, _read(Path(chat_template)))
+    return HfAssets(files=files)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory holds a tokenizer; many directories of weights do not."""
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
+    """The same files with the dtype of the weights in config.json.
+
+    Args:
+        assets: with a config.json.
+        dtype: of the weights.
+    Returns:
+        New assets; config.json's `dtype`, or `torch_dtype` where the file uses that older key, is set, and
+        the rest of the file stays as it was.
+    """
+    values = _json_object(assets.files[CONFIG], CONFIG)
+    text = assets.files[CONFIG].decode("utf-8")
+    name = str(dtype).removeprefix("torch.")
+    # A file with both keys gets both: transformers 5 prefers dtype, readers of the older key know no other.
+    keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]
+    wanted = values | dict.fromkeys(keys, name)
+    edited = re.sub(
+        r'("(?:torch_)?dtype"\s*:\s*)(?:"[^"\\]*"|null)', lambda match: f'{match[1]}"{name}"', text
+    )
+    if json.loads(edited) != wanted:
+        # No such key yet, or one that belongs to something nested.
+        edited = json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+    return HfAssets(files={**assets.files, CONFIG: edited.encode("utf-8")})
+
+
+def write_assets(directory: Path, assets: HfAssets) -> None:
+    """Write the files; `new_directory` forces them to the disk.
+
+    Args:
+        directory: that exists.
+        assets: what to write.
+    """
+    for name, content in assets.files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+
+def _read_tokenizer(tokenizer: Path) -> dict[str, bytes]:
+    if not tokenizer.exists():
+        raise ValueError(
+            f"tokenizer: {tokenizer} does not exist; give a Hugging Face tokenizer directory or a "
+            "SentencePiece .model file"
+        )
+    if not tokenizer.is_dir():
+        if tokenizer.suffix != ".model":
+            raise ValueError(f"tokenizer: expected a directory or a .model file, got {tokenizer}")
+        return {"tokenizer.model": _read(tokenizer)}
+    files = _read_named(tokenizer, _TOKENIZER_FILES)
+    if not files:
+        raise ValueError(f"no tokenizer in {tokenizer}: expected tokenizer.json, tokenizer.model or the like")
+    for path in sorted((tokenizer / _NAMED_TEMPLATES).glob("*.jinja")):
+        files[f"{_NAMED_TEMPLATES}/{path.name}"] = _read(path)
+    return files
+
+
+def _with_template(files: Mapping[str, bytes], template: bytes) -> dict[str, bytes]:
+    """The files with one chat template and no other.
+
+    transformers prefers chat_template.jinja over the key in tokenizer_config.json, but readers that do not
+    know the file would go on with the replaced one, and tools would bring a named template back.
+    """
+    kept = {
+        name: content
+        for name, content in files.items()
+        if name != "chat_template.json" and not name.startswith(_NAMED_TEMPLATES + "/")
+    }
+    if config := kept.get("tokenizer_config.json"):
+        values = _json_object(config, "tokenizer_config.json")
+        if values.pop("chat_template", None) is not None:
+            kept["tokenizer_config.json"] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return {**kept, _TEMPLATE: template}
+
+
+def _json_object(content: bytes, name: str) -> dict[str, object]:
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def _read_named(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """The files among `names` that the directory has."""
+    if not directory.is_dir():
+        raise ValueError(f"no such directory: {directory}")
+    return {name: _read(directory / name) for name in names if (directory / name).is_file()}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,221 @@
+"""Everything in a config.json that is not supported: each refused by its name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.unit.architectures.hf_files import read, values
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+SUPPORTED = (
+    "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
+    "MixtralForCausalLM, Qwen3MoeForCausalLM"
+)
+GEMMA = (
+    "Gemma 2 and 3 cannot be built, megatron-core 0.16.1 has no norms after attention and MLP "
+    "(sandwich norms) in its TransformerLayer and no logit soft-cap in its attention"
+)
+
+
+def refusal(tmp_path: Path, content: dict[str, object]) -> str:
+    with pytest.raises(ValueError, match=r"config\.json") as raised:
+        read(tmp_path, content)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, SUPPORTED),
+        ({"architectures": ["LlamaForCausalLM", "MistralForCausalLM"]}, SUPPORTED),
+        ({"architectures": ["LlamaForSequenceClassification"]}, SUPPORTED),
+        ({"architectures": [None]}, SUPPORTED),
+        ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, GEMMA),
+        ({"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}, GEMMA),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, GEMMA),
+        ({"architectures": None, "model_type": "gemma2"}, GEMMA),
+        ({"model_type": "qwen3"}, "model_type 'qwen3' contradicts architectures"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu': only silu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0: a soft-cap on logits"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0: a soft-cap on logits"),
+        ({"num_experts": 8}, "num_experts: not known here"),
+        ({"dual_chunk_attention_config": {"chunk_size": 1}}, "dual_chunk_attention_config: not known here"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "big"}, "hidden_size: expected a whole number >= 1, got 'big'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected a whole number >= 1, got 0"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps: expected a number > 0, got -1"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: expected a number > 0, got inf"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number > 0, got nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: expected a number > 0, got 1000"),
+        ({"rms_norm_eps": True}, "rms_norm_eps: expected a number > 0, got True"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
+        ({"num_attention_heads": 31}, "hidden_size = 2048 is not a multiple of num_attention_heads = 31"),
+        ({"num_attention_heads": 31, "head_dim": 64}, "transformers refuses such a llama"),
+        ({"num_key_value_heads": 5}, "not a multiple of num_query_groups = 5"),
+        ({"head_dim": 63}, "head_dim = 63: rotary positions need an even number"),
+    ],
+)
+def test_what_a_llama_cannot_have_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    assert message in refusal(tmp_path, {**values(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 2}, "rope_type 'dynamic': only default, linear, llama3, yarn"),
+        ({"rope_type": "longrope", "short_factor": [1], "long_factor": [2]}, "rope_type 'longrope'"),
+        ({"rope_type": "proportional"}, "rope_type 'proportional'"),
+        ({"type": "mrope", "mrope_section": [1]}, "rope_type 'mrope'"),
+        ({"rope_type": None}, "rope_type None"),
+        ({"rope_type": ["yarn"]}, "rope_type ['yarn']"),
+        ({"rope_type": "yarn", "type": "linear"}, "rope_type 'yarn' and type 'linear' contradict"),
+        ({"type": "linear"}, "rope factor is missing"),
+        ({"type": "linear", "factor": 0.5}, "rope factor: expected a number >= 1, got 0.5"),
+        ({"type": "linear", "factor": None}, "rope factor: expected a number >= 1, got None"),
+        ({"rope_type": "default", "factor": 2.0}, "rope factor 2.0: not supported with rope_type 'default'"),
+        ({**LLAMA3, "factor": None}, "rope factor: expected a number >= 1, got None"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope low_freq_factor is missing"),
+        ({**LLAMA3, "high_freq_factor": 1}, "rope high_freq_factor 1 must be greater than low_freq_factor 1"),
+        ({**LLAMA3, "beta_fast": 3}, "rope beta_fast 3: not supported with rope_type 'llama3'"),
+        (
+            {**LLAMA3, "original_max_position_embeddings": 1.5},
+            "original_max_position_embeddings: expected a whole",
+        ),
+        ({"rope_type": "yarn"}, "rope factor is missing"),
+        ({**YARN, "factor": 0.5}, "rope factor: expected a number >= 1, got 0.5"),
+        (
+            {**YARN, "factor": None, "original_max_position_embeddings": 4096},
+            "rope factor null means max_position_embeddings / original_max_position_embeddings = 2048 / 4096",
+        ),
+        ({**YARN, "beta_fast": 0}, "rope beta_fast: expected a number > 0, got 0"),
+        ({**YARN, "beta_fast": 1, "beta_slow": 2}, "rope beta_fast 1 must not be below beta_slow 2"),
+        ({**YARN, "truncate": None}, "rope truncate: expected true or false, got None"),
+        ({**YARN, "attention_factor": 0}, "rope attention_factor: expected a number > 0, got 0"),
+        ({**YARN, "mscale": -1}, "rope mscale: expected a number >= 0, got -1"),
+        ({**YARN, "attn_factor": 1.2}, "rope attn_factor 1.2: not supported"),
+        ({**YARN, "rope_theta": 1.0}, "rope_theta 1: yarn needs a base above 1"),
+        ({"partial_rotary_factor": 0.5}, "rope partial_rotary_factor 0.5: only 1.0 is supported"),
+        ({"rope_theta": None}, "rope rope_theta: expected a number > 0, got None"),
+        ({"full_attention": {"rope_theta": 1.0}}, "expected one flat set of values for all layers"),
+        (["yarn"], "expected one flat set of values for all layers"),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_positions_that_cannot_be_computed_are_refused_by_name(
+    tmp_path: Path, key: str, rope: object, message: str
+) -> None:
+    assert message in refusal(tmp_path, values(**{key: rope}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "rope_theta is given twice"),
+        ({"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}}, "contradict each other"),
+        # transformers takes rope_scaling and with it the default base.
+        ({"rope_scaling": YARN, "rope_parameters": {**YARN, "rope_theta": 1e6}}, "contradict each other"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 1024},
+            "original_max_position_embeddings is given twice with different values",
+        ),
+        ({"original_max_position_embeddings": 1024}, "rope_type 'default' does not use it"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: only 1.0 is supported"),
+    ],
+)
+def test_contradictions_about_positions_are_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    assert message in refusal(tmp_path, values(**changes))
+
+
+def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Path) -> None:
+    both = {"rope_theta": 7.0, "rope_scaling": YARN, "rope_parameters": {**YARN, "rope_theta": 7.0}}
+    assert read(tmp_path, values(**both)) == read(tmp_path, values(rope_theta=7.0, rope_scaling=YARN))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1: not supported, set 0.0"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts: expected a whole number >= 1, got 0"),
+        (
+            "mixtral",
+            {"num_experts_per_tok": 9},
+            "experts_per_token = 9 must lie between 1 and num_experts = 8",
+        ),
+        ("mixtral", {"num_experts": 4, "num_local_experts": 8}, "contradict each other"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob: MixtralForCausalLM does not read it"),
+        (
+            "mixtral",
+            {"moe_intermediate_size": 8},
+            "moe_intermediate_size: MixtralForCausalLM does not read it",
+        ),
+        ("mixtral", {"rope_scaling": YARN}, "head_dim is missing: transformers fails on yarn in a Mixtral"),
+        ("mixtral", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]: only a mixture in every layer"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2: only 1"),
+        ("qwen3_moe", {"norm_topk_prob": "no"}, "norm_topk_prob: expected true or false, got 'no'"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size: not known"),
+        ("qwen3", {"num_local_experts": 8}, "num_local_experts: not known here"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"sliding_window": 16}, "sliding_window: LlamaForCausalLM has none in transformers"),
+        ("llama", {"use_sliding_window": True}, "sliding_window: LlamaForCausalLM has none in transformers"),
+        (
+            "llama",
+            {"layer_types": ["sliding_attention"] * 4},
+            "transformers uses the window in no layers of Llama",
+        ),
+        ("mistral", {"sliding_window": 0}, "sliding_window: expected a whole number >= 1, got 0"),
+        ("mistral", {"sliding_window": 2.5}, "sliding_window: expected a whole number >= 1, got 2.5"),
+        (
+            "mistral",
+            {"layer_types": ["sliding_attention"] * 4},
+            "layer_types: transformers builds a Ministral",
+        ),
+        (
+            "mixtral",
+            {"sliding_window": 16, "layer_types": ["full_attention"] * 4},
+            "layer_types contradicts sliding_window: transformers uses the window in all layers of Mixtral",
+        ),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "layer_types chunked_attention: only full"),
+        (
+            "qwen2",
+            {"layer_types": ["full_attention"]},
+            "layer_types: expected a list with one entry for each of 4",
+        ),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window: expected true or false"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers: expected a whole",
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "but no sliding_window is in use"),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "max_window_layers": 2},
+            "max_window_layers 2: transformers uses the window in all layers of Qwen3MoeForCausalLM",
+        ),
+    ],
+)
+def test_what_a_family_cannot_have_is_refused_by_name(
+    tmp_path: Path, family: str, changes: dict[str, object], message: str
+) -> None:
+    assert message in refusal(tmp_path, values(family, **changes))
+
+
+def test_a_refusal_names_the_file_and_lists_one_problem_a_line(tmp_path: Path) -> None:
+    message = refusal(tmp_path, values(hidden_act="gelu", mlp_bias=True))
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/config\.json cannot be used:(\n  \S.*){{2}}", message)

@@ -1,0 +1,243 @@
+"""Speed and memory of the conversions against `cp` of the same bytes on the same disk.
+
+    python tools/benchmark_conversion.py DIR [--gb 1.5] [--repeats 3] [--out benchmark_conversion.json]
+
+DIR, on the disk that is to be measured, gets a synthetic Llama in bf16 and the outputs, and is emptied at the
+end. Every repeat runs, one after the other, so that a noisy machine disturbs all alike: `cp` with fsync,
+Hugging Face -> Megatron, Megatron -> Hugging Face, and the loading of the files into a model; the last three
+in processes of their own, timed without their imports. Reported are the medians over the repeats. Memory is
+the peak resident set (VmHWM, reset after the imports) less what was resident then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_sftrl.architectures.hf_config import from_hf_config
+from megatron_sftrl.architectures.tensors import hf_shapes
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.hf.output import force_to_disk, plan_files, write_file, write_index
+
+LEAST_SHARE_OF_CP = 0.5
+_SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+}
+_LAYER_BYTES, _END_BYTES = 90e6, 262e6
+_FILE_BYTES = 400_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where to write; made when it is not there")
+    parser.add_argument("--gb", type=float, default=1.5, help="size of the checkpoint (1.5)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--child", choices=_CHILDREN, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(_measured(arguments.child, arguments.directory)))
+        return
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="benchmark-") as name:
+        facts = _benchmark(Path(name), gb=arguments.gb, repeats=arguments.repeats)
+    _print(facts)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _benchmark(folder: Path, *, gb: float, repeats: int) -> dict:
+    sizes = _make_model(folder / "hf", num_layers=max(1, round((gb * 1e9 - _END_BYTES) / _LAYER_BYTES)))
+    total, largest = sum(sizes.values()), max(sizes.values())
+    turns: dict[str, list[dict]] = {name: [] for name in ("cp", *_CHILDREN)}
+    for _ in range(repeats):
+        turns["cp"].append({"seconds": _copy(folder / "hf", folder / "copy"), "peak_bytes": 0})
+        for child in _CHILDREN:
+            turns[child].append(_in_child(child, folder))
+        for name in ("copy", "megatron", "back"):
+            shutil.rmtree(folder / name)
+    # What is built: the model, or an output file; a conversion to Megatron builds nothing but its parts.
+    targets = {"hf -> megatron": 0, "megatron -> hf": min(total, _FILE_BYTES), "load": total}
+    return {
+        "bytes": total,
+        "largest_tensor_bytes": largest,
+        "repeats": repeats,
+        "seconds": {name: [turn["seconds"] for turn in found] for name, found in turns.items()},
+        "peak_bytes": {name: max(turn["peak_bytes"] for turn in turns[name]) for name in _CHILDREN},
+        "bound_bytes": {name: target + 2 * largest for name, target in targets.items()},
+        # Both sides of a ratio come from the same turn.
+        "share_of_cp": {
+            name: statistics.median(
+                copy["seconds"] / turn["seconds"] for copy, turn in zip(turns["cp"], turns[name], strict=True)
+            )
+            for name in _CHILDREN
+        },
+        "torch": torch.__version__,
+    }
+
+
+def _make_model(directory: Path, *, num_layers: int) -> dict[str, int]:
+    """Random weights in files like those of a hub; bytes of each tensor."""
+    directory.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": num_layers,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **_SHAPE,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = hf_shapes(from_hf_config(directory))
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    files = plan_files(list(sizes.items()), max_bytes=_FILE_BYTES)
+    for file in files:
+        # Bits of bf16 numbers between 0 and 1; drawing normal numbers would take longer than the benchmark.
+        tensors = {
+            name: torch.randint(0x3C00, 0x3F80, shapes[name], dtype=torch.int16).view(torch.bfloat16)
+            for name in file.tensors
+        }
+        write_file(directory, file, tensors)
+    write_index(directory, files, list(sizes.items()))
+    return sizes
+
+
+def _copy(source: Path, target: Path) -> float:
+    """Seconds of cp until everything is on the disk."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    for path in target.iterdir():
+        force_to_disk(path)
+    return time.perf_counter() - start
+
+
+def _in_child(name: str, folder: Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, str(folder), "--child", name],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measured(name: str, folder: Path) -> dict:
+    from megatron_sftrl.config.schema import ParallelSection
+    from megatron_sftrl.engine.parallel import parallel_context
+    from megatron_sftrl.observability.memory import return_freed_memory
+
+    return_freed_memory()  # as the tools do
+    with parallel_context(ParallelSection()) as parallel:
+        work = _CHILDREN[name](folder, parallel)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _status_bytes("VmRSS")
+        seconds = work()
+    return {"seconds": seconds, "peak_bytes": _status_bytes("VmHWM") - before}
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"no {key} in /proc/self/status: this benchmark needs Linux")
+
+
+def _to_megatron(folder: Path, _: ParallelContext) -> Callable[[], float]:
+    from megatron_sftrl.conversion.from_hf import Layout, convert_from_hf
+
+    def work() -> float:
+        start = time.perf_counter()
+        convert_from_hf(
+            folder / "hf",
+            folder / "megatron",
+            layout=Layout(),
+            dtype=None,
+            allow_pickle=False,
+            on_bytes=lambda done, total: None,
+        )
+        return time.perf_counter() - start
+
+    return work
+
+
+def _to_hf(folder: Path, _: ParallelContext) -> Callable[[], float]:
+    from megatron_sftrl.conversion.to_hf import convert_to_hf
+
+    def work() -> float:
+        start = time.perf_counter()
+        convert_to_hf(
+            folder / "megatron",
+            folder / "back",
+            dtype=None,
+            max_file_bytes=_FILE_BYTES,
+            on_bytes=lambda done, total: None,
+        )
+        return time.perf_counter() - start
+
+    return work
+
+
+def _load(folder: Path, parallel: ParallelContext) -> Callable[[], float]:
+    from megatron_sftrl.config.model import ModelSection
+    from megatron_sftrl.config.schema import ParallelSection, TrainSection
+    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.hf.weights import open_weights
+
+    architecture = from_hf_config(folder / "hf")
+    model = ModelSection(hf=folder / "hf")
+
+    def work() -> float:
+        config = transformer_config(
+            architecture, model, ParallelSection(), TrainSection(steps=1), is_cuda=False
+        )
+        chunks = build_model_chunks(architecture, config, parallel)
+        start = time.perf_counter()
+        with open_weights(folder / "hf") as weights:
+            load_hf_weights(chunks, weights, architecture)
+        return time.perf_counter() - start
+
+    return work
+
+
+_CHILDREN = {"hf -> megatron": _to_megatron, "megatron -> hf": _to_hf, "load": _load}
+
+
+def _print(facts: dict) -> None:
+    total = facts["bytes"]
+    print(f"{total / 1e9:.2f} GB, largest tensor {facts['largest_tensor_bytes'] / 1e6:.0f} MB")
+    print(f"{'':16}{'GB/s':>8}{'of cp':>8}{'peak MB':>10}{'bound MB':>10}")
+    for name, seconds in facts["seconds"].items():
+        line = f"{name:16}{total / 1e9 / statistics.median(seconds):8.2f}"
+        if name in facts["share_of_cp"]:
+            line += f"{facts['share_of_cp'][name]:8.2f}"
+            line += f"{facts['peak_bytes'][name] / 1e6:10.0f}{facts['bound_bytes'][name] / 1e6:10.0f}"
+        print(line)
+    slow = [name for name, share in facts["share_of_cp"].items() if share < LEAST_SHARE_OF_CP]
+    large = [name for name, peak in facts["peak_bytes"].items() if peak > facts["bound_bytes"][name]]
+    print(f"slower than {LEAST_SHARE_OF_CP} of cp: {', '.join(slow) or 'none'}")
+    print(f"more memory than the bound: {', '.join(large) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
