@@ -5,11 +5,24 @@ Pure functions of values: nothing is built, no file is read, no process group is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
+
+
+class MixtureSizes(Protocol):
+    """The part of a Mixture that layouts are held against."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def normalizes_weights(self) -> bool: ...
 
 
 class ModelSizes(Protocol):
@@ -25,10 +38,12 @@ class ModelSizes(Protocol):
     def num_query_groups(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
+    @property
+    def mixture(self) -> MixtureSizes | None: ...
 
 
 def check_run(
-    config: RunConfig, architecture: ModelSizes, world_size: int, *, loss_needs: tuple[str, ...]
+    config: TrainingConfig, architecture: ModelSizes, world_size: int, *, loss_needs: tuple[str, ...]
 ) -> None:
     """Hold the sections against each other, the architecture and the number of processes.
 
@@ -44,33 +59,38 @@ def check_run(
         ValueError: everything that does not fit, one line each.
     """
     problems = [
-        *_world_problems(config, world_size),
+        *_world_problems(config, architecture, world_size),
         *_layout_problems(config, architecture),
+        *_expert_problems(config, architecture),
         *_optimizer_problems(config),
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
+        *_rollout_problems(config),
         *_idle_problems(config),
     ]
     if problems:
         raise ValueError("\n  ".join([f"the run cannot start, {len(problems)} problem(s)", *problems]))
 
 
-def _world_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+def _world_problems(config: TrainingConfig, architecture: ModelSizes, world_size: int) -> Iterator[str]:
     parallel = config.parallel
+    grids = {"parallel.tp * pp * cp": (parallel.tp, parallel.pp, parallel.cp)}
+    if architecture.mixture is not None:
+        grids["parallel.etp * ep * pp"] = (parallel.etp or parallel.tp, parallel.ep, parallel.pp)
     replica = parallel.tp * parallel.pp * parallel.cp
-    if world_size % replica:
-        fits = world_size // replica * replica
-        counts = f"{fits} (dp = {fits // replica})" if fits else ""
-        more = f"{fits + replica} (dp = {fits // replica + 1})"
-        yield (
-            f"{world_size} process(es) are not a multiple of parallel.tp * pp * cp = "
-            f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {replica}: "
-            f"start {' or '.join(filter(None, (counts, more)))} processes, or change the sizes"
-        )
+    step = math.lcm(*map(math.prod, grids.values()))
+    fits = world_size // step * step
+    choices = [f"{count} (dp = {count // replica})" for count in (fits, fits + step) if count]
+    for names, sizes in grids.items():
+        if world_size % math.prod(sizes):
+            yield (
+                f"{world_size} process(es) are not a multiple of {names} = {' * '.join(map(str, sizes))} = "
+                f"{math.prod(sizes)}: start {' or '.join(choices)} processes, or change the sizes"
+            )
 
 
-def _layout_problems(config: RunConfig, architecture: ModelSizes) -> Iterator[str]:
+def _layout_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
     parallel = config.parallel
     stages = parallel.pp * parallel.vp
     if architecture.num_layers % stages:
@@ -79,11 +99,13 @@ def _layout_problems(config: RunConfig, architecture: ModelSizes) -> Iterator[st
             f"{parallel.pp} * {parallel.vp} = {stages}: choose pp * vp among the divisors of "
             f"{architecture.num_layers}"
         )
-    for what, count in (
+    cut = [
         ("attention heads", architecture.num_attention_heads),
         ("query groups (key/value heads)", architecture.num_query_groups),
-        ("MLP columns (ffn_hidden_size)", architecture.ffn_hidden_size),
-    ):
+    ]
+    if architecture.mixture is None:
+        cut.append(("MLP columns (ffn_hidden_size)", architecture.ffn_hidden_size))
+    for what, count in cut:
         if count % parallel.tp:
             yield (
                 f"the model's {count} {what} do not divide by parallel.tp = {parallel.tp}: "
@@ -95,7 +117,46 @@ def _layout_problems(config: RunConfig, architecture: ModelSizes) -> Iterator[st
         yield "parallel.sequence_parallel needs parallel.tp > 1: set tp, or sequence_parallel = false"
 
 
-def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
+    parallel, mixture = config.parallel, architecture.mixture
+    if mixture is None:
+        for name, value, neutral in (("ep", parallel.ep, 1), ("etp", parallel.etp or "null", "null")):
+            if value != neutral:
+                yield (
+                    f"parallel.{name} = {value} is about experts, and the model is no mixture of experts: "
+                    f"remove it, or parallel.{name}={neutral} on the command line"
+                )
+        return
+    etp = parallel.etp or parallel.tp
+    if mixture.num_experts % parallel.ep:
+        yield (
+            f"the model's {mixture.num_experts} experts do not divide by parallel.ep = {parallel.ep}: "
+            f"choose ep among the divisors of {mixture.num_experts}"
+        )
+    if architecture.ffn_hidden_size % etp:
+        yield (
+            f"the {architecture.ffn_hidden_size} columns of an expert (ffn_hidden_size) do not divide by "
+            f"parallel.etp = {etp}{'' if parallel.etp else ' (as tp)'}: choose etp among the divisors of "
+            f"{architecture.ffn_hidden_size}"
+        )
+    if parallel.tp % etp:
+        yield (
+            f"parallel.etp = {etp} does not divide parallel.tp = {parallel.tp}: choose etp among the "
+            f"divisors of {parallel.tp}"
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield (
+            f"a mixture of experts at parallel.tp = {parallel.tp} needs parallel.sequence_parallel = true: "
+            "without it every tensor-parallel rank would send the same tokens to the experts"
+        )
+    if mixture.experts_per_token == 1 and mixture.normalizes_weights:
+        yield (
+            "the model sends each token to one expert and divides its weight by itself, so its router would "
+            "never learn (megatron-core refuses it): use at least 2 experts per token"
+        )
+
+
+def _optimizer_problems(config: TrainingConfig) -> Iterator[str]:
     parallel = config.parallel
     if parallel.overlap_param_gather and not (
         parallel.distributed_optimizer and parallel.overlap_grad_reduce
@@ -111,21 +172,21 @@ def _optimizer_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _length_problems(config: RunConfig, architecture: ModelSizes) -> Iterator[str]:
-    max_length, max_tokens = config.data.max_length, config.batch.max_tokens
+def _length_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
+    max_length, max_tokens = config.max_length, config.batch.max_tokens
     if max_tokens is not None and max_tokens < max_length:
         yield (
-            f"batch.max_tokens = {max_tokens} is less than data.max_length = {max_length}: the longest "
-            "sequence would fit into no micro-batch; raise max_tokens or lower max_length"
+            f"batch.max_tokens = {max_tokens} is less than {config.length_keys} = {max_length}: the longest "
+            "sequence would fit into no micro-batch; raise max_tokens or shorten sequences"
         )
     if max_length > architecture.max_position_embeddings:
         yield (
-            f"data.max_length = {max_length} is more than the model's max_position_embeddings = "
-            f"{architecture.max_position_embeddings}: lower max_length"
+            f"{config.length_keys} = {max_length} is more than the model's max_position_embeddings = "
+            f"{architecture.max_position_embeddings}: shorten sequences"
         )
 
 
-def _reference_problems(config: RunConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:
+def _reference_problems(config: TrainingConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:
     is_needed = "reference" in loss_needs
     if is_needed and config.reference is None:
         yield (
@@ -140,7 +201,7 @@ def _reference_problems(config: RunConfig, loss_needs: tuple[str, ...]) -> Itera
         )
 
 
-def _schedule_problems(config: RunConfig) -> Iterator[str]:
+def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
     steps = config.train.steps
     if steps is not None and config.optim.warmup_steps > steps:
         yield (
@@ -149,7 +210,25 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _idle_problems(config: RunConfig) -> Iterator[str]:
+def _rollout_problems(config: TrainingConfig) -> Iterator[str]:
+    if not isinstance(config, GrpoConfig):
+        return
+    prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
+    size = config.batch.global_size
+    if group == 1:
+        yield (
+            "rollout.group_size = 1 compares a response with itself, so that every advantage is 0 and "
+            "nothing is learned: set it to at least 2"
+        )
+    if (prompts * group) % size:
+        yield (
+            f"batch.global_size = {size} does not divide the responses of a step, rollout.prompts_per_step * "
+            f"group_size = {prompts} * {group} = {prompts * group}: choose it among their divisors, such as "
+            f"{prompts * group} for one update per step"
+        )
+
+
+def _idle_problems(config: TrainingConfig) -> Iterator[str]:
     for setting in idle_settings(config):
         if setting.is_written:
             yield (

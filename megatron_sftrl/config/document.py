@@ -11,10 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_sftrl.config.messages import section_type, sections
-from megatron_sftrl.config.schema import RunConfig
 
 
-def document_schema() -> str:
+def document_schema(schema: type[BaseModel]) -> str:
     """Markdown: one heading per section, one line per key with its type, default and meaning."""
     parts = [
         "# Keys of a run",
@@ -22,7 +21,7 @@ def document_schema() -> str:
         "`data.train=[a.jsonl,b.jsonl]`; `key=null` takes a key out). "
         "Paths are relative to the current directory.",
     ]
-    for path, model in sections(RunConfig):
+    for path, model in sections(schema):
         title = f"## {'.'.join(path)}" if path else "## Top level"
         parts.append(f"{title}\n\n{_one_line(model.__doc__)}\n\n{_keys(path, model)}")
     return "\n\n".join(parts) + "\n"

@@ -11,38 +11,46 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from megatron_sftrl.config.messages import Origins, explain, unknown_key
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.presets import PRESETS, with_preset
+from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
 from megatron_sftrl.config.yaml_text import dump_yaml, parse_yaml
 
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, schema: type[ConfigT] = RunConfig
+) -> ConfigT:
     """Read a run's YAML file, apply overrides in order, and validate the whole.
 
     Args:
         path: the YAML file.
         overrides: `a.b.c=value`, the value in YAML notation (`data.train=[a.jsonl,b.jsonl]`); the last wins.
+        schema: RunConfig (`sftrl sft`) or GrpoConfig (`sftrl grpo`).
     Returns:
         The validated, immutable configuration.
     Raises:
         ValueError: everything that is wrong with the file and the overrides, one line each.
     """
     path = Path(path)
-    return config_from_text(_read(path), source=str(path), overrides=overrides)
+    return config_from_text(_read(path), source=str(path), overrides=overrides, schema=schema)
 
 
-def config_from_text(text: str, *, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+def config_from_text(
+    text: str, *, source: str, overrides: Sequence[str] = (), schema: type[ConfigT] = RunConfig
+) -> ConfigT:
     """As `load_config`, for a configuration held in a string, such as a run directory's resolved.yaml.
 
     Args:
         text: the YAML document.
         source: how error messages call it.
-        overrides: as in `load_config`.
+        overrides, schema: as in `load_config`.
     Raises:
         ValueError: everything that is wrong with it, one line each.
     """
@@ -51,11 +59,14 @@ def config_from_text(text: str, *, source: str, overrides: Sequence[str] = ()) -
         raise ValueError(
             f"{source}: expected sections such as model, data, loss at the top, got {_kind(document.value)}"
         )
-    merged, touched = _with_overrides(document.value, overrides)
-    return _validated(merged, Origins(file=source, lines=document.lines, overrides=touched))
+    merged, touched = _with_overrides(document.value, overrides, schema)
+    if "preset" in schema.model_fields:
+        merged = with_preset(merged, PRESETS)
+    origins = Origins(file=source, lines=document.lines, overrides=touched, schema=schema)
+    return _validated(_with_tokenizer_of_model(merged), origins, schema)
 
 
-def resolved_yaml(config: RunConfig) -> str:
+def resolved_yaml(config: TrainingConfig) -> str:
     """Every setting that has an effect in this run, defaults included, as YAML.
 
     Loading the text again gives an equal configuration, and the same text.
@@ -77,7 +88,7 @@ def _read(path: Path) -> str:
 
 
 def _with_overrides(
-    tree: dict[str, Any], overrides: Sequence[str]
+    tree: dict[str, Any], overrides: Sequence[str], schema: type[TrainingConfig]
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """A copy of `tree` with the overrides applied, and the override that last wrote each path."""
     merged = copy.deepcopy(tree)
@@ -91,7 +102,7 @@ def _with_overrides(
             raise ValueError(f"override '{override}': no value; write {dotted}=null for the default")
         value = parse_yaml(text, source=f"override '{override}'").value
         takes_out = value is None and parts[0] != "loss"
-        if takes_out and (problem := unknown_key(parts)):
+        if takes_out and (problem := unknown_key(parts, schema)):
             # Taking out a key that does not exist would pass validation: the misspelt key is gone.
             raise ValueError(f"unknown key '{dotted}' (override '{override}'): {problem}")
         section = _section_to_change(merged, parts[:-1], override)
@@ -119,7 +130,7 @@ def _section_to_change(merged: dict[str, Any], path: tuple[str, ...], override: 
     return section
 
 
-def _validated(tree: dict[str, Any], origins: Origins) -> RunConfig:
+def _validated(tree: dict[str, Any], origins: Origins, schema: type[ConfigT]) -> ConfigT:
     problems = [
         f"{'.'.join(path)} ({origins.of(path)}): expected a finite number, got {value}"
         for path, value in _numbers(tree, ())
@@ -129,10 +140,18 @@ def _validated(tree: dict[str, Any], origins: Origins) -> RunConfig:
         try:
             # Strict JSON rules: "8" is not 8, true is not 1, 2.0 is not a count; yet a list may fill a tuple
             # and a string a Path, which strict Python rules refuse.
-            return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+            return schema.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             problems = explain(error, origins)
     raise ValueError("\n  ".join([f"{origins.file}: {len(problems)} problem(s)", *problems]))
+
+
+def _with_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.path is model.hf where only the latter is given."""
+    model, tokenizer = tree.get("model"), tree.get("tokenizer") or {}
+    if not isinstance(model, dict) or not isinstance(tokenizer, dict) or model.get("hf") is None:
+        return tree
+    return {**tree, "tokenizer": {"path": model["hf"], **tokenizer}}
 
 
 def _numbers(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:

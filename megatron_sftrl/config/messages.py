@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_sftrl.config.schema import RunConfig
-
 _EXPECTED_TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -35,11 +33,13 @@ class Origins:
         file: name of the YAML document.
         lines: line of each key in it.
         overrides: the `key=value` text that wrote a path, by path.
+        schema: what the document is held against.
     """
 
     file: str
     lines: dict[tuple[str, ...], int]
     overrides: dict[tuple[str, ...], str]
+    schema: type[BaseModel]
 
     def of(self, path: tuple[str, ...]) -> str:
         """The override or the file and line that `path` comes from."""
@@ -58,12 +58,12 @@ def explain(error: ValidationError, origins: Origins) -> list[str]:
     return [_line(detail, origins) for detail in error.errors(include_url=False)]
 
 
-def unknown_key(path: tuple[str, ...]) -> str | None:
+def unknown_key(path: tuple[str, ...], schema: type[BaseModel]) -> str | None:
     """What to write instead of a key that the schema does not have; None when it has it."""
-    by_path = dict(sections(RunConfig))
+    by_path = dict(sections(schema))
     for end in range(1, len(path) + 1):
         if path[: end - 1] in by_path and path[end - 1] not in by_path[path[: end - 1]].model_fields:
-            return _nearest(path[:end])
+            return _nearest(path[:end], schema)
     return None if path[:-1] in by_path else f"'{'.'.join(path[:-1])}' has no keys of its own"
 
 
@@ -91,10 +91,10 @@ def _line(detail: ErrorDetails, origins: Origins) -> str:
     path = tuple(str(part) for part in detail["loc"])
     dotted, kind, got = ".".join(path), detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        return f"unknown key '{dotted}' ({origins.of(path)}): {_nearest(path)}"
+        return f"unknown key '{dotted}' ({origins.of(path)}): {_nearest(path, origins.schema)}"
     if kind == "missing":
         where = origins.of(path[:-1]) if len(path) > 1 else origins.file
-        return f"missing key '{dotted}' ({where}): {_meaning(path)}"
+        return f"missing key '{dotted}' ({where}): {_meaning(path, origins.schema)}"
     if kind == "value_error":
         text = str(detail.get("ctx", {}).get("error", detail["msg"]))
         return f"{text} ({origins.of(path) if path else origins.file})"
@@ -132,9 +132,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(path: tuple[str, ...]) -> str:
+def _nearest(path: tuple[str, ...], schema: type[BaseModel]) -> str:
     """The key the user most likely meant: in the same section, then anywhere in the tree."""
-    by_path = dict(sections(RunConfig))
+    by_path = dict(sections(schema))
     siblings = list(by_path[path[:-1]].model_fields)
     close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if close:
@@ -155,9 +155,9 @@ def _nearest(path: tuple[str, ...]) -> str:
     return f"the keys of {where} are {', '.join(siblings)}"
 
 
-def _meaning(path: tuple[str, ...]) -> str:
+def _meaning(path: tuple[str, ...], schema: type[BaseModel]) -> str:
     """What a missing key stands for, from the schema."""
-    model = dict(sections(RunConfig)).get(path[:-1])
+    model = dict(sections(schema)).get(path[:-1])
     field = model.model_fields.get(path[-1]) if model else None
     if field is None:
         return "it has no default"

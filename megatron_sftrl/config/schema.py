@@ -10,61 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-class Section(BaseModel):
-    """A part of the run's configuration: frozen, strict about unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ArchitectureSection(Section):
-    """Sizes of a randomly initialised model, for those who have no config.json."""
-
-    family: Literal["llama", "qwen2", "qwen3"]
-    """Block layout: llama (no biases), qwen2 (q/k/v biases), qwen3 (q/k norms)."""
-    num_layers: int = Field(ge=1)
-    """Transformer blocks."""
-    hidden_size: int = Field(ge=1)
-    """H, width of the residual stream."""
-    ffn_hidden_size: int = Field(ge=1)
-    """Width of the gated MLP."""
-    num_attention_heads: int = Field(ge=1)
-    """Query heads."""
-    num_query_groups: int | None = Field(default=None, ge=1)
-    """Key/value heads; the number of query heads when not given."""
-    head_dim: int | None = Field(default=None, ge=1)
-    """Width of one head; hidden_size / num_attention_heads when not given."""
-    vocab_size: int = Field(ge=2)
-    """V, rows of the embedding before padding for tensor parallelism."""
-    max_position_embeddings: int = Field(default=4096, ge=1)
-    """Longest sequence, in tokens."""
-    rope_theta: float = Field(default=10000.0, gt=0)
-    """Base of the rotary frequencies."""
-    norm_eps: float = Field(default=1e-6, gt=0)
-    """Added to the variance in RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the embedding as the output layer."""
-    init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the random weights."""
-
-
-class ModelSection(Section):
-    """Which network is trained, and from which weights it starts."""
-
-    hf_config: Path | None = None
-    """A Hugging Face config.json, or the directory that holds one."""
-    architecture: ArchitectureSection | None = None
-    """Explicit sizes, instead of hf_config."""
-    init_checkpoint: Path | None = None
-    """Start from the weights of this checkpoint (step or run directory); random when not given."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
-        if (self.hf_config is None) == (self.architecture is None):
-            raise ValueError("give exactly one of model.hf_config and model.architecture")
-        return self
+from megatron_sftrl.config.model import ModelSection
+from megatron_sftrl.config.section import Section
 
 
 class TokenizerSection(Section):
@@ -88,7 +35,13 @@ class ParallelSection(Section):
     cp: int = Field(default=1, ge=1)
     """Context parallel size: each sequence is split over this many ranks."""
     sequence_parallel: bool = False
-    """Split the residual stream over tp between the tensor-parallel regions; needs tp > 1."""
+    """Split the residual stream over tp between the tensor-parallel regions; needs tp > 1, and a mixture of
+    experts at tp > 1 needs it."""
+    ep: int = Field(default=1, ge=1)
+    """Expert parallel size: the experts of a mixture are spread over this many ranks, taken from dp x cp (and
+    from tp where etp is smaller than tp)."""
+    etp: int | None = Field(default=None, ge=1)
+    """Tensor parallel size inside each expert; tp when not given."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over dp."""
     overlap_grad_reduce: bool = False
@@ -102,7 +55,7 @@ class DataSection(Section):
 
     train: list[Path] = Field(min_length=1)
     """JSONL or Parquet files, or directories written by datasets.save_to_disk."""
-    valid: list[Path] = []
+    valid: list[Path] = Field(default=[])
     """Held-out data of the same kinds; no evaluation when empty."""
     max_length: int = Field(ge=2)
     """Longest sequence, prompt and response together, in tokens."""
@@ -195,7 +148,7 @@ class TrainSection(Section):
     """How long, and with what memory."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps in all."""
+    """Steps in all: optimizer steps of `sftrl sft`; of `sftrl grpo` rollouts, each with its updates."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data, instead of steps; an incomplete last batch of the run is left out."""
     recompute: Literal["none", "full"] = "none"
@@ -234,18 +187,17 @@ class LogSection(Section):
     """Progress bar on rank 0."""
 
 
-class RunConfig(Section):
-    """One run of `sftrl sft`."""
+class TrainingConfig(Section):
+    """What every training run says, whatever its data are."""
 
     run_dir: Path
     """Directory of this run: resolved.yaml, metrics.jsonl, checkpoints/. A run that finds its own checkpoints
     there resumes."""
-    seed: int = 1234
-    """Initial weights and data order."""
+    seed: int = Field(default=1234, ge=0)
+    """Initial weights, data order and sampling."""
     model: ModelSection
     tokenizer: TokenizerSection
     parallel: ParallelSection = ParallelSection()
-    data: DataSection
     batch: BatchSection
     loss: LossSection
     reference: ReferenceSection | None = None
@@ -253,3 +205,39 @@ class RunConfig(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence that a step may hold, in tokens."""
+        raise AssertionError("a kind of run knows its data")
+
+    @property
+    def length_keys(self) -> str:
+        """The settings that max_length is the sum of, for messages."""
+        raise AssertionError("a kind of run knows its data")
+
+    @property
+    def has_validation(self) -> bool:
+        """There is held-out data."""
+        raise AssertionError("a kind of run knows its data")
+
+
+class RunConfig(TrainingConfig):
+    """One run of `sftrl sft`."""
+
+    data: DataSection
+
+    @property
+    def max_length(self) -> int:
+        """As in the base class."""
+        return self.data.max_length
+
+    @property
+    def length_keys(self) -> str:
+        """As in the base class."""
+        return "data.max_length"
+
+    @property
+    def has_validation(self) -> bool:
+        """As in the base class."""
+        return bool(self.data.valid)

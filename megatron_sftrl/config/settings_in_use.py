@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import TrainingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,7 @@ class IdleSetting:
     is_written: bool
 
 
-def idle_settings(config: RunConfig) -> list[IdleSetting]:
+def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
     """Every key that the rest of `config` leaves without effect, written or not."""
     idle: list[IdleSetting] = []
 
@@ -43,6 +44,13 @@ def idle_settings(config: RunConfig) -> list[IdleSetting]:
         add("optim", ("min_lr_ratio",), "optim.schedule is constant")
     if config.batch.packing:
         add("batch", ("micro_size",), "batch.packing fills micro-batches by tokens (batch.max_tokens)")
-    if not config.data.valid:
+    if isinstance(config, GrpoConfig):
+        if config.rollout.engine == "vllm":
+            add("rollout", ("max_concurrent",), "rollout.engine is vllm (rollout.vllm.max_num_seqs)")
+        else:
+            add("rollout", ("vllm",), "rollout.engine is in_process")
+    if config.model.hf is None:
+        add("model", ("allow_pickle",), "model.hf is not given")
+    if not config.has_validation:
         add("train", ("eval_every",), "data.valid is empty")
     return idle

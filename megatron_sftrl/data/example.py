@@ -21,6 +21,7 @@ class Example:
         behavior_logprobs: [k] fp32 nats, one per True of loss_mask, in order; None without scores.
         row: number of the row over all sources, from 0.
         source: where the row stands, such as `train.jsonl:17`.
+        old_logprobs, rollout_logprobs, advantages: [k] fp32, of a generated response; None elsewhere.
     """
 
     tokens: NDArray[np.int32]
@@ -28,6 +29,9 @@ class Example:
     behavior_logprobs: NDArray[np.float32] | None
     row: int
     source: str
+    old_logprobs: NDArray[np.float32] | None = None
+    rollout_logprobs: NDArray[np.float32] | None = None
+    advantages: NDArray[np.float32] | None = None
 
     @property
     def num_loss_tokens(self) -> int:

@@ -6,65 +6,14 @@ nothing but memory-mapped arrays, and the same step gives the same batches howev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.dataset import Dataset
 from megatron_sftrl.data.order import SampleOrder
-from megatron_sftrl.data.packing import (
-    StepNormalization,
-    build_token_batch,
-    padded_batch_length,
-    predicting_length,
-)
-from megatron_sftrl.data.plan import Assignment, plan_microbatches
-from megatron_sftrl.types import TokenBatch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLayout:
-    """What the layout of the ranks asks of a batch.
-
-    Args:
-        dp_rank: this rank's place among dp_size.
-        dp_size: data-parallel ranks.
-        sequence_multiple_of: each sequence is padded to a multiple of it (2 * cp when cp > 1).
-        pad_to_multiple_of: T is a multiple of it (tp * cp under sequence parallelism).
-        microbatch_multiple: so is the number of micro-batches (pp under virtual pipeline parallelism).
-        uniform_length: all micro-batches of a step, on all ranks, have the same T (pp > 1).
-    """
-
-    dp_rank: int = 0
-    dp_size: int = 1
-    sequence_multiple_of: int = 1
-    pad_to_multiple_of: int = 1
-    microbatch_multiple: int = 1
-    uniform_length: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepData:
-    """One step of one rank, and facts about the whole step that are equal on all ranks.
-
-    Args:
-        batches: this rank's micro-batches; their token_weight sums to 1 over the step and all ranks (over
-            all steps, in an evaluation).
-        rows: index into the dataset of every sequence of the step, in the order they were drawn.
-        microbatch_rows: microbatch_rows[dp_rank][microbatch], the rows that each micro-batch holds.
-        num_sequences: over all ranks.
-        num_loss_tokens: learned tokens over all ranks.
-        num_tokens: positions with a real token, over all ranks.
-        num_padded_tokens: positions computed over all ranks, padding included.
-    """
-
-    batches: tuple[TokenBatch, ...]
-    rows: tuple[int, ...]
-    microbatch_rows: tuple[tuple[tuple[int, ...], ...], ...]
-    num_sequences: int
-    num_loss_tokens: int
-    num_tokens: int
-    num_padded_tokens: int
+from megatron_sftrl.data.packing import StepNormalization
+from megatron_sftrl.data.step import BatchLayout, StepData, lay_out_step
 
 
 class StepLoader:
@@ -133,64 +82,26 @@ class StepLoader:
         Raises:
             ValueError: a sequence does not fit into batch.max_tokens.
         """
-        rows, layout = self.rows(step), self._layout
-        multiple = layout.sequence_multiple_of
-        num_tokens = [int(self._dataset.lengths[row]) for row in rows]
-        lengths = [predicting_length(length, multiple) for length in num_tokens]
-        max_tokens = self._batch.max_tokens
-        plan = plan_microbatches(
-            lengths,
-            dp_size=layout.dp_size,
-            micro_size=self._batch.micro_size,
-            packing=self._batch.packing,
-            # Padding for context parallelism comes on top of what the user counted.
-            max_tokens=None if max_tokens is None else predicting_length(max_tokens + 1, multiple),
-            microbatch_multiple=layout.microbatch_multiple,
-        )
-        totals = self._batch_lengths(plan, lengths)
+        rows = self.rows(step)
         normalization = self._normalization(rows)
-        batches = tuple(
-            build_token_batch(
-                [self._dataset[rows[position]] for position in positions],
-                normalization=normalization,
-                pad_id=self._pad_id,
-                sequence_multiple_of=multiple,
-                pad_to_multiple_of=layout.pad_to_multiple_of,
-                pad_to_length=total,
-                has_behavior_logprobs=self._dataset.has_behavior_logprobs,
-            )
-            for positions, total in zip(plan[layout.dp_rank], totals[layout.dp_rank], strict=True)
+        laid_out = lay_out_step(
+            [int(self._dataset.lengths[row]) for row in rows],
+            lambda position: self._dataset[rows[position]],
+            batch=self._batch,
+            layout=self._layout,
+            normalization=normalization,
+            pad_id=self._pad_id,
+            carried=("behavior_logprobs",) if self._dataset.has_behavior_logprobs else (),
         )
-        return StepData(
-            batches=batches,
+        return replace(
+            laid_out,
             rows=tuple(rows),
             microbatch_rows=tuple(
                 tuple(tuple(rows[position] for position in positions) for positions in microbatches)
-                for microbatches in plan
+                for microbatches in laid_out.microbatch_rows
             ),
-            num_sequences=len(rows),
             num_loss_tokens=int(self._dataset.num_loss_tokens[rows].sum()),
-            num_tokens=sum(num_tokens) - len(rows),
-            num_padded_tokens=sum(map(sum, totals)),
         )
-
-    def _batch_lengths(self, plan: Assignment, lengths: list[int]) -> list[list[int]]:
-        """T of every micro-batch of every rank."""
-        totals = [
-            [
-                padded_batch_length(
-                    sum(lengths[position] for position in positions),
-                    sequence_multiple_of=self._layout.sequence_multiple_of,
-                    pad_to_multiple_of=self._layout.pad_to_multiple_of,
-                )
-                for positions in microbatches
-            ]
-            for microbatches in plan
-        ]
-        if not self._layout.uniform_length:
-            return totals
-        longest = max(map(max, totals))
-        return [[longest] * len(microbatches) for microbatches in totals]
 
     def _normalization(self, rows: list[int]) -> StepNormalization:
         """Over the rows of a training step, or over all rows of an evaluation."""

@@ -74,7 +74,14 @@ def epoch_permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]
     return np.argsort(bits, kind="stable")
 
 
-def num_training_steps(*, steps: int | None, epochs: int | None, num_rows: int, global_size: int) -> int:
+def num_training_steps(
+    *,
+    steps: int | None,
+    epochs: int | None,
+    num_rows: int,
+    global_size: int,
+    size_key: str = "batch.global_size",
+) -> int:
     """Optimizer steps of a run.
 
     Args:
@@ -82,6 +89,7 @@ def num_training_steps(*, steps: int | None, epochs: int | None, num_rows: int, 
         epochs: train.epochs; the incomplete last batch of the run is left out.
         num_rows: rows of the training data.
         global_size: sequences per step.
+        size_key: the setting that global_size comes from, for the message.
     Returns:
         Number of steps.
     Raises:
@@ -95,6 +103,6 @@ def num_training_steps(*, steps: int | None, epochs: int | None, num_rows: int, 
     if total < global_size:
         raise ValueError(
             f"train.epochs = {epochs} over {num_rows} rows gives {total} sequences, expected at least "
-            f"batch.global_size = {global_size}; lower batch.global_size or raise train.epochs"
+            f"{size_key} = {global_size}; lower {size_key} or raise train.epochs"
         )
     return total // global_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from megatron_sftrl.data.example import Example
 from megatron_sftrl.losses.weights import Aggregation, token_weights
 from megatron_sftrl.types import TokenBatch
+
+Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages"]
+"""Fields of an Example that stand under the same name in a TokenBatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,7 @@ def build_token_batch(
     sequence_multiple_of: int = 1,
     pad_to_multiple_of: int = 1,
     pad_to_length: int | None = None,
-    has_behavior_logprobs: bool = False,
+    carried: Sequence[Carried] = (),
 ) -> TokenBatch:
     """Lay sequences one behind the other, aligned on the predicting position: labels[t] = tokens[t + 1].
 
@@ -82,11 +86,11 @@ def build_token_batch(
         sequence_multiple_of: length that each sequence is padded to a multiple of.
         pad_to_multiple_of: what T must divide by.
         pad_to_length: T, when all micro-batches of a step have to be equal.
-        has_behavior_logprobs: the batch carries scores; 0 where masked.
+        carried: values of learned tokens that the batch carries, too; 0 where masked.
     Returns:
         The batch, on the CPU.
     Raises:
-        ValueError: the examples do not fit into pad_to_length, or an example lacks its scores.
+        ValueError: the examples do not fit into pad_to_length, or an example lacks a carried value.
     """
     lengths = [predicting_length(len(example.tokens), sequence_multiple_of) for example in examples]
     total = padded_batch_length(
@@ -103,17 +107,18 @@ def build_token_batch(
     tokens = np.full(total, pad_id, np.int64)
     labels = np.full(total, pad_id, np.int64)
     mask = np.zeros(total, np.bool_)
-    scores = np.zeros(total, np.float32)
+    values = {name: np.zeros(total, np.float32) for name in carried}
     start = 0
     for example, length in zip(examples, lengths, strict=True):
         real = slice(start, start + len(example.tokens) - 1)
         tokens[real] = example.tokens[:-1]
         labels[real] = example.tokens[1:]
         mask[real] = example.loss_mask[1:]
-        if has_behavior_logprobs:
-            if example.behavior_logprobs is None:
-                raise ValueError(f"{example.source}: the row has no behaviour scores")
-            scores[real][example.loss_mask[1:]] = example.behavior_logprobs
+        for name, target in values.items():
+            found = getattr(example, name)
+            if found is None:
+                raise ValueError(f"{example.source}: the row has no {name}")
+            target[real][example.loss_mask[1:]] = found
         start += length
     loss_mask, cu_seqlens = torch.from_numpy(mask), _cumulative(spans)
     return TokenBatch(
@@ -130,7 +135,7 @@ def build_token_batch(
             num_sequences=normalization.num_sequences,
             max_length=normalization.max_length,
         ),
-        behavior_logprobs=torch.from_numpy(scores) if has_behavior_logprobs else None,
+        **{name: torch.from_numpy(array) for name, array in values.items()},
     )
 
 

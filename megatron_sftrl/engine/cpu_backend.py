@@ -1,4 +1,4 @@
-"""Makes megatron-core's hard-wired CUDA calls land on the CPU; does nothing where CUDA is there.
+"""Makes megatron-core's hard-wired CUDA calls land on the CPU; nothing is redirected where CUDA is there.
 
 megatron-core writes `device="cuda"`, `torch.cuda.current_device()`, streams, events and type strings
 into code that is otherwise indifferent to the device. This file is the only one in the house that
@@ -24,12 +24,15 @@ _CPU = torch.device("cpu")
 def install() -> bool:
     """Redirect CUDA calls of megatron-core to the CPU, for the rest of this process.
 
+    On any device it also defines the one name that megatron-core leaves undefined without Transformer Engine.
+
     Call it before the first call into megatron.core (importing it is harmless). Calling it again changes
     nothing.
 
     Returns:
-        True where the redirection is active, False where CUDA is available and nothing was done.
+        True where the redirection is active, False where CUDA is available and nothing was redirected.
     """
+    _define_missing_names()
     if torch.cuda.is_available():
         return False
     if isinstance(torch.cuda.current_device, _Redirected):
@@ -38,6 +41,8 @@ def install() -> bool:
     # Entered and never left: the redirection lasts as long as the process.
     _CpuMode().__enter__()
     _redirect_rng()
+    _redirect_token_dispatch()
+    _redirect_uneven_gather()
     return True
 
 
@@ -147,3 +152,55 @@ def _redirect_rng() -> None:
     module: Any = random
     module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _define_missing_names() -> None:
+    """moe_utils.py router_gating_linear() asks whether te_general_gemm is None; without Transformer Engine
+    the name does not exist at all, on CUDA neither.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    module: Any = moe_utils
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None
+
+
+def _redirect_token_dispatch() -> None:
+    """token_dispatcher.py hands split sizes to all_to_all_single as they come from this function: numbers on
+    the host when they were on CUDA, but still a tensor, which torch refuses, when they were on the CPU.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    module: Any = token_dispatcher
+    module.maybe_move_tensor_to_cpu = move_to_host
+
+
+def _redirect_uneven_gather() -> None:
+    """token_dispatcher.py gathers unequal numbers of tokens for experts that are themselves split (etp > 1
+    with ep > 1): NCCL takes tensors of unequal sizes, gloo refuses them. Not a case for the mode above, which
+    is off during a backward.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    module: Any = mappings
+    gather_even = module._gather_along_first_dim
+
+    def gather(
+        tensor: torch.Tensor,
+        group: Any,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or len(set(output_split_sizes)) == 1:
+            return gather_even(tensor, group, output_split_sizes, use_global_buffer)
+        whole = tensor.new_empty((sum(output_split_sizes), *tensor.shape[1:]))
+        for rank, part in enumerate(whole.split(output_split_sizes)):
+            if rank == group.rank():
+                part.copy_(tensor)
+            torch.distributed.broadcast(part, group=group, group_src=rank)
+        return whole
+
+    module._gather_along_first_dim = gather

@@ -29,6 +29,14 @@ def initialize_weights(chunks: list[LanguageModel], architecture: Architecture, 
             _fill(shard, architecture, seed)
 
 
+@torch.no_grad()
+def zero_weights(chunks: list[LanguageModel]) -> None:
+    """Defined values everywhere, rows of vocabulary padding included, before weights are loaded."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.zero_()
+
+
 def _sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
     for value in state.values():
         if isinstance(value, ShardedTensor):

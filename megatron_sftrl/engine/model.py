@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -29,8 +32,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
-from megatron_sftrl.engine.local_layers import PackedAttention, RMSNorm
+from megatron_sftrl.architectures.rope import inverse_frequencies
+from megatron_sftrl.config.model import ModelSection
+from megatron_sftrl.config.schema import ParallelSection, TrainSection
+from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
+from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import TokenBatch
 
@@ -40,6 +46,15 @@ class LanguageModel(GPTModel):
 
     The loss then decides when logits exist, and a reference model can keep [T, H] instead of [T, V].
     """
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple:
+        """Megatron's, but new tokens of cached sequences are turned by their own positions."""
+        prepared = super()._preprocess(*args, **kwargs)
+        places = places_of(kwargs.get("packed_seq_params"))
+        if places is None or places.is_first:
+            return prepared
+        angles = torch.outer(places.positions.float(), self.rotary_pos_emb.inv_freq)
+        return (prepared[0], torch.cat((angles, angles), dim=-1)[:, None, None], *prepared[2:])
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
         return hidden_states
@@ -63,25 +78,30 @@ def build_model_chunks(
         is_first = parallel.pp_rank == 0 and chunk == 0
         is_last = parallel.is_last_stage and chunk == parallel.vp_size - 1
         vp_stage = chunk if parallel.vp_size > 1 else None
-        chunks.append(
-            LanguageModel(
-                config=config,
-                transformer_layer_spec=_block_spec(config, vp_stage, parallel.pp_rank),  # type: ignore[arg-type]
-                vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
-                max_sequence_length=architecture.max_position_embeddings,
-                pre_process=is_first,
-                post_process=is_last,
-                parallel_output=True,
-                share_embeddings_and_output_weights=architecture.tie_embeddings,
-                position_embedding_type="rope",
-                rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
-                rope_scaling=architecture.rope_scaling_factor is not None,
-                rope_scaling_factor=architecture.rope_scaling_factor or 8.0,
-                pg_collection=groups,
-                vp_stage=vp_stage,
-            ).to(parallel.device)
-        )
+        with warnings.catch_warnings():
+            # Experts at etp = 1 have nothing to split a sequence along, and say so one by one.
+            warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor")
+            chunks.append(
+                LanguageModel(
+                    config=config,
+                    transformer_layer_spec=_block_spec(config, vp_stage, parallel.pp_rank),  # type: ignore[arg-type]
+                    vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
+                    max_sequence_length=architecture.max_position_embeddings,
+                    pre_process=is_first,
+                    post_process=is_last,
+                    parallel_output=True,
+                    share_embeddings_and_output_weights=architecture.tie_embeddings,
+                    position_embedding_type="rope",
+                    rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
+                    pg_collection=groups,
+                    vp_stage=vp_stage,
+                ).to(parallel.device)
+            )
         _mark_tensor_parallel_parameters(chunks[-1])
+        _mark_expert_parameters(chunks[-1])
+        # Megatron's own scaling knows one fixed form of llama3 and no linear one.
+        frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
+        chunks[-1].rotary_pos_emb.inv_freq = frequencies.to(parallel.device)
     return chunks
 
 
@@ -97,7 +117,8 @@ def transformer_config(
     dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
     is_interleaved = parallel.vp > 1
     with_te = is_cuda and uses_transformer_engine()
-    return TransformerConfig(
+    mixture = architecture.mixture
+    config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -111,12 +132,30 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
+        # (left, right) positions beside the token itself; the list is indexed by the layer over all stages.
+        window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
+        window_attn_skip_freq=[int(i in architecture.window_layers) for i in range(architecture.num_layers)],
+        num_moe_experts=mixture.num_experts if mixture else None,
+        moe_ffn_hidden_size=architecture.ffn_hidden_size if mixture else None,
+        moe_router_topk=mixture.experts_per_token if mixture else 2,
+        # The softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
+        moe_router_pre_softmax=mixture is not None and not mixture.normalizes_weights,
+        # As in transformers: logits in the model's dtype, softmax in fp32, every token reaches its experts.
+        moe_router_score_function="softmax",
+        moe_router_dtype=None,
+        # The objective is the loss of the run and nothing else: no balancing term.
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=with_te and mixture is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vp if is_interleaved else None,
         context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp or parallel.tp,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -135,12 +174,15 @@ def transformer_config(
         # Frees an output whose asynchronous send gloo may still read: wrong numbers, no error (measured).
         deallocate_pipeline_outputs=is_cuda,
         # These need CUDA extensions or torch.compile; Transformer Engine brings its own fusions.
-        apply_rope_fusion=with_te,
+        # Transformer Engine's fused rope knows no factor on cos and sin, and would leave it out silently.
+        apply_rope_fusion=with_te and architecture.rope.attention_factor == 1.0,
         bias_dropout_fusion=is_cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
     )
+    _scale_cos_and_sin(config, architecture.rope.attention_factor)
+    return config
 
 
 def uses_transformer_engine() -> bool:
@@ -148,8 +190,16 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def model_inputs(batch: TokenBatch, *, cp_size: int) -> dict[str, Tensor | PackedSeqParams | None]:
-    """Keyword arguments of the model's forward for one (context-parallel share of a) micro-batch."""
+def model_inputs(
+    batch: TokenBatch, *, cp_size: int, places: CacheSlots | None = None
+) -> dict[str, Tensor | PackedSeqParams | None]:
+    """Keyword arguments of the model's forward for one (context-parallel share of a) micro-batch.
+
+    Args:
+        batch: the micro-batch, on the model's device.
+        cp_size: context parallel size.
+        places: of the tokens in a cache of keys and values, when one is used; never with cp_size > 1.
+    """
     whole = batch.cu_seqlens * cp_size
     longest = int(whole.diff().max())
     packed = PackedSeqParams(
@@ -161,12 +211,25 @@ def model_inputs(batch: TokenBatch, *, cp_size: int) -> dict[str, Tensor | Packe
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    if places is not None:
+        packed = CachedSequences.of(packed, places)
     return {
         "input_ids": batch.tokens[None],
         "position_ids": batch.positions[None],
         "attention_mask": None,
         "packed_seq_params": packed,
     }
+
+
+def _scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:
+    """Make Megatron's attention multiply cos and sin by `factor`.
+
+    It knows only yarn's formula, (0.1 mscale ln(scaling) + 1) / (0.1 mscale_all_dim ln(scaling) + 1), read
+    from attributes that are no fields of its configuration; scaling = e leaves 0.1 mscale + 1.
+    """
+    config.yarn_rotary_scaling_factor = math.e  # type: ignore[attr-defined]
+    config.yarn_mscale = (factor - 1.0) / 0.1  # type: ignore[attr-defined]
+    config.yarn_mscale_all_dim = 0.0  # type: ignore[attr-defined]
 
 
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
@@ -184,17 +247,47 @@ def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
                     set_tensor_model_parallel_attributes(parameter, True, sharded_dim, 1)
 
 
+def _mark_expert_parameters(chunk: LanguageModel) -> None:
+    """Tell Megatron's DDP and optimizer which parameters live on the experts' grid (etp x ep x edp).
+
+    Its layers do so only where ep > 1; at etp < tp and ep = 1 the tensor-parallel ranks hold copies of an
+    expert that saw different tokens, and nobody would add their gradients up. In that grid every rank's part
+    counts in the gradient norm, on whichever tp rank it lies.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            assert isinstance(module.experts, torch.nn.Module)
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
 def _block_spec(
     config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     qk_norm = bool(config.qk_layernorm)
     if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+        fused = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=qk_norm,
+        )
+        if config.window_size is not None and config.context_parallel_size > 1:
+            # Its attention refuses a window under context parallelism on packed sequences.
+            fused.submodules.self_attention.submodules.core_attention = PackedAttention  # type: ignore[union-attr]
+        return fused
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=qk_norm, normalization="RMSNorm"
+    )
     submodules: Any = layer.submodules
+    if config.num_moe_experts is not None:
+        # The norm before a router stands alone in Transformer Engine's layers, so it keeps its own name here.
+        del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
+    if config.add_qkv_bias:
+        attention.linear_qkv = BiasedColumnParallelLinear
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)

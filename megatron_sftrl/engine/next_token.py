@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sftrl.engine.context_parallel import local_rows
+from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
-from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.types import SamplingParams, TokenBatch
+
+_BLOCK = 128
+"""Entries of the vocabulary that are summed together before one of them is drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +28,7 @@ class NextTokens:
 
     Args:
         ids: [S] int64.
-        logprobs: [S] fp32 nats, under the distribution that was sampled (temperature 1 when greedy).
+        logprobs: [S] fp32 nats, as types.Rollout documents them.
     """
 
     ids: Tensor
@@ -36,8 +41,9 @@ def next_tokens(
     batches: Sequence[TokenBatch],
     last_rows: Sequence[Tensor],
     uniforms: Tensor,
+    sampling: SamplingParams,
     *,
-    temperature: float,
+    places: Sequence[CacheSlots] = (),
 ) -> NextTokens:
     """The token after each prefix: the most likely one, or the inverse of the cumulative distribution.
 
@@ -47,7 +53,8 @@ def next_tokens(
         last_rows: per micro-batch, [S_i] int64 row of each prefix's last token in the packed micro-batch.
         uniforms: [S] float64 in [0, 1), one per prefix in order; equal numbers give equal tokens in
             every layout, up to rounding of the logits.
-        temperature: logits are divided by it; 0 takes the most likely token.
+        sampling: temperature, top_k and top_p.
+        places: of the batches' tokens in a cache of keys and values; none without a cache.
     Returns:
         The same on every rank of this data-parallel replica.
     """
@@ -60,12 +67,12 @@ def next_tokens(
         picked = _rows_over_cp(logits, rows, whole, parallel)
         return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(picked, parallel))
 
-    parts = run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True)
+    parts = run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)
     num_prefixes = sum(rows.numel() for rows in last_rows)
     drawn = torch.zeros(2, num_prefixes, dtype=torch.float64, device=parallel.device)
     if parallel.is_last_stage:
         logits = torch.cat(parts)[:, : policy.architecture.vocab_size]
-        drawn = torch.stack(_draw(logits, uniforms.to(parallel.device), temperature))
+        drawn = torch.stack(_draw(logits, uniforms.to(parallel.device), sampling))
     if parallel.pp_size > 1:
         dist.broadcast(drawn, src=parallel.last_stage_rank, group=parallel.pp_group)
     return NextTokens(ids=drawn[0].long(), logprobs=drawn[1].float())
@@ -92,14 +99,65 @@ def _gather_vocabulary(logits: Tensor, parallel: ParallelContext) -> Tensor:
     return torch.cat(shards, dim=1)
 
 
-def _draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """([S] ids, [S] log-probabilities), both float64 so that they travel in one tensor."""
-    logprobs = torch.log_softmax(logits.double() / (temperature or 1.0), dim=1)
-    if temperature == 0:
-        ids = logprobs.argmax(dim=1, keepdim=True)
+def _draw(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """([S] ids, [S] log-probabilities), both float64 so that they travel in one tensor.
+
+    All in float64: in fp32 it was twice as fast, but a draw near a boundary then fell on the other side of it
+    under another layout (seen at tp 2).
+    """
+    scaled = logits if sampling.temperature in (0.0, 1.0) else logits / sampling.temperature
+    largest = scaled.amax(dim=1, keepdim=True)
+    weights = (scaled.double() - largest.double()).exp_()  # [S, V], up to a factor the probabilities
+    totals = _block_sums(_blocks(weights)).sum(dim=1, keepdim=True)  # [S, 1]
+    if sampling.temperature == 0:
+        ids = scaled.argmax(dim=1, keepdim=True)
     else:
-        cumulative = logprobs.exp().cumsum(dim=1)
-        # Scaled to the last entry, so that rounding can never draw an id behind the vocabulary.
-        ids = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-        ids = ids.clamp(max=logits.shape[1] - 1)
-    return ids[:, 0].double(), logprobs.gather(1, ids)[:, 0]
+        kept = _truncated(weights, top_k=sampling.top_k, top_p=sampling.top_p)
+        ids = _inverse_cumulative(kept, uniforms)
+    logprobs = (scaled.gather(1, ids).double() - largest.double()) - totals.log()
+    return ids[:, 0].double(), logprobs[:, 0]
+
+
+def _inverse_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """[S, 1] int64: the first entry whose cumulative weight is above `uniforms` of the whole.
+
+    Only the block in which it lies is cumulated entry by entry: over a vocabulary that is the slow part.
+
+    Args:
+        weights: [S, V] float64, not all zero in any row.
+        uniforms: [S] float64 in [0, 1).
+    """
+    blocks = _blocks(weights)
+    cumulative = _block_sums(blocks).cumsum(dim=1)  # [S, V / block]
+    wanted = uniforms[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[1] - 1)
+    before = F.pad(cumulative, (1, 0)).gather(1, chosen)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), chosen[:, 0]]  # [S, block]
+    place = torch.searchsorted(before + inside.cumsum(dim=1), wanted, right=True)
+    # Rounding of the sums may point behind the block's last entry with a weight, never before its first.
+    last = inside.shape[1] - 1 - (inside > 0).flip(1).int().argmax(dim=1, keepdim=True)
+    return chosen * _BLOCK + torch.minimum(place, last)
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """[S, V / block, block]; zeros fill the last block up."""
+    missing = -weights.shape[1] % _BLOCK
+    return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
+
+
+def _block_sums(blocks: Tensor) -> Tensor:
+    """[S, V / block]."""
+    return blocks.sum(dim=2)
+
+
+def _truncated(weights: Tensor, *, top_k: int, top_p: float) -> Tensor:
+    """[S, V] weights of the kept tokens, 0 for the others; not renormalised."""
+    if top_k == 0 and top_p == 1:
+        return weights
+    ranked, order = weights.sort(dim=1, descending=True, stable=True)
+    if top_k > 0:
+        ranked[:, top_k:] = 0.0
+    cumulative = ranked.cumsum(dim=1)
+    # A token stays when those before it do not hold top_p yet; the first one always does.
+    ranked = ranked.masked_fill(cumulative - ranked >= top_p * cumulative[:, -1:], 0.0)
+    return torch.empty_like(weights).scatter_(1, order, ranked)

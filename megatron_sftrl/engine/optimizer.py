@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -85,11 +90,18 @@ def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, is_loss_finite: b
     if not (is_loss_finite and math.isfinite(grad_norm)):
         return OptimStep(grad_norm=grad_norm, lr=lr, is_skipped=True)
     clip_grad = optimizer.config.clip_grad
-    parameters = optimizer.get_parameters()
-    if clip_grad > 0 and parameters:
-        clip_grad_by_total_norm_fp32([*parameters], max_norm=clip_grad, total_norm=grad_norm)
+    for leaf in leaves(optimizer):
+        parameters = leaf.get_parameters()
+        if clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32([*parameters], max_norm=clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
     return OptimStep(grad_norm=grad_norm, lr=lr, is_skipped=False)
+
+
+def leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that own parameters: experts have their own, an empty share has none."""
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [leaf for leaf in chained if leaf.optimizer is not None]
 
 
 def learning_rate(step: int, optim: OptimSection, *, num_steps: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +18,21 @@ from megatron_sftrl.engine import cpu_backend
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelContext:
-    """This process's place in the tp x cp x dp x pp grid.
+    """This process's place in the tp x cp x dp x pp grid, and in the experts' own grid over the same ranks.
+
+    A mixture's experts are laid out as etp x ep x edp x pp: the tp * cp * dp ranks of a pipeline stage are
+    dealt anew, so an ep group spans ranks that hold different tokens (dp, cp, and tp where etp < tp).
 
     Args:
         rank, world_size: in the whole job.
         device: where this process computes.
         tp_group, cp_group, dp_group, pp_group: the process groups of each axis.
         dp_cp_group: the ranks that hold different tokens of one step for the same weights.
+        ep_group: the ranks among which the experts are spread; it exchanges tokens in every forward, so all
+            of its ranks run the same number of micro-batches.
         tp_rank ... dp_size: position and size along each axis.
+        ep_rank, ep_size: rank r holds experts [r * E / ep, (r + 1) * E / ep).
+        etp_rank, etp_size: place of this rank's slice in each of its experts.
         vp_size: model chunks on this pipeline stage.
     """
 
@@ -36,6 +44,7 @@ class ParallelContext:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -45,6 +54,10 @@ class ParallelContext:
     cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
+    etp_rank: int
+    etp_size: int
     sequence_parallel: bool
 
     @property
@@ -65,7 +78,7 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
     them the job is this one process.
 
     Raises:
-        ValueError: the world size is not a multiple of tp * pp * cp.
+        ValueError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp.
     """
     cpu_backend.install()
     from megatron.core import parallel_state
@@ -78,6 +91,13 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
             f"{world_size} processes cannot hold tp {section.tp} x pp {section.pp} x cp {section.cp}: "
             f"start a multiple of {model_size} processes"
         )
+    etp = section.etp or section.tp
+    expert_size = etp * section.ep * section.pp
+    if world_size % expert_size != 0:
+        raise ValueError(
+            f"{world_size} processes cannot hold experts at etp {etp} x ep {section.ep} x pp {section.pp}: "
+            f"start a multiple of {math.lcm(model_size, expert_size)} processes"
+        )
     device = _select_device()
     if not dist.is_initialized():
         _start_torch_distributed(rank, world_size, device, timedelta(minutes=timeout_minutes))
@@ -86,6 +106,8 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         pipeline_model_parallel_size=section.pp,
         virtual_pipeline_model_parallel_size=section.vp if section.vp > 1 else None,
         context_parallel_size=section.cp,
+        expert_model_parallel_size=section.ep,
+        expert_tensor_parallel_size=etp,
         distributed_timeout_minutes=max(1, int(timeout_minutes)),
         create_gloo_process_groups=False,
     )
@@ -99,6 +121,7 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         cp_group=_group(parallel_state.get_context_parallel_group()),
         dp_group=_group(parallel_state.get_data_parallel_group()),
         dp_cp_group=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        ep_group=_group(parallel_state.get_expert_model_parallel_group()),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=section.tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -108,6 +131,10 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         cp_size=section.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=world_size // model_size,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=section.ep,
+        etp_rank=_group(parallel_state.get_expert_tensor_parallel_group()).rank(),
+        etp_size=etp,
         sequence_parallel=section.sequence_parallel,
     )
 

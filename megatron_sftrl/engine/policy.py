@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -11,9 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
-from megatron_sftrl.engine.initialize import initialize_weights
+from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.optimizer import (
     OptimStep,
@@ -47,7 +48,7 @@ class PolicyEngine:
     def __init__(
         self,
         architecture: Architecture,
-        run: RunConfig,
+        run: TrainingConfig,
         parallel: ParallelContext,
         *,
         with_optimizer: bool = True,
@@ -59,13 +60,17 @@ class PolicyEngine:
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
         )
         self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
-        initialize_weights(self.chunks, architecture, seed=run.seed)
+        if run.model.hf is None and run.model.init_checkpoint is None:
+            initialize_weights(self.chunks, architecture, seed=run.seed)
+        else:
+            # Real weights follow; drawing a large model's random ones would cost minutes.
+            zero_weights(self.chunks)
         self.wrapped: list[DistributedDataParallel] | list[LanguageModel] = self.chunks
         self.optimizer = None
         if with_optimizer:
             self._prepare_training(run)
 
-    def _prepare_training(self, run: RunConfig) -> None:
+    def _prepare_training(self, run: TrainingConfig) -> None:
         wrapped = wrap_with_ddp(self.chunks, self.config, run.parallel)
         self.wrapped = wrapped
         self.config.finalize_model_grads_func = finalize_gradients
@@ -105,12 +110,19 @@ class PolicyEngine:
         return self._run(batches, loss, reference, forward_only=True)
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """log-probability of each label, [T] fp32 nats per micro-batch; empty before the last stage."""
+    def logprobs(self, batches: Sequence[TokenBatch], *, temperature: float = 1.0) -> list[Tensor]:
+        """log-probability of each label, [T] fp32 nats per micro-batch; empty before the last stage.
+
+        Args:
+            batches: whole micro-batches.
+            temperature: logits are divided by it.
+        """
         parallel = self.parallel
 
         def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
             distribution = self._distribution(stage.model.logits(stage.hidden_states))
+            if temperature != 1.0:
+                distribution = distribution.tempered(temperature)
             logprobs = distribution.logprobs(stage.batch.labels)
             whole = gather_whole(logprobs, stage.batch.cu_seqlens, parallel)
             return as_megatron_loss(logprobs.new_zeros(()), whole)
@@ -128,6 +140,18 @@ class PolicyEngine:
         assert self.optimizer is not None
         lr = learning_rate(step, self.optim, num_steps=num_steps)
         return step_if_finite(self.optimizer, lr=lr, is_loss_finite=math.isfinite(loss))
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The chunks in evaluation mode: recomputation and other training-only work is off."""
+        before = [chunk.training for chunk in self.wrapped]
+        for chunk in self.wrapped:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk, was_training in zip(self.wrapped, before, strict=True):
+                chunk.train(was_training)
 
     def gather_parameters(self) -> None:
         """Fetch other ranks' updates now; with overlap_param_gather they would arrive in the next forward.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.config.schema import ReferenceSection, RunConfig
+from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.scaling import as_megatron_loss
@@ -27,7 +27,7 @@ class ReferenceModel:
     def __init__(
         self,
         architecture: Architecture,
-        run: RunConfig,
+        run: TrainingConfig,
         section: ReferenceSection,
         parallel: ParallelContext,
     ) -> None:

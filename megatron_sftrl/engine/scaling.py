@@ -4,7 +4,7 @@ A TokenBatch's token_weight already sums to 1 over the step and all ranks, so gr
 added up. Megatron would otherwise
   - multiply a loss by cp and divide it by the number of micro-batches (schedules, 2-tuple losses);
   - divide it by num_tokens (schedules, 3-tuple losses without calculate_per_token_loss);
-  - average gradients over dp x cp (DDP without calculate_per_token_loss);
+  - average gradients over dp x cp, those of experts too (DDP without calculate_per_token_loss);
   - divide gradients by the all-reduced num_tokens (finalize_model_grads).
 calculate_per_token_loss=True (engine/model.py) with a 3-tuple loss switches the first three off; the
 functions here take care of the tuple and of the last.

@@ -12,6 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sftrl.engine.context_parallel import shard_for_context_parallel
+from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.model import LanguageModel, model_inputs
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import TokenBatch
@@ -44,6 +45,7 @@ def run_schedule(
     parallel: ParallelContext,
     *,
     forward_only: bool,
+    places: Sequence[CacheSlots] = (),
 ) -> list[Any]:
     """Run every micro-batch through this rank's stage; the last stage's reports come back in order.
 
@@ -54,6 +56,7 @@ def run_schedule(
         last_stage: called on the last stage only, once a micro-batch.
         parallel: this rank's place.
         forward_only: no backward and no gradient synchronisation.
+        places: of each micro-batch's tokens in a cache of keys and values; none without a cache.
     Returns:
         The third values that last_stage returned; empty on other stages.
     """
@@ -68,7 +71,8 @@ def run_schedule(
 
     def forward_step(iterator: Iterator[tuple[int, TokenBatch]], chunk: torch.nn.Module) -> tuple:
         index, batch = next(iterator)
-        output = chunk(**model_inputs(batch, cp_size=parallel.cp_size))
+        cached = places[index].map(lambda value: value.to(parallel.device)) if places else None
+        output = chunk(**model_inputs(batch, cp_size=parallel.cp_size, places=cached))
 
         def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
             model = get_attr_wrapped_model(chunk, "logits", return_model_obj=True)

@@ -5,11 +5,15 @@ Without it, a rank that finds a problem raises and the others wait for it in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_sftrl.hf.output import new_directory
 
 T = TypeVar("T")
 
@@ -51,6 +55,30 @@ def on_every_rank(action: Callable[[], T]) -> T:
     if said:
         raise ValueError("\n".join(said)) from cause
     return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def new_directory_together(out: Path, *, num_bytes: int) -> Iterator[Path]:
+    """hf.output.new_directory for a job: rank 0 makes and completes it, every rank may write into it.
+
+    Args:
+        out, num_bytes: as there; num_bytes of all ranks.
+    Yields:
+        The temporary directory, on every rank.
+    Raises:
+        ValueError: on every rank.
+    """
+    directory = new_directory(out, num_bytes=num_bytes)
+    temporary = on_rank_zero(directory.__enter__)
+    try:
+        yield temporary
+    except BaseException as error:
+        # The others may not have failed: nothing here waits for them.
+        if dist.get_rank() == 0:
+            with contextlib.suppress(type(error)):
+                directory.__exit__(type(error), error, error.__traceback__)
+        raise
+    on_rank_zero(lambda: directory.__exit__(None, None, None))
 
 
 def _text(error: BaseException) -> str:

@@ -6,36 +6,20 @@ else to write to. It only ever gains entries, and a second entry under a name is
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from pydantic import ValidationError
-
+from megatron_sftrl.config.registry import Entry, FunctionRegistry, load_module, nearest, origin_of
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+
+__all__ = ["DEFAULT_REGISTRY", "NEEDS", "Loss", "Registry", "build_loss", "load_module", "register_loss"]
 
 NEEDS = ("reference", "behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages")
 
 LossFunction = Callable[[LossInputs, Any], LossOutput]
 FunctionT = TypeVar("FunctionT", bound=LossFunction)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """A registered loss: the function, its options, what it needs, and the file it came from."""
-
-    name: str
-    function: LossFunction
-    config: type[LossConfig]
-    needs: tuple[str, ...]
-    origin: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,39 +53,11 @@ class Loss:
         return output
 
 
-class Registry:
-    """Names and what they stand for."""
+class Registry(FunctionRegistry[Entry]):
+    """Names of losses and what they stand for."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
-
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self._entries)
-
-    def add(self, entry: Entry) -> None:
-        """Enter a loss; the same function of the same file again (a reload) replaces itself."""
-        old = self._entries.get(entry.name)
-        same = old is not None and (old.origin, old.function.__qualname__) == (
-            entry.origin,
-            entry.function.__qualname__,
-        )
-        if old is not None and not same:
-            raise ValueError(
-                f"loss {entry.name!r} is registered twice: in {old.origin} and in {entry.origin}; "
-                f"rename one of them"
-            )
-        self._entries[entry.name] = entry
-
-    def get(self, name: str) -> Entry:
-        """The entry; ValueError with the nearest name when there is none."""
-        if name not in self._entries:
-            raise ValueError(
-                f"unknown loss {name!r}{_nearest(name, self.names())}; "
-                f"registered: {', '.join(self.names())}. "
-                "A loss of your own needs its file in loss.modules"
-            )
-        return self._entries[name]
+        super().__init__(kind="loss", modules_key="loss.modules")
 
 
 DEFAULT_REGISTRY = Registry()
@@ -126,11 +82,12 @@ def register_loss(
     """
     for need in needs:
         if need not in NEEDS:
-            raise ValueError(f"loss {name!r}: unknown need {need!r}{_nearest(need, NEEDS)}; known: {NEEDS}")
+            raise ValueError(f"loss {name!r}: unknown need {need!r}{nearest(need, NEEDS)}; known: {NEEDS}")
 
     def register(function: FunctionT) -> FunctionT:
-        origin = str(Path(inspect.getfile(function)).resolve())
-        registry.add(Entry(name=name, function=function, config=config, needs=needs, origin=origin))
+        registry.add(
+            Entry(name=name, function=function, config=config, needs=needs, origin=origin_of(function))
+        )
         return function
 
     return register
@@ -154,58 +111,11 @@ def build_loss(
         ValueError: unknown name, unknown or invalid option, a module that cannot be found, a name taken
             twice.
     """
-    for module in modules:
-        load_module(module)
+    registry.load(modules)
     entry = registry.get(name)
-    options = dict(options or {})
-    known = list(entry.config.model_fields)
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"loss {name!r}: unknown option {option!r}{_nearest(option, known)}; "
-                f"its options: {', '.join(known) or 'none'}"
-            )
-    try:
-        config = entry.config.model_validate(options)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg']}, got {problem['input']!r}"
-            for problem in error.errors()
-        ]
-        raise ValueError(f"loss {name!r}: " + "; ".join(problems)) from None
+    config = cast(LossConfig, registry.options_of(entry, options or {}))
     needs = entry.needs + tuple(need for need in config.extra_needs() if need not in entry.needs)
     return Loss(name=name, config=config, needs=needs, function=entry.function)
-
-
-def load_module(module: str | Path) -> ModuleType:
-    """Import a file once per process (by its real path), or a module by its name."""
-    text = str(module)
-    if not text.endswith(".py"):
-        try:
-            return importlib.import_module(text)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (text == error.name or text.startswith(error.name + ".")):
-                raise  # the module was found; something that it imports was not
-            raise ValueError(
-                f"loss.modules: expected a file ending in .py or an importable module, got {text!r}; "
-                "give the path of the file"
-            ) from None
-    path = Path(text).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"loss.modules: no such file {path}; paths are relative to the working directory")
-    name = "megatron_sftrl_user_" + "_".join(path.with_suffix("").parts[1:])
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded  # before execution: pydantic resolves annotations through it
-    try:
-        spec.loader.exec_module(loaded)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return loaded
 
 
 def _check_output(name: str, output: object, inputs: LossInputs) -> None:
@@ -229,8 +139,3 @@ def _how_to_get(need: str) -> str:
     if need == "behavior_logprobs":
         return "score the data with tools/score_behavior_logprobs.py"
     return "it is filled by the rollout stage; this loss does not train on plain demonstrations"
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.4)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.dataset import Dataset, load_dataset
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.order import num_training_steps
@@ -39,7 +40,9 @@ class Demonstrations:
         return self.dataset.describe(row)
 
 
-def open_demonstrations(plan: RunPlan, directory: RunDirectory, parallel: ParallelContext) -> Demonstrations:
+def open_demonstrations(
+    plan: RunPlan[RunConfig], directory: RunDirectory, parallel: ParallelContext
+) -> Demonstrations:
     """Tokenize everything once (rank 0, kept in the run directory) and lay out the steps.
 
     Raises:
@@ -76,7 +79,7 @@ def open_demonstrations(plan: RunPlan, directory: RunDirectory, parallel: Parall
     )
 
 
-def _load(plan: RunPlan, directory: RunDirectory, *, is_train: bool) -> Dataset:
+def _load(plan: RunPlan[RunConfig], directory: RunDirectory, *, is_train: bool) -> Dataset:
     data = plan.config.data
     return load_dataset(
         data.train if is_train else data.valid,
@@ -87,7 +90,9 @@ def _load(plan: RunPlan, directory: RunDirectory, *, is_train: bool) -> Dataset:
     )
 
 
-def _loader(plan: RunPlan, dataset: Dataset, parallel: ParallelContext, *, is_train: bool) -> StepLoader:
+def _loader(
+    plan: RunPlan[RunConfig], dataset: Dataset, parallel: ParallelContext, *, is_train: bool
+) -> StepLoader:
     config = plan.config
     return StepLoader(
         dataset,

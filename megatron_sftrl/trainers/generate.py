@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.prompts import end_token_ids, read_prompt
 from megatron_sftrl.data.sources import describe_row, read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
-from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.observability.run_directory import write_atomically
-from megatron_sftrl.rollout.in_process import generate
+from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.trainers.plan import plan_model
-from megatron_sftrl.types import Rollout, SamplingParams
+from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 _RESPONSES_AT_ONCE = 512
 """Responses generated together on one data-parallel replica; bounds the memory of a forward."""
@@ -38,6 +38,7 @@ class GenerateRequest:
         checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.
         num_samples: responses per prompt.
         sampling: temperature, length and seed.
+        with_logprobs: add `logprobs` as well: of each response token, nats at the temperature (greedy: at 1).
     """
 
     prompts: Path
@@ -45,9 +46,10 @@ class GenerateRequest:
     checkpoint: Path | None
     num_samples: int
     sampling: SamplingParams
+    with_logprobs: bool = False
 
 
-def run_generate(config: RunConfig, request: GenerateRequest) -> None:
+def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
     """Generate and write; the output appears only when it is complete.
 
     Raises:
@@ -62,11 +64,14 @@ def run_generate(config: RunConfig, request: GenerateRequest) -> None:
     with parallel_context(config.parallel) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         load_weights(policy.chunks, request.checkpoint or config.run_dir, architecture=architecture)
-        mine = range(parallel.dp_rank, len(prompts), parallel.dp_size)
-        generated = _generate_share(policy, [(i, prompts[i]) for i in mine], request, tokenizer)
-        whole = _collect(generated, parallel)
+        engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE)
+        engine.update(policy, version=0)
+        sampling = replace(
+            request.sampling, num_samples=request.num_samples, stop_ids=end_token_ids(tokenizer)
+        )
+        groups = engine.generate([Prompt(id=i, tokens=tokens) for i, tokens in enumerate(prompts)], sampling)
         if parallel.rank == 0:
-            _write(request.out, rows, whole, tokenizer)
+            _write(request, rows, groups, tokenizer)
         dist.barrier()
 
 
@@ -83,43 +88,17 @@ def _read_prompts(path: Path, tokenizer: Tokenizer) -> tuple[list[Mapping[str, A
     return rows, prompts
 
 
-def _generate_share(
-    policy: PolicyEngine,
-    prompts: list[tuple[int, tuple[int, ...]]],
-    request: GenerateRequest,
-    tokenizer: Tokenizer,
-) -> dict[int, list[Rollout]]:
-    """Responses of this replica's prompts, by prompt number; samples of one prompt stay together."""
-    stops = end_token_ids(tokenizer)
-    per_call = max(1, _RESPONSES_AT_ONCE // request.num_samples)
-    results: dict[int, list[Rollout]] = {}
-    for start in range(0, len(prompts), per_call):
-        part = prompts[start : start + per_call]
-        copies = [(number, prompt) for number, prompt in part for _ in range(request.num_samples)]
-        streams = [number * request.num_samples + i for number, _ in part for i in range(request.num_samples)]
-        rollouts = generate(
-            policy, [prompt for _, prompt in copies], request.sampling, stop_ids=stops, streams=streams
-        )
-        for (number, _), rollout in zip(copies, rollouts, strict=True):
-            results.setdefault(number, []).append(rollout)
-    return results
-
-
-def _collect(mine: dict[int, list[Rollout]], parallel: ParallelContext) -> dict[int, list[Rollout]]:
-    """Every replica's responses, on every rank."""
-    shares: list[dict[int, list[Rollout]] | None] = [None] * parallel.dp_size
-    dist.all_gather_object(shares, mine, group=parallel.dp_group)
-    return {number: rollouts for share in shares if share for number, rollouts in share.items()}
-
-
 def _write(
-    out: Path, rows: list[Mapping[str, Any]], responses: dict[int, list[Rollout]], tokenizer: Tokenizer
+    request: GenerateRequest,
+    rows: list[Mapping[str, Any]],
+    groups: list[RolloutGroup],
+    tokenizer: Tokenizer,
 ) -> None:
     stops = end_token_ids(tokenizer)
     lines = []
-    for number, row in enumerate(rows):
-        answers = responses[number]
-        added = {
+    for row, group in zip(rows, groups, strict=True):
+        answers = group.rollouts
+        added: dict[str, list] = {
             "responses": [
                 tokenizer.decode([token for token in answer.response_tokens if token not in stops])
                 for answer in answers
@@ -127,6 +106,8 @@ def _write(
             "num_tokens": [len(answer.response_tokens) for answer in answers],
             "is_finished": [answer.is_finished for answer in answers],
         }
+        if request.with_logprobs:
+            added["logprobs"] = [list(answer.logprobs) for answer in answers]
         lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(lines))
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(request.out, "".join(lines))

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.architectures.hf_config_writer import hf_config_values
+from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.data.loader import BatchLayout
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.data.prompts import end_token_ids
+from megatron_sftrl.data.step import BatchLayout
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_sftrl.hf.assets import HfAssets, read_assets
+from megatron_sftrl.hf.weights import open_weights
 from megatron_sftrl.losses.registry import Loss, build_loss
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunPlan:
+class RunPlan(Generic[ConfigT]):
     """A configuration that has passed its checks, and what was read to check it.
 
     Args:
@@ -25,27 +35,30 @@ class RunPlan:
         tokenizer: text to ids.
     """
 
-    config: RunConfig
+    config: ConfigT
     architecture: Architecture
     loss: Loss
     tokenizer: Tokenizer
 
 
-def plan_run(config: RunConfig) -> RunPlan:
+def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
     """Check sections against each other, the model, the loss, the tokenizer and the number of processes.
 
     Raises:
         ValueError: what is wrong, and what to do.
     """
     architecture = architecture_of(config.model)
-    loss = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules)
+    if config.model.hf is not None:
+        with open_weights(config.model.hf, allow_pickle=config.model.allow_pickle) as weights:
+            weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+    loss = _loss(config)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, architecture.vocab_size)
     return RunPlan(config=config, architecture=architecture, loss=loss, tokenizer=tokenizer)
 
 
-def plan_model(config: RunConfig) -> tuple[Architecture, Tokenizer]:
+def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     """What generation and scoring need: the model's sizes and its tokenizer, checked against the layout.
 
     Raises:
@@ -59,7 +72,52 @@ def plan_model(config: RunConfig) -> tuple[Architecture, Tokenizer]:
     return architecture, tokenizer
 
 
-def batch_layout(config: RunConfig, *, dp_rank: int, dp_size: int) -> BatchLayout:
+def _loss(config: TrainingConfig) -> Loss:
+    """The run's loss; in GRPO at the temperature that responses are sampled at, which has one place.
+
+    Raises:
+        ValueError: what build_loss refuses, a loss for another kind of run, or a temperature of its own.
+    """
+    loss = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules)
+    if not isinstance(config, GrpoConfig):
+        if "advantages" in loss.needs:
+            raise ValueError(f"loss '{loss.name}' needs advantages, which `sftrl grpo` makes of rewards")
+        return loss
+    if "advantages" not in loss.needs:
+        raise ValueError(f"loss '{loss.name}' does not use advantages: `sftrl sft` trains with it")
+    if "temperature" in config.loss.options:
+        raise ValueError("loss.temperature follows rollout.temperature: set that one, and remove this one")
+    if "temperature" not in type(loss.config).model_fields:
+        return loss
+    options = {**config.loss.options, "temperature": config.rollout.temperature}
+    return build_loss(config.loss.name, options, modules=config.loss.modules)
+
+
+def export_assets(plan: RunPlan[ConfigT]) -> HfAssets:
+    """What a checkpoint carries for an export to Hugging Face: configuration and tokenizer files."""
+    config, tokenizer = plan.config, plan.tokenizer
+    model = config.model.hf or config.model.hf_config
+    if model is not None and model.is_file():
+        model = model.parent
+    assets = read_assets(
+        model=model, tokenizer=config.tokenizer.path, chat_template=config.tokenizer.chat_template
+    )
+    if model is not None:
+        return assets
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    made = {
+        "config.json": {**hf_config_values(plan.architecture, dtype=None), **ids},
+        "generation_config.json": {**ids, "eos_token_id": sorted(end_token_ids(tokenizer))},
+    }
+    texts = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in made.items()}
+    return HfAssets(files={**assets.files, **texts})
+
+
+def batch_layout(config: TrainingConfig, *, dp_rank: int, dp_size: int) -> BatchLayout:
     """What the parallel section asks of every micro-batch."""
     parallel = config.parallel
     return BatchLayout(

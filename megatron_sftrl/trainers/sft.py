@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.data.loader import StepData
+from megatron_sftrl.data.step import StepData
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
@@ -24,7 +24,7 @@ from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
 from megatron_sftrl.trainers.models import build_models
-from megatron_sftrl.trainers.plan import RunPlan, plan_run
+from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
 
 
 def run_sft(config: RunConfig) -> None:
@@ -50,7 +50,7 @@ class SftTrainer:
 
     def __init__(
         self,
-        plan: RunPlan,
+        plan: RunPlan[RunConfig],
         directory: RunDirectory,
         demonstrations: Demonstrations,
         parallel: ParallelContext,
@@ -62,7 +62,10 @@ class SftTrainer:
         self.parallel = parallel
         self.policy, self.reference = build_models(plan, parallel)
         self.store = CheckpointStore(
-            directory.checkpoints, parallel, keep_last=plan.config.checkpoint.keep_last
+            directory.checkpoints,
+            parallel,
+            keep_last=plan.config.checkpoint.keep_last,
+            assets=export_assets(plan),
         )
         self.state = self._resume_or_start()
         is_cuda = parallel.device.type == "cuda"

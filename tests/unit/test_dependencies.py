@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-IMPORT_NAMES = {"PyYAML": "yaml", "megatron-core": "megatron", "reasoning-gym": "reasoning_gym"}
+IMPORT_NAMES = {
+    "PyYAML": "yaml",
+    "megatron-core": "megatron",
+    "reasoning-gym": "reasoning_gym",
+    "math-verify": "math_verify",
+}
 # Packages that are needed without an import of ours.
 NEEDED_BY_OTHERS = {
     "psutil": "megatron-core's dist_checkpointing hangs in its save without it, and does not declare it",

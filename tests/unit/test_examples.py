@@ -15,11 +15,14 @@ import torch
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.architectures.architecture import Architecture, from_section
 from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config
-from megatron_sftrl.config.schema import ArchitectureSection
+from megatron_sftrl.config.model import ArchitectureSection
+from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-CLUSTER = sorted(EXAMPLES.glob("*.yaml"))
+GRPO = EXAMPLES / "grpo.yaml"
+CLUSTER = sorted(path for path in EXAMPLES.glob("*.yaml") if path != GRPO)
 QUICKSTART = sorted((EXAMPLES / "quickstart").glob("*.yaml"))
 
 
@@ -63,6 +66,17 @@ def test_a_cluster_example_fits_a_7b_model_on_eight_gpus(path: Path) -> None:
     loss = build_loss(config.loss.name, config.loss.options)
     check_run(config, qwen_7b(), 8, loss_needs=loss.needs)
     assert config.loss.name == path.stem
+
+
+def test_the_grpo_example_fits_a_7b_model_on_eight_gpus_and_its_rewards_know_right_from_wrong() -> None:
+    config = load_config(GRPO, schema=GrpoConfig)
+    options = {**config.loss.options, "temperature": config.rollout.temperature}
+    loss = build_loss(config.loss.name, options)
+    check_run(config, qwen_7b(), 8, loss_needs=loss.needs)
+    assert loss.name == "grpo"
+    assert "advantages" in loss.needs
+    with RewardPool(config.rewards, config.reward_workers) as rewards:
+        check_canaries(rewards)
 
 
 @pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)

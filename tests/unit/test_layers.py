@@ -15,10 +15,11 @@ PACKAGE = ROOT / "megatron_sftrl"
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config", "vocab_parallel", "architectures"}),
+    frozenset({"hf"}),
     frozenset({"losses", "data", "rl", "observability"}),
     frozenset({"__init__"}),  # the public names: nothing above a loss
     frozenset({"engine"}),
-    frozenset({"rollout"}),
+    frozenset({"rollout", "conversion"}),
     frozenset({"trainers"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

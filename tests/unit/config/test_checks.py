@@ -8,6 +8,13 @@ from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.config.checks import check_run
 from tests.unit.config.example import example
 
+MIXTURE = (
+    "model.architecture.family=qwen3_moe",
+    "model.architecture.num_experts=6",
+    "model.architecture.experts_per_token=2",
+)
+SPLIT_MIXTURE = (*MIXTURE, "parallel.tp=2", "parallel.sequence_parallel=true")
+
 
 def check(*overrides: str, world_size: int = 1, loss_needs: tuple[str, ...] = ("reference",)) -> None:
     config = example(*overrides)
@@ -32,6 +39,10 @@ def check(*overrides: str, world_size: int = 1, loss_needs: tuple[str, ...] = ("
             ],
             2,
         ),
+        ([*MIXTURE, "parallel.ep=2", "parallel.cp=2"], 2),
+        ([*MIXTURE, "parallel.ep=3", "parallel.pp=2", "parallel.vp=2"], 6),
+        ([*SPLIT_MIXTURE, "parallel.ep=2", "parallel.etp=1"], 2),
+        ([*SPLIT_MIXTURE, "model.architecture.ffn_hidden_size=97", "parallel.etp=1"], 2),
     ],
 )
 def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -> None:
@@ -84,6 +95,18 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
             ["batch.packing=true", "batch.max_tokens=128", "batch.micro_size=2"],
             1,
             "batch.micro_size has no effect",
+        ),
+        (["parallel.ep=2"], 2, "parallel.ep = 2 is about experts, and the model is no mixture of experts"),
+        (["parallel.etp=1"], 1, "or parallel.etp=null on the command line"),
+        ([*MIXTURE, "parallel.ep=4"], 4, "6 experts do not divide by parallel.ep = 4: choose ep among the"),
+        ([*SPLIT_MIXTURE, "model.architecture.ffn_hidden_size=97"], 2, "parallel.etp = 2 (as tp)"),
+        ([*SPLIT_MIXTURE, "parallel.etp=4"], 4, "parallel.etp = 4 does not divide parallel.tp = 2"),
+        ([*MIXTURE, "parallel.tp=2"], 2, "needs parallel.sequence_parallel = true"),
+        ([*MIXTURE, "model.architecture.experts_per_token=1"], 1, "its router would never learn"),
+        (
+            [*SPLIT_MIXTURE, "parallel.ep=2", "parallel.pp=2"],
+            4,
+            "4 process(es) are not a multiple of parallel.etp * ep * pp = 2 * 2 * 2 = 8: start 8 (dp = 2)",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from megatron_sftrl.config.schema import RunConfig
 
 
 def test_every_key_is_explained_with_type_and_default() -> None:
-    text = document_schema()
+    text = document_schema(RunConfig)
     for path, model in sections(RunConfig):
         for name, field in model.model_fields.items():
             line = next(li for li in text.splitlines() if li.startswith(f"- `{'.'.join((*path, name))}` ("))

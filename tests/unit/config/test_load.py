@@ -101,7 +101,7 @@ def test_the_resolved_text_writes_defaults_but_no_setting_without_effect() -> No
         ("optim.lr=null", ["missing key 'optim.lr'", "Peak learning rate"]),
         ("train.epochs=2", ["exactly one of train.steps and train.epochs", "override 'train.epochs=2'"]),
         ("batch.packing=true", ["batch.packing and batch.max_tokens go together"]),
-        ("model.hf_config=x", ["exactly one of model.hf_config and model.architecture"]),
+        ("model.hf_config=x", ["exactly one of model.hf, model.hf_config and model.architecture"]),
         ("seed", ["override 'seed': expected key=value"]),
         ("=3", ["expected key=value"]),
         ("a..b=3", ["expected key=value"]),

@@ -28,7 +28,7 @@ SECOND = example([20, 21, 22, 23, 24, 25], "011001", scores=[-3.0, -4.0, -5.0])
 
 
 def test_labels_follow_tokens_and_no_label_crosses_into_the_next_sequence() -> None:
-    batch = build_token_batch([FIRST, SECOND], normalization=STEP, pad_id=PAD, has_behavior_logprobs=True)
+    batch = build_token_batch([FIRST, SECOND], normalization=STEP, pad_id=PAD, carried=("behavior_logprobs",))
     assert batch.tokens.tolist() == [10, 11, 12, 20, 21, 22, 23, 24]
     assert batch.labels.tolist() == [11, 12, 13, 21, 22, 23, 24, 25]
     assert batch.loss_mask.int().tolist() == [0, 1, 1, 1, 1, 0, 0, 1]
@@ -48,12 +48,12 @@ def test_each_sequence_is_padded_in_its_own_span_and_the_rest_is_a_sequence_of_p
         pad_id=PAD,
         sequence_multiple_of=4,
         pad_to_multiple_of=8,
-        has_behavior_logprobs=True,
+        carried=("behavior_logprobs",),
     )
     assert batch.cu_seqlens.tolist() == [0, 4, 12, 16]
     assert batch.positions.tolist() == [*range(4), *range(8), *range(4)]
     real = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
-    plain = build_token_batch([FIRST, SECOND], normalization=STEP, pad_id=PAD, has_behavior_logprobs=True)
+    plain = build_token_batch([FIRST, SECOND], normalization=STEP, pad_id=PAD, carried=("behavior_logprobs",))
     for name in ("tokens", "labels", "loss_mask", "token_weight", "behavior_logprobs"):
         padded = getattr(batch, name)
         assert torch.equal(padded[real], getattr(plain, name)), name
@@ -83,8 +83,10 @@ def test_a_length_that_does_not_fit_is_refused() -> None:
             build_token_batch(
                 [FIRST, SECOND], normalization=STEP, pad_id=PAD, pad_to_multiple_of=4, pad_to_length=length
             )
-    with pytest.raises(ValueError, match=r"t\.jsonl:1: the row has no behaviour scores"):
-        build_token_batch([example([1, 2], "01")], normalization=STEP, pad_id=PAD, has_behavior_logprobs=True)
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: the row has no behavior_logprobs"):
+        build_token_batch(
+            [example([1, 2], "01")], normalization=STEP, pad_id=PAD, carried=("behavior_logprobs",)
+        )
 
 
 def test_building_a_batch_leaves_the_examples_alone() -> None:

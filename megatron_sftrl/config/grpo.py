@@ -1,0 +1,144 @@
+"""What a run of `sftrl grpo` says beyond what every training run says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
+from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.section import Section
+
+
+class PromptSection(Section):
+    """The prompts, and the answers that rewards look at."""
+
+    train: list[Path] = Field(min_length=1)
+    """JSONL or Parquet files, or directories written by datasets.save_to_disk, with `prompt` or `messages`;
+    every other column reaches the rewards."""
+    valid: list[Path] = Field(default=[])
+    """Held-out prompts of the same kinds; no evaluation when empty."""
+    max_prompt_length: int = Field(ge=1)
+    """Longest prompt, in tokens; a longer one is refused before the run begins."""
+    shuffle: bool = True
+    """A new order each epoch, derived from the run's seed and the epoch."""
+
+
+class VllmSection(Section):
+    """The vLLM engine, for rollout.engine: vllm."""
+
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallel size of an engine, whatever the trainer's; the ranks form world_size / tp engines."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Responses that one engine generates at the same time."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
+    """Share of each GPU's memory that vLLM may take in all."""
+    enforce_eager: bool = False
+    """No CUDA graphs: slower, starts sooner, needs less memory. Always so on the CPU."""
+    bucket_mb: int = Field(default=512, ge=1)
+    """Mebibytes of weights in flight during an update."""
+    checksums: bool = False
+    """Compare the bits of all weights at their holder and their receiver in every update."""
+    probe_limit: float = Field(default=0.3, gt=0)
+    """Nats: after each update the mean |difference| of engine and trainer over a few generated tokens that
+    ends the run. In bf16 0.05 to 0.2 on single tokens is usual, stale weights give several nats."""
+
+
+class RolloutSection(Section):
+    """How responses are generated."""
+
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """in_process: the training engine itself, in every layout. vllm: vLLM in the same processes, with weights
+    moved from shard to shard."""
+    vllm: VllmSection = VllmSection()
+    prompts_per_step: int = Field(ge=1)
+    """Prompts of one step, over all ranks."""
+    group_size: int = Field(default=8, ge=1)
+    """G, responses per prompt."""
+    max_new_tokens: int = Field(ge=1)
+    """Longest response, end token included."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it, when sampling and in the loss."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """The smallest set of likeliest tokens that holds at least this probability is sampled from."""
+    top_k: int = Field(default=0, ge=0)
+    """The k likeliest tokens are sampled from; 0 for all."""
+    max_concurrent: int = Field(default=512, ge=1)
+    """in_process: responses generated together on one replica; bounds the memory of the cache."""
+    passes: int = Field(default=1, ge=1)
+    """Times that each response is trained on, in mini-batches of batch.global_size."""
+    save_samples: int = Field(default=4, ge=0)
+    """Groups written to rollouts.jsonl each step."""
+
+
+class AdvantagesSection(Section):
+    """From the rewards of a group to the advantages of its responses."""
+
+    estimator: Literal["group_normalized", "dr_grpo", "leave_one_out"] = "group_normalized"
+    """(r - mean) / (std + 1e-6); r - mean; r - mean of the others."""
+
+
+class FiltersSection(Section):
+    """Which responses are trained on."""
+
+    dynamic_sampling: bool = False
+    """Leave groups with equal rewards out and draw further prompts in their place (DAPO)."""
+    max_rounds: int = Field(default=4, ge=1)
+    """Generations of one step under dynamic_sampling; what was found by then is trained on."""
+    mask_truncated: bool = False
+    """Responses without their end token count in the group's mean, but carry no loss."""
+
+
+class GateSection(Section):
+    """A limit on one number of a step."""
+
+    metric: str
+    """Name in metrics.jsonl."""
+    below: float | None = None
+    """The gate is crossed below this."""
+    above: float | None = None
+    """The gate is crossed above this."""
+    steps: int = Field(default=1, ge=1)
+    """Consecutive steps that it takes."""
+    action: Literal["warn", "stop"] = "warn"
+    """Print a warning, or end the run with a checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> GateSection:
+        if (self.below is None) == (self.above is None):
+            raise ValueError(f"gate on {self.metric}: give exactly one of below and above")
+        return self
+
+
+class GrpoConfig(TrainingConfig):
+    """One run of `sftrl grpo`."""
+
+    preset: str | None = None
+    """Published settings that hold where this file says nothing: luffy, srft, curiosft_rl, dapo,
+    deepseekmath, dr_grpo, gspo."""
+    data: PromptSection
+    rollout: RolloutSection
+    rewards: RewardList
+    """What makes a response good: their weighted sum is the reward."""
+    reward_workers: RewardWorkersSection = RewardWorkersSection()
+    advantages: AdvantagesSection = AdvantagesSection()
+    filters: FiltersSection = FiltersSection()
+    gates: list[GateSection] = Field(default=[])
+    """Limits on what a step measured, such as {metric: entropy, below: 0.05, action: stop}."""
+
+    @property
+    def max_length(self) -> int:
+        """As in the base class."""
+        return self.data.max_prompt_length + self.rollout.max_new_tokens
+
+    @property
+    def length_keys(self) -> str:
+        """As in the base class."""
+        return "data.max_prompt_length + rollout.max_new_tokens"
+
+    @property
+    def has_validation(self) -> bool:
+        """As in the base class."""
+        return bool(self.data.valid)

@@ -1,0 +1,67 @@
+"""What a run says about its rewards: named functions with weights, and the limits of their workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from megatron_sftrl.config.section import Section
+
+
+class RewardSection(BaseModel):
+    """One reward. Keys other than name, weight and modules are the reward's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """A registered reward: math, exact_match, reasoning_gym, format, length, or one of your own."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of this reward in the sum that is trained; 0: measured and logged only."""
+    modules: list[str] = []
+    """Python files or importable modules that register rewards, imported before the name is looked up, here
+    and in each worker."""
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The reward's own options, as written."""
+        return dict(self.model_extra or {})
+
+
+class RewardWorkersSection(Section):
+    """The processes in which rewards are computed, and what one sample may cost there."""
+
+    num_workers: int = Field(default=2, ge=1)
+    """Processes per rank that scores."""
+    seconds: float = Field(default=10.0, gt=0, le=3600)
+    """Wall-clock time of one reward of one sample. Whoever takes longer is killed and the sample gets 0 from
+    this reward. Processor time is limited to the next whole second above it."""
+    memory_gb: float = Field(default=4.0, ge=0.5, allow_inf_nan=False)
+    """Address space of one worker, in GiB; its libraries count as well. A sample that wants more fails alone.
+    The rewards of this package need a tenth of the default."""
+
+
+def check_rewards(rewards: list[RewardSection]) -> list[RewardSection]:
+    """The list itself, if it says what is to be trained.
+
+    Raises:
+        ValueError: it is empty, names a reward twice, or gives none of them a weight.
+    """
+    if not rewards:
+        raise ValueError("rewards: expected at least one, got an empty list; add one, such as {name: math}")
+    twice = [name for name, count in Counter(reward.name for reward in rewards).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"rewards: expected each name once, got {twice[0]!r} twice; its metrics could not be told apart: "
+            "remove one, or register a variant under a name of its own"
+        )
+    if all(reward.weight == 0 for reward in rewards):
+        raise ValueError(
+            "rewards: every weight is 0, so that nothing would be trained; give one of "
+            f"{', '.join(reward.name for reward in rewards)} a weight"
+        )
+    return rewards
+
+
+RewardList = Annotated[list[RewardSection], AfterValidator(check_rewards)]

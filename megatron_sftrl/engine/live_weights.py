@@ -1,0 +1,69 @@
+"""The live weights of this rank, addressed as boxes of Hugging Face tensors: views, nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.architectures.engine_shards import Box
+from megatron_sftrl.architectures.tensors import megatron_tensors, rectangles
+from megatron_sftrl.engine.checkpoint.tensors import model_tensors
+from megatron_sftrl.engine.model import LanguageModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveWeights:
+    """Parts of Hugging Face tensors that this rank's parameters hold, without vocabulary padding.
+
+    Args:
+        parts: for each tensor, the boxes and the view of each; boxes are disjoint.
+    """
+
+    parts: Mapping[str, Mapping[Box, Tensor]]
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """A view of `box`, which lies inside one part."""
+        for place, view in self.parts[name].items():
+            if all(a <= c and d <= b for (a, b), (c, d) in zip(place, box, strict=True)):
+                return view[tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(place, box, strict=True))]
+        raise AssertionError(f"{name} {box} lies in none of {list(self.parts[name])}")
+
+    def boxes(self) -> dict[str, tuple[Box, ...]]:
+        """The boxes alone, to tell other ranks."""
+        return {name: tuple(parts) for name, parts in self.parts.items()}
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Of all parts."""
+        return {view.dtype for _, view in self._views()}
+
+    def _views(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parts in self.parts.items():
+            for view in parts.values():
+                yield name, view
+
+
+def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) -> LiveWeights:
+    """The weights of this rank's chunks as they are now.
+
+    Args:
+        chunks: without DDP, in any layout.
+        architecture: of the chunks.
+    """
+    table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}
+    num_stacked = {key: len(index) for key, index in table}
+    parts: dict[str, dict[Box, Tensor]] = {}
+    for shard in model_tensors(chunks, prefix=""):
+        key = shard.key.removeprefix(".")
+        stacked = num_stacked[key]
+        tensor = table[key, tuple(shard.global_offset[:stacked])]
+        shape = shard.local_shape[stacked:]
+        assert shard.data is not None
+        data = shard.data.detach().view(shape)
+        for rectangle in rectangles(tensor, shard.global_offset[stacked:], shape):
+            box = tuple((each.start, each.stop) for each in rectangle.source)
+            parts.setdefault(rectangle.name, {})[box] = data[rectangle.target]
+    return LiveWeights(parts=parts)

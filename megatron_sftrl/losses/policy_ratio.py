@@ -1,0 +1,104 @@
+"""How far the policy has moved from the one that sampled: importance ratios and rollout correction.
+
+Three log-probabilities of the same sampled token meet here, and only mean something together when all three
+are of one kind. The convention of this package: log softmax(z / T)[y], T the sampling temperature, over the
+whole vocabulary, before top-k or top-p cut it.
+
+    logprobs           the policy now, by the trainer
+    old_logprobs       the policy that sampled, by the trainer
+    rollout_logprobs   the policy that sampled, as the rollout engine computed it
+
+Why before the cut: the trainer sees every logit and no cut. Had the engine renormalised over the kept
+tokens (vLLM's logprobs_mode="processed_logprobs" under top_p < 1 or top_k), old - rollout would be log S, S
+the kept mass, for every token: a correction that scales the loss by S and corrects nothing (TRL #6789; verl
+#6240 asks the same). TRL is as described there; prime-rl (PR 2601) repeats the cut in the trainer instead,
+which needs the sorted vocabulary of every token and an answer for tokens at the edge. With the convention
+here all ratios are 1 right after sampling, at any T and top_p; what top_p < 1 still changes is which tokens
+are seen, and with that the expectation. An engine that cannot report the uncut log-probability has to refuse
+top_p < 1 and top_k when it is used for training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.losses.sequences import Sequences
+
+LARGEST_LOG_RATIO = 20.0
+"""Nats. exp(20) = 4.9e8 is far outside of any clip range, and still finite when squared or summed in fp32:
+without a bound one token at exp(89) = inf puts inf * 0 = NaN into the gradient of the clipped branch."""
+
+Correction = Literal["none", "tis", "icepop"]
+
+
+def log_ratio(logprobs: Tensor, other: Tensor, loss_mask: Tensor) -> Tensor:
+    """clip(logprobs - other, -20, 20); exactly 0, and without gradient, where there is no loss.
+
+    Args:
+        logprobs, other: [T] nats; anything, inf and NaN included, where masked.
+        loss_mask: [T] bool.
+    """
+    bounded = (logprobs - other).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return torch.where(loss_mask, bounded, 0.0)
+
+
+def sequence_log_ratio(token_log_ratio: Tensor, sequences: Sequences) -> Tensor:
+    """Value: the mean log ratio of the sequence. Gradient: of this token's own log ratio.
+
+        s_t = sg(s) pi(y_t) / sg(pi(y_t)),    s = exp(mean_t log ratio)
+
+    (GSPO-token, arXiv:2507.18071, eq. 13 and 14.) With advantages and weights that are constant inside a
+    sequence its objective and gradient are those of GSPO, eq. 5: there each of a sequence's N tokens has
+    1 / N of the gradient of all N losses, here all of its own. It needs no collective in the backward under
+    context parallelism, and stays right when advantages differ inside a sequence.
+    """
+    mean = sequences.mean(token_log_ratio.detach())
+    return mean + (token_log_ratio - token_log_ratio.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CorrectionWeight:
+    """What each token's loss is multiplied by, a constant for the gradient.
+
+    Args:
+        weight: [T] >= 0, 1 where masked.
+        is_limited: [T] bool, where `tis` cut the ratio and `icepop` dropped the token.
+    """
+
+    weight: Tensor
+    is_limited: Tensor
+
+
+def correction_weight(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor, correction: Correction, cap: float
+) -> CorrectionWeight:
+    """The weight of samples that the engine drew, under the trainer's version of the same policy.
+
+        k = exp(old - rollout)
+        tis:     min(k, C)                       (fengyao.notion.site/off-policy-rl; C = 2)
+        icepop:  k where 1 / C <= k <= C, else 0    (arXiv:2510.18855, section 3; there 0.5 <= k <= 5)
+
+    A token that the trainer gives probability 0 gets the weight 0, whatever the engine says; one that the
+    engine reports at probability 0 is limited like any other too large ratio.
+
+    Args:
+        old_logprobs, rollout_logprobs: [T] nats, by the convention at the top.
+        loss_mask: [T] bool.
+        correction: which; `none` gives 1.
+        cap: C > 1.
+    """
+    log_k = (old_logprobs - rollout_logprobs).detach()
+    log_k = log_k.masked_fill(old_logprobs == -torch.inf, -torch.inf).masked_fill(~loss_mask, 0.0)
+    if correction == "none":
+        return CorrectionWeight(weight=torch.ones_like(log_k), is_limited=torch.zeros_like(loss_mask))
+    bound = math.log(cap)
+    weight = log_k.clamp(max=bound).exp()
+    if correction == "tis":
+        return CorrectionWeight(weight=weight, is_limited=log_k > bound)
+    is_outside = log_k.abs() > bound
+    return CorrectionWeight(weight=weight.masked_fill(is_outside, 0.0), is_limited=is_outside)

@@ -1,0 +1,264 @@
+"""Scores responses in worker processes: whatever a sample does to its worker, it costs that sample alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import selectors
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
+from megatron_sftrl.rl.rewards.api import RewardInputs
+from megatron_sftrl.rl.rewards.process import WorkerProcess
+from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, portable
+from megatron_sftrl.rl.rewards.scored import Outcome, Part, Scored
+
+# Importing sympy, reasoning-gym or a user's torch on a busy file system.
+START_SECONDS = 120.0
+MOST_FAILED_STARTS = 3
+_GIB = 2**30
+_LONGEST_DETAIL = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One reward of one sample: where its result goes, who judges, and the message that asks for it."""
+
+    place: int
+    reward: int
+    inputs: str
+
+
+class RewardPool:
+    """The rewards of a run and the processes that compute them; a context manager.
+
+    Workers start with the first samples, without torch and without the trainer's environment, and are
+    replaced when they die. Each reward of each sample is a job of its own, with the limits of `workers`; one
+    that fails gives 0 and leaves the others, so that a response cannot escape one reward by breaking another.
+
+    Args:
+        sections: the run's rewards.
+        workers: how many processes, and the limits of one job.
+    Raises:
+        ValueError: as build_rewards.
+    """
+
+    def __init__(self, sections: Sequence[RewardSection], workers: RewardWorkersSection) -> None:
+        self.rewards: tuple[Reward, ...] = build_rewards(sections)
+        self._limits = workers
+        self._setup = {
+            "rewards": portable(sections),
+            "memory_bytes": int(workers.memory_gb * _GIB),
+            "seconds": workers.seconds,
+        }
+        self._ids = itertools.count()
+        self._workers: dict[WorkerProcess, tuple[int, _Job] | None] = {}
+        self._failed_starts = 0
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every worker; a later score starts new ones."""
+        for worker in list(self._workers):
+            del self._workers[worker]
+            worker.stop()
+
+    def score(self, samples: Sequence[RewardInputs]) -> list[Scored]:
+        """The reward of each sample, in order.
+
+        Raises:
+            ValueError: a row that lacks what a reward needs or is no JSON; a module that does not load in the
+                workers.
+            RuntimeError: workers do not start.
+        """
+        num_rewards = len(self.rewards)
+        parts = self._run(range(num_rewards), samples)
+        return [
+            self._weigh(tuple(parts[first : first + num_rewards]))
+            for first in range(0, len(parts), num_rewards)
+        ]
+
+    def score_with(self, reward: int, samples: Sequence[RewardInputs]) -> list[Part]:
+        """What one reward, given by its place in the list, says about each sample; raises like score."""
+        return self._run([reward], samples)
+
+    def _run(self, rewards: Sequence[int], samples: Sequence[RewardInputs]) -> list[Part]:
+        """What the given rewards say about each sample, sample after sample."""
+        jobs: deque[_Job] = deque()
+        for place, sample in enumerate(samples):
+            inputs = _as_json(sample, place)
+            for reward in rewards:
+                self.rewards[reward].check_row(sample.row)
+                jobs.append(_Job(place=len(jobs), reward=reward, inputs=inputs))
+        results: dict[int, Part] = {}
+
+        def finish(job: _Job, part: Part) -> None:
+            results[job.place] = part
+
+        num_jobs = len(jobs)
+        try:
+            while len(results) < num_jobs:
+                self._assign(jobs)
+                self._wait(finish)
+        except BaseException:
+            self.close()  # what is under way must not be taken for an answer to the next samples
+            raise
+        return [results[place] for place in range(num_jobs)]
+
+    def _weigh(self, parts: tuple[Part, ...]) -> Scored:
+        weights = [reward.weight for reward in self.rewards]
+        return Scored(
+            reward=math.fsum(weight * part.reward for weight, part in zip(weights, parts, strict=True)),
+            lenient=math.fsum(weight * part.lenient for weight, part in zip(weights, parts, strict=True)),
+            parts=parts,
+        )
+
+    def _assign(self, jobs: deque[_Job]) -> None:
+        """Give waiting jobs to idle workers, and start the workers that are missing."""
+        for worker, task in list(self._workers.items()):
+            if worker.is_ready and task is None and jobs:
+                if not worker.is_alive:  # it died between two jobs, which is nobody's fault
+                    del self._workers[worker]
+                    worker.stop()
+                    continue
+                self._begin(worker, jobs.popleft())
+        num_starting = sum(not worker.is_ready for worker in self._workers)
+        while len(self._workers) < self._limits.num_workers and num_starting < len(jobs):
+            self._workers[WorkerProcess(setup=self._setup, start_seconds=START_SECONDS)] = None
+            num_starting += 1
+
+    def _begin(self, worker: WorkerProcess, job: _Job) -> None:
+        number = next(self._ids)
+        self._workers[worker] = (number, job)
+        message = f'{{"id": {number}, "reward": {job.reward}, "inputs": {job.inputs}}}\n'
+        worker.begin(message.encode("ascii"), seconds=self._limits.seconds)
+
+    def _wait(self, finish: Callable[[_Job, Part], None]) -> None:
+        """Until something happens: a reply, the end of a worker, or the end of its time."""
+        busy = [worker for worker, task in self._workers.items() if task is not None or not worker.is_ready]
+        with selectors.PollSelector() as selector:
+            for worker in busy:
+                writes = selectors.EVENT_WRITE if worker.is_sending else 0
+                selector.register(worker, selectors.EVENT_READ | writes)
+            nearest = min((worker.deadline for worker in busy), default=0.0)
+            events = selector.select(max(nearest - time.monotonic(), 0.0))
+        for key, mask in events:
+            worker = cast(WorkerProcess, key.fileobj)
+            if mask & selectors.EVENT_WRITE:
+                worker.send()
+            if mask & selectors.EVENT_READ:
+                self._hear(worker, finish)
+        now = time.monotonic()
+        for worker in busy:
+            if worker in self._workers and now > worker.deadline and self._is_waited_for(worker):
+                self._lose(worker, finish, reason=f"more than {self._limits.seconds:g} s", is_late=True)
+
+    def _is_waited_for(self, worker: WorkerProcess) -> bool:
+        return self._workers[worker] is not None or not worker.is_ready
+
+    def _hear(self, worker: WorkerProcess, finish: Callable[[_Job, Part], None]) -> None:
+        try:
+            reply = worker.receive()
+        except EOFError:
+            self._lose(worker, finish, reason=None)
+            return
+        except ValueError as error:
+            self._lose(worker, finish, reason=str(error))
+            return
+        if reply is None:
+            return
+        if not worker.is_ready:
+            if "failed" in reply:
+                raise ValueError(f"rewards do not load in a worker process: {reply['failed']}")
+            worker.is_ready, self._failed_starts = True, 0
+            return
+        task = self._workers[worker]
+        assert task is not None, "only workers with a job are listened to"
+        number, job = task
+        part = _part_of(reply, number=number, name=self.rewards[job.reward].name)
+        if part is None:
+            self._lose(worker, finish, reason="it sent something that is no reply to its job")
+            return
+        finish(job, replace(part, seconds=time.monotonic() - worker.began))
+        self._workers[worker] = None
+        if reply.get("is_last"):
+            del self._workers[worker]
+            worker.stop()
+
+    def _lose(
+        self,
+        worker: WorkerProcess,
+        finish: Callable[[_Job, Part], None],
+        *,
+        reason: str | None,
+        is_late: bool = False,
+    ) -> None:
+        """End a worker that cannot go on, at the cost of its job; no reason: it has ended by itself."""
+        task = self._workers.pop(worker)
+        code, printed = worker.stop()
+        if reason is None:
+            is_late = code == -signal.SIGXCPU
+            reason = f"it ended with code {code}"
+            reason = f"signal {-code} ({signal.strsignal(-code)}) ended it" if code < 0 else reason
+        detail = f"{reason}; it printed: {printed}" if printed else reason
+        if task is None:
+            self._failed_starts += 1
+            if self._failed_starts >= MOST_FAILED_STARTS:
+                raise RuntimeError(
+                    f"reward workers do not start, {self._failed_starts} times in a row ({detail}): "
+                    "raise memory_gb if a library needs more address space, or see what the reward's file "
+                    "imports"
+                )
+            return
+        job = task[1]
+        part = Part(
+            name=self.rewards[job.reward].name,
+            outcome="timeout" if is_late else "crashed",
+            seconds=time.monotonic() - worker.began,
+            detail=detail,
+        )
+        finish(job, part)
+
+
+def _as_json(sample: RewardInputs, place: int) -> str:
+    try:
+        return json.dumps(
+            {
+                "prompt": sample.prompt,
+                "response": sample.response,
+                "row": dict(sample.row),
+                "num_response_tokens": sample.num_response_tokens,
+                "is_finished": sample.is_finished,
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"sample {place}: expected its row to hold JSON (text, numbers, lists, objects), got {error}; "
+            "convert it when the data is written"
+        ) from None
+
+
+def _part_of(reply: Mapping[str, Any], *, number: int, name: str) -> Part | None:
+    """The reply as a result; None if it is not what a worker of ours sends for this job."""
+    outcome, metrics = reply.get("outcome"), reply.get("metrics", {})
+    if reply.get("id") != number or outcome not in ("ok", "error", "nonfinite"):
+        return None
+    if outcome != "ok":
+        return Part(
+            name=name, outcome=cast(Outcome, outcome), detail=str(reply.get("detail"))[:_LONGEST_DETAIL]
+        )
+    numbers = list(metrics.values()) if isinstance(metrics, dict) else [None]
+    values = [reply.get("reward"), reply.get("lenient"), *numbers]
+    if not all(isinstance(value, float) and math.isfinite(value) for value in values):
+        return None
+    return Part(name=name, outcome="ok", reward=reply["reward"], lenient=reply["lenient"], metrics=metrics)

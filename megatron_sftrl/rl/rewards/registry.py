@@ -1,0 +1,164 @@
+"""Rewards by name: registered with a decorator, built from the run's list, checked before any model is.
+
+The default registry is module state for the reason that the losses' one is: a decorator in a user's file has
+nowhere else to write to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from megatron_sftrl.config.registry import Entry, FunctionRegistry, origin_of
+from megatron_sftrl.config.rewards import RewardSection, check_rewards
+from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
+
+RewardFunction = Callable[[RewardInputs, Any], RewardOutput]
+CanaryFunction = Callable[[Any], Sequence[Canary]]
+FunctionT = TypeVar("FunctionT", bound=RewardFunction)
+
+
+def no_canaries(config: RewardConfig) -> Sequence[Canary]:
+    """The examples of a reward that declares none."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardEntry(Entry):
+    """A registered reward.
+
+    Args:
+        canaries: examples of known worth, given the options.
+        imports: libraries that a worker imports before its first sample.
+        is_confined: processes, the network and changes to files are refused while it runs.
+    """
+
+    canaries: CanaryFunction
+    imports: tuple[str, ...]
+    is_confined: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """A reward with its options and its weight fixed.
+
+    Args:
+        entry: as registered.
+        config: validated options.
+        weight: factor in the sum that is trained.
+    """
+
+    entry: RewardEntry
+    config: RewardConfig
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """As registered."""
+        return self.entry.name
+
+    def __call__(self, inputs: RewardInputs) -> RewardOutput:
+        """The reward of one response; runs whatever the reward runs, so call it in a worker only."""
+        return self.entry.function(inputs, self.config)
+
+    def check_row(self, row: Mapping[str, Json]) -> None:
+        """Raise ValueError when the row lacks what the reward needs."""
+        for need in self.entry.needs:
+            if row.get(need) is None:
+                raise ValueError(
+                    f"reward {self.name!r} needs {need!r} in every row of the data, got a row with "
+                    f"{sorted(key for key, value in row.items() if value is not None)}; add it to the data, "
+                    "or choose another reward"
+                )
+
+
+class RewardRegistry(FunctionRegistry[RewardEntry]):
+    """Names of rewards and what they stand for."""
+
+    def __init__(self) -> None:
+        super().__init__(kind="reward", modules_key="the reward's modules")
+
+
+DEFAULT_REGISTRY = RewardRegistry()
+
+
+def register_reward(
+    name: str,
+    *,
+    config: type[RewardConfig] = RewardConfig,
+    needs: tuple[str, ...] = (),
+    canaries: CanaryFunction = no_canaries,
+    imports: tuple[str, ...] = (),
+    is_confined: bool = True,
+    registry: RewardRegistry = DEFAULT_REGISTRY,
+) -> Callable[[FunctionT], FunctionT]:
+    """Decorate `function(inputs: RewardInputs, config) -> RewardOutput` to make it available under a name.
+
+    The function is pure. It runs in a worker process: what it prints goes nowhere, an exception, a hang, a
+    crash or a number that is not finite costs the sample and nothing else.
+
+    Args:
+        name: what run.yaml calls it.
+        config: options, a subclass of RewardConfig.
+        needs: keys that each row of the data must hold.
+        canaries: from the options to examples, right ones and wrong ones, which are tried before the run.
+        imports: libraries that the function imports, so that their loading is not counted as a sample's time.
+        is_confined: refuse processes, the network and changes to files while it runs; a reward that compiles
+            a program or asks a service needs False.
+        registry: where it is entered.
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+
+    def register(function: FunctionT) -> FunctionT:
+        registry.add(
+            RewardEntry(
+                name=name,
+                function=function,
+                config=config,
+                needs=needs,
+                origin=origin_of(function),
+                canaries=canaries,
+                imports=imports,
+                is_confined=is_confined,
+            )
+        )
+        return function
+
+    return register
+
+
+def build_rewards(
+    sections: Iterable[RewardSection], *, registry: RewardRegistry = DEFAULT_REGISTRY
+) -> tuple[Reward, ...]:
+    """The rewards of a run, with their options checked.
+
+    Args:
+        sections: the run's list, in order.
+        registry: where the names are looked up, after every section's modules were imported.
+    Raises:
+        ValueError: an empty list or one without a weight, an unknown name, an unknown or invalid option, a
+            module that cannot be found.
+    """
+    sections = check_rewards(list(sections))
+    registry.load(module for section in sections for module in section.modules)
+    return tuple(_build(section, registry) for section in sections)
+
+
+def portable(sections: Iterable[RewardSection]) -> list[dict[str, Any]]:
+    """The sections as JSON that means the same in another working directory."""
+    written = [section.model_dump(mode="json") for section in sections]
+    for section in written:
+        section["modules"] = [
+            str(Path(module).expanduser().resolve()) if module.endswith(".py") else module
+            for module in section["modules"]
+        ]
+    return written
+
+
+def _build(section: RewardSection, registry: RewardRegistry) -> Reward:
+    entry = registry.get(section.name)
+    config = cast(RewardConfig, registry.options_of(entry, section.options))
+    return Reward(entry=entry, config=config, weight=section.weight)

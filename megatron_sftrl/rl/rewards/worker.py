@@ -1,0 +1,123 @@
+"""What runs inside a reward worker: `python -m megatron_sftrl.rl.rewards.worker`, started by process.py.
+
+It reads JSON lines from the socket that it finds as file descriptor 0 and writes one JSON line for each:
+first the setup, answered by ready or failed, then jobs. Nothing but that socket ties it to the trainer, and
+nothing that it sends can run code there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from megatron_sftrl.config.rewards import RewardSection
+from megatron_sftrl.rl.rewards.api import RewardInputs, RewardOutput
+from megatron_sftrl.rl.rewards.confinement import Confinement
+from megatron_sftrl.rl.rewards.registry import Reward, build_rewards
+
+# Larger than any log of a verifier; what a sample writes to files must not fill the disk.
+LARGEST_FILE = 64 * 2**20
+LONGEST_DETAIL = 500
+
+
+def main() -> None:
+    """Serve until the trainer closes its end, or is gone."""
+    # A trainer started in the background of a script passes on that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    requests, replies = _take_channel()
+    setup = json.loads(requests.readline())
+    _limit(resource.RLIMIT_AS, setup["memory_bytes"])
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, LARGEST_FILE)
+    logging.disable(logging.WARNING)  # sympy's and math-verify's remarks would hide why a worker died
+    try:
+        rewards = build_rewards([RewardSection(**section) for section in setup["rewards"]])
+        for name in dict.fromkeys(name for reward in rewards for name in reward.entry.imports):
+            importlib.import_module(name)
+    except Exception as error:
+        _send(replies, {"failed": _text(error)})
+        return
+    _send(replies, {"ready": True})
+    confinement = Confinement()
+    for line in requests:
+        job = json.loads(line)
+        _allow_processor_time(setup["seconds"])
+        reward = rewards[job["reward"]]
+        reply = _score(reward, job["inputs"], confinement)
+        _send(replies, {"id": job["id"], **reply})
+        if reply.get("is_last"):
+            return
+
+
+def _score(reward: Reward, inputs: Mapping[str, Any], confinement: Confinement) -> dict[str, Any]:
+    try:
+        with confinement.on(enabled=reward.entry.is_confined):
+            output = reward(RewardInputs(**inputs))
+        return _reply(output)
+    except MemoryError:
+        # Whatever was being built may be half there; the next sample gets a fresh process.
+        return {
+            "outcome": "error",
+            "detail": "MemoryError: more than the worker's memory_gb",
+            "is_last": True,
+        }
+    except Exception as error:
+        return {"outcome": "error", "detail": _text(error)}
+
+
+def _reply(output: object) -> dict[str, Any]:
+    if not isinstance(output, RewardOutput):
+        raise ValueError(f"expected the reward to return a RewardOutput, got {type(output).__name__}")
+    reward = float(output.reward)
+    lenient = reward if output.lenient is None else float(output.lenient)
+    metrics = {str(name): float(value) for name, value in output.metrics.items()}
+    for name, value in {"reward": reward, "lenient": lenient, **metrics}.items():
+        if not math.isfinite(value):
+            return {"outcome": "nonfinite", "detail": f"{name} is {value}"}
+    return {"outcome": "ok", "reward": reward, "lenient": lenient, "metrics": metrics}
+
+
+def _take_channel() -> tuple[BinaryIO, BinaryIO]:
+    """Both directions of the socket, moved to where no print and no read of standard input reaches it."""
+    channel = os.dup(0)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    return os.fdopen(channel, "rb"), os.fdopen(os.dup(channel), "wb")
+
+
+def _send(replies: BinaryIO, message: Mapping[str, Any]) -> None:
+    replies.write(json.dumps(message).encode("ascii") + b"\n")
+    replies.flush()
+
+
+def _limit(which: int, amount: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    if hard != resource.RLIM_INFINITY:
+        amount = min(amount, hard)
+    resource.setrlimit(which, (amount, amount))
+
+
+def _allow_processor_time(seconds: float) -> None:
+    """Move the limit for the next sample; it also ends a worker whose trainer was killed in mid-sample."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime) + math.ceil(seconds)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:LONGEST_DETAIL]
+
+
+if __name__ == "__main__":
+    main()

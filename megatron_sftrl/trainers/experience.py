@@ -1,0 +1,129 @@
+"""What one step of GRPO has experienced: groups of scored responses, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_sftrl.config.schema import BatchSection
+from megatron_sftrl.data.example import Example
+from megatron_sftrl.data.packing import StepNormalization
+from megatron_sftrl.data.prompt_set import PromptRow
+from megatron_sftrl.data.step import BatchLayout, StepData, lay_out_step
+from megatron_sftrl.losses.weights import Aggregation
+from megatron_sftrl.rl.group_filters import by_group
+from megatron_sftrl.rl.rewards import Scored
+from megatron_sftrl.types import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One response with everything that is known of it.
+
+    Args:
+        group: id of its prompt in the run.
+        row: the prompt's row.
+        rollout: tokens and the engine's log-probabilities.
+        scored: its rewards.
+        advantage: against its group.
+        old_logprobs: nats, the trainer's own for each response token, before the first update.
+    """
+
+    group: int
+    row: PromptRow
+    rollout: Rollout
+    scored: Scored
+    advantage: float = 0.0
+    old_logprobs: tuple[float, ...] = ()
+
+
+def grouped(responses: Sequence[Response]) -> dict[int, list[Response]]:
+    """Responses of each prompt, in order."""
+    return by_group([response.group for response in responses], responses)
+
+
+def as_example(response: Response, number: int, *, mask_truncated: bool) -> Example:
+    """The sequence that the trainer sees: every generated token carries loss, the end token included.
+
+    Args:
+        response: token ids are taken as they were generated, never tokenized again.
+        number: its place in the step.
+        mask_truncated: a response without its end token carries no loss.
+    """
+    prompt, generated = response.rollout.prompt_tokens, response.rollout.response_tokens
+    is_learned = response.rollout.is_finished or not mask_truncated
+    mask = np.zeros(len(prompt) + len(generated), np.bool_)
+    mask[len(prompt) :] = is_learned
+    count = len(generated) if is_learned else 0
+    old = response.old_logprobs or (0.0,) * len(generated)
+    return Example(
+        tokens=np.array([*prompt, *generated], np.int32),
+        loss_mask=mask,
+        behavior_logprobs=None,
+        row=number,
+        source=response.row.source,
+        old_logprobs=np.array(old[:count], np.float32),
+        rollout_logprobs=np.array(response.rollout.logprobs[:count], np.float32),
+        advantages=np.full(count, response.advantage, np.float32),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExperienceBatches:
+    """Turns responses into the batches of one update.
+
+    Args:
+        batch: sizes, packing and aggregation.
+        layout: of the ranks.
+        max_length: divisor of constant_length, in tokens.
+        pad_id: any valid id.
+        mask_truncated: filters.mask_truncated.
+    """
+
+    batch: BatchSection
+    layout: BatchLayout
+    max_length: int
+    pad_id: int
+    mask_truncated: bool
+
+    def has_signal(self, responses: Sequence[Response]) -> bool:
+        """A response that carries loss has an advantage."""
+        return any(
+            each.advantage != 0 and (each.rollout.is_finished or not self.mask_truncated)
+            for each in responses
+        )
+
+    def lay_out(self, responses: Sequence[Response]) -> StepData | None:
+        """This rank's micro-batches of one update; None when no response carries loss.
+
+        StepData.rows and microbatch_rows are places in `responses`.
+        """
+        examples = [
+            as_example(response, number, mask_truncated=self.mask_truncated)
+            for number, response in enumerate(responses)
+        ]
+        num_loss_tokens = sum(example.num_loss_tokens for example in examples)
+        if num_loss_tokens == 0:
+            return None
+        aggregation: Aggregation = self.batch.aggregation
+        return lay_out_step(
+            [len(example.tokens) for example in examples],
+            examples.__getitem__,
+            batch=self.batch,
+            layout=self.layout,
+            normalization=StepNormalization(
+                aggregation=aggregation,
+                num_loss_tokens=num_loss_tokens,
+                num_sequences=sum(example.num_loss_tokens > 0 for example in examples),
+                max_length=self.max_length,
+            ),
+            pad_id=self.pad_id,
+            carried=("old_logprobs", "rollout_logprobs", "advantages"),
+        )
+
+
+def with_advantages(responses: Sequence[Response], advantages: Sequence[float]) -> list[Response]:
+    """The same responses, each with its advantage."""
+    return [replace(each, advantage=value) for each, value in zip(responses, advantages, strict=True)]

@@ -1,0 +1,284 @@
+"""`sftrl grpo`: generate, reward, update; the same engine and the same losses as `sftrl sft`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.data.prompt_set import PromptSet
+from megatron_sftrl.data.prompts import end_token_ids
+from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.reports import StepReport, combine_reports
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.observability.memory import peak_memory_bytes
+from megatron_sftrl.observability.metrics import MetricsWriter
+from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
+from megatron_sftrl.observability.sinks import open_metrics
+from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.rl.rewards import RewardPool, check_canaries, describe_failures
+from megatron_sftrl.rollout.build import build_engine
+from megatron_sftrl.trainers.engine_updates import EngineUpdates
+from megatron_sftrl.trainers.experience import ExperienceBatches, Response
+from megatron_sftrl.trainers.gates import Gates
+from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
+from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
+from megatron_sftrl.trainers.models import build_models
+from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
+from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts
+from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
+from megatron_sftrl.trainers.samples import SampleLog
+from megatron_sftrl.trainers.scoring import score_responses
+from megatron_sftrl.types import SamplingParams
+
+
+def run_grpo(config: GrpoConfig) -> None:
+    """Train as the configuration says; a run directory that holds this run's checkpoints is resumed.
+
+    Raises:
+        ValueError: something that the user can fix, found before anything is built or overwritten; later
+            only a full disk, a gate that stops, or too many steps in a row without a finite gradient.
+    """
+    plan = plan_run(config)
+    prompts, valid = open_prompts(plan)
+    with (
+        parallel_context(config.parallel) as parallel,
+        RewardPool(config.rewards, config.reward_workers) as rewards,
+    ):
+        directory = open_run_directory(config, is_writer=False)
+        check_rows(rewards.rewards, prompts, *([valid] if valid else []))
+        on_every_rank(lambda: check_canaries(rewards))
+        trainer = GrpoTrainer(plan, directory, prompts, valid, rewards, parallel)
+        with contextlib.closing(trainer.engine):
+            on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
+            trainer.train()
+
+
+class GrpoTrainer:
+    """Owns the models, the rollout engine and the state of one run; `train` is the loop."""
+
+    def __init__(
+        self,
+        plan: RunPlan[GrpoConfig],
+        directory: RunDirectory,
+        prompts: PromptSet,
+        valid: PromptSet | None,
+        rewards: RewardPool,
+        parallel: ParallelContext,
+    ) -> None:
+        config = plan.config
+        self.config, self.loss, self.directory, self.parallel = config, plan.loss, directory, parallel
+        self.prompts, self.valid, self.rewards, self.tokenizer = prompts, valid, rewards, plan.tokenizer
+        self.num_steps = num_rollout_steps(config, prompts)
+        self.policy, self.reference = build_models(plan, parallel)
+        self.engine = build_engine(config, self.policy)
+        self.store = CheckpointStore(
+            directory.checkpoints,
+            parallel,
+            keep_last=config.checkpoint.keep_last,
+            assets=export_assets(plan),
+        )
+        self.state = self._resume_or_start()
+        self.gates = Gates(config.gates, held_out=HELD_OUT if valid else ())
+        self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
+        is_cuda = parallel.device.type == "cuda"
+        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None)
+        self.sampling = SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_new_tokens=config.rollout.max_new_tokens,
+            num_samples=config.rollout.group_size,
+            stop_ids=end_token_ids(plan.tokenizer),
+            seed=config.seed,
+        )
+        self.collector = RolloutCollector(
+            config, prompts, plan.tokenizer, parallel, rewards, self.sampling, self.timers
+        )
+        self.batches = ExperienceBatches(
+            batch=config.batch,
+            layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+            max_length=config.max_length,
+            pad_id=plan.tokenizer.pad_id,
+            mask_truncated=config.filters.mask_truncated,
+        )
+        self.updates = EngineUpdates(
+            config, self.engine, self.policy, prompts.rows, self.batches, self.sampling
+        )
+
+    def train(self) -> None:
+        """Steps until the end, with evaluations and checkpoints between them."""
+        with self._open_metrics() as metrics:
+            while self.state.step < self.num_steps:
+                with self.timers("reshard"):
+                    self.updates.refresh(self.state.step)
+                collected = self.collector.collect(self.engine, consumed=self.state.consumed_samples)
+                self.engine.sleep()
+                with self.timers("old_logprobs"):
+                    scored = self._with_old_logprobs(collected.responses)
+                with self.timers("update"):
+                    reports = self._update(scored)
+                self.state = replace(
+                    self.state,
+                    step=self.state.step + 1,
+                    consumed_samples=self.state.consumed_samples + collected.num_prompts,
+                )
+                self._follow()
+                held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
+                numbers = {**self._step_numbers(collected, scored, reports), **held_out}
+                metrics.write(self.state.step, numbers)
+                self._show(collected)
+                self._guard(numbers, scored)
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy responses to every held-out prompt, under valid/."""
+        if self.valid is None:
+            return {}
+        with self.timers("evaluate"):
+            self.updates.refresh(self.state.step)
+        greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, num_samples=1)
+        rows = list(enumerate(self.valid.rows))
+        responses = self.collector.answer(self.engine, rows, greedy, phases=("evaluate", "evaluate"))
+        self.engine.sleep()
+        collected = Collected(responses=(), generated=tuple(responses), num_prompts=len(responses))
+        numbers = response_metrics(collected)
+        return {name: numbers[name.removeprefix("valid/")] for name in HELD_OUT}
+
+    def _with_old_logprobs(self, responses: Sequence[Response]) -> list[Response]:
+        """The trainer's own log-probabilities at the sampling temperature, before the first update."""
+        if not responses:
+            return []
+        whole = replace(self.batches, mask_truncated=False)
+        found: dict[int, list[float]] = {}
+        for start in range(0, len(responses), self.config.batch.global_size):
+            part = responses[start : start + self.config.batch.global_size]
+            data = whole.lay_out(part)
+            assert data is not None
+            scores = score_responses(self.policy, data, temperature=self.sampling.temperature)
+            found |= {start + place: values for place, values in scores.items()}
+        return [replace(each, old_logprobs=tuple(found[i])) for i, each in enumerate(responses)]
+
+    def _update(self, responses: Sequence[Response]) -> list[tuple[StepReport, dict[str, float]]]:
+        """Mini-batches of batch.global_size responses, rollout.passes times over all of them.
+
+        A mini-batch in which no response that carries loss has an advantage teaches nothing; Adam's momentum
+        and weight decay shall not move the weights for it, nor a KL or entropy term alone.
+        """
+        reports, size = [], self.config.batch.global_size
+        for _ in range(self.config.rollout.passes):
+            for start in range(0, len(responses), size):
+                part = responses[start : start + size]
+                data = self.batches.lay_out(part) if self.batches.has_signal(part) else None
+                if data is None:
+                    continue
+                report = self.policy.forward_backward(data.batches, self.loss, self.reference)
+                update = self.policy.optim_step(self.state.step, num_steps=self.num_steps, loss=report.loss)
+                self.state = replace(
+                    self.state,
+                    skipped_steps=self.state.skipped_steps + update.is_skipped,
+                    consecutive_skipped_steps=(self.state.consecutive_skipped_steps + 1) * update.is_skipped,
+                )
+                reports.append((report, {"grad_norm": update.grad_norm, "lr": update.lr}))
+        return reports
+
+    def _follow(self) -> None:
+        if self.reference is not None and self.reference.is_due(self.state.step):
+            self.policy.gather_parameters()
+            self.reference.follow(self.policy.chunks)
+
+    def _step_numbers(
+        self,
+        collected: Collected,
+        trained: Sequence[Response],
+        reports: Sequence[tuple[StepReport, dict[str, float]]],
+    ) -> dict[str, float]:
+        seconds = self.timers.collect()
+        numbers: dict[str, float] = {}
+        if reports:
+            whole = combine_reports([report for report, _ in reports])
+            numbers |= {
+                "loss": whole.loss / len(reports),
+                **{name: sum(each[name] for _, each in reports) / len(reports) for name in reports[0][1]},
+                **whole.metrics,
+            }
+        tokens = sum(len(each.rollout.response_tokens) for each in collected.generated)
+        return {
+            **numbers,
+            **response_metrics(collected),
+            **(mismatch_metrics(trained) if trained else {}),
+            **self.updates.numbers(),
+            "updates": len(reports),
+            "skipped_steps": self.state.skipped_steps,
+            "rollout/tokens_per_second": tokens / max(seconds.get("generate", 0.0), 1e-9),
+            **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
+        }
+
+    def _guard(self, numbers: dict[str, float], responses: Sequence[Response]) -> None:
+        """Save when it is due, and let gates and a streak of bad gradients end the run."""
+        crossings = self.gates.check(self.state.step, numbers, is_whole=numbers["updates"] > 0)
+        is_last = any(crossing.stops for crossing in crossings)
+        if is_last or self._is_due(self.config.checkpoint.every):
+            with self.timers("checkpoint"):
+                self.store.save(self.state, self.policy, self.reference)
+        if self.parallel.rank == 0:
+            for crossing in crossings:
+                print(f"gate: {crossing.text}", file=sys.stderr, flush=True)
+        stop_on_nonfinite_streak(
+            self.state.consecutive_skipped_steps,
+            limit=self.config.train.max_nonfinite_steps,
+            step=self.state.step,
+            suspects=sorted({each.row.source for each in responses}),
+            directory=str(self.directory.checkpoints),
+        )
+        if is_last:
+            texts = "; ".join(crossing.text for crossing in crossings if crossing.stops)
+            raise ValueError(f"a gate ended the run, its checkpoint is saved: {texts}")
+
+    def _show(self, collected: Collected) -> None:
+        """Tell what verifiers could not do, and append the step's first groups to rollouts.jsonl."""
+        if self.samples is None:
+            return
+        for failure in describe_failures([each.scored for each in collected.generated]):
+            print(f"step {self.state.step}: {failure}", file=sys.stderr, flush=True)
+        self.samples.write(self.state.step, collected.generated)
+
+    def _is_due(self, every: int) -> bool:
+        """After every `every` steps, and at the end of the run in any case."""
+        return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
+
+    def _resume_or_start(self) -> TrainerState:
+        latest, fingerprint = self.store.latest(), self.prompts.fingerprint
+        if latest is None:
+            return TrainerState(data_fingerprint=fingerprint)
+        state = self.store.load(latest, self.policy, self.reference)
+        if state.data_fingerprint != fingerprint:
+            raise ValueError(
+                f"data.train is not what {latest} was trained on: prompts or answers changed, so the run "
+                "would go on with others; restore the data, or choose another run_dir"
+            )
+        return state
+
+    @contextlib.contextmanager
+    def _open_metrics(self) -> Iterator[MetricsWriter]:
+        """Rank 0 writes; the others hand their numbers to nobody."""
+        sinks = MetricsWriter([])
+        if self.parallel.rank == 0:
+            sinks = open_metrics(
+                self.directory, self.config, resume_step=self.state.step, total_steps=self.num_steps
+            )
+            self.samples = SampleLog(
+                self.directory.path / "rollouts.jsonl",
+                self.tokenizer,
+                num_groups=self.config.rollout.save_samples,
+                resume_step=self.state.step,
+            )
+        with sinks as metrics:
+            yield metrics
+        dist.barrier()

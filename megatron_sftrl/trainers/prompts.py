@@ -1,0 +1,57 @@
+"""The prompts of a GRPO run, held against its rewards and its length before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.data.order import num_training_steps
+from megatron_sftrl.data.prompt_set import PromptSet, read_prompt_set
+from megatron_sftrl.rl.rewards import Reward
+from megatron_sftrl.rl.rewards.api import Json
+from megatron_sftrl.trainers.plan import RunPlan
+
+
+def open_prompts(plan: RunPlan[GrpoConfig]) -> tuple[PromptSet, PromptSet | None]:
+    """Prompts to train on, and held-out ones where the run has some.
+
+    Raises:
+        ValueError: as read_prompt_set, or epochs that do not fill a step.
+    """
+    data = plan.config.data
+    limit = data.max_prompt_length
+    train = read_prompt_set(data.train, plan.tokenizer, max_prompt_length=limit)
+    num_rollout_steps(plan.config, train)
+    if not data.valid:
+        return train, None
+    return train, read_prompt_set(data.valid, plan.tokenizer, max_prompt_length=limit)
+
+
+def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
+    """Steps of the whole run; under dynamic sampling an epoch counts the prompts of full groups.
+
+    Raises:
+        ValueError: epochs that do not fill a step.
+    """
+    return num_training_steps(
+        steps=config.train.steps,
+        epochs=config.train.epochs,
+        num_rows=len(prompts.rows),
+        global_size=config.rollout.prompts_per_step,
+        size_key="rollout.prompts_per_step",
+    )
+
+
+def check_rows(rewards: Sequence[Reward], *prompts: PromptSet) -> None:
+    """Every row holds what the rewards look at.
+
+    Raises:
+        ValueError: names the first row that does not.
+    """
+    for row in (row for each in prompts for row in each.rows):
+        for reward in rewards:
+            try:
+                reward.check_row(cast(dict[str, Json], row.values))
+            except ValueError as error:
+                raise ValueError(f"{row.source}: {error}") from error

@@ -1,0 +1,138 @@
+"""From responses to batches: the very tokens that were generated, each with its own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_sftrl.config.schema import BatchSection
+from megatron_sftrl.data.prompt_set import PromptRow
+from megatron_sftrl.data.step import BatchLayout
+from megatron_sftrl.rl.rewards import Scored
+from megatron_sftrl.trainers.experience import ExperienceBatches, Response, as_example, with_advantages
+from megatron_sftrl.types import Rollout, TokenBatch
+
+END = 2
+
+
+def response(prompt: tuple[int, ...], generated: tuple[int, ...], *, advantage: float = 1.0) -> Response:
+    """Log-probabilities that tell every token of every response apart."""
+    count = len(generated)
+    return Response(
+        group=0,
+        row=PromptRow(tokens=prompt, values={}, source="rows.jsonl:1"),
+        rollout=Rollout(
+            prompt_tokens=prompt,
+            response_tokens=generated,
+            logprobs=tuple(-token - 0.25 for token in generated),
+            is_finished=generated[-1] == END,
+        ),
+        scored=Scored(reward=0.0, lenient=0.0, parts=()),
+        advantage=advantage,
+        old_logprobs=tuple(-token - 0.5 for token in generated)[:count],
+    )
+
+
+FINISHED = response((11, 12, 13), (21, 22, END), advantage=0.5)
+ONE_TOKEN = response((14,), (END,), advantage=-2.0)
+CUT_OFF = response((15, 16), (23, 24, 25, 26), advantage=1.5)
+
+
+def batches(mask_truncated: bool = False, **changes: object) -> ExperienceBatches:
+    section = BatchSection.model_validate({"global_size": 3, "micro_size": 3, **changes})
+    return ExperienceBatches(
+        batch=section, layout=BatchLayout(), max_length=20, pad_id=0, mask_truncated=mask_truncated
+    )
+
+
+def learned(batch: TokenBatch) -> list[tuple[int, int, float, float, float]]:
+    """Of each position with loss: token, label, advantage, old and rollout log-probability."""
+    assert batch.advantages is not None
+    assert batch.old_logprobs is not None
+    assert batch.rollout_logprobs is not None
+    columns = (batch.tokens, batch.labels, batch.advantages, batch.old_logprobs, batch.rollout_logprobs)
+    return list(zip(*(column[batch.loss_mask].tolist() for column in columns), strict=True))
+
+
+def test_every_generated_token_is_trained_with_its_own_numbers_the_end_token_too() -> None:
+    data = batches().lay_out([FINISHED, ONE_TOKEN, CUT_OFF])
+    assert data is not None
+    (batch,) = data.batches
+    expected = []
+    for each in (FINISHED, ONE_TOKEN, CUT_OFF):
+        whole = [*each.rollout.prompt_tokens, *each.rollout.response_tokens]
+        start = len(each.rollout.prompt_tokens)
+        expected += [
+            (whole[i - 1], whole[i], each.advantage, -whole[i] - 0.5, -whole[i] - 0.25)
+            for i in range(start, len(whole))
+        ]
+    # All of these numbers are exact in fp32.
+    assert sorted(learned(batch)) == sorted(expected)
+    assert data.num_loss_tokens == 3 + 1 + 4
+
+
+def test_token_ids_are_taken_as_they_were_generated() -> None:
+    for each in (FINISHED, ONE_TOKEN, CUT_OFF):
+        example = as_example(each, 5, mask_truncated=False)
+        assert example.tokens.tolist() == [*each.rollout.prompt_tokens, *each.rollout.response_tokens]
+        assert example.loss_mask.tolist() == [False] * len(each.rollout.prompt_tokens) + [True] * len(
+            each.rollout.response_tokens
+        )
+
+
+def test_a_masked_response_has_no_loss_and_no_share_of_the_step() -> None:
+    data = batches(mask_truncated=True).lay_out([FINISHED, ONE_TOKEN, CUT_OFF])
+    assert data is not None
+    (batch,) = data.batches
+    assert sorted(label for _, label, *_ in learned(batch)) == [END, END, 21, 22]
+    # Mean over the four tokens that are left.
+    assert batch.token_weight[batch.loss_mask].tolist() == pytest.approx([0.25] * 4)
+    assert float(batch.token_weight.sum()) == pytest.approx(1.0)
+
+
+def test_a_step_in_which_nothing_is_learned_is_no_step() -> None:
+    assert batches(mask_truncated=True).lay_out([CUT_OFF, CUT_OFF]) is None
+    assert batches(mask_truncated=False).lay_out([CUT_OFF, CUT_OFF]) is not None
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "weights"),
+    [
+        ("token_mean", {3: 1 / 8, 1: 1 / 8, 4: 1 / 8}),
+        ("sequence_mean", {3: 1 / 9, 1: 1 / 3, 4: 1 / 12}),
+        # Dr. GRPO: the same constant whatever the lengths; 3 sequences of at most 20 tokens.
+        ("constant_length", {3: 1 / 60, 1: 1 / 60, 4: 1 / 60}),
+    ],
+)
+def test_each_aggregation_weighs_tokens_by_its_own_rule(aggregation: str, weights: dict[int, float]) -> None:
+    data = batches(aggregation=aggregation, micro_size=1).lay_out([FINISHED, ONE_TOKEN, CUT_OFF])
+    assert data is not None
+    for batch in data.batches:
+        found = batch.token_weight[batch.loss_mask]
+        assert found.tolist() == pytest.approx([weights[len(found)]] * len(found))
+
+
+@pytest.mark.parametrize("changes", [{"micro_size": 1}, {"packing": True, "max_tokens": 20}])
+def test_micro_batches_and_packing_change_no_number(changes: dict) -> None:
+    changes = {"micro_size": 1, **changes} if "packing" not in changes else changes
+    section = {"global_size": 3, **changes}
+    layout = replace(batches(), batch=BatchSection.model_validate(section))
+    data, truth = (
+        layout.lay_out([FINISHED, ONE_TOKEN, CUT_OFF]),
+        batches().lay_out([FINISHED, ONE_TOKEN, CUT_OFF]),
+    )
+    assert data is not None
+    assert truth is not None
+    assert sorted(row for batch in data.batches for row in learned(batch)) == sorted(
+        learned(truth.batches[0])
+    )
+    total = torch.cat([batch.token_weight for batch in data.batches]).sum()
+    assert float(total) == pytest.approx(1.0)
+
+
+def test_advantages_go_to_their_responses_in_order() -> None:
+    done = with_advantages([FINISHED, ONE_TOKEN], [0.75, -0.75])
+    assert [each.advantage for each in done] == [0.75, -0.75]
+    assert FINISHED.advantage == 0.5

@@ -1,0 +1,74 @@
+"""Gates: when a limit counts as crossed, and for how long."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_sftrl.config.grpo import GateSection
+from megatron_sftrl.trainers.gates import Gates
+
+
+def stopped_steps(gate: GateSection, values: list[float]) -> list[int]:
+    gates = Gates([gate])
+    numbers = [{gate.metric: value} for value in values]
+    return [
+        step
+        for step, metrics in enumerate(numbers, 1)
+        if any(crossing.stops for crossing in gates.check(step, metrics, is_whole=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [({"below": 0.5}, [2, 5]), ({"above": 0.5}, [1, 4]), ({"below": 0.1}, [5]), ({"above": 2.0}, [])],
+)
+def test_a_limit_itself_does_not_cross(limit: dict[str, float], expected: list[int]) -> None:
+    gate = GateSection(metric="entropy", action="stop", **limit)  # type: ignore[arg-type]
+    assert stopped_steps(gate, [1.0, 0.1, 0.5, 2.0, 0.0]) == expected
+
+
+def test_steps_count_in_a_row_and_a_good_one_starts_the_count_again() -> None:
+    gate = GateSection(metric="entropy", below=1.0, steps=3, action="stop")
+    bad, good = 0.0, 2.0
+    assert stopped_steps(gate, [bad, bad, good, bad, bad, bad, bad, good]) == [6, 7]
+
+
+@pytest.mark.parametrize("limit", [{"below": -math.inf}, {"above": math.inf}])
+def test_nan_crosses_whatever_the_limit(limit: dict[str, float]) -> None:
+    gate = GateSection(metric="loss", action="stop", **limit)  # type: ignore[arg-type]
+    assert stopped_steps(gate, [1e30, math.nan, -1e30]) == [2]
+
+
+def test_a_crossing_says_step_value_and_limit_and_a_warning_does_not_stop() -> None:
+    gates = Gates([GateSection(metric="entropy", below=0.05), GateSection(metric="reward", above=1.0)])
+    (crossing,) = gates.check(7, {"entropy": 0.012345678, "reward": 1.0}, is_whole=True)
+    assert crossing.text == "step 7: entropy = 0.0123457 is below 0.05, 1 step(s) in a row"
+    assert not crossing.stops
+
+
+def test_a_metric_that_a_step_without_update_lacks_neither_counts_nor_clears() -> None:
+    gates = Gates([GateSection(metric="loss", above=1.0, steps=2)])
+    assert gates.check(1, {"loss": 2.0}, is_whole=True) == []
+    assert gates.check(2, {"reward": 0.0}, is_whole=False) == []
+    assert len(gates.check(3, {"loss": 2.0}, is_whole=True)) == 1
+
+
+def test_an_unknown_metric_is_refused_with_the_one_that_was_meant() -> None:
+    gates = Gates([GateSection(metric="entropi", below=1.0)])
+    with pytest.raises(
+        ValueError, match=r"no metric 'entropi' \(did you mean 'entropy'\?\).* entropy, loss$"
+    ):
+        gates.check(1, {"loss": 1.0, "entropy": 2.0}, is_whole=True)
+
+
+def test_a_held_out_metric_waits_for_an_evaluation_and_is_known_before() -> None:
+    gate = GateSection(metric="valid/reward/mean", below=1.0)
+    gates = Gates([gate], held_out=("valid/reward/mean",))
+    assert gates.check(1, {"loss": 1.0}, is_whole=True) == []
+    assert len(gates.check(2, {"loss": 1.0, "valid/reward/mean": 0.0}, is_whole=True)) == 1
+    with pytest.raises(ValueError, match=r"held-out metrics need data\.valid"):
+        Gates([gate])
+    with pytest.raises(ValueError, match="held-out metrics are valid/loss"):
+        Gates([gate], held_out=("valid/loss",))
