@@ -44,17 +44,20 @@ class RankError(RuntimeError):
     """A rank raised, died, or did not finish in time."""
 
 
-def run_ranks(world_size: int, function: Callable, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable, *args: Any, timeout_s: float = 120, group: bool = True
+) -> list[Any]:
     """Call `function(*args)` on ranks 0..world_size-1 of a fresh gloo group; return the results by rank.
 
     Inside, torch.distributed is initialised, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
     set, all random seeds are 0 and torch uses one thread. Arguments and results travel by pickle: return
-    tensors detached.
+    tensors detached. With `group=False` the function finds the variables and makes the group itself. (Taking
+    down the group that it was given would race: a peer may still be connecting.)
 
     Raises:
         RankError: with the traceback of each rank that raised, or the stack of each rank at the timeout.
     """
-    return _POOL.run(world_size, function, args, timeout_s)
+    return _POOL.run(world_size, function, args, timeout_s, group)
 
 
 def close_ranks() -> None:
@@ -71,6 +74,7 @@ class _Call:
     store_file: str
     port: int
     timeout_s: float
+    group: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ class _Pool:
         self._folder: tempfile.TemporaryDirectory | None = None
         self._num_calls = 0
 
-    def run(self, world_size: int, function: Callable, args: tuple, timeout_s: float) -> list[Any]:
+    def run(
+        self, world_size: int, function: Callable, args: tuple, timeout_s: float, group: bool
+    ) -> list[Any]:
         self._grow(world_size)
         assert self._folder is not None
         workers = self._workers[:world_size]
@@ -96,7 +102,7 @@ class _Pool:
         store_file = os.path.join(self._folder.name, f"store-{self._num_calls}")
         port = free_port()
         for rank, worker in enumerate(workers):
-            call = _Call(function, args, rank, world_size, store_file, port, timeout_s)
+            call = _Call(function, args, rank, world_size, store_file, port, timeout_s, group)
             # sys.path first: unpickling the call imports the test's module, which pytest may have put there
             worker.pipe.send_bytes(pickle.dumps(sys.path))
             worker.pipe.send_bytes(pickle.dumps(call))
@@ -234,6 +240,8 @@ def _answer(call: _Call) -> Any:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    if not call.group:
+        return call.function(*call.args)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(call.store_file, call.world_size),

@@ -45,20 +45,17 @@ def sftrl(*arguments: str, ranks: int = 1) -> Ended:
 
 def sftrl_each(command_lines: Sequence[Sequence[str]], *, ranks: int = 1) -> list[Ended]:
     """Command lines one after the other in the rank workers; what rank 0 saw of each."""
-    ports = [free_port() for _ in range(len(command_lines) + 1)]
+    ports = [free_port() for _ in command_lines]
     lines = [[str(part) for part in line] for line in command_lines]
-    return run_ranks(ranks, call_main, lines, ports, timeout_s=TIMEOUT_S)[0]
+    return run_ranks(ranks, call_main, lines, ports, timeout_s=TIMEOUT_S, group=False)[0]
 
 
 def call_main(command_lines: list[list[str]], ports: list[int]) -> list[Ended]:
-    """On every rank: the command line makes its own process group, so the worker's makes way for it."""
-    import torch.distributed as dist
-
+    """On every rank; each command line makes a process group of its own."""
     from megatron_sftrl.cli import main
 
-    dist.destroy_process_group()
     ended = []
-    for arguments, port in zip(command_lines, ports, strict=False):
+    for arguments, port in zip(command_lines, ports, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
@@ -66,8 +63,6 @@ def call_main(command_lines: list[list[str]], ports: list[int]) -> list[Ended]:
         ended.append(Ended(code, said.getvalue()))
         if code and int(os.environ["WORLD_SIZE"]) > 1:
             raise RuntimeError(f"{arguments} failed:\n{said.getvalue()}")  # peers may stand in a collective
-    os.environ["MASTER_PORT"] = str(ports[-1])
-    dist.init_process_group("gloo")  # the worker ends its call with a barrier
     return ended
 
 
