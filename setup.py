@@ -22,6 +22,7 @@ setup(
     # tests/unit/test_dependencies.py holds this list against what is imported.
     install_requires=[
         "torch>=2.6",
+        "safetensors",
         "megatron-core>=0.16.1",
         "psutil",
         "numpy",
@@ -37,6 +38,7 @@ setup(
         "matplotlib",
         "jinja2",
         "reasoning-gym",
+        "math-verify>=0.9",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],

@@ -91,9 +91,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     sft.set_defaults(command=_sft)
 
+    grpo = commands.add_parser(
+        "grpo",
+        help="train with rewards on generated responses",
+        description="Generate, reward and update as run.yaml says; `sftrl keys grpo` explains it. On several "
+        "processes: torchrun --nproc-per-node N -m megatron_sftrl grpo run.yaml key=value ...",
+        allow_abbrev=False,
+    )
+    grpo.add_argument("config", help="YAML file; `sftrl keys grpo` explains every key")
+    grpo.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.group_size=16")
+    grpo.set_defaults(command=_grpo)
+
     _add_generate(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
+    keys.add_argument("kind", nargs="?", choices=("sft", "grpo"), default="sft", help="of run (sft)")
     keys.set_defaults(command=_keys)
 
     losses = commands.add_parser("losses", help="list the losses: equation, source, needs and options")
@@ -116,6 +128,16 @@ def _sft(parsed: argparse.Namespace) -> None:
     run_sft(config)
 
 
+def _grpo(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.config.grpo import GrpoConfig
+    from megatron_sftrl.config.load import load_config
+
+    config = load_config(parsed.config, parsed.overrides, schema=GrpoConfig)
+    from megatron_sftrl.trainers.grpo import run_grpo
+
+    run_grpo(config)
+
+
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
@@ -135,13 +157,16 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     generate.add_argument("--max-new-tokens", type=int, default=256, help="end token included (256)")
     generate.add_argument("--seed", type=int, default=0, help="of the random streams (0)")
+    generate.add_argument(
+        "--logprobs", action="store_true", help="add `logprobs`: of each response token, in nats"
+    )
     generate.set_defaults(command=_generate)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.config.load import load_config
+    from megatron_sftrl.config.kinds import load_any_config
 
-    config = load_config(parsed.config, parsed.overrides)
+    config = load_any_config(parsed.config, parsed.overrides)
     from megatron_sftrl.trainers.generate import GenerateRequest, run_generate
     from megatron_sftrl.types import SamplingParams
 
@@ -156,14 +181,17 @@ def _generate(parsed: argparse.Namespace) -> None:
             checkpoint=parsed.checkpoint,
             num_samples=parsed.num_samples,
             sampling=sampling,
+            with_logprobs=parsed.logprobs,
         ),
     )
 
 
-def _keys(_: argparse.Namespace) -> None:
+def _keys(parsed: argparse.Namespace) -> None:
     from megatron_sftrl.config.document import document_schema
+    from megatron_sftrl.config.grpo import GrpoConfig
+    from megatron_sftrl.config.schema import RunConfig
 
-    print(document_schema(), end="")
+    print(document_schema(GrpoConfig if parsed.kind == "grpo" else RunConfig), end="")
 
 
 def _losses(parsed: argparse.Namespace) -> None:

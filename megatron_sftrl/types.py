@@ -30,7 +30,7 @@ class TokenBatch:
         token_weight: [T] fp32, sums to 1 over one optimizer step and all ranks; 0 where masked.
         behavior_logprobs: [T] fp32 nats, log-probability of the label under whoever wrote the data.
         old_logprobs: [T] fp32 nats, under the policy before this rollout's first update.
-        rollout_logprobs: [T] fp32 nats, as the rollout engine reported them.
+        rollout_logprobs: [T] fp32 nats, as the rollout engine reported them (see Rollout.logprobs).
         advantages: [T] fp32.
 
     Raises:
@@ -93,23 +93,50 @@ class SamplingParams:
 
     Args:
         temperature: logits are divided by it; 0 means the most likely token.
+        top_p: the smallest set of likeliest tokens that holds at least this probability is kept; 1 keeps all.
+        top_k: the k most likely tokens are kept, before top_p; 0 keeps all.
         max_new_tokens: tokens generated at most, the end token included.
+        num_samples: responses per prompt.
+        stop_ids: a response ends with the first of them.
         seed: stream of random numbers; the same seed gives the same tokens on the same layout.
 
     Raises:
-        ValueError: a negative temperature or seed, or no token to generate.
+        ValueError: a number outside its range.
     """
 
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
     max_new_tokens: int = 256
+    num_samples: int = 1
+    stop_ids: frozenset[int] = frozenset()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.num_samples < 1:
+            raise ValueError(
+                "sampling: expected 0 < top_p <= 1, top_k >= 0 and num_samples >= 1, got "
+                f"{self.top_p}, {self.top_k} and {self.num_samples}"
+            )
         if self.temperature < 0 or self.max_new_tokens < 1 or self.seed < 0:
             raise ValueError(
                 "sampling: expected temperature >= 0, max_new_tokens >= 1 and seed >= 0, got "
                 f"{self.temperature}, {self.max_new_tokens} and {self.seed}"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a group of responses continues.
+
+    Args:
+        id: number of the prompt in the run; with the sample's number it names the random stream of a
+            response, so that neither batching nor the number of replicas changes what is drawn.
+        tokens: ids, at least one.
+    """
+
+    id: int
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +146,8 @@ class Rollout:
     Args:
         prompt_tokens: ids the response continues.
         response_tokens: ids generated, the end token included when it was reached.
-        logprobs: nats, of each response token at the sampling temperature (at 1 when greedy).
+        logprobs: nats, of each response token over the whole vocabulary at the sampling temperature (1 when
+            greedy), before top_k and top_p cut it.
         is_finished: the end token was reached.
     """
 
@@ -127,3 +155,18 @@ class Rollout:
     response_tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     is_finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """The responses to one prompt, generated with one version of the weights.
+
+    Args:
+        prompt: what they continue.
+        rollouts: num_samples of them, in order of their sample number.
+        version: optimizer steps behind the weights.
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    version: int

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, format, types, unit and distributed tests, and a short run end to end.
+# Everything that must hold: lint, format, types, unit and distributed tests, other people's programs on what we
+# write, and short runs end to end.
 # Makes its own environment on a fresh machine. Arguments go to pytest: bash tests/run.sh -k gift
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh test
+bash tests/oracles.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .

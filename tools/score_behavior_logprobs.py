@@ -20,18 +20,19 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sftrl.cli import run_command
-from megatron_sftrl.config.load import load_config
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, TOKEN_IDS_COLUMN
 from megatron_sftrl.data.dataset import Dataset, tokenize_sources
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.store import pack_examples
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
-from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.plan import batch_layout, plan_model
+from megatron_sftrl.trainers.scoring import score_responses
 
 
 def main() -> None:
@@ -44,13 +45,13 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     def command() -> None:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_any_config(arguments.config, arguments.overrides)
         score(config, checkpoint=arguments.checkpoint, data=arguments.data, out=arguments.out)
 
     raise SystemExit(run_command(command))
 
 
-def score(config: RunConfig, *, checkpoint: Path, data: Path, out: Path) -> None:
+def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) -> None:
     """Score every row of `data`; `out` appears when all of it is there.
 
     Raises:
@@ -67,13 +68,13 @@ def score(config: RunConfig, *, checkpoint: Path, data: Path, out: Path) -> None
             dataset,
             batch=config.batch,
             layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
-            max_length=config.data.max_length,
+            max_length=config.max_length,
             pad_id=tokenizer.pad_id,
             seed=0,
             shuffle=False,
             mode="evaluate",
         )
-        scores = _collect(_score_share(policy, loader, dataset, parallel), parallel)
+        scores = _score(policy, loader)
         if parallel.rank == 0:
             _write(out, rows, dataset, scores)
         dist.barrier()
@@ -94,27 +95,12 @@ def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[di
     return rows, Dataset(store)
 
 
-def _score_share(
-    policy: PolicyEngine, loader: StepLoader, dataset: Dataset, parallel: ParallelContext
-) -> dict[int, list[float]]:
-    """Log-probabilities of this replica's rows, known on its last pipeline stage."""
+def _score(policy: PolicyEngine, loader: StepLoader) -> dict[int, list[float]]:
+    """Log-probabilities of every row's learned tokens."""
     scores: dict[int, list[float]] = {}
     for step in range(loader.num_evaluation_steps):
-        data = loader.step(step)
-        logprobs = policy.logprobs(data.batches)
-        held = data.microbatch_rows[parallel.dp_rank]
-        for values, batch, rows in zip(logprobs, data.batches, held if logprobs else (), strict=False):
-            learned = values.cpu()[batch.loss_mask]
-            sizes = [int(dataset.num_loss_tokens[row]) for row in rows]
-            for row, part in zip(rows, learned.split(sizes), strict=True):
-                scores[row] = part.tolist()
+        scores |= score_responses(policy, loader.step(step))
     return scores
-
-
-def _collect(mine: dict[int, list[float]], parallel: ParallelContext) -> dict[int, list[float]]:
-    shares: list[dict[int, list[float]] | None] = [None] * parallel.world_size
-    dist.all_gather_object(shares, mine)
-    return {row: values for share in shares if share for row, values in share.items()}
 
 
 def _write(out: Path, rows: list[dict[str, Any]], dataset: Dataset, scores: dict[int, list[float]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sftrl.config.load import config_from_text, resolved_yaml
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
 
 # A resumed run may change these: none of them changes which numbers training computes, beyond the order
@@ -19,6 +19,7 @@ _FREE_TO_CHANGE = (
     "parallel",
     "checkpoint",
     "log",
+    "gates",
     "data.valid",
     "batch.micro_size",
     "batch.packing",
@@ -27,6 +28,9 @@ _FREE_TO_CHANGE = (
     "train.recompute",
     "train.eval_every",
     "train.max_nonfinite_steps",
+    "rollout.max_concurrent",
+    "rollout.save_samples",
+    "reward_workers.num_workers",
 )
 
 
@@ -62,7 +66,7 @@ class RunDirectory:
         return self.path / "tensorboard"
 
 
-def open_run_directory(config: RunConfig, *, is_writer: bool) -> RunDirectory:
+def open_run_directory(config: TrainingConfig, *, is_writer: bool) -> RunDirectory:
     """The run's directory, once it is certain that it belongs to this run.
 
     Every rank may call it: all of them compare, only the writer writes, and what the writer leaves behind
@@ -107,9 +111,9 @@ def write_atomically(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _refuse_another_run(directory: RunDirectory, config: RunConfig) -> None:
+def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None:
     source = str(directory.resolved)
-    old = config_from_text(directory.resolved.read_text(encoding="utf-8"), source=source)
+    old = config_from_text(directory.resolved.read_text(encoding="utf-8"), source=source, schema=type(config))
     free = _FREE_TO_CHANGE
     if old.optim.schedule == config.optim.schedule == "constant":
         free = (*free, "train.steps", "train.epochs")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from megatron_sftrl.config.load import resolved_yaml
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
 from megatron_sftrl.observability.metrics import JsonlSink, MetricsSink, MetricsWriter
 from megatron_sftrl.observability.progress import ProgressSink
@@ -16,7 +16,7 @@ from megatron_sftrl.observability.run_directory import RunDirectory, write_atomi
 
 
 def open_metrics(
-    directory: RunDirectory, config: RunConfig, *, resume_step: int, total_steps: int
+    directory: RunDirectory, config: TrainingConfig, *, resume_step: int, total_steps: int
 ) -> MetricsWriter:
     """The writer that config.log asks for: metrics.jsonl always, the others when switched on. Rank 0 only.
 
@@ -53,7 +53,7 @@ class WandbSink:
     """
 
     def __init__(
-        self, directory: RunDirectory, config: RunConfig, *, mode: Literal["offline", "online"]
+        self, directory: RunDirectory, config: TrainingConfig, *, mode: Literal["offline", "online"]
     ) -> None:
         import wandb
 

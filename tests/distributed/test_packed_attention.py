@@ -1,4 +1,7 @@
-"""Attention over packed sequences equals attention over each sequence alone, on any context-parallel size."""
+"""Attention over packed sequences equals attention over each sequence alone, on any context-parallel size.
+
+With a sliding window too: a query sees that many positions, its own included.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def tensors() -> list[torch.Tensor]:
     return [*(torch.randn(shape, generator=generator) for shape in shapes), upstream]
 
 
-def sequence_by_sequence() -> list[torch.Tensor]:
+def sequence_by_sequence(window: int | None) -> list[torch.Tensor]:
     """Output and the gradients of q, k, v, from one plain attention call per sequence."""
     query, key, value, upstream = tensors()
     leaves = [leaf.requires_grad_() for leaf in (query, key, value)]
@@ -28,15 +31,21 @@ def sequence_by_sequence() -> list[torch.Tensor]:
     for q, k, v in zip(*(leaf.split(LENGTHS) for leaf in leaves), strict=True):
         k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD_DIM**0.5
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        pieces.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v))
+        positions = torch.arange(len(q))
+        unseen = positions[None] > positions[:, None]  # [q, k]
+        if window is not None:
+            unseen |= positions[None] <= positions[:, None] - window
+        pieces.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v))
     output = torch.cat(pieces).flatten(1)
     (output * upstream).sum().backward()
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def packed(cp: int) -> list[torch.Tensor]:
-    """The same from PackedAttention, put back into whole order (other ranks' rows zero)."""
+def packed(cp: int, window: int | None, layer_number: int = 2) -> list[torch.Tensor]:
+    """The same from PackedAttention, put back into whole order (other ranks' rows zero).
+
+    Of two layers the second has the window; Megatron counts them from 1.
+    """
     from megatron_sftrl.config.schema import ParallelSection
     from megatron_sftrl.engine.parallel import initialize_parallel
 
@@ -51,10 +60,15 @@ def packed(cp: int) -> list[torch.Tensor]:
     from megatron_sftrl.engine.local_layers import PackedAttention
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, kv_channels=HEAD_DIM
+        num_layers=2,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        kv_channels=HEAD_DIM,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=[0, 1],
     )
     groups = ProcessGroupCollection.use_mpu_process_groups(["cp"])
-    attention = PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    attention = PackedAttention(config, layer_number, AttnMaskType.causal, "self", pg_collection=groups)
     cu_seqlens = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
     rows = local_rows(cu_seqlens, cp_rank=context.cp_rank, cp_size=cp)
     query, key, value, upstream = tensors()
@@ -67,13 +81,24 @@ def packed(cp: int) -> list[torch.Tensor]:
     return [torch.zeros(sum(LENGTHS), *result.shape[1:]).index_copy(0, rows, result) for result in results]
 
 
-@pytest.mark.parametrize("cp", [1, 2, 4])
-def test_packed_attention_equals_each_sequence_alone_in_value_and_gradient(cp: int) -> None:
-    expected = sequence_by_sequence()
-    parts = run_ranks(cp, packed, cp)
+def assert_equal(parts: list[list[torch.Tensor]], expected: list[torch.Tensor]) -> None:
     for index, name in enumerate(["output", "query gradient", "key gradient", "value gradient"]):
         whole = sum(part[index] for part in parts)
         # fp32 attention in another order of summation.
         torch.testing.assert_close(
             whole, expected[index], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+# A window of one position, of less than every sequence, of more than some, of as many as the longest has.
+@pytest.mark.parametrize("window", [None, 1, 5, 17, 48])
+def test_packed_attention_equals_each_sequence_alone_in_value_and_gradient(
+    cp: int, window: int | None
+) -> None:
+    assert_equal(run_ranks(cp, packed, cp, window), sequence_by_sequence(window))
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_only_the_layers_of_the_list_have_the_window(cp: int) -> None:
+    assert_equal(run_ranks(cp, packed, cp, 5, 1), sequence_by_sequence(None))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.product import run_product
+from tests.e2e.grpo_project import GrpoProject, make_grpo_project
+from tests.e2e.product import run_product, sftrl
 from tests.e2e.project import Project, make_project
 
 
@@ -33,4 +34,17 @@ def two_processes(project: Project, tmp_path_factory: pytest.TempPathFactory) ->
     run_product(
         "sft", project.yaml, f"run_dir={run_dir}", "parallel.tp=2", log=run_dir.parent / "log", ranks=2
     )
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def grpo(project: Project, tmp_path_factory: pytest.TempPathFactory) -> GrpoProject:
+    return make_grpo_project(project, tmp_path_factory.mktemp("grpo"))
+
+
+@pytest.fixture(scope="session")
+def grpo_run(grpo: GrpoProject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of the GRPO project's YAML on one process: read, never written."""
+    run_dir = tmp_path_factory.mktemp("grpo_run") / "run"
+    sftrl(*grpo.command(run_dir))
     return run_dir

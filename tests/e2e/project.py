@@ -14,7 +14,10 @@ NUM_TRAIN_ROWS = 36  # not a multiple of the batch of 8: the fifth step crosses 
 NUM_VALID_ROWS = 10
 NUM_STEPS = 8
 VOCAB_SIZE = 101  # one more than the tokenizer has; odd, so that tp = 2 pads it
-TIMING = ("tokens_per_second", "seconds/", "peak_memory_bytes")
+TIMING = (
+    "tokens_per_second", "seconds/", "peak_memory_bytes", "rollout/tokens_per_second",
+    "reward/slowest_seconds",
+)  # fmt: skip
 
 _SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 _TEMPLATE = (

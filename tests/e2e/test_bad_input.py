@@ -58,7 +58,7 @@ MISTAKES = {
         ("model.architecture.vocab_size=99",), ("expected at least 100", "got 99", "raise vocab_size")
     ),
     "sequences longer than the model": Mistake(
-        ("data.max_length=65",), ("data.max_length = 65", "max_position_embeddings = 64", "lower max_length")
+        ("data.max_length=65",), ("data.max_length = 65", "max_position_embeddings = 64", "shorten sequences")
     ),
     "a file that is not there": Mistake(
         ("data.train=[nowhere.jsonl]",), ("nowhere.jsonl does not exist", "check data.train")

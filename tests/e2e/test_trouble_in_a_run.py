@@ -105,7 +105,7 @@ def with_small_files(command: list[str], largest: int) -> Ended:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
     try:
-        (ended,) = call_main([command], [free_port(), free_port()])
+        (ended,) = call_main([command], [free_port()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return ended

@@ -16,7 +16,7 @@ import torch
 from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.types import SamplingParams
+from megatron_sftrl.types import Prompt, SamplingParams
 from tests.distributed.test_layouts import LOSSES, make_config, step_batches, train
 from tests.unit.losses.test_golden import errors
 
@@ -140,14 +140,19 @@ def test_a_checkpoint_on_cuda_resumes_bit_by_bit(parallel: ParallelContext, tmp_
 
 def test_greedy_generation_continues_with_the_likeliest_token(parallel: ParallelContext) -> None:
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.rollout.in_process import generate
+    from megatron_sftrl.rollout.in_process import InProcessEngine
 
     config = make_config({})
     assert config.model.architecture is not None
     policy = PolicyEngine(from_section(config.model.architecture), config, parallel, with_optimizer=False)
-    prompts = [(1, 2, 3), (4, 5, 6, 7, 8), (9,)]
+    prompts = [
+        Prompt(id=number, tokens=tokens) for number, tokens in enumerate([(1, 2, 3), (4, 5, 6, 7, 8), (9,)])
+    ]
     sampling = SamplingParams(temperature=0.0, max_new_tokens=6)
-    together = generate(policy, prompts, sampling, stop_ids=frozenset(), streams=[0, 1, 2])
-    for index, prompt in enumerate(prompts):
-        alone = generate(policy, [prompt], sampling, stop_ids=frozenset(), streams=[index])[0]
-        assert alone.response_tokens == together[index].response_tokens
+    engine = InProcessEngine(parallel, max_responses=2)
+    engine.update(policy, version=0)
+    together = engine.generate(prompts, sampling)
+    for prompt, group in zip(prompts, together, strict=True):
+        (alone,) = engine.generate([prompt], sampling)
+        assert len(alone.rollouts[0].response_tokens) == sampling.max_new_tokens
+        assert alone.rollouts[0].response_tokens == group.rollouts[0].response_tokens

@@ -1,0 +1,72 @@
+"""Two versions of tiny random models, saved by transformers, and what transformers generates with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tests.distributed.hf_models import CONFIGS
+
+# Heads of 32: the smallest that vLLM's attention for the CPU knows. Experts of 64: a multiple of its tiles.
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+VOCAB_SIZE = 101
+NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Directories of one model with different weights, in the order of the updates."""
+
+    name: str
+    directories: tuple[Path, ...]
+
+
+def save_versions(name: str, root: Path, *, num_versions: int) -> Versions:
+    """Write the named model `num_versions` times, each with weights of its own seed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    changes = {**SIZES, "moe_intermediate_size": 64} if name == "qwen3_moe" else SIZES
+    directories = []
+    for seed in range(num_versions):
+        config = AutoConfig.for_model(**{**CONFIGS[name], **changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                # Attention and routing far from uniform, but logits of a standard deviation near 0.25: two
+                # versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with the
+                # logits, stays below a tolerance of 1e-6.
+                is_end = "embed_tokens" in parameter_name or "lm_head" in parameter_name
+                parameter.normal_(std=0.02 if is_end else 0.1, generator=generator)
+                if "norm" in parameter_name:
+                    parameter.add_(1.0)
+        directories.append(root / f"{name}-{seed}")
+        model.save_pretrained(directories[-1])
+    return Versions(name=name, directories=tuple(directories))
+
+
+@torch.no_grad()
+def greedy_tokens(
+    directory: Path, prompts: Sequence[tuple[int, ...]], *, num_new: int
+) -> list[tuple[int, ...]]:
+    """What transformers continues each prompt with, the whole sequence run anew for each token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    found = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(num_new):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        found.append(tuple(tokens[len(prompt) :]))
+    return found

@@ -1,0 +1,131 @@
+"""Numbers out of an engine that was built from a Hugging Face directory; runs on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sftrl.architectures import Architecture
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.types import Prompt, SamplingParams, TokenBatch
+
+if TYPE_CHECKING:
+    from megatron_sftrl.engine.parallel import ParallelContext
+    from megatron_sftrl.engine.policy import PolicyEngine
+
+
+def engine_config(directory: Path, parallel: dict, dtype: str) -> RunConfig:
+    """A run with the weights in `directory`; only its model and parallel sections matter here."""
+    return RunConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {"hf": directory, "dtype": dtype},
+            "tokenizer": {"path": "unused"},
+            "parallel": parallel,
+            "data": {"train": ["unused"], "max_length": 64},
+            "batch": {"global_size": 1},
+            "loss": {"name": "sft"},
+            "optim": {"lr": 0.01},
+            "train": {"steps": 1},
+        }
+    )
+
+
+def engine_logits(
+    config: RunConfig, architecture: Architecture, tokens: Tensor, lengths: list[int]
+) -> Tensor | None:
+    """[T, V] fp32 of the packed sequences; None before the last stage."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.context_parallel import local_rows
+    from megatron_sftrl.engine.scaling import as_megatron_loss
+    from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+
+    context, policy = _loaded_policy(config, architecture)
+
+    def whole_logits(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
+        local = stage.model.logits(stage.hidden_states)  # [T/cp, V_padded/tp]
+        columns = [torch.empty_like(local) for _ in range(context.tp_size)]
+        dist.all_gather(columns, local.contiguous(), group=context.tp_group)
+        rows = local_rows(
+            stage.batch.cu_seqlens * context.cp_size, cp_rank=context.cp_rank, cp_size=context.cp_size
+        )
+        whole = torch.zeros(len(tokens), architecture.vocab_size)
+        whole[rows] = torch.cat(columns, dim=1)[:, : architecture.vocab_size].float()
+        dist.all_reduce(whole, group=context.cp_group)
+        return as_megatron_loss(local.new_zeros(()), whole)
+
+    # A virtual pipeline wants as many micro-batches as stages.
+    batches = [_packed(tokens, lengths)] * context.pp_size
+    with torch.no_grad():
+        logits = run_schedule(policy.chunks, batches, whole_logits, context, forward_only=True)
+    parallel_state.destroy_model_parallel()
+    return logits[0] if logits else None
+
+
+def engine_greedy(
+    config: RunConfig, architecture: Architecture, prompts: list[tuple[int, ...]], num_new: int
+) -> list[tuple[int, ...]]:
+    """The most likely `num_new` tokens after each prompt, generated with the cache of keys and values."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.rollout.in_process import InProcessEngine
+
+    context, policy = _loaded_policy(config, architecture)
+    engine = InProcessEngine(context, max_responses=len(prompts))
+    engine.update(policy, version=0)
+    groups = engine.generate(
+        [Prompt(id=number, tokens=prompt) for number, prompt in enumerate(prompts)],
+        SamplingParams(temperature=0.0, max_new_tokens=num_new),
+    )
+    parallel_state.destroy_model_parallel()
+    return [group.rollouts[0].response_tokens for group in groups]
+
+
+def engine_cos_sin(config: RunConfig, architecture: Architecture, length: int) -> Tensor:
+    """[length, head_dim] (cos, sin) of half the dimensions each, as Megatron's attention applies them."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
+
+    context, policy = _loaded_policy(config, architecture)
+    half = architecture.head_dim // 2
+    unit = torch.cat([torch.ones(length, 1, half), torch.zeros(length, 1, half)], dim=-1)
+    rotated = rope_utils.apply_rotary_pos_emb(
+        unit.to(policy.config.params_dtype),
+        policy.chunks[0].rotary_pos_emb(length, packed_seq=True),
+        policy.config,
+        cu_seqlens=torch.tensor([0, length]),
+        mscale=yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(policy.config),
+        cp_group=context.cp_group,
+    )
+    parallel_state.destroy_model_parallel()
+    return rotated[:, 0]
+
+
+def _loaded_policy(config: RunConfig, architecture: Architecture) -> tuple[ParallelContext, PolicyEngine]:
+    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.hf.weights import open_weights
+
+    context = initialize_parallel(config.parallel)
+    policy = PolicyEngine(architecture, config, context, with_optimizer=False)
+    assert config.model.hf is not None
+    with open_weights(config.model.hf) as weights:
+        load_hf_weights(policy.chunks, weights, architecture)
+    return context, policy
+
+
+def _packed(tokens: Tensor, lengths: list[int]) -> TokenBatch:
+    return TokenBatch(
+        tokens=tokens,
+        labels=tokens,
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        loss_mask=torch.ones(len(tokens), dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        token_weight=torch.ones(len(tokens)),
+    )

@@ -1,0 +1,51 @@
+"""What vLLM 0.32 keeps of a Hugging Face tensor on one tensor-parallel rank, transcribed from its loaders.
+
+Written beside our own rule on purpose: `layers/linear.py` (ColumnParallelLinear, MergedColumnParallelLinear,
+QKVParallelLinear, RowParallelLinear.weight_loader), `layers/vocab_parallel_embedding.py` (_get_indices,
+weight_loader), `layers/fused_moe/routed_experts.py` (_load_w13, _load_w2).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_sftrl.architectures.architecture import Architecture
+
+
+def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp: int, tp_rank: int) -> Tensor:
+    """The part of `weight` that is copied into the rank's parameter, a view."""
+    last = name.rsplit(".", 2)[-2]
+    if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
+        return _vocab_parallel(weight, tp, tp_rank)
+    if last == "q_proj":
+        num_heads = architecture.num_attention_heads // tp
+        shard_size = num_heads * architecture.head_dim
+        return weight.narrow(0, tp_rank * shard_size, shard_size)
+    if last in ("k_proj", "v_proj"):
+        return _key_or_value(weight, architecture, tp, tp_rank)
+    if last in ("gate_proj", "up_proj", "w1", "w3"):
+        shard_size = weight.shape[0] // tp
+        return weight.narrow(0, tp_rank * shard_size, shard_size)
+    if last in ("o_proj", "down_proj", "w2"):
+        shard_size = weight.shape[1] // tp
+        return weight.narrow(1, tp_rank * shard_size, shard_size)
+    assert last.endswith("norm") or last.endswith("gate") or "layernorm" in last, name
+    return weight
+
+
+def _key_or_value(weight: Tensor, architecture: Architecture, tp: int, tp_rank: int) -> Tensor:
+    total_num_kv_heads = architecture.num_query_groups
+    if tp >= total_num_kv_heads:
+        num_kv_heads, num_kv_head_replicas = 1, tp // total_num_kv_heads
+    else:
+        num_kv_heads, num_kv_head_replicas = total_num_kv_heads // tp, 1
+    shard_size = num_kv_heads * architecture.head_dim
+    return weight.narrow(0, tp_rank // num_kv_head_replicas * shard_size, shard_size)
+
+
+def _vocab_parallel(weight: Tensor, tp: int, tp_rank: int) -> Tensor:
+    org_vocab_size = weight.shape[0]
+    per_partition = (org_vocab_size + 63) // 64 * 64 // tp
+    start = min(tp_rank * per_partition, org_vocab_size)
+    end = min((tp_rank + 1) * per_partition, org_vocab_size)
+    return weight.narrow(0, start, end - start)
