@@ -22,7 +22,11 @@ from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GRPO = EXAMPLES / "grpo.yaml"
-CLUSTER = sorted(path for path in EXAMPLES.glob("*.yaml") if path != GRPO)
+CLUSTER = [EXAMPLES / f"{name}.yaml" for name in ("curiosft", "gift", "pear")]
+SEVERAL_NODES = [
+    EXAMPLES / f"{name}.yaml"
+    for name in ("curiosft_70b", "gift_70b", "gift_72b_qwen", "gift_moe", "grpo_70b", "pear_70b")
+]
 QUICKSTART = sorted((EXAMPLES / "quickstart").glob("*.yaml"))
 
 
@@ -56,7 +60,7 @@ def qwen_7b() -> Architecture:
 
 
 def test_there_is_an_example_for_each_method() -> None:
-    assert [path.stem for path in CLUSTER] == ["curiosft", "gift", "pear"]
+    assert {*CLUSTER, *SEVERAL_NODES, GRPO} == {*EXAMPLES.glob("*.yaml")}
     assert [path.stem for path in QUICKSTART] == ["base", "gift"]
 
 
