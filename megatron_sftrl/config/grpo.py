@@ -84,7 +84,8 @@ class FiltersSection(Section):
     """Which responses are trained on."""
 
     dynamic_sampling: bool = False
-    """Leave groups with equal rewards out and draw further prompts in their place (DAPO)."""
+    """Leave groups out in which the first reward is equal for all, and draw further prompts in their place
+    (DAPO, where all are right or all are wrong)."""
     max_rounds: int = Field(default=4, ge=1)
     """Generations of one step under dynamic_sampling; what was found by then is trained on."""
     mask_truncated: bool = False
@@ -121,7 +122,8 @@ class GrpoConfig(TrainingConfig):
     data: PromptSection
     rollout: RolloutSection
     rewards: RewardList
-    """What makes a response good: their weighted sum is the reward."""
+    """What makes a response good: their weighted sum is the reward. The first one says what a success is, for
+    pass@k: a response that it gives at least 0.5."""
     reward_workers: RewardWorkersSection = RewardWorkersSection()
     advantages: AdvantagesSection = AdvantagesSection()
     filters: FiltersSection = FiltersSection()

@@ -79,7 +79,7 @@ class BatchSection(Section):
     """Tokens per packed micro-batch; needed when packing is on, at least data.max_length."""
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
     """Mean over loss tokens; mean over sequences of their token means; sum over tokens divided by
-    (sequences * data.max_length)."""
+    (sequences * data.max_length), of GRPO by (responses * rollout.max_new_tokens)."""
 
     @model_validator(mode="after")
     def _packing_needs_a_size(self) -> BatchSection:
@@ -116,7 +116,7 @@ class ReferenceSection(Section):
     decay: float = Field(default=0.99, ge=0, le=1)
     """moving_average: reference <- decay * reference + (1 - decay) * policy."""
     sync_every: int = Field(default=5, ge=1)
-    """moving_average: optimizer steps between two updates."""
+    """moving_average: steps, as in train.steps, between two updates."""
 
 
 class OptimSection(Section):
@@ -131,7 +131,7 @@ class OptimSection(Section):
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Final learning rate / peak, for cosine and linear."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps over which the learning rate rises linearly from 0."""
+    """Steps, as in train.steps, over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW moments."""
     eps: float = Field(default=1e-8, gt=0)

@@ -49,6 +49,8 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("rollout", ("max_concurrent",), "rollout.engine is vllm (rollout.vllm.max_num_seqs)")
         else:
             add("rollout", ("vllm",), "rollout.engine is in_process")
+        if not config.filters.dynamic_sampling:
+            add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
     if config.model.hf is None:
         add("model", ("allow_pickle",), "model.hf is not given")
     if not config.has_validation:

@@ -77,7 +77,7 @@ class ExperienceBatches:
     Args:
         batch: sizes, packing and aggregation.
         layout: of the ranks.
-        max_length: divisor of constant_length, in tokens.
+        max_length: divisor of constant_length, tokens of the longest response.
         pad_id: any valid id.
         mask_truncated: filters.mask_truncated.
     """

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.data.prompt_set import PromptSet
 from megatron_sftrl.data.prompts import end_token_ids
-from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.observability.memory import peak_memory_bytes
-from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
-from megatron_sftrl.observability.sinks import open_metrics
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries, describe_failures
 from megatron_sftrl.rollout.build import build_engine
@@ -29,6 +26,7 @@ from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
 from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
 from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
+from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
 from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts
@@ -84,7 +82,13 @@ class GrpoTrainer:
             keep_last=config.checkpoint.keep_last,
             assets=export_assets(plan),
         )
-        self.state = self._resume_or_start()
+        self.state = resume_or_start(
+            self.store,
+            self.policy,
+            self.reference,
+            fingerprint=prompts.fingerprint,
+            columns="prompts or answers",
+        )
         self.gates = Gates(config.gates, held_out=HELD_OUT if valid else ())
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         is_cuda = parallel.device.type == "cuda"
@@ -104,7 +108,7 @@ class GrpoTrainer:
         self.batches = ExperienceBatches(
             batch=config.batch,
             layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
-            max_length=config.max_length,
+            max_length=config.rollout.max_new_tokens,
             pad_id=plan.tokenizer.pad_id,
             mask_truncated=config.filters.mask_truncated,
         )
@@ -114,7 +118,14 @@ class GrpoTrainer:
 
     def train(self) -> None:
         """Steps until the end, with evaluations and checkpoints between them."""
-        with self._open_metrics() as metrics:
+        with metrics_on_rank_zero(
+            self.directory,
+            self.config,
+            self.parallel,
+            resume_step=self.state.step,
+            total_steps=self.num_steps,
+        ) as metrics:
+            self.samples = self._open_samples()
             while self.state.step < self.num_steps:
                 with self.timers("reshard"):
                     self.updates.refresh(self.state.step)
@@ -129,7 +140,7 @@ class GrpoTrainer:
                     step=self.state.step + 1,
                     consumed_samples=self.state.consumed_samples + collected.num_prompts,
                 )
-                self._follow()
+                follow(self.policy, self.reference, steps_done=self.state.step)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
                 numbers = {**self._step_numbers(collected, scored, reports), **held_out}
                 metrics.write(self.state.step, numbers)
@@ -187,11 +198,6 @@ class GrpoTrainer:
                 reports.append((report, {"grad_norm": update.grad_norm, "lr": update.lr}))
         return reports
 
-    def _follow(self) -> None:
-        if self.reference is not None and self.reference.is_due(self.state.step):
-            self.policy.gather_parameters()
-            self.reference.follow(self.policy.chunks)
-
     def _step_numbers(
         self,
         collected: Collected,
@@ -222,7 +228,10 @@ class GrpoTrainer:
 
     def _guard(self, numbers: dict[str, float], responses: Sequence[Response]) -> None:
         """Save when it is due, and let gates and a streak of bad gradients end the run."""
-        crossings = self.gates.check(self.state.step, numbers, is_whole=numbers["updates"] > 0)
+        # Times and memory differ between ranks: rank 0's decide, or one rank alone would stop.
+        crossings = on_rank_zero(
+            lambda: self.gates.check(self.state.step, numbers, is_whole=numbers["updates"] > 0)
+        )
         is_last = any(crossing.stops for crossing in crossings)
         if is_last or self._is_due(self.config.checkpoint.every):
             with self.timers("checkpoint"):
@@ -249,36 +258,16 @@ class GrpoTrainer:
             print(f"step {self.state.step}: {failure}", file=sys.stderr, flush=True)
         self.samples.write(self.state.step, collected.generated)
 
+    def _open_samples(self) -> SampleLog | None:
+        if self.parallel.rank > 0:
+            return None
+        return SampleLog(
+            self.directory.path / "rollouts.jsonl",
+            self.tokenizer,
+            num_groups=self.config.rollout.save_samples,
+            resume_step=self.state.step,
+        )
+
     def _is_due(self, every: int) -> bool:
         """After every `every` steps, and at the end of the run in any case."""
         return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
-
-    def _resume_or_start(self) -> TrainerState:
-        latest, fingerprint = self.store.latest(), self.prompts.fingerprint
-        if latest is None:
-            return TrainerState(data_fingerprint=fingerprint)
-        state = self.store.load(latest, self.policy, self.reference)
-        if state.data_fingerprint != fingerprint:
-            raise ValueError(
-                f"data.train is not what {latest} was trained on: prompts or answers changed, so the run "
-                "would go on with others; restore the data, or choose another run_dir"
-            )
-        return state
-
-    @contextlib.contextmanager
-    def _open_metrics(self) -> Iterator[MetricsWriter]:
-        """Rank 0 writes; the others hand their numbers to nobody."""
-        sinks = MetricsWriter([])
-        if self.parallel.rank == 0:
-            sinks = open_metrics(
-                self.directory, self.config, resume_step=self.state.step, total_steps=self.num_steps
-            )
-            self.samples = SampleLog(
-                self.directory.path / "rollouts.jsonl",
-                self.tokenizer,
-                num_groups=self.config.rollout.save_samples,
-                resume_step=self.state.step,
-            )
-        with sinks as metrics:
-            yield metrics
-        dist.barrier()

@@ -139,6 +139,9 @@ class RolloutCollector:
         return self._tokenizer.decode([token for token in tokens if token not in self._sampling.stop_ids])
 
     def _informative(self, responses: Sequence[Response]) -> list[Response]:
+        """By the first reward: a group that is all right or all wrong would teach nothing but its length."""
         groups = grouped(responses)
-        rewards = {group: [each.scored.reward for each in members] for group, members in groups.items()}
+        rewards = {
+            group: [each.scored.parts[0].reward for each in members] for group, members in groups.items()
+        }
         return [each for group in informative_groups(rewards).kept for each in groups[group]]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.step import StepData
-from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.observability.memory import peak_memory_bytes
-from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
-from megatron_sftrl.observability.sinks import open_metrics
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
+from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
 
@@ -67,14 +63,22 @@ class SftTrainer:
             keep_last=plan.config.checkpoint.keep_last,
             assets=export_assets(plan),
         )
-        self.state = self._resume_or_start()
+        self.state = resume_or_start(
+            self.store,
+            self.policy,
+            self.reference,
+            fingerprint=demonstrations.dataset.fingerprint,
+            columns="tokens, masks or scores",
+        )
         is_cuda = parallel.device.type == "cuda"
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None)
 
     def train(self) -> None:
         """Steps until the end, with evaluations and checkpoints between them."""
         num_steps = self.data.num_steps
-        with self._open_metrics() as metrics:
+        with metrics_on_rank_zero(
+            self.directory, self.config, self.parallel, resume_step=self.state.step, total_steps=num_steps
+        ) as metrics:
             while self.state.step < num_steps:
                 step = self.state.step
                 with self.timers("data"):
@@ -84,7 +88,7 @@ class SftTrainer:
                 with self.timers("optimizer"):
                     update = self.policy.optim_step(step, num_steps=num_steps, loss=report.loss)
                 with self.timers("reference"):
-                    self._follow(step + 1)
+                    follow(self.policy, self.reference, steps_done=step + 1)
                 self._advance(data, update)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
                 metrics.write(self.state.step, {**self._step_numbers(data, report, update), **held_out})
@@ -105,23 +109,6 @@ class SftTrainer:
             ]
         whole = combine_reports(reports)
         return {f"valid/{name}": value for name, value in {"loss": whole.loss, **whole.metrics}.items()}
-
-    def _resume_or_start(self) -> TrainerState:
-        latest, fingerprint = self.store.latest(), self.data.dataset.fingerprint
-        if latest is None:
-            return TrainerState(data_fingerprint=fingerprint)
-        state = self.store.load(latest, self.policy, self.reference)
-        if state.data_fingerprint != fingerprint:
-            raise ValueError(
-                f"data.train is not what {latest} was trained on: its tokens, masks or scores changed, so "
-                "the run would go on with other samples; restore the data, or choose another run_dir"
-            )
-        return state
-
-    def _follow(self, steps_done: int) -> None:
-        if self.reference is not None and self.reference.is_due(steps_done):
-            self.policy.gather_parameters()
-            self.reference.follow(self.policy.chunks)
 
     def _advance(self, data: StepData, update: OptimStep) -> None:
         self.state = replace(
@@ -168,18 +155,3 @@ class SftTrainer:
     def _is_due(self, every: int) -> bool:
         """After every `every` steps, and at the end of the run in any case."""
         return self.state.step == self.data.num_steps or (every > 0 and self.state.step % every == 0)
-
-    @contextlib.contextmanager
-    def _open_metrics(self) -> Iterator[MetricsWriter]:
-        """Rank 0 writes; the others hand their numbers to nobody."""
-        sinks = MetricsWriter([])
-        if self.parallel.rank == 0:
-            sinks = open_metrics(
-                self.directory,
-                self.config,
-                resume_step=self.state.step,
-                total_steps=self.data.num_steps,
-            )
-        with sinks as metrics:
-            yield metrics
-        dist.barrier()

@@ -152,6 +152,8 @@ class TroubleConfig(RewardConfig):
     """A response that begins with it takes for ever."""
     crash: str
     """A response that begins with it ends its process."""
+    nan: str
+    """A response that begins with it gets no number."""
 
 
 @register_reward("trouble", config=TroubleConfig)
@@ -161,7 +163,7 @@ def trouble(inputs: RewardInputs, config: TroubleConfig) -> RewardOutput:
         time.sleep(1000)
     if inputs.response.startswith(config.crash):
         os._exit(3)
-    return RewardOutput(reward=1.0)
+    return RewardOutput(reward=float("nan") if inputs.response.startswith(config.nan) else 1.0)
 
 
 @register_reward(

@@ -24,6 +24,11 @@ from tests.e2e.project import Metrics, Project, metrics_of, without_timing
 
 END = "<|end|>"
 FROZEN = "reference={kind: frozen}"
+PHASES = ("generate", "reward", "reshard", "old_logprobs", "update")
+OF_UPDATES = {
+    "loss", "grad_norm", "lr", "entropy", "grpo/ratio", "grpo/clip_low", "grpo/clip_high", "grpo/kl_old_k1",
+    "grpo/kl_old_k2", "grpo/kl_old_k3", "grpo/correction_weight", "grpo/rollout_difference", "mismatch/max",
+}  # fmt: skip
 
 
 def run(grpo: GrpoProject, run_dir: Path, *overrides: str) -> Metrics:
@@ -68,6 +73,35 @@ def test_every_response_is_written_with_its_text_its_reward_and_its_advantage(
                 assert row["advantage"] == pytest.approx((row["reward"] - mean) / (std + 1e-6))
         everything = [row["reward"] for rows in groups.values() for row in rows]
         assert metrics[step - 1]["reward/mean"] == pytest.approx(statistics.mean(everything))
+
+
+def test_the_numbers_of_a_step_are_those_of_its_responses(grpo_run: Path) -> None:
+    for row in metrics_of(grpo_run):
+        groups = groups_of(grpo_run, int(row["step"])).values()
+        samples = [sample for group in groups for sample in group]
+        rewards = [sample["reward"] for sample in samples]
+        lengths = [len(sample["response_tokens"]) for sample in samples]
+        is_right = [[sample["reward"] >= 0.5 for sample in group] for group in groups]
+        expected = {
+            "reward/std": statistics.stdev(rewards),
+            "reward/lenient_mean": statistics.mean(rewards),  # a reward with one reading
+            "reward/zero_variance_groups": statistics.mean(
+                len({sample["reward"] for sample in group}) == 1 for group in groups
+            ),
+            "reward/pass_at_1": statistics.mean(map(statistics.mean, is_right)),
+            f"reward/pass_at_{GROUP_SIZE}": statistics.mean(map(any, is_right)),
+            "rollout/prompts": 4,
+            "rollout/trained_responses": 4 * GROUP_SIZE,
+            "rollout/response_tokens": statistics.mean(lengths),
+            "rollout/longest_response": max(lengths),
+            "rollout/truncated": statistics.mean(not sample["is_finished"] for sample in samples),
+            "rollout/tokens_per_second": sum(lengths) / row["seconds/generate"],
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+        assert min(row[f"seconds/{phase}"] for phase in PHASES) > 0
+        assert row.keys() >= OF_UPDATES
+        assert row["mismatch/mean"] <= row["mismatch/p999"] <= row["mismatch/max"]
+        assert row["mismatch/multiplicative_error"] == pytest.approx(1 + row["mismatch/mean"], abs=1e-9)
 
 
 def test_each_epoch_draws_every_prompt_once(grpo: GrpoProject, tmp_path: Path) -> None:
@@ -139,11 +173,17 @@ def test_an_option_changes_what_is_trained(
 
 
 @pytest.mark.parametrize("correction", ["tis", "icepop"])
-def test_a_rollout_correction_is_1_where_engine_and_trainer_agree(
+def test_right_after_sampling_ratio_and_correction_are_1_at_any_temperature_and_cut(
     correction: str, grpo: GrpoProject, grpo_run: Path, tmp_path: Path
 ) -> None:
     loss = f"loss={{name: grpo, correction: {correction}}}"
-    (ours,) = run(grpo, tmp_path / "run", loss, "train.steps=1", "rollout.top_p=0.9", "rollout.top_k=50")
+    cut = ("rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=50")
+    once = ("train.steps=1", "rollout.passes=1", "batch.global_size=16")
+    (ours,) = run(grpo, tmp_path / "run", loss, *cut, *once)
+    assert ours["updates"] == 1
+    # The same forward on the same batches, in training and in evaluation mode: rounding of a mean of ones.
+    assert ours["grpo/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert max(ours[f"grpo/kl_old_{name}"] for name in ("k2", "k3")) < 1e-12
     # exp of a difference of at most 5e-6, see above; renormalised log-probabilities would give 0.9.
     assert ours["grpo/correction_weight"] == pytest.approx(1.0, abs=5e-6)
     assert ours["grpo/correction_limited"] == 0

@@ -70,6 +70,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("gates=[{metric: entropy, below: 1, above: 2}]",),
         ("gate on entropy: give exactly one of below and above",),
     ),
+    "rounds of a search that is off": (
+        ("filters.max_rounds=2",),
+        ("filters.max_rounds has no effect: filters.dynamic_sampling is off",),
+    ),
     "a section for demonstrations": (("data.max_length=8",), ("unknown key 'data.max_length'",)),
 }
 

@@ -74,6 +74,40 @@ def test_one_process_packs_its_responses_into_the_same_curve(
     assert_same_run(tmp_path / "run", grpo_run)
 
 
+RICH = (
+    "loss={name: grpo, ratio: sequence, clip_low: 0.01, clip_high: 0.02, kl_coefficient: 0.1}",
+    "reference={kind: frozen}", "filters.mask_truncated=true", "rollout.max_new_tokens=40",
+    "train.steps=1",
+)  # fmt: skip
+SPARSE = {
+    "dp2, one response an update": ("batch={global_size: 1, aggregation: constant_length}",),
+    "pp2, sequence mean": ("batch={global_size: 8, aggregation: sequence_mean}", "parallel.pp=2"),
+    "cp2, packing": (
+        "batch={global_size: 8, aggregation: sequence_mean, packing: true, max_tokens: 64}",
+        "parallel.cp=2",
+    ),
+}
+
+
+def test_sequence_ratios_masked_responses_and_idle_replicas_follow_one_process(
+    grpo: GrpoProject, tmp_path: Path
+) -> None:
+    """Of a mini-batch of one response, one replica has nothing; of a truncated one, nobody has anything."""
+    ones, twos = ([tmp_path / f"{ranks}-{number}" for number in range(len(SPARSE))] for ranks in (1, 2))
+    settings = [[*RICH, *each] for each in SPARSE.values()]
+    for done in sftrl_each(
+        [grpo.command(path, *each, "parallel={}") for path, each in zip(ones, settings, strict=True)]
+    ):
+        done.expect(0)
+    sftrl_each([grpo.command(path, *each) for path, each in zip(twos, settings, strict=True)], ranks=2)
+    for one, two in zip(ones, twos, strict=True):
+        assert_same_run(two, one)
+        (row,) = metrics_of(one)
+        assert 0 < row["rollout/truncated"] < 1, "all or none ended: the test is blind"
+        assert row["grpo/clip_low"] + row["grpo/clip_high"] > 0, "no ratio was clipped"
+        assert row["grpo/kl_reference_k3"] > 0
+
+
 def test_a_mixture_with_fewer_prompts_than_replicas_ends_and_follows_one_process(
     grpo: GrpoProject, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.curves import assert_same_curves
 from tests.e2e.grpo_project import (
     GROUP_SIZE,
     NUM_STEPS,
@@ -73,6 +74,15 @@ def test_the_search_for_groups_ends_after_its_rounds(grpo: GrpoProject, tmp_path
     assert row["rollout/trained_responses"] == row["updates"] == 0
 
 
+def test_groups_that_differ_in_a_later_reward_alone_are_left_out(grpo: GrpoProject, tmp_path: Path) -> None:
+    """DAPO drops what is all right or all wrong, whatever its soft punishment says about the lengths."""
+    both = f"rewards=[{{name: constant, modules: [{grpo.rewards}]}}, {{name: vowels, weight: 0.1}}]"
+    (row,) = run(grpo, tmp_path / "run", both, DYNAMIC, "train.steps=1")
+    assert row["reward/std"] > 0
+    assert row["reward/zero_variance_groups"] < 1
+    assert row["rollout/trained_responses"] == row["updates"] == 0
+
+
 def test_a_group_with_one_success_is_learned_from(grpo: GrpoProject, tmp_path: Path) -> None:
     run(grpo, tmp_path / "run", grpo.reward("rare"), DYNAMIC, "train.steps=2")
     metrics = metrics_of(tmp_path / "run")
@@ -91,6 +101,16 @@ def test_a_group_with_one_success_is_learned_from(grpo: GrpoProject, tmp_path: P
     assert lonely > 0, "no group had a single success: the test is blind"
 
 
+def test_the_constant_length_is_that_of_the_longest_response(grpo: GrpoProject, tmp_path: Path) -> None:
+    """Where every response has it, the constant is the mean over tokens (Dr. GRPO, arXiv:2503.20783)."""
+    short = ("train.steps=1", "rollout.max_new_tokens=2")
+    token_mean = run(grpo, tmp_path / "mean", *short)
+    constant = run(grpo, tmp_path / "constant", *short, "batch.aggregation=constant_length")
+    assert token_mean[0]["rollout/truncated"] == 1, "a response ended: the test is blind"
+    assert abs(token_mean[0]["loss"]) > 1e-3
+    assert_same_curves(constant, token_mean, tolerance=1e-6)  # weights of the same value, rounded apart
+
+
 @pytest.mark.parametrize("is_masked", [True, False])
 def test_responses_without_end_token_carry_no_loss_where_they_are_masked(
     is_masked: bool, grpo: GrpoProject, tmp_path: Path
@@ -102,13 +122,13 @@ def test_responses_without_end_token_carry_no_loss_where_they_are_masked(
     assert (row["updates"] == 0) == is_masked
 
 
-def test_a_verifier_that_hangs_or_dies_costs_its_sample_only(
+def test_a_verifier_that_hangs_dies_or_gives_no_number_costs_its_sample_only(
     grpo: GrpoProject, grpo_run: Path, tmp_path: Path
 ) -> None:
     texts = [row["response"].removesuffix(END) for row in samples_of(grpo_run)[:16]]
-    hang, crash = (text for text in texts[:2])
-    assert hang != crash
-    options = f"hang: {json.dumps(hang)}, crash: {json.dumps(crash)}"
+    assert len(set(texts[:3])) == 3
+    hang, crash, nan = map(json.dumps, texts[:3])
+    options = f"hang: {hang}, crash: {crash}, nan: {nan}"
     done = sftrl(
         *grpo.command(
             tmp_path / "run", grpo.reward("trouble", options),
@@ -117,14 +137,16 @@ def test_a_verifier_that_hangs_or_dies_costs_its_sample_only(
         )
     )  # fmt: skip
     first, second = metrics_of(tmp_path / "run")
-    assert (first["reward/trouble/timeout"], first["reward/trouble/crashed"]) == (1, 1)
-    assert first["reward/mean"] == pytest.approx(14 / 16)
+    outcomes = ("timeout", "crashed", "nonfinite", "error")
+    assert [first[f"reward/trouble/{outcome}"] for outcome in outcomes] == [1, 1, 1, 0]
+    assert first["reward/mean"] == pytest.approx(13 / 16)
     rewards = [row["reward"] for row in samples_of(tmp_path / "run")[:16]]
-    assert rewards == [0.0, 0.0, *[1.0] * 14]
+    assert rewards == [0.0, 0.0, 0.0, *[1.0] * 13]
     assert first["updates"] > 0
     assert second["step"] == 2
     assert "step 1: sample 0: reward 'trouble': timeout: " in done.stderr
     assert "step 1: sample 1: reward 'trouble': crashed: it ended with code 3" in done.stderr
+    assert "step 1: sample 2: reward 'trouble': nonfinite: reward is nan" in done.stderr
 
 
 def gates(*texts: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,33 @@ from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 HOSTILE = str(Path(__file__).with_name("hostile.py"))
 
 
-def check(*sections: dict) -> None:
+def refusal(*sections: dict) -> str:
+    """What the check says against the rewards; nothing where they pass."""
     made = [RewardSection.model_validate(section) for section in sections]
     with RewardPool(made, RewardWorkersSection(num_workers=1, memory_gb=1)) as pool:
-        check_canaries(pool)
+        try:
+            check_canaries(pool)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def test_every_built_in_reward_passes_with_its_defaults_and_with_other_options() -> None:
-    check(
+    defaults = refusal(
         {"name": "math"},
         {"name": "exact_match"},
         {"name": "reasoning_gym"},
         {"name": "format"},
         {"name": "length", "max_tokens": 1, "cache": 1},
     )
-    check(
+    others = refusal(
         {"name": "math", "formats": ["hashes"], "decimals": 2},
         {"name": "exact_match", "marker": None, "ignore_case": False},
         {"name": "reasoning_gym", "extraction": "whole"},
         {"name": "format", "pattern": "yes|no", "example": "no"},
         {"name": "length", "max_tokens": 20480, "cache": 4096},
     )
+    assert (defaults, others) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -64,5 +69,4 @@ def test_every_built_in_reward_passes_with_its_defaults_and_with_other_options()
     ],
 )
 def test_a_reward_that_fails_its_examples_is_refused_by_name_and_example(section: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check(section)
+    assert message in refusal(section)

@@ -1,0 +1,72 @@
+"""What every trainer does around its loop: begin or go on, follow the policy, and write numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.observability.metrics import MetricsWriter
+from megatron_sftrl.observability.run_directory import RunDirectory
+from megatron_sftrl.observability.sinks import open_metrics
+
+
+def resume_or_start(
+    store: CheckpointStore,
+    policy: PolicyEngine,
+    reference: ReferenceModel | None,
+    *,
+    fingerprint: str,
+    columns: str,
+) -> TrainerState:
+    """Load the run's latest checkpoint into the models; step 0 where there is none.
+
+    Args:
+        store: of the run.
+        policy, reference: at their initial weights.
+        fingerprint: of the training data.
+        columns: what it covers, for the message.
+    Raises:
+        ValueError: the checkpoint was trained on other data.
+    """
+    latest = store.latest()
+    if latest is None:
+        return TrainerState(data_fingerprint=fingerprint)
+    state = store.load(latest, policy, reference)
+    if state.data_fingerprint != fingerprint:
+        raise ValueError(
+            f"data.train is not what {latest} was trained on: its {columns} changed, so the run would go on "
+            "with other samples; restore the data, or choose another run_dir"
+        )
+    return state
+
+
+def follow(policy: PolicyEngine, reference: ReferenceModel | None, *, steps_done: int) -> None:
+    """Move a reference that follows the policy, where it is due."""
+    if reference is not None and reference.is_due(steps_done):
+        policy.gather_parameters()
+        reference.follow(policy.chunks)
+
+
+@contextlib.contextmanager
+def metrics_on_rank_zero(
+    directory: RunDirectory,
+    config: TrainingConfig,
+    parallel: ParallelContext,
+    *,
+    resume_step: int,
+    total_steps: int,
+) -> Iterator[MetricsWriter]:
+    """Rank 0 writes; the others hand their numbers to nobody, and wait at the end."""
+    sinks = MetricsWriter([])
+    if parallel.rank == 0:
+        sinks = open_metrics(directory, config, resume_step=resume_step, total_steps=total_steps)
+    with sinks as metrics:
+        yield metrics
+    dist.barrier()
