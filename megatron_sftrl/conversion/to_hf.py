@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,8 +18,9 @@ from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, mega
 from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.hf.assets import HfAssets, with_dtype, write_assets
-from megatron_sftrl.hf.exchange import split_whole
-from megatron_sftrl.hf.output import HfFile, plan_files, write_file, write_index
+from megatron_sftrl.hf.exchange import fill_whole
+from megatron_sftrl.hf.output import HfFile, plan_files, write_index
+from megatron_sftrl.hf.safetensors_writer import SafetensorsWriter
 
 
 def convert_to_hf(
@@ -30,7 +33,7 @@ def convert_to_hf(
 ) -> Path:
     """Write the directory `out`, which transformers and vLLM load; every rank calls it.
 
-    Each process writes whole safetensors files. Memory: one of them and two of the largest tensors.
+    Each process writes whole safetensors files. Memory: two of the largest tensors.
 
     Args:
         checkpoint: a converted checkpoint, a training checkpoint (its policy is exported), or a run
@@ -49,7 +52,7 @@ def convert_to_hf(
     stored = on_every_rank(lambda: _stored(path, architecture))
     sizes = _sizes(stored, architecture, dtype)
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
-    with new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
+    with stored, new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
         mine = files[dist.get_rank() :: dist.get_world_size()]
         try:
             on_every_rank(lambda: _write_files(temporary, mine, stored, architecture, dtype, sizes, on_bytes))
@@ -107,30 +110,37 @@ def _write_files(
     on_bytes: Callable[[int, int], None],
 ) -> None:
     total, done = sum(sizes[name] for file in files for name in file.tensors), 0
+    sources = {run.name: tensor for tensor in megatron_tensors(architecture) for run in tensor.rows}
+    shapes = hf_shapes(architecture)
+
+    def stored_dtype(name: str) -> torch.dtype:
+        return stored.dtypes[f"policy.{sources[name].key}"]
+
+    names = [name for file in files for name in file.tensors]
+    largest = max((math.prod(shapes[name]) * stored_dtype(name).itemsize for name in names), default=0)
+    # One piece of memory for all tensors, one after the other: fresh pages would cost as much as copying.
+    memory = np.empty(largest, np.uint8)
     for file in files:
-        tensors = {}
-        for name, tensor in _tensors(set(file.tensors), stored, architecture):
-            tensors[name] = tensor if dtype is None else tensor.to(dtype)
-            done += sizes[name]
-            on_bytes(done, total)
-        write_file(directory, file, tensors)
+        kinds = {name: (dtype or stored_dtype(name), shapes[name]) for name in file.tensors}
+        with SafetensorsWriter(directory / file.name, kinds) as writer:
+            for name in file.tensors:
+                shape = shapes[name]
+                whole = torch.frombuffer(memory, dtype=stored_dtype(name), count=math.prod(shape)).view(shape)
+                _read(whole, name, sources[name], stored)
+                writer.write(name, whole.to(kinds[name][0]))
+                done += sizes[name]
+                on_bytes(done, total)
 
 
-def _tensors(
-    names: set[str], stored: StoredTensors, architecture: Architecture
-) -> Iterator[tuple[str, Tensor]]:
-    """The named Hugging Face tensors, in the order of the model."""
-    for tensor in megatron_tensors(architecture):
-        if names.isdisjoint(run.name for run in tensor.rows):
-            continue
-        whole = stored.read(
-            f"policy.{tensor.key}",
-            (*tensor.index, *(0 for _ in tensor.shape)),
-            (*(1 for _ in tensor.index), *tensor.shape),
-        )
-        for name, values in split_whole(whole.view(tensor.shape), tensor).items():
-            if name in names:
-                yield name, values
+def _read(whole: Tensor, name: str, source: MegatronTensor, stored: StoredTensors) -> None:
+    """Fill a Hugging Face tensor from the checkpoint."""
+    stack = len(source.index)
+
+    def read_into(part: Tensor, offset: tuple[int, ...]) -> None:
+        box = part.view((1,) * stack + tuple(part.shape)) if stack else part
+        stored.read_into(box, f"policy.{source.key}", (*source.index, *offset))
+
+    fill_whole(whole, name, source, read_into)
 
 
 def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtype) -> HfAssets:

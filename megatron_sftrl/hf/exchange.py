@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from megatron_sftrl.architectures.tensors import MegatronTensor, Rectangle, rectangles
+from megatron_sftrl.architectures.tensors import MegatronTensor, rectangles
 from megatron_sftrl.hf.weights import HfWeights
 
 
@@ -17,17 +18,17 @@ def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], wei
         weights.read_into(part[rectangle.target], rectangle.name, rectangle.source)
 
 
-def split_whole(whole: Tensor, tensor: MegatronTensor) -> dict[str, Tensor]:
-    """The Hugging Face tensors that a whole Megatron tensor is made of, contiguous.
+def fill_whole(
+    whole: Tensor, name: str, tensor: MegatronTensor, read_into: Callable[[Tensor, tuple[int, ...]], None]
+) -> None:
+    """Fill the Hugging Face tensor `name` in place from the Megatron tensor that holds it.
 
     Args:
-        whole: [rows, ...] without vocabulary padding; given away where it is the result itself.
+        whole: of the tensor's shape.
+        name: one of those that `tensor` is made of.
         tensor: its line of the table.
+        read_into: fills its first argument with the box of the Megatron tensor that begins at the second.
     """
-    pieces: dict[str, list[Rectangle]] = {}
-    for rectangle in rectangles(tensor, (0,) * whole.dim(), tuple(whole.shape)):
-        pieces.setdefault(rectangle.name, []).append(rectangle)
-    if len(pieces) == 1:
-        return {name: whole for name in pieces}
-    # The table lists the rows of each Hugging Face tensor in their order.
-    return {name: torch.cat([whole[each.target] for each in parts]) for name, parts in pieces.items()}
+    for rectangle in rectangles(tensor, (0,) * len(tensor.shape), tensor.shape):
+        if rectangle.name == name:
+            read_into(whole[rectangle.source], tuple(piece.start for piece in rectangle.target))

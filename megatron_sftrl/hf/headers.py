@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_sftrl.hf.stored import StoredTensor
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -53,7 +53,7 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    if unknown := sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys()):
+    if unknown := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
         raise ValueError(
             f"{file}: tensors of dtype {', '.join(unknown)} cannot be read; expected weights of 16 or 32 "
             "bits (a quantised model must be dequantised first)"
@@ -63,7 +63,7 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
             file=file,
             offset=8 + length + entry["data_offsets"][0],
             shape=tuple(entry["shape"]),
-            dtype=_DTYPES[entry["dtype"]],
+            dtype=DTYPES[entry["dtype"]],
         )
         for name, entry in header.items()
     }

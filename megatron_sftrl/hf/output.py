@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sftrl.hf.disk import force_to_disk
+from megatron_sftrl.hf.safetensors_writer import SafetensorsWriter
 from megatron_sftrl.hf.weight_files import INDEX_FILE, SINGLE_FILE
 
 LOCK = ".lock"
@@ -77,13 +77,12 @@ def write_file(directory: Path, file: HfFile, tensors: Mapping[str, Tensor]) -> 
     Args:
         directory: from `new_directory`.
         file: of the plan.
-        tensors: at least its tensors, CPU, contiguous, no two of the same memory.
+        tensors: at least its tensors, CPU, contiguous.
     """
-    path = directory / file.name
-    save_file({name: tensors[name] for name in file.tensors}, path, metadata={"format": "pt"})
-    # safetensors 0.8 makes its files readable by their owner alone, which a server of another user is not.
-    path.chmod(0o666 & ~_umask())
-    force_to_disk(path)
+    kinds = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in file.tensors}
+    with SafetensorsWriter(directory / file.name, kinds) as writer:
+        for name in file.tensors:
+            writer.write(name, tensors[name])
 
 
 def write_index(directory: Path, files: Sequence[HfFile], sizes: Sequence[tuple[str, int]]) -> None:
@@ -203,10 +202,3 @@ def _check_space(out: Path, num_bytes: int) -> None:
             f"the disk is too full: {out} needs about {num_bytes / 1e9:.3f} GB and {out.parent} has "
             f"{disk.free / 1e9:.3f} GB left; free space or choose an --out on another disk"
         )
-
-
-def _umask() -> int:
-    """This process's umask, which can only be read by setting it."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask

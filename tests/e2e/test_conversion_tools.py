@@ -93,14 +93,14 @@ def swap_gate_and_up() -> None:
     """An export that writes the gate's rows under the name of the other half, and these under the gate's."""
     from megatron_sftrl.conversion import to_hf
 
-    right = to_hf.split_whole
+    right = to_hf.fill_whole
 
-    def wrong(whole, tensor):
-        parts = right(whole, tensor)
-        names = list(parts)
-        return dict(zip(reversed(names), parts.values(), strict=True)) if len(names) == 2 else parts
+    def wrong(whole, name, tensor, read_into):
+        names = [run.name for run in tensor.rows]
+        swapped = dict(zip(names, reversed(names), strict=True)) if len(names) == 2 else {}
+        right(whole, swapped.get(name, name), tensor, read_into)
 
-    to_hf.split_whole = wrong
+    to_hf.fill_whole = wrong
 
 
 def test_verify_finds_two_swapped_tensors(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 `store` is the door; behind it `tensors` and `optimizer` name what a checkpoint holds in coordinates of the
 model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and reads torch_dist files,
-`directory`, `record`, `integrity` and `metadata` make a directory complete or refused. `converted` and
-`parts` are for conversions: checkpoints of weights only, tensor by tensor.
+`directory`, `record`, `integrity` and `metadata` make a directory complete or refused. `converted`,
+`parts` and `stored_tensors` are for conversions: checkpoints of weights only, tensor by tensor.
 """
 
 from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets
-from megatron_sftrl.engine.checkpoint.parts import StoredPart, StoredTensors
+from megatron_sftrl.engine.checkpoint.parts import StoredPart
 from megatron_sftrl.engine.checkpoint.record import TrainerState
 from megatron_sftrl.engine.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
+from megatron_sftrl.engine.checkpoint.stored_tensors import StoredTensors
 
 __all__ = [
     "CheckpointStore",

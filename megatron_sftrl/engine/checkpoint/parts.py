@@ -1,7 +1,6 @@
-"""A checkpoint's tensors written and read one at a time, with no model and no second copy in memory.
+"""A checkpoint's tensors written one at a time, with no model and no second copy in memory.
 
-For the conversion tools. The files are those of io.py: a training run loads what is written here, and what
-a training run wrote is read here.
+For the conversion tools. The files are those of io.py: a training run loads what is written here.
 """
 
 from __future__ import annotations
@@ -18,20 +17,17 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreLoadPlanner,
     MCoreSavePlanner,
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_sftrl.engine.checkpoint.io import finish_format
-from megatron_sftrl.engine.checkpoint.metadata import IndexReader
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 
 
@@ -137,46 +133,3 @@ def _placeholder(part: StoredPart) -> ShardedTensor:
         global_offset=part.offset,
         axis_fragmentations=None,
     )
-
-
-class StoredTensors:
-    """The tensors of a checkpoint directory, read by whoever needs them, without the other ranks."""
-
-    def __init__(self, directory: Path) -> None:
-        self._reader = _ReaderOfOneIndex(directory)
-        index = self._reader.read_metadata().state_dict_metadata
-        entries = {key: entry for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)}
-        self.shapes: dict[str, tuple[int, ...]] = {key: tuple(entry.size) for key, entry in entries.items()}
-        self.dtypes: dict[str, torch.dtype] = {key: entry.properties.dtype for key, entry in entries.items()}
-
-    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The box [offset, offset + shape) of a tensor, on the CPU.
-
-        Args:
-            key: of the tensor.
-            offset, shape: one number a dimension, stacked axes first.
-        """
-        data = torch.empty(shape, dtype=self.dtypes[key])
-        place = ShardedTensor(
-            key=key,
-            data=data,
-            dtype=data.dtype,
-            local_shape=shape,
-            global_shape=self.shapes[key],
-            global_offset=offset,
-            axis_fragmentations=None,
-        )
-        state = mcore_to_pyt_state_dict({key: [place]}, True)
-        torch_checkpoint.load(state, storage_reader=self._reader, planner=MCoreLoadPlanner(), no_dist=True)
-        return data
-
-
-class _ReaderOfOneIndex(IndexReader):
-    """Keeps the index of a checkpoint between two reads; parsing it again would cost more than a tensor."""
-
-    _index: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._index is None:
-            self._index = super().read_metadata(*args, **kwargs)
-        return self._index
