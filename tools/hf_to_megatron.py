@@ -18,7 +18,8 @@ from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.conversion.from_hf import Layout, check_layout, convert_from_hf
-from megatron_sftrl.conversion.report import ByteProgress, dtype_named, verify
+from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_assets, verify
+from megatron_sftrl.engine.checkpoint import stored_assets
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.observability.memory import return_freed_memory
 
@@ -52,6 +53,7 @@ def main() -> None:
                     allow_pickle=arguments.allow_pickle,
                     on_bytes=progress.show,
                 )
+            report_assets(stored_assets(arguments.out).files)
             if arguments.verify:
                 verify(arguments.out, arguments.hf, section, parallel)
 

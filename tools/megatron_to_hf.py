@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.schema import ParallelSection
-from megatron_sftrl.conversion.report import ByteProgress, dtype_named, verify
+from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_assets, verify
 from megatron_sftrl.conversion.to_hf import convert_to_hf
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.observability.memory import return_freed_memory
@@ -53,6 +53,7 @@ def main() -> None:
                     max_file_bytes=int(arguments.max_file_gb * 1e9),
                     on_bytes=progress.show,
                 )
+            report_assets(path.name for path in arguments.out.iterdir())
             if arguments.verify:
                 verify(arguments.checkpoint, arguments.out, section, parallel)
 

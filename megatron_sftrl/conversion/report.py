@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.conversion.verify import compare_logits
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.hf.assets import TOKENIZER_FILES
 from megatron_sftrl.observability.memory import peak_memory_bytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -52,6 +54,22 @@ class ByteProgress:
         """Tell how far the writing is, in bytes."""
         self._total = total
         self._bar.update(self._task, completed=done, total=total)
+
+
+def report_assets(names: Iterable[str]) -> None:
+    """Print on rank 0 which files came along beside the weights, and whether a tokenizer is among them.
+
+    Args:
+        names: of the files of the output; weights are left out.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    beside = sorted(name for name in names if ".safetensors" not in name)
+    print(f"beside the weights: {', '.join(beside)}", file=sys.stderr)
+    if TOKENIZER_FILES.isdisjoint(beside):
+        print(
+            "no tokenizer came along: the source has none; programs that load this need one", file=sys.stderr
+        )
 
 
 def verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: ParallelContext) -> None:

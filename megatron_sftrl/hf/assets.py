@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +14,22 @@ CONFIG = "config.json"
 _MODEL_FILES = (CONFIG, "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
 _NAMED_TEMPLATES = "additional_chat_templates"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "tekken.json",
-    _TEMPLATE,
-    "chat_template.json",
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "tekken.json",
+        _TEMPLATE,
+        "chat_template.json",
+    }
 )
+"""Any of them makes a directory one that holds a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a model directory holds a tokenizer; many directories of weights do not."""
-    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
@@ -117,7 +120,7 @@ def _read_tokenizer(tokenizer: Path) -> dict[str, bytes]:
         if tokenizer.suffix != ".model":
             raise ValueError(f"tokenizer: expected a directory or a .model file, got {tokenizer}")
         return {"tokenizer.model": _read(tokenizer)}
-    files = _read_named(tokenizer, _TOKENIZER_FILES)
+    files = _read_named(tokenizer, TOKENIZER_FILES)
     if not files:
         raise ValueError(f"no tokenizer in {tokenizer}: expected tokenizer.json, tokenizer.model or the like")
     for path in sorted((tokenizer / _NAMED_TEMPLATES).glob("*.jinja")):
@@ -153,11 +156,11 @@ def _json_object(content: bytes, name: str) -> dict[str, object]:
     return values
 
 
-def _read_named(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+def _read_named(directory: Path, names: Iterable[str]) -> dict[str, bytes]:
     """The files among `names` that the directory has."""
     if not directory.is_dir():
         raise ValueError(f"no such directory: {directory}")
-    return {name: _read(directory / name) for name in names if (directory / name).is_file()}
+    return {name: _read(directory / name) for name in sorted(names) if (directory / name).is_file()}
 
 
 def _read(path: Path) -> bytes:

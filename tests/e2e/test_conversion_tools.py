@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ def test_what_travels_beside_the_weights_arrives(hf: Path, checkpoint: Path, tmp
 
     out = tmp_path / "hf"
     (done,) = tools([TO_HF, "--checkpoint", checkpoint, "--out", out])
-    done.expect(0)
+    said = done.expect(0).stderr
+    assert "generation_config.json, tokenizer.json" in said
+    assert "no tokenizer" not in said
     assert (out / "generation_config.json").read_text() == GENERATION_CONFIG
     before, after = (
         json.loads((hf / "config.json").read_text()),
@@ -71,6 +74,17 @@ def test_what_travels_beside_the_weights_arrives(hf: Path, checkpoint: Path, tmp
         for directory in (hf, out)
     ]
     assert texts[0] == texts[1] == "<|user|>2+2=<|assistant|>4<|end|>"
+
+
+def test_weights_without_a_tokenizer_are_converted_and_it_is_said(hf: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(hf, bare, ignore=shutil.ignore_patterns("token*", "chat*", "special*"))
+    both = tools(
+        [TO_MEGATRON, "--hf", bare, "--out", tmp_path / "checkpoint"],
+        [TO_HF, "--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "hf"],
+    )
+    assert all("no tokenizer came along" in done.expect(0).stderr for done in both)
+    assert differing(read_tensors(bare), read_tensors(tmp_path / "hf")) == []
 
 
 def test_dtypes_are_kept_or_chosen_on_both_ways(hf: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -251,6 +251,8 @@ def _layout(parallel: ParallelContext) -> dict[str, str | int]:
         "pp": parallel.pp_size,
         "vp": parallel.vp_size,
         "cp": parallel.cp_size,
+        "ep": parallel.ep_size,
+        "etp": parallel.etp_size,
         "dp": parallel.dp_size,
         "device": parallel.device.type,
     }
