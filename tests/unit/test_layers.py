@@ -28,7 +28,10 @@ LONGEST_FILE = 320
 LONGEST_FUNCTION = 80
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = [*FILES, *sorted((ROOT / "tools").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
+SOURCES = [
+    *FILES,
+    *(file for name in ("tools", "examples", "slurm") for file in sorted((ROOT / name).rglob("*.py"))),
+]
 
 
 def room_of(file: Path) -> str:

@@ -1,0 +1,154 @@
+"""Looks at each node before the first step of a job: one task per node, a minute at most.
+
+    check_node.py LOGS PROCESSES [KIND CONFIG key=value ...]
+
+The first node reads the configuration and leaves a mark beside the run's directory; every node tells in LOGS
+what it sees; the first node compares, names each node that differs, and ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SECONDS_TO_SEE = 10.0
+"""What a directory shared over NFS may take to show another node's file."""
+SECONDS_TO_READ = 300.0
+"""What the first node may take to import Python packages from a cold disk and to read the configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """What a node has: GPUs (-1 where nobody counts them), and whether it sees the run's directory."""
+
+    node: str
+    gpus: int
+    is_shared: bool
+
+
+def main(arguments: list[str]) -> int:
+    """0, or 2 with what is wrong on standard error."""
+    logs, processes, run = Path(arguments[0]), int(arguments[1]), arguments[2:]
+    index, num_nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
+    attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    folder = logs / f"check-{attempt}"
+    if index > 0:
+        where = _appears(folder / "where", seconds=SECONDS_TO_READ)
+        is_shared = where is not None and _appears(Path(where.read_text())) is not None
+        return _report(folder, index, is_shared=is_shared)
+    try:
+        mark = _mark(_run_directory(run, logs), attempt)
+    except ValueError as error:
+        return _refuse([str(error)])
+    try:
+        folder.mkdir(exist_ok=True)
+        _write(folder / "where", str(mark))
+        _report(folder, index, is_shared=True)
+        return _refuse(_problems(folder, num_nodes, processes, mark.parent, logs))
+    finally:
+        mark.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_directory(run: list[str], logs: Path) -> Path:
+    """Of a training run, also noted for common.sh; a tool has none and its logs stand for it."""
+    if not run:
+        return logs
+    from megatron_sftrl.config.grpo import GrpoConfig
+    from megatron_sftrl.config.load import load_config
+    from megatron_sftrl.config.schema import RunConfig
+
+    kind, config, *overrides = run
+    loaded = load_config(config, overrides, schema={"sft": RunConfig, "grpo": GrpoConfig}[kind])
+    _write(logs / "run_dir", str(loaded.run_dir.absolute()))
+    return loaded.run_dir.absolute()
+
+
+def _mark(directory: Path, attempt: str) -> Path:
+    """A file in the directory, or in the nearest one above it that exists."""
+    existing = next(path for path in (directory, *directory.parents) if path.is_dir())
+    mark = existing / f".sftrl-check-{attempt}"
+    try:
+        mark.touch()
+    except OSError as error:
+        raise ValueError(f"cannot write into {existing}: {error}; choose another run_dir") from error
+    return mark
+
+
+def _report(folder: Path, index: int, *, is_shared: bool) -> int:
+    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    report = NodeReport(node=node, gpus=_num_gpus(), is_shared=is_shared)
+    try:
+        _write(folder / f"{index}.json", json.dumps(asdict(report)))
+    except OSError as error:
+        return _refuse([f"{node} cannot write {folder}: {error}"])
+    return 0
+
+
+def _num_gpus() -> int:
+    """GPUs that answer on this node: one that has fallen off the bus is still in Slurm's books."""
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+        return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", "-1"))
+
+
+def _problems(folder: Path, num_nodes: int, processes: int, shared: Path, logs: Path) -> list[str]:
+    problems: list[str] = []
+    reports: list[NodeReport] = []
+    names = os.environ["SFTRL_LAUNCH_NODES"].split()
+    for index in range(num_nodes):
+        file = _appears(folder / f"{index}.json", seconds=2 * SECONDS_TO_SEE)
+        if file is None:
+            problems.append(f"{names[index]} did not answer in {logs}: all nodes must share this directory")
+        else:
+            reports.append(NodeReport(**json.loads(file.read_text())))
+    for report in reports:
+        if not report.is_shared:
+            problems.append(
+                f"{report.node} does not see {shared}, where the run is written: it must be shared"
+            )
+        if report.gpus != reports[0].gpus or -1 < report.gpus < processes:
+            problems.append(
+                f"{report.node} has {report.gpus} GPUs, {reports[0].node} has {reports[0].gpus}, and "
+                f"{processes} processes shall run on each: leave a node out (sbatch --exclude), "
+                "or set SFTRL_PROCESSES"
+            )
+    return problems
+
+
+def _appears(path: Path, *, seconds: float = SECONDS_TO_SEE) -> Path | None:
+    """The file once it is there.
+
+    Listing makes a network file system look again; asking for the name may be answered from memory.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        if path.parent.is_dir() and path.name in os.listdir(path.parent):
+            return path
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: others wait for it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _refuse(problems: list[str]) -> int:
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

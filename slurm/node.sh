@@ -1,0 +1,15 @@
+# Runs on each node, started by common.sh: torchrun's agent for the processes of this node.
+# What Slurm ends, it sends SIGTERM, all processes at once; so does the notice of a time limit. The ranks write
+# a checkpoint; the agent must neither die of it nor end them.
+trap '' USR1 TERM
+export PET_SIGNALS_TO_HANDLE=SIGINT TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+read -r -a addresses <<< "$SFTRL_LAUNCH_ADDRESSES"
+echo "$(date +%FT%T) node ${SLURMD_NODENAME:-$(hostname)}: $*"
+# is_host: torchrun would compare names, and a host has several. It numbers the nodes in the order of --local-addr,
+# which is Slurm's order where nodes are known by names like node017.
+exec "$SFTRL_LAUNCH_PYTHON" -m torch.distributed.run \
+  --nnodes "$SLURM_NNODES" --nproc-per-node "$SFTRL_LAUNCH_PROCESSES" --max-restarts "$SFTRL_LAUNCH_RESTARTS" \
+  --rdzv-backend c10d --rdzv-endpoint "$SFTRL_LAUNCH_ENDPOINT" --rdzv-id "$SFTRL_LAUNCH_ID" \
+  --rdzv-conf "is_host=$((SLURM_NODEID == 0)),join_timeout=900" --local-addr "${addresses[$SLURM_NODEID]}" \
+  --log-dir "$SFTRL_LAUNCH_LOGS/ranks-$SLURM_NODEID" --redirects 3 --tee 3 \
+  --no-python setpriv --pdeathsig KILL bash "$(dirname "${BASH_SOURCE[0]}")/rank.sh" "$@"

@@ -1,0 +1,42 @@
+"""The job scripts as files; needs no Slurm."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.kinds import load_any_config
+from tests.ranks import ROOT
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+TRAINING = sorted((ROOT / "slurm").glob("*_70b.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_is_short_and_bash_can_read_it(script: Path) -> None:
+    assert script.read_text().count("\n") <= 200
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda script: script.name)
+def test_a_training_script_names_a_configuration_of_its_kind_and_can_be_requeued(script: Path) -> None:
+    text = script.read_text()
+    (found,) = re.findall(r'^train (\w+) "\$\{SFTRL_CONFIG:-\$home/(.+?)\}" "\$@"$', text, flags=re.M)
+    kind, example = found
+    assert isinstance(load_any_config(ROOT / example), GrpoConfig) == (kind == "grpo")
+    for option in ("--signal=B:USR1@", "--requeue", "--open-mode=append", "--ntasks-per-node=1"):
+        assert f"#SBATCH {option}" in text
+
+
+def test_a_script_that_sbatch_did_not_start_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(TRAINING[0])], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "start it with sbatch" in done.stderr
