@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     grpo.set_defaults(command=_grpo)
 
     _add_generate(commands)
+    _add_preflight(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
     keys.add_argument("kind", nargs="?", choices=("sft", "grpo"), default="sft", help="of run (sft)")
@@ -184,6 +185,35 @@ def _generate(parsed: argparse.Namespace) -> None:
             with_logprobs=parsed.logprobs,
         ),
     )
+
+
+def _add_preflight(commands: argparse._SubParsersAction) -> None:
+    preflight = commands.add_parser(
+        "preflight",
+        help="check nodes, network, disks and a run's configuration",
+        description="Run it as the run itself will be started: torchrun ... -m megatron_sftrl preflight "
+        "run.yaml key=value ... A table, and exit code 2 with the names of bad nodes.",
+        allow_abbrev=False,
+    )
+    preflight.add_argument("config", help="YAML file of a run")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="as for the run")
+    preflight.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for a silent process (60)"
+    )
+    preflight.add_argument(
+        "--min-bandwidth", type=float, metavar="GB/S", help="bus bandwidth that all-reduce must reach"
+    )
+    preflight.set_defaults(command=_preflight)
+
+
+def _preflight(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.config.kinds import load_any_config
+
+    config = load_any_config(parsed.config, parsed.overrides)
+    from megatron_sftrl.preflight.run import run_preflight
+
+    least = None if parsed.min_bandwidth is None else parsed.min_bandwidth * 1e9
+    run_preflight(config, timeout_s=parsed.timeout, least_rate=least)
 
 
 def _keys(parsed: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"rollout", "conversion"}),
     frozenset({"trainers"}),
+    frozenset({"preflight"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

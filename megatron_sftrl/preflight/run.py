@@ -1,0 +1,212 @@
+"""The checks in their order: cheap and local ones first, so that a bad node is named before it can hang."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import RunConfig, TrainingConfig
+from megatron_sftrl.data.chat import encode_prompt, tokenize_row
+from megatron_sftrl.data.prompts import read_prompt
+from megatron_sftrl.data.sources import read_rows
+from megatron_sftrl.preflight.network import (
+    Meeting,
+    all_reduce_rate,
+    clock_after_barrier,
+    unreachable_neighbour,
+    world,
+)
+from megatron_sftrl.preflight.node import NodeFacts, is_leader, node_facts, node_name
+from megatron_sftrl.preflight.storage import existing_ancestor, leave_mark, see_mark, space_problem
+from megatron_sftrl.preflight.verdict import (
+    Finding,
+    compare_clocks,
+    compare_processes,
+    compare_versions,
+)
+from megatron_sftrl.trainers.plan import RunPlan, plan_run
+
+
+def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float | None) -> None:
+    """Check nodes, network, disks and the configuration; every process of the job calls it.
+
+    Args:
+        config: of the run that follows.
+        timeout_s: how long to wait for a process that does not answer.
+        least_rate: bytes per second that all-reduce must reach; None only reports it.
+    Raises:
+        ValueError: on every process: all that is wrong, with the names of the nodes.
+    """
+    meeting = Meeting(timeout_s)
+    facts = [
+        NodeFacts(**{**raw, "gpus": tuple(raw["gpus"])})
+        for raw in meeting.gather("arriving", asdict(node_facts()))
+    ]
+    leaders: dict[str, int] = {}
+    for rank, fact in enumerate(facts):
+        leaders.setdefault(fact.node, rank)
+    findings = [compare_processes(facts), compare_versions(facts)]
+    findings += _configuration(meeting, config)
+    findings += [_shared_directory(meeting, config, leaders), _ports(meeting, leaders)]
+    if not any(finding.problems for finding in findings):
+        # A group of processes that are not alike might hang.
+        findings += _network(meeting, facts, leaders, timeout_s=timeout_s, least_rate=least_rate)
+    if meeting.rank == 0:
+        Console(stderr=True).print(_table(findings))
+    problems = [problem for finding in findings for problem in finding.problems]
+    if problems:
+        raise ValueError("\n  ".join([f"preflight found {len(problems)} problem(s)", *problems]))
+    if meeting.rank == 0:
+        print("preflight: all is well", file=sys.stderr)
+
+
+def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
+    """On each node: the configuration and its files, the first rows of the data, space for checkpoints."""
+    plans: list[RunPlan[TrainingConfig]] = []
+    seen = {"space": ""}
+
+    def read_configuration() -> None:
+        plans.append(plan_run(config))
+
+    def read_data() -> None:
+        for plan in plans:
+            _read_first_rows(plan)
+
+    def measure_space() -> None:
+        for plan in plans:
+            seen["space"], problem = space_problem(config, plan.architecture)
+            if problem:
+                raise ValueError(problem)
+
+    checks = {
+        "configuration, model and tokenizer": read_configuration,
+        "data": read_data,
+        "space for checkpoints": measure_space,
+    }
+    findings = []
+    for name, check in checks.items():
+        problem = _problem_of(check) if is_leader() else None
+        said = meeting.gather(name, [node_name(), problem])
+        details = {
+            "configuration, model and tokenizer": f"{type(config).__name__}, loss {config.loss.name}",
+            "data": f"first rows of {len(_data_files(config))} file(s)",
+            "space for checkpoints": seen["space"],
+        }
+        findings.append(Finding(check=name, detail=details[name], problems=_merged(said)))
+    return findings
+
+
+def _problem_of(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except Exception as error:
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return None
+
+
+def _merged(said: Sequence[tuple[str, str | None]]) -> tuple[str, ...]:
+    """Problems with the nodes that have them; one that most likely all share is told once."""
+    nodes: dict[str, list[str]] = {}
+    for node, problem in said:
+        if problem is not None:
+            nodes.setdefault(problem, []).append(node)
+    return tuple(f"{', '.join(sorted(set(names)))}: {problem}" for problem, names in nodes.items())
+
+
+def _data_files(config: TrainingConfig) -> list:
+    data = cast(RunConfig | GrpoConfig, config).data
+    return [*data.train, *data.valid]
+
+
+def _read_first_rows(plan: RunPlan[TrainingConfig]) -> None:
+    """The first row of each file becomes tokens; the run itself reads all of them."""
+    for path in _data_files(plan.config):
+        row = next(iter(read_rows(path)), None)
+        if row is None:
+            raise ValueError(f"{path} holds no row: expected at least one")
+        try:
+            if isinstance(plan.config, GrpoConfig):
+                encode_prompt(plan.tokenizer, read_prompt(row.values))
+            else:
+                tokenize_row(plan.tokenizer, row.values)
+        except ValueError as error:
+            raise ValueError(f"{path}, first row: {error}") from error
+
+
+def _shared_directory(meeting: Meeting, config: TrainingConfig, leaders: dict[str, int]) -> Finding:
+    """Rank 0 leaves a file for every node, and every node one for rank 0."""
+    directory = existing_ancestor(config.run_dir)
+    name = meeting.gather("naming a file", f".preflight-{uuid.uuid4().hex}")[0]
+    mine = f"{name}.{leaders[node_name()]}"
+    takes_part = leaders[node_name()] == meeting.rank
+    try:
+        problem = None
+        if takes_part:
+            problem = _problem_of(lambda: leave_mark(directory, mine))
+            problem = problem and f"cannot write to {directory}: {problem}; choose another run_dir"
+        written = meeting.gather("writing to the run directory", [node_name(), problem])
+        unseen = None
+        if takes_part and not any(problem for _, problem in written):
+            marks = [mine, f"{name}.0"] if meeting.rank else [f"{name}.{rank}" for rank in leaders.values()]
+            nodes = {f"{name}.{rank}": node for node, rank in leaders.items()}
+            absent = [nodes[mark] for mark in marks if not see_mark(directory, mark)]
+            if absent:
+                unseen = (
+                    f"in {directory} the file that {', '.join(absent)} wrote is not to be seen: run_dir must "
+                    "lie on a file system that all nodes share"
+                )
+        seen = meeting.gather("reading the run directory", [node_name(), unseen])
+    finally:
+        with contextlib.suppress(OSError):
+            (directory / mine).unlink()
+    detail = f"{directory}, written and read by {len(leaders)} node(s)"
+    return Finding(check="run directory", detail=detail, problems=(*_merged(written), *_merged(seen)))
+
+
+def _ports(meeting: Meeting, leaders: dict[str, int]) -> Finding:
+    problem = unreachable_neighbour(meeting, leaders)
+    said = meeting.gather("connections", [node_name(), problem])
+    detail = f"each of {len(leaders)} node(s) reached by the one before it"
+    return Finding(check="ports", detail=detail, problems=tuple(problem for _, problem in said if problem))
+
+
+def _network(
+    meeting: Meeting,
+    facts: Sequence[NodeFacts],
+    leaders: dict[str, int],
+    *,
+    timeout_s: float,
+    least_rate: float | None,
+) -> list[Finding]:
+    with world(meeting, timeout_s) as device:
+        rate = min(meeting.gather("all-reduce", all_reduce_rate(device)))
+        clocks = meeting.gather("clocks", clock_after_barrier())
+    problems = []
+    if least_rate is not None and rate < least_rate:
+        problems.append(
+            f"all-reduce reaches {rate / 1e9:.2f} GB/s, less than --min-bandwidth {least_rate / 1e9:.2f}: "
+            f"run it on halves of the nodes ({', '.join(leaders)}) to find the slow one"
+        )
+    return [
+        Finding(
+            check="all-reduce over all processes",
+            detail=f"{rate / 1e9:.2f} GB/s of bus bandwidth, {device.type}",
+            problems=tuple(problems),
+        ),
+        compare_clocks({facts[rank].node: clocks[rank] for rank in leaders.values()}),
+    ]
+
+
+def _table(findings: Sequence[Finding]) -> Table:
+    table = Table("check", "", "what was seen", title="preflight")
+    for finding in findings:
+        table.add_row(finding.check, "bad" if finding.problems else "ok", finding.detail)
+    return table

@@ -1,0 +1,148 @@
+"""`sftrl preflight` on two ranks that take each other for nodes: all well, and each kind of trouble named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.e2e.product import Ended, sftrl_each
+from tests.e2e.project import Project
+from tests.ranks import free_port, run_ranks
+
+Plant = Callable[[], contextlib.AbstractContextManager]
+SOUND = (
+    "processes and GPUs", "versions", "configuration, model and tokenizer", "data", "space for checkpoints",
+    "run directory", "ports", "all-reduce over all processes", "clocks",
+)  # fmt: skip
+
+
+def as_nodes(lines: list[list[str]], port: int, plant: Plant | None) -> Ended:
+    """In a rank worker: this rank is the only one of node0, node1, ...; `plant` holds on the last one."""
+    from megatron_sftrl.cli import main
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    said = io.StringIO()
+    names = {"SLURMD_NODENAME": f"node{rank}", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    planted = plant() if plant is not None and rank == size - 1 else contextlib.nullcontext()
+    with (
+        mock.patch.dict(os.environ, {**names, "MASTER_PORT": str(port)}),
+        planted,
+        contextlib.redirect_stderr(said),
+        mock.patch("megatron_sftrl.cli._SECONDS_FOR_RANK_0", 0.0),
+    ):
+        code = main(lines[rank])
+    return Ended(code, said.getvalue())
+
+
+def preflight(lines: list[list[str]], plant: Plant | None = None) -> list[Ended]:
+    command = [["preflight", *line] for line in lines]
+    return run_ranks(len(lines), as_nodes, command, free_port(), plant, group=False)
+
+
+@pytest.fixture
+def line(project: Project, tmp_path: Path) -> list[str]:
+    return [str(project.yaml), f"run_dir={tmp_path / 'run'}"]
+
+
+def test_all_is_well_on_two_nodes_and_nothing_is_left_behind(line: list[str], tmp_path: Path) -> None:
+    first, second = preflight([line, line])
+    said = first.expect(0).stderr
+    assert [name for name in SOUND if name not in said] == []
+    assert "2 processes on 2 node(s)" in said
+    assert "bad" not in said
+    assert "all is well" in said
+    assert second.expect(0).stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_needs_no_launcher(line: list[str]) -> None:
+    (done,) = sftrl_each([["preflight", *line]])
+    assert "1 processes on 1 node(s)" in done.expect(0).stderr
+
+
+def other_versions() -> contextlib.AbstractContextManager:
+    from megatron_sftrl.preflight import node
+
+    right = node._version
+    return mock.patch.object(node, "_version", lambda name: "0.0" if name == "torch" else right(name))
+
+
+def wrong_clock() -> contextlib.AbstractContextManager:
+    from megatron_sftrl.preflight import run
+
+    right = run.clock_after_barrier
+
+    def fast() -> float:
+        return right() + 3600
+
+    return mock.patch.object(run, "clock_after_barrier", fast)
+
+
+def another_gpu_count() -> contextlib.AbstractContextManager:
+    return mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "7"})
+
+
+def no_way_through() -> contextlib.AbstractContextManager:
+    import socket
+
+    return mock.patch.object(socket, "create_connection", side_effect=OSError("no route to host"))
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (other_versions, "node1 has torch 0.0, most nodes"),
+        (wrong_clock, "the clock of node1 is +3600"),
+        (another_gpu_count, "node1 runs 7 processes"),
+        (no_way_through, "node1 cannot connect to node0"),
+    ],
+)
+def test_the_bad_node_is_named(plant: Plant, found: str, line: list[str]) -> None:
+    for ended in preflight([line, line], plant):
+        assert found in ended.expect(2).stderr
+
+
+def test_a_node_with_another_disk_is_named(project: Project, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    lines = [[str(project.yaml), f"run_dir={tmp_path / name / 'run'}"] for name in ("a", "b")]
+    for ended in preflight(lines):
+        assert "must lie on a file system that all nodes share" in ended.expect(2).stderr.replace("\n", " ")
+
+
+def test_a_node_that_lacks_the_data_is_named(line: list[str], tmp_path: Path) -> None:
+    for ended in preflight([line, [*line, f"data.train=[{tmp_path / 'absent.jsonl'}]"]]):
+        assert "node1: " in ended.expect(2).stderr
+        assert "absent.jsonl" in ended.stderr
+
+
+def test_a_disk_that_is_too_small_is_told(line: list[str]) -> None:
+    (done,) = sftrl_each([["preflight", *line, "checkpoint.keep_last=100000000"]])
+    assert "before it removes one: free space" in done.expect(2).stderr
+
+
+def test_a_slow_network_is_told_when_asked(line: list[str]) -> None:
+    for ended in preflight([[*line, "--min-bandwidth", "1e6"]] * 2):
+        assert "less than --min-bandwidth" in ended.expect(2).stderr
+
+
+def test_a_process_that_never_comes_is_told(line: list[str]) -> None:
+    """One process of a world of two, as where a node did not boot."""
+    (ended,) = run_ranks(1, alone_of_two, ["preflight", *line, "--timeout", "2"], free_port(), group=False)
+    assert "did not meet all 2 processes" in ended.expect(2).stderr
+
+
+def alone_of_two(line: list[str], port: int) -> Ended:
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):
+        said = io.StringIO()
+        from megatron_sftrl.cli import main
+
+        with mock.patch.dict(os.environ, {"MASTER_PORT": str(port)}), contextlib.redirect_stderr(said):
+            code = main(line)
+    return Ended(code, said.getvalue())
