@@ -191,12 +191,11 @@ class PolicyEngine:
                 )
             )
             weight = stage.batch.token_weight
-            # Both came along with the loss's own questions: no collective of their own.
-            always = {
-                "entropy": policy.entropy().detach(),
-                "nll": -policy.logprobs(stage.batch.labels).detach(),
-            }
-            metrics = {**output.metrics, **always}
+            metrics = dict(output.metrics)
+            if "entropy" not in metrics:  # a loss that looks at another temperature gives its own
+                # Both came along with the loss's own questions: no collective of their own.
+                metrics["entropy"] = policy.entropy().detach()
+                metrics["nll"] = -policy.logprobs(stage.batch.labels).detach()
             report = microbatch_report(output.token_loss, metrics, weight)
             total = weighted_sum(output.token_loss, weight)
             return as_megatron_loss(total, report)  # type: ignore[arg-type]

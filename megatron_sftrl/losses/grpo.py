@@ -85,11 +85,13 @@ def grpo(inputs: LossInputs, config: GrpoConfig) -> LossOutput:
 
     Log ratios are bounded at 20 nats. Metrics: `grpo/clip_low` and `grpo/clip_high` are the tokens that the
     lower and upper bound acted on (under clip the lower bound acts on negative advantages only, the upper on
-    positive); `grpo/kl_old_*` estimates KL(old || policy), `grpo/kl_reference_*` KL(policy || reference).
+    positive); `grpo/kl_old_*` estimates KL(old || policy), `grpo/kl_reference_*` KL(policy || reference);
+    `entropy` and `nll` are those of the distribution that is sampled from, at the temperature.
     """
     batch = inputs.batch
     assert batch.advantages is not None and batch.old_logprobs is not None
     policy = _at_temperature(inputs.policy, config.temperature)
+    policy.anticipate(batch.labels)
     distributions = [policy]
     if config.kl_coefficient > 0:
         assert inputs.reference is not None
@@ -101,7 +103,9 @@ def grpo(inputs: LossInputs, config: GrpoConfig) -> LossOutput:
     ratio = (sequence_log_ratio(moved, inputs.sequences) if config.ratio == "sequence" else moved).exp()
     advantages = torch.where(batch.loss_mask, batch.advantages, 0.0).to(ratio.dtype)
     token_loss = _policy_loss(logprobs, ratio, advantages, config)
-    metrics = {"grpo/ratio": ratio.detach(), **_clip_metrics(ratio.detach(), advantages, config)}
+    entropy = policy.entropy()
+    metrics = {"entropy": entropy.detach(), "nll": -logprobs.detach(), "grpo/ratio": ratio.detach()}
+    metrics |= _clip_metrics(ratio.detach(), advantages, config)
     metrics |= {f"grpo/kl_old_{name}": value for name, value in kl_estimates(moved.detach()).items()}
 
     if batch.rollout_logprobs is not None:
@@ -120,7 +124,7 @@ def grpo(inputs: LossInputs, config: GrpoConfig) -> LossOutput:
         estimates = kl_estimates(apart.detach())
         metrics |= {f"grpo/kl_reference_{name}": value for name, value in estimates.items()}
     if config.entropy_coefficient > 0:
-        token_loss = token_loss - config.entropy_coefficient * policy.entropy()
+        token_loss = token_loss - config.entropy_coefficient * entropy
     return LossOutput(token_loss=token_loss, metrics=metrics)
 
 

@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-_SHOWN = ("loss", "grad_norm", "tokens_per_second")
+_SHOWN = ("reward/mean", "loss", "grad_norm", "tokens_per_second")
 
 
 class ProgressSink:

@@ -35,6 +35,8 @@ from megatron_sftrl.trainers.samples import SampleLog
 from megatron_sftrl.trainers.scoring import score_responses
 from megatron_sftrl.types import SamplingParams
 
+_PHASES = ("reshard", "generate", "reward", "old_logprobs", "update")
+
 
 def run_grpo(config: GrpoConfig) -> None:
     """Train as the configuration says; a run directory that holds this run's checkpoints is resumed.
@@ -213,7 +215,9 @@ class GrpoTrainer:
                 **{name: sum(each[name] for _, each in reports) / len(reports) for name in reports[0][1]},
                 **whole.metrics,
             }
-        tokens = sum(len(each.rollout.response_tokens) for each in collected.generated)
+        rollouts = [each.rollout for each in collected.generated]
+        num_generated = sum(len(rollout.response_tokens) for rollout in rollouts)
+        num_tokens = num_generated + sum(len(rollout.prompt_tokens) for rollout in rollouts)
         return {
             **numbers,
             **response_metrics(collected),
@@ -221,7 +225,8 @@ class GrpoTrainer:
             **self.updates.numbers(),
             "updates": len(reports),
             "skipped_steps": self.state.skipped_steps,
-            "rollout/tokens_per_second": tokens / max(seconds.get("generate", 0.0), 1e-9),
+            "rollout/tokens_per_second": num_generated / seconds["generate"],
+            "tokens_per_second": num_tokens / sum(seconds[phase] for phase in _PHASES),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
         }

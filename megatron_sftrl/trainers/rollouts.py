@@ -104,10 +104,14 @@ class RolloutCollector:
             rows: (id of the prompt in the run, its row).
             sampling: the run's when not given.
             phases: what the time of both halves is counted for.
+        Raises:
+            ValueError: the engine left a prompt or a response out.
         """
         prompts = [Prompt(id=number, tokens=row.tokens) for number, row in rows]
+        sampling = sampling or self._sampling
         with self._timers(phases[0]):
-            groups = engine.generate(prompts, sampling or self._sampling)
+            groups = engine.generate(prompts, sampling)
+        _check_groups(groups, prompts, size=sampling.num_samples)
         with self._timers(phases[1]):
             responses = list(self._score(groups, dict(rows)))
         rewards = {
@@ -145,3 +149,15 @@ class RolloutCollector:
             group: [each.scored.parts[0].reward for each in members] for group, members in groups.items()
         }
         return [each for group in informative_groups(rewards).kept for each in groups[group]]
+
+
+def _check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, size: int) -> None:
+    """A prompt whose responses are missing would be left out of every mean without a word."""
+    for prompt, group in zip(prompts, groups, strict=True):
+        lengths = [len(rollout.response_tokens) for rollout in group.rollouts]
+        if group.prompt.id != prompt.id or len(lengths) != size or 0 in lengths:
+            raise ValueError(
+                f"rollout: expected {size} responses of at least one token to prompt {prompt.id}, got "
+                f"responses of {lengths} tokens to prompt {group.prompt.id}: the engine is at fault, and "
+                "nothing was trained on them"
+            )

@@ -96,7 +96,9 @@ def test_the_numbers_of_a_step_are_those_of_its_responses(grpo_run: Path) -> Non
             "rollout/longest_response": max(lengths),
             "rollout/truncated": statistics.mean(not sample["is_finished"] for sample in samples),
             "rollout/tokens_per_second": sum(lengths) / row["seconds/generate"],
+            "tokens_per_second": sum(len(sample["prompt_tokens"]) for sample in samples) + sum(lengths),
         }
+        expected["tokens_per_second"] /= sum(row[f"seconds/{phase}"] for phase in PHASES)
         assert {name: row[name] for name in expected} == pytest.approx(expected)
         assert min(row[f"seconds/{phase}"] for phase in PHASES) > 0
         assert row.keys() >= OF_UPDATES
@@ -177,10 +179,17 @@ def test_right_after_sampling_ratio_and_correction_are_1_at_any_temperature_and_
     correction: str, grpo: GrpoProject, grpo_run: Path, tmp_path: Path
 ) -> None:
     loss = f"loss={{name: grpo, correction: {correction}}}"
-    cut = ("rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=50")
-    once = ("train.steps=1", "rollout.passes=1", "batch.global_size=16")
-    (ours,) = run(grpo, tmp_path / "run", loss, *cut, *once)
-    assert ours["updates"] == 1
+    cut = ("rollout.temperature=1.3", "rollout.top_p=0.9", "rollout.top_k=50")
+    still = ("train.steps=1", "rollout.passes=1", "optim.lr=1e-12")
+    (ours,) = run(grpo, tmp_path / "run", loss, *cut, *still)
+    assert ours["updates"] == 2
+    samples = samples_of(tmp_path / "run")
+    means = []
+    for part in (samples[:8], samples[8:]):
+        lengths = [len(sample["response_tokens"]) for sample in part]
+        weighted = [sample["advantage"] * n for sample, n in zip(part, lengths, strict=True)]
+        means.append(-sum(weighted) / sum(lengths))
+    assert ours["loss"] == pytest.approx(statistics.mean(means), abs=2e-6)  # a ratio of 1, in fp32
     # The same forward on the same batches, in training and in evaluation mode: rounding of a mean of ones.
     assert ours["grpo/ratio"] == pytest.approx(1.0, abs=1e-6)
     assert max(ours[f"grpo/kl_old_{name}"] for name in ("k2", "k3")) < 1e-12

@@ -266,6 +266,17 @@ def test_a_ratio_beyond_any_number_leaves_loss_and_gradient_finite_in_fp32(
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_and_nll_are_those_of_what_is_sampled_from(temperature: float):
+    z, _, batch = data()
+    metrics = build_loss("grpo", {"temperature": temperature})(inputs_for(z, batch=batch)).metrics
+    logprobs = (z / temperature).log_softmax(1)
+    mask, nll = batch.loss_mask, -logprobs.gather(1, batch.labels[:, None]).squeeze(1)
+    entropy = -(logprobs.exp() * logprobs).sum(1)
+    torch.testing.assert_close(metrics["entropy"][mask], entropy[mask], rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(metrics["nll"][mask], nll[mask], rtol=EXACT, atol=EXACT)
+
+
 def small_batch(ratios: list[float], advantages: list[float], rollout: list[float]) -> LossInputs:
     """Uniform policy over V tokens; exp(old - rollout) as given."""
     z = torch.zeros(len(ratios), V, dtype=torch.float64)

@@ -92,6 +92,27 @@ def test_a_masked_response_has_no_loss_and_no_share_of_the_step() -> None:
     assert float(batch.token_weight.sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "finished", "short"),
+    [("sequence_mean", 1 / 6, 1 / 2), ("constant_length", 1 / 40, 1 / 40)],
+)
+def test_means_over_sequences_are_over_those_that_carry_loss(
+    aggregation: str, finished: float, short: float
+) -> None:
+    data = batches(mask_truncated=True, aggregation=aggregation).lay_out([FINISHED, ONE_TOKEN, CUT_OFF])
+    assert data is not None
+    (batch,) = data.batches
+    weights = batch.token_weight[batch.loss_mask].tolist()
+    assert sorted(weights) == pytest.approx(sorted([finished] * 3 + [short]))
+
+
+def test_an_advantage_that_carries_no_loss_is_no_signal() -> None:
+    even = replace(FINISHED, advantage=0.0)
+    assert not batches(mask_truncated=True).has_signal([CUT_OFF, even])
+    assert batches(mask_truncated=False).has_signal([CUT_OFF, even])
+    assert batches(mask_truncated=True).has_signal([even, ONE_TOKEN])
+
+
 def test_a_step_in_which_nothing_is_learned_is_no_step() -> None:
     assert batches(mask_truncated=True).lay_out([CUT_OFF, CUT_OFF]) is None
     assert batches(mask_truncated=False).lay_out([CUT_OFF, CUT_OFF]) is not None

@@ -1,0 +1,61 @@
+"""What the engine hands over is held against what it was asked for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
+from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.trainers.rollouts import RolloutCollector
+from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+
+ROW = PromptRow(tokens=(1, 2), values={}, source="rows.jsonl:1")
+
+
+def rollout(length: int) -> Rollout:
+    return Rollout(
+        prompt_tokens=ROW.tokens,
+        response_tokens=(3,) * length,
+        logprobs=(-1.0,) * length,
+        is_finished=False,
+    )
+
+
+def answer(*groups: tuple[int, list[int]]) -> None:
+    """Ask for two responses to each of the prompts 4 and 5; the engine gives `groups` of such lengths."""
+    made = [
+        RolloutGroup(
+            prompt=Prompt(id=number, tokens=ROW.tokens), rollouts=tuple(map(rollout, lengths)), version=0
+        )
+        for number, lengths in groups
+    ]
+    nothing: Any = None
+    collector = RolloutCollector(
+        cast(Any, SimpleNamespace(seed=0, data=SimpleNamespace(shuffle=True))),
+        PromptSet(rows=(ROW,), fingerprint=""),
+        nothing,
+        nothing,
+        nothing,
+        SamplingParams(num_samples=2),
+        Timers(),
+    )
+    collector.answer(cast(Any, SimpleNamespace(generate=lambda *_: made)), [(4, ROW), (5, ROW)])
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ((5, []), r"expected 2 responses .* to prompt 5, got responses of \[\] tokens to prompt 5"),
+        ((5, [3]), r"got responses of \[3\] tokens to prompt 5"),
+        ((5, [3, 0]), r"at least one token to prompt 5, got responses of \[3, 0\] tokens"),
+        ((6, [3, 3]), r"to prompt 5, got responses of \[3, 3\] tokens to prompt 6"),
+    ],
+)
+def test_a_group_that_is_empty_incomplete_or_of_another_prompt_is_refused(
+    second: tuple[int, list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        answer((4, [1, 2]), second)
