@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,11 @@ from unittest import mock
 
 import pytest
 
-from tests.e2e.product import Ended, sftrl_each
+from megatron_sftrl.architectures import architecture_of
+from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.engine.checkpoint import StoredTensors
+from megatron_sftrl.preflight.storage import checkpoint_bytes
+from tests.e2e.product import Ended, sftrl, sftrl_each
 from tests.e2e.project import Project
 from tests.ranks import free_port, run_ranks
 
@@ -146,3 +151,25 @@ def alone_of_two(line: list[str], port: int) -> Ended:
         with mock.patch.dict(os.environ, {"MASTER_PORT": str(port)}), contextlib.redirect_stderr(said):
             code = main(line)
     return Ended(code, said.getvalue())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("model.dtype=bf16", "loss={name: curiosft}", "reference.kind=moving_average"),
+        ("optim={name: sgd, lr: 0.1, momentum: 0.9}",),
+    ],
+    ids=["fp32 adamw", "bf16 adamw, moving reference", "fp32 sgd with momentum"],
+)
+def test_the_space_that_is_asked_for_is_what_a_checkpoint_takes(
+    changes: tuple[str, ...], project: Project, tmp_path: Path
+) -> None:
+    overrides = [f"run_dir={tmp_path / 'run'}", "train.steps=2", "checkpoint.keep_last=1", *changes]
+    sftrl("sft", str(project.yaml), *overrides)
+    (step,) = (tmp_path / "run/checkpoints").iterdir()
+    with StoredTensors(step) as stored:
+        sizes = {key: math.prod(shape) * stored.dtypes[key].itemsize for key, shape in stored.shapes.items()}
+    config = load_any_config(project.yaml, overrides)
+    found = sum(size for key, size in sizes.items() if not key.startswith("rng."))
+    assert checkpoint_bytes(config, architecture_of(config.model)) == found
