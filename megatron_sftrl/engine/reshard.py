@@ -30,8 +30,8 @@ class Resharder:
         architecture: of the policy.
         parallel: this rank's place.
         layout: how the ranks form engines; `EngineLayout(tp=1, world_size=...)` for whole tensors everywhere.
-        bucket_bytes: most that a rank packs, and most that it receives, in one exchange of messages. The
-            memory of an update is at most two buckets and the largest tensor.
+        bucket_bytes: an update takes at most the memory of two buckets and the largest tensor. (A row of a
+            tensor travels whole, however large.)
         is_checked: fill what the engine does not read with NaN, so that a wrong share shows.
         has_checksums: compare the bits of every part at its holder and at its receiver.
     Raises:
@@ -79,7 +79,9 @@ class Resharder:
                 [each for each, _ in holdings],
                 rank=parallel.rank,
                 element_bytes=dtype.itemsize,
-                bucket_bytes=bucket_bytes,
+                # Three messages share two buckets: the received one that is unpacked, and both directions of
+                # the exchange that is under way meanwhile.
+                bucket_bytes=max(1, 2 * bucket_bytes // 3),
             ),
             dtype=dtype,
             device=parallel.device,

@@ -1,4 +1,7 @@
-"""One exchange of messages between ranks: pack, send, receive; one message for each pair of ranks."""
+"""One exchange of messages between ranks: pack and send, later receive; one message for each pair of ranks.
+
+Between the two a rank unpacks the exchange before: what travels does not wait for memory to be copied.
+"""
 
 from __future__ import annotations
 
@@ -31,38 +34,84 @@ class Received:
     sent_bytes: int
 
 
-def exchange(
-    each: Round, weights: LiveWeights, *, dtype: torch.dtype, device: torch.device, has_checksums: bool
-) -> Received:
-    """Send this rank's pieces and wait for those of the others; every rank of a round calls it.
+class Exchange:
+    """The messages of a round, on their way from the moment this is made.
 
-    Gloo and NCCL deliver the messages of a pair of ranks in the order of the calls, and the plan gives both
-    ends the same order, so no tags are needed.
+    Every rank makes the exchange of a round, finishes the one before, and so on. Gloo and NCCL deliver the
+    messages of a pair of ranks in the order of the calls, and the plan gives both ends the same order, so no
+    tags are needed.
+
+    Args:
+        each: the rank's part in the round.
+        weights: this rank's.
+        dtype, device: of the weights.
+        has_checksums: send the sums of all pieces, too.
     """
-    inbox = {
-        source: torch.empty(_num_elements(pieces), dtype=dtype, device=device)
-        for source, pieces in each.receives.items()
-    }
-    outbox = {}
-    for receiver, pieces in each.sends.items():
-        outbox[receiver] = torch.empty(_num_elements(pieces), dtype=dtype, device=device)
-        for piece, place in _places(pieces, outbox[receiver]):
-            place.copy_(weights.read(piece.name, piece.box))
-    _run([*_operations(dist.irecv, inbox), *_operations(dist.isend, outbox)])
-    sums: dict[Piece, int] = {}
-    if has_checksums:
-        sums = _exchange_checksums(each, weights, device)
-    values = {
-        piece: place
-        for source, pieces in each.receives.items()
-        for piece, place in _places(pieces, inbox[source])
-    }
-    return Received(
-        values=values,
-        checksums=sums,
-        num_bytes=sum(buffer.nbytes for buffer in inbox.values()),
-        sent_bytes=sum(buffer.nbytes for buffer in outbox.values()),
-    )
+
+    def __init__(
+        self,
+        each: Round,
+        weights: LiveWeights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_checksums: bool,
+    ) -> None:
+        self._receives = each.receives
+        self._inbox = {
+            source: torch.empty(_num_elements(pieces), dtype=dtype, device=device)
+            for source, pieces in each.receives.items()
+        }
+        self._outbox = {}
+        for receiver, pieces in each.sends.items():
+            self._outbox[receiver] = torch.empty(_num_elements(pieces), dtype=dtype, device=device)
+            for piece, place in _places(pieces, self._outbox[receiver]):
+                place.copy_(weights.read(piece.name, piece.box))
+        self._sums: dict[int, Tensor] = {}
+        self._own_sums: dict[int, Tensor] = {}
+        if has_checksums:
+            self._sums = {
+                source: torch.empty(len(pieces), dtype=torch.int64, device=device)
+                for source, pieces in each.receives.items()
+            }
+            self._own_sums = {
+                receiver: torch.tensor(
+                    [checksum(weights.read(piece.name, piece.box)) for piece in pieces], device=device
+                )
+                for receiver, pieces in each.sends.items()
+            }
+        operations = [
+            *_operations(dist.irecv, self._inbox),
+            *_operations(dist.isend, self._outbox),
+            *_operations(dist.irecv, self._sums),
+            *_operations(dist.isend, self._own_sums),
+        ]
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights on their way, in both directions."""
+        return sum(buffer.nbytes for buffer in (*self._inbox.values(), *self._outbox.values()))
+
+    def finish(self) -> Received:
+        """Wait for the messages of the others, and for one's own to be sent; called once."""
+        for work in self._works:
+            work.wait()
+        inbox, outbox, self._inbox, self._outbox = self._inbox, self._outbox, {}, {}
+        return Received(
+            values={
+                piece: place
+                for source, pieces in self._receives.items()
+                for piece, place in _places(pieces, inbox[source])
+            },
+            checksums={
+                piece: total
+                for source, totals in self._sums.items()
+                for piece, total in zip(self._receives[source], totals.tolist(), strict=True)
+            },
+            num_bytes=sum(buffer.nbytes for buffer in inbox.values()),
+            sent_bytes=sum(buffer.nbytes for buffer in outbox.values()),
+        )
 
 
 def _num_elements(pieces: Sequence[Piece]) -> int:
@@ -76,31 +125,6 @@ def _places(pieces: Sequence[Piece], message: Tensor) -> Iterator[tuple[Piece, T
         yield piece, flat.view([stop - start for start, stop in piece.box])
 
 
-def _exchange_checksums(each: Round, weights: LiveWeights, device: torch.device) -> dict[Piece, int]:
-    inbox = {
-        source: torch.empty(len(pieces), dtype=torch.int64, device=device)
-        for source, pieces in each.receives.items()
-    }
-    outbox = {
-        receiver: torch.tensor(
-            [checksum(weights.read(piece.name, piece.box)) for piece in pieces], device=device
-        )
-        for receiver, pieces in each.sends.items()
-    }
-    _run([*_operations(dist.irecv, inbox), *_operations(dist.isend, outbox)])
-    return {
-        piece: total
-        for source, pieces in each.receives.items()
-        for piece, total in zip(pieces, inbox[source].tolist(), strict=True)
-    }
-
-
 def _operations(direction: Callable, buffers: Mapping[int, Tensor]) -> Iterator[dist.P2POp]:
     for peer, buffer in buffers.items():
         yield dist.P2POp(direction, buffer, peer)
-
-
-def _run(operations: list[dist.P2POp]) -> None:
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()

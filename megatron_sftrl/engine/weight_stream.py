@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_sftrl.architectures.engine_shards import Box
 from megatron_sftrl.engine.checksums import checksum
 from megatron_sftrl.engine.live_weights import LiveWeights
-from megatron_sftrl.engine.reshard_messages import Received, exchange
+from megatron_sftrl.engine.reshard_messages import Exchange, Received
 from megatron_sftrl.engine.reshard_plan import Piece, Round, volume
 from megatron_sftrl.engine.together import on_every_rank
 
@@ -195,22 +195,20 @@ class WeightStream:
     def _produce(self) -> Iterator[tuple[str, Tensor]]:
         plan, count = self._plan, self._count
         whole, filled = torch.empty(0, dtype=plan.dtype, device=plan.device), 0
-        for each in plan.rounds:
-            received = exchange(
-                each,
-                self._weights,
-                dtype=plan.dtype,
-                device=plan.device,
-                has_checksums=plan.has_checksums,
-            )
+        underway = self._begin(0)
+        for number, each in enumerate(plan.rounds):
+            count.peak = max(count.peak, underway.num_bytes + whole.nbytes)
+            received = underway.finish()
             count.received += received.num_bytes
             count.sent += received.sent_bytes
-            count.peak = max(count.peak, received.num_bytes + received.sent_bytes + whole.nbytes)
-            pieces = _by_name(each, received)
+            if number + 1 < len(plan.rounds):
+                # It travels while this rank unpacks, and while the engine loads.
+                underway = self._begin(number + 1)
+            messages, pieces = received.num_bytes + underway.num_bytes, _by_name(each, received)
             for band in each.bands:
                 if band.rows[0] == 0:
                     whole, filled = self._new(band.name), 0
-                    count.peak = max(count.peak, received.num_bytes + whole.nbytes)
+                count.peak = max(count.peak, messages + whole.nbytes)
                 for piece in pieces.get(band.name, ()):
                     self._fill(whole, piece, received)
                     filled += volume(piece.box)
@@ -221,8 +219,18 @@ class WeightStream:
                     taken, whole = whole, whole.new_empty(0)
                     yield band.name, taken
                     del taken
-            # Else this round's messages would still be there during the next exchange.
+            # Else this round's messages would still be there when the one after the next begins.
             del received, pieces
+
+    def _begin(self, number: int) -> Exchange:
+        plan = self._plan
+        return Exchange(
+            plan.rounds[number],
+            self._weights,
+            dtype=plan.dtype,
+            device=plan.device,
+            has_checksums=plan.has_checksums,
+        )
 
     def _new(self, name: str) -> Tensor:
         plan = self._plan

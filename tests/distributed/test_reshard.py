@@ -269,15 +269,16 @@ def corrupted_update(has_checksums: bool) -> tuple[str, int]:
         bucket_bytes=AMPLE,
         has_checksums=has_checksums,
     )
-    real = reshard_messages._run
+    real: Any = reshard_messages.Exchange.finish
 
-    def noisy(operations: list[Any]) -> None:
-        real(operations)
-        buffer = operations[0].tensor  # of the messages received
-        if parallel.rank == 1 and buffer.dtype == torch.float32:
-            buffer.view(torch.int32)[buffer.numel() // 2] ^= 1
+    def noisy(exchange: Any) -> Any:
+        received = real(exchange)
+        if parallel.rank == 1:
+            piece = next(iter(received.values.values()))
+            piece.view(torch.int32).view(-1)[piece.numel() // 2] ^= 1
+        return received
 
-    reshard_messages._run = noisy
+    reshard_messages.Exchange.finish = noisy
     items: dict[str, Tensor] = {}
     try:
         with resharder.stream() as stream:
@@ -287,7 +288,7 @@ def corrupted_update(has_checksums: bool) -> tuple[str, int]:
         assert resharder.last_report is None
         return str(error), sum(int((items[name] != hf[name]).sum()) for name in hf)
     finally:
-        reshard_messages._run = real
+        reshard_messages.Exchange.finish = real
         destroy()
 
 
