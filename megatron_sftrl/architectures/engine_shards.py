@@ -77,13 +77,36 @@ def engine_boxes(architecture: Architecture, *, tp: int, tp_rank: int) -> dict[s
     Raises:
         ValueError: heads, widths or vocabulary that an engine of this tp cannot cut.
     """
-    _check(architecture, tp)
+    check_cut(architecture, tp)
     boxes: dict[str, Box] = {}
     for tensor in megatron_tensors(architecture):
         for name, rows in _rows_of_names(tensor).items():
             columns = tuple((0, size) for size in tensor.shape[1:])
             boxes[name] = _box(tensor, name, rows, columns, architecture, tp, tp_rank)
     return boxes
+
+
+def check_cut(architecture: Architecture, tp: int) -> None:
+    """Refuse a tensor parallel size that does not suit the model.
+
+    Raises:
+        ValueError: heads, widths or vocabulary that an engine of this tp cannot cut.
+    """
+    a = architecture
+    problems = []
+    if a.num_attention_heads % tp:
+        problems.append(f"num_attention_heads = {a.num_attention_heads} is not a multiple of it")
+    if a.num_query_groups % tp and tp % a.num_query_groups:
+        problems.append(f"num_query_groups = {a.num_query_groups} is neither a multiple nor a divisor of it")
+    if a.ffn_hidden_size % tp:
+        problems.append(f"ffn_hidden_size = {a.ffn_hidden_size} is not a multiple of it")
+    padded = padded_vocab_size(a.vocab_size, 1, multiple=VOCAB_MULTIPLE)
+    if padded % tp:
+        problems.append(f"the vocabulary padded to {padded} is not a multiple of it")
+    if problems:
+        raise ValueError(
+            f"a rollout engine of tp {tp} cannot hold this model: {'; '.join(problems)}; choose another tp"
+        )
 
 
 def _rows_of_names(tensor: MegatronTensor) -> dict[str, int]:
@@ -119,20 +142,3 @@ def _box(
 def _run(size: int, parts: int, part: int) -> tuple[int, int]:
     length = size // parts
     return part * length, (part + 1) * length
-
-
-def _check(a: Architecture, tp: int) -> None:
-    problems = []
-    if a.num_attention_heads % tp:
-        problems.append(f"num_attention_heads = {a.num_attention_heads} is not a multiple of it")
-    if a.num_query_groups % tp and tp % a.num_query_groups:
-        problems.append(f"num_query_groups = {a.num_query_groups} is neither a multiple nor a divisor of it")
-    if a.ffn_hidden_size % tp:
-        problems.append(f"ffn_hidden_size = {a.ffn_hidden_size} is not a multiple of it")
-    padded = padded_vocab_size(a.vocab_size, 1, multiple=VOCAB_MULTIPLE)
-    if padded % tp:
-        problems.append(f"the vocabulary padded to {padded} is not a multiple of it")
-    if problems:
-        raise ValueError(
-            f"a rollout engine of tp {tp} cannot hold this model: {'; '.join(problems)}; choose another tp"
-        )

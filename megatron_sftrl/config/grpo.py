@@ -69,6 +69,9 @@ class RolloutSection(Section):
     """in_process: responses generated together on one replica; bounds the memory of the cache."""
     passes: int = Field(default=1, ge=1)
     """Times that each response is trained on, in mini-batches of batch.global_size."""
+    offload: bool = False
+    """On GPUs: while responses are generated, gradients are dropped and the optimizer's state waits in CPU
+    memory. vLLM gives its own memory back while the trainer trains in any case."""
     save_samples: int = Field(default=4, ge=0)
     """Groups written to rollouts.jsonl each step."""
 

@@ -16,6 +16,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
+from megatron_sftrl.engine.offload import TrainingState
 from megatron_sftrl.engine.optimizer import (
     OptimStep,
     build_optimizer,
@@ -67,6 +68,7 @@ class PolicyEngine:
             zero_weights(self.chunks)
         self.wrapped: list[DistributedDataParallel] | list[LanguageModel] = self.chunks
         self.optimizer = None
+        self.training_state: TrainingState | None = None
         if with_optimizer:
             self._prepare_training(run)
 
@@ -85,6 +87,7 @@ class PolicyEngine:
             is_bf16=run.model.dtype == "bf16",
             is_distributed=run.parallel.distributed_optimizer,
         )
+        self.training_state = TrainingState(wrapped, self.optimizer, self.parallel.device)
 
     def forward_backward(
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
@@ -95,7 +98,8 @@ class PolicyEngine:
 
     def zero_gradients(self) -> None:
         """Empty Megatron's gradient buffers; the schedule accumulates into them."""
-        assert self.optimizer is not None
+        assert self.optimizer is not None and self.training_state is not None
+        assert not self.training_state.is_away, "the training state comes back before the next step"
         for chunk in self.wrapped:
             assert isinstance(chunk, DistributedDataParallel)
             chunk.train()

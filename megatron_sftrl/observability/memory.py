@@ -15,7 +15,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far.
 
     Args:
-        device: CUDA: tensors allocated on it since the last `reset_peak_memory`. CPU: the largest
+        device: CUDA: tensors allocated on it since the last `take_device_peak`. CPU: the largest
             resident set of the process since it began.
     Returns:
         Bytes.
@@ -26,10 +26,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new CUDA peak; the CPU's cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def take_device_peak(device: torch.device) -> int:
+    """Most bytes of a CUDA device in use since the last call, whoever took them; counting starts anew.
+
+    Between calls only torch's allocator may take memory and give it back. What others hold (contexts, NCCL,
+    the share of a sleeping engine that torch still counts as taken) is counted as it is now.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    beyond_now = torch.cuda.max_memory_reserved(device) - torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return total - free + beyond_now
 
 
 def return_freed_memory() -> None:

@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.rollout.vllm_colocated import VllmEngine
-from megatron_sftrl.rollout.vllm_settings import VllmSettings
+from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
+
+
+def check_engine(config: GrpoConfig, architecture: Architecture, parallel: ParallelContext) -> None:
+    """Refuse an engine that cannot run here, before any model is built.
+
+    Raises:
+        ValueError: on every rank: an engine that is not installed or does not fit ranks or model, or an
+            offload without a GPU.
+    """
+    if config.rollout.offload and parallel.device.type != "cuda":
+        raise ValueError(
+            "rollout.offload takes gradients and optimizer state off the GPU while responses are generated, "
+            "and this run has no GPU: remove it, or rollout.offload=null on the command line"
+        )
+    if config.rollout.engine == "vllm":
+        check_vllm(_vllm_settings(config), architecture, world_size=parallel.world_size)
 
 
 def build_engine(config: GrpoConfig, policy: PolicyEngine) -> RolloutEngine:
-    """The engine that rollout.engine names; every rank calls it.
+    """The engine that rollout.engine names, asleep; every rank calls it.
 
     Raises:
-        ValueError: on every rank: an engine that is not installed, or does not fit ranks, model or memory.
+        ValueError: on every rank: what check_engine refuses, or not enough memory.
     """
     rollout = config.rollout
     if rollout.engine == "in_process":
         return InProcessEngine(policy.parallel, max_responses=rollout.max_concurrent)
-    return VllmEngine(
-        policy,
-        VllmSettings(
-            tp=rollout.vllm.tp,
-            max_model_len=config.max_length,
-            max_num_seqs=rollout.vllm.max_num_seqs,
-            gpu_memory_utilization=rollout.vllm.gpu_memory_utilization,
-            enforce_eager=rollout.vllm.enforce_eager,
-            bucket_bytes=rollout.vllm.bucket_mb * 2**20,
-            has_checksums=rollout.vllm.checksums,
-        ),
+    state = policy.training_state if rollout.offload else None
+    if state is not None:
+        # vLLM measures what it may take: what will leave while it generates must not be in its way now.
+        state.leave()
+    engine = VllmEngine(policy, _vllm_settings(config))
+    if state is not None:
+        state.come_back()
+    return engine
+
+
+def _vllm_settings(config: GrpoConfig) -> VllmSettings:
+    vllm = config.rollout.vllm
+    return VllmSettings(
+        tp=vllm.tp,
+        max_model_len=config.max_length,
+        max_num_seqs=vllm.max_num_seqs,
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        enforce_eager=vllm.enforce_eager,
+        bucket_bytes=vllm.bucket_mb * 2**20,
+        has_checksums=vllm.checksums,
     )

@@ -10,9 +10,9 @@ import gc
 import json
 import secrets
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,21 +23,21 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reshard import Resharder
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.engine.weight_stream import ReshardReport
+from megatron_sftrl.rollout.engine_memory import EngineMemory, Part
 from megatron_sftrl.rollout.process_state import Guest
 from megatron_sftrl.rollout.replicas import all_rollouts, share_of
 from megatron_sftrl.rollout.requests import check_prompts, response_seed
 from megatron_sftrl.rollout.vllm_settings import (
     VllmSettings,
-    check_length,
-    check_version,
+    check_vllm,
     cpu_cache_bytes,
     environment,
     memory_advice,
 )
+from megatron_sftrl.rollout.vllm_weights import load_weights
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
-    from vllm import LLM
     from vllm.outputs import RequestOutput
     from vllm.v1.executor import Executor
 
@@ -54,11 +54,10 @@ class VllmEngine:
     """
 
     def __init__(self, policy: PolicyEngine, settings: VllmSettings) -> None:
-        check_version()
         parallel = policy.parallel
+        check_vllm(settings, policy.architecture, world_size=parallel.world_size)
         self._settings, self._parallel, self._architecture = settings, parallel, policy.architecture
         self._layout = EngineLayout(tp=settings.tp, world_size=parallel.world_size)
-        check_length(settings, policy.architecture)
         self._is_cuda = parallel.device.type == "cuda"
         self._guest = Guest(parallel.device, environment(parallel))
         self._resharder = Resharder(
@@ -72,13 +71,19 @@ class VllmEngine:
         )
         self._policy = policy
         self._version: int | None = None
-        self._asleep: set[str] = set()
         self._temperature = 1.0
         dtype = policy.config.params_dtype
         # It is no result: vLLM keeps frames of its start alive, and with them whatever they return.
         self._guest.run(lambda: on_every_rank(lambda: self._start(dtype)))
         self._model = self._llm.apply_model(lambda model: model)[0]
         self._temper_logits()
+        self._memory = EngineMemory(
+            sleep=lambda: self._guest.run(lambda: self._llm.sleep(level=2)),
+            wake=lambda part: self._guest.run(lambda: self._llm.wake_up(tags=[part])),
+            is_cuda=self._is_cuda,
+        )
+        # The trainer may need what its construction left to the engine.
+        self.sleep()
 
     @property
     def last_report(self) -> ReshardReport | None:
@@ -89,7 +94,7 @@ class VllmEngine:
         """As in the protocol; `policy` is the one that the engine was made for."""
         assert policy is self._policy, "an engine serves the policy that it was made for"
         self._version = None
-        self._wake("weights")
+        self.wake()
         self._guest.run(self._load)
         self._wake("kv_cache")
         # The cached keys and values of a prompt were computed with the earlier weights.
@@ -134,9 +139,7 @@ class VllmEngine:
         aside itself and restores them in wake().
         """
         self._version = None
-        if self._is_cuda and not self._asleep:
-            self._guest.run(lambda: self._llm.sleep(level=2))
-            self._asleep = {"weights", "kv_cache"}
+        self._memory.sleep()
 
     def close(self) -> None:
         """Release the engine's memory and process groups; the trainer's stay."""
@@ -155,10 +158,9 @@ class VllmEngine:
         if self._is_cuda:
             torch.cuda.empty_cache()
 
-    def _wake(self, part: str) -> None:
-        if part in self._asleep:
-            self._guest.run(lambda: self._llm.wake_up(tags=[part]))
-            self._asleep.remove(part)
+    def _wake(self, part: Part) -> None:
+        with memory_advice(self._settings):
+            on_every_rank(lambda: self._memory.wake(part))
 
     def _start(self, dtype: torch.dtype) -> None:
         from vllm import LLM
@@ -250,62 +252,6 @@ def _cpu_executor(name: str) -> type[Executor]:
             return f"env:{name}", rank, local_rank
 
     return CpuExecutor
-
-
-def load_weights(
-    llm: LLM, model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]], *, is_cuda: bool
-) -> None:
-    """Replace every weight of a running engine.
-
-    This is vLLM's reload_weights, which keeps to itself what was loaded, with two repairs for the CPU:
-    without them the engine goes on with the earlier weights there, silently.
-
-    Args:
-        llm: engine.
-        model: of this rank in it.
-        weights: (Hugging Face name, tensor of the whole shape).
-        is_cuda: where the engine runs.
-    Raises:
-        ValueError: a name that the engine does not have, or a parameter of it that lacks elements.
-    """
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    config = llm.llm_engine.vllm_config
-    expected = {name for name, _ in model.named_parameters()}
-    if not is_cuda:
-        for module in model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            if isinstance(method, FusedMoEMethodBase):
-                # A kernel that is there keeps the experts' weights as it packed them first.
-                method.moe_kernel = None
-    with set_current_vllm_config(config), torch.no_grad():
-        initialize_layerwise_reload(model)
-        try:
-            missing = expected - model.load_weights(weights)  # type: ignore[operator]
-            for name, module in model.named_modules():
-                loaded = get_layerwise_info(module).load_numel
-                size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-                # Finished layers have been reset to 0. The vocabulary's padding is never loaded.
-                if 0 < loaded < size and not isinstance(module, VocabParallelEmbedding):
-                    missing.add(f"{name} ({loaded} of {size} elements)")
-        finally:
-            # Also after a failure: what was left half loaded would count in the next update.
-            finalize_layerwise_reload(model, config.model_config)
-        if not is_cuda:
-            for module in model.modules():
-                if isinstance(module, ParallelLMHead):
-                    # A tied head is not among the loaded layers, and holds a packed copy of its own.
-                    head: Any = module
-                    head.quant_method.process_weights_after_loading(head)
-    if missing:
-        raise ValueError(
-            f"no weight of the policy reached these parameters of the rollout engine: {sorted(missing)}; use "
-            "rollout.engine: in_process, and report this architecture"
-        )
 
 
 def _rollout(asked: tuple[Prompt, int], answer: RequestOutput, sampling: SamplingParams) -> Rollout:

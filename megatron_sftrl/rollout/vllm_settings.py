@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.architectures.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.engine.parallel import ParallelContext
 
 _OLDEST_VLLM = (0, 32)
@@ -60,6 +61,30 @@ def environment(parallel: ParallelContext) -> dict[str, str]:
     }
 
 
+def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size: int) -> None:
+    """Refuse what vLLM cannot do, before anything is built.
+
+    Raises:
+        ValueError: vLLM is missing or too old; ranks that form no whole replicas; a model that vLLM cannot
+            cut like this or reads differently; a length that the model has no positions for.
+    """
+    check_version()
+    EngineLayout(tp=settings.tp, world_size=world_size)
+    check_cut(architecture, settings.tp)
+    a = architecture
+    if settings.max_model_len > a.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len = {settings.max_model_len} passes the model's {a.max_position_embeddings} "
+            "positions: lower it, or train a model with more"
+        )
+    if a.family == "qwen2" and a.head_dim * a.num_attention_heads != a.hidden_size:
+        raise ValueError(
+            f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
+            f"the width of a qwen2's heads, whatever head_dim says, which is {a.head_dim} here: use "
+            "rollout.engine: in_process"
+        )
+
+
 def check_version() -> None:
     """Refuse to go on without a vLLM that this file was written for.
 
@@ -72,20 +97,6 @@ def check_version() -> None:
         raise ValueError(f"rollout.engine: vllm needs vLLM, which is not installed: {wanted}")
     if tuple(int(part) for part in found[0].split(".")[:2]) < _OLDEST_VLLM:
         raise ValueError(f"vLLM {found[0]} is installed, which is too old for rollout.engine: vllm: {wanted}")
-
-
-def check_length(settings: VllmSettings, architecture: Architecture) -> None:
-    """Refuse a length that the model has no positions for.
-
-    Raises:
-        ValueError: max_model_len passes max_position_embeddings.
-    """
-    positions = architecture.max_position_embeddings
-    if settings.max_model_len > positions:
-        raise ValueError(
-            f"max_model_len = {settings.max_model_len} passes the model's {positions} positions: lower it, "
-            "or train a model with more"
-        )
 
 
 def cpu_cache_bytes(settings: VllmSettings, architecture: Architecture, dtype: torch.dtype) -> int:
@@ -107,8 +118,9 @@ def memory_advice(settings: VllmSettings) -> Iterator[None]:
         raise ValueError(
             f"vLLM has not enough memory with gpu_memory_utilization {settings.gpu_memory_utilization}, "
             f"max_num_seqs {settings.max_num_seqs}, max_model_len {settings.max_model_len} and tp "
-            f"{settings.tp}: raise the first as far as the trainer leaves memory, lower the next two, "
-            f"or raise tp (all in rollout.vllm, but the length: data and rollout). vLLM said: {error}"
+            f"{settings.tp}: raise the first as far as the trainer leaves memory (more with rollout.offload: "
+            "true), lower the next two, or raise tp (all in rollout.vllm, but the length: data and rollout). "
+            f"vLLM said: {error}"
         ) from error
 
 

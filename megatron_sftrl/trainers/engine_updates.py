@@ -8,9 +8,11 @@ from dataclasses import replace
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.observability.memory import take_device_peak
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
+from megatron_sftrl.trainers.memory_turns import MemoryTurns
 from megatron_sftrl.trainers.scoring import score_responses
 from megatron_sftrl.types import Prompt, SamplingParams
 
@@ -24,7 +26,7 @@ class EngineUpdates:
 
     Args:
         config: of the run.
-        engine, policy: of the run.
+        engine, policy: of the run; the engine sleeps.
         rows: prompts; the first ones are the probe's.
         batches: layout of the trainer.
         sampling: of the run.
@@ -42,9 +44,17 @@ class EngineUpdates:
         self._config, self._engine, self._policy = config, engine, policy
         self._rows, self._batches, self._sampling = rows, batches, sampling
         self._probed: float | None = None
+        device = policy.parallel.device
+        self._turns = MemoryTurns(
+            engine,
+            policy.training_state if config.rollout.offload else None,
+            take_peak=(lambda: take_device_peak(device)) if device.type == "cuda" else None,
+        )
 
     def refresh(self, version: int) -> None:
-        """Wake the engine, hand it the weights, and compare; every rank calls it.
+        """Leave the memory to the engine, hand it the weights, and compare; every rank calls it.
+
+        Until release() only the policy's forward works.
 
         Args:
             version: steps behind the weights.
@@ -52,7 +62,7 @@ class EngineUpdates:
             ValueError: on every rank: the engine did not take every weight, or does not agree.
         """
         self._policy.gather_parameters()
-        self._engine.wake()
+        self._turns.to_engine()
         self._engine.update(self._policy, version=version)
         if self._config.rollout.engine == "in_process":
             return
@@ -66,9 +76,14 @@ class EngineUpdates:
                 "is sound"
             )
 
+    def release(self) -> None:
+        """The engine sleeps and the trainer has the memory again; the next generation needs a refresh()."""
+        self._turns.to_trainer()
+
     def numbers(self) -> dict[str, float]:
-        """What the last update cost this rank, and the probe; nothing where no weight moves."""
-        numbers = {} if self._probed is None else {"mismatch/probe": self._probed}
+        """What the last update cost this rank, the probe, and the memory that each turn of the step took."""
+        numbers: dict[str, float] = {} if self._probed is None else {"mismatch/probe": self._probed}
+        numbers |= {f"memory/{whose}_peak_bytes": peak for whose, peak in self._turns.peaks().items()}
         if (report := self._engine.last_report) is not None:
             numbers |= {
                 "reshard/received_bytes": report.received_bytes,

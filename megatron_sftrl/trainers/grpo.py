@@ -20,7 +20,7 @@ from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries, describe_failures
-from megatron_sftrl.rollout.build import build_engine
+from megatron_sftrl.rollout.build import build_engine, check_engine
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
@@ -51,6 +51,7 @@ def run_grpo(config: GrpoConfig) -> None:
         parallel_context(config.parallel) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
     ):
+        check_engine(config, plan.architecture, parallel)
         directory = open_run_directory(config, is_writer=False)
         check_rows(rewards.rewards, prompts, *([valid] if valid else []))
         on_every_rank(lambda: check_canaries(rewards))
@@ -132,7 +133,7 @@ class GrpoTrainer:
                 with self.timers("reshard"):
                     self.updates.refresh(self.state.step)
                 collected = self.collector.collect(self.engine, consumed=self.state.consumed_samples)
-                self.engine.sleep()
+                self.updates.release()
                 with self.timers("old_logprobs"):
                     scored = self._with_old_logprobs(collected.responses)
                 with self.timers("update"):
@@ -158,7 +159,7 @@ class GrpoTrainer:
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, num_samples=1)
         rows = list(enumerate(self.valid.rows))
         responses = self.collector.answer(self.engine, rows, greedy, phases=("evaluate", "evaluate"))
-        self.engine.sleep()
+        self.updates.release()
         collected = Collected(responses=(), generated=tuple(responses), num_prompts=len(responses))
         numbers = response_metrics(collected)
         return {name: numbers[name.removeprefix("valid/")] for name in HELD_OUT}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib.metadata
 import importlib.util
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from tests.ranks import close_ranks, run_ranks
 
 if TYPE_CHECKING:
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.weight_stream import WeightStream
     from megatron_sftrl.rollout.vllm_colocated import VllmEngine
 
 needs_vllm = pytest.mark.skipif(
@@ -91,6 +93,8 @@ class OwnRules:
     Args:
         lost: what was said when the named tensor was not sent.
         unknown: what was said of a tensor that the engine does not have.
+        failed: what was said of an update that lost a tensor on its way.
+        stale_after_failure: the engine generated after that update all the same.
         tensors: bytes of all tensors alive, before and after five more updates.
         stale: an engine that slept generated before its next update.
         greedy: tokens after all that.
@@ -100,6 +104,8 @@ class OwnRules:
 
     lost: dict[str, str]
     unknown: str
+    failed: str
+    stale_after_failure: bool
     tensors: tuple[int, int]
     stale: bool
     greedy: list[tuple[int, ...]]
@@ -154,6 +160,21 @@ def tensor_bytes() -> int:
     return sum(each.nbytes for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
 
 
+@contextlib.contextmanager
+def without(stream: WeightStream, name: str) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """A stream that loses the named tensor."""
+    with stream:
+        yield ((key, tensor) for key, tensor in stream if key != name)
+
+
+def generates(engine: VllmEngine) -> bool:
+    try:
+        engine.generate(PROMPTS, GREEDY)
+    except AssertionError as error:
+        return "update() comes first" not in str(error)
+    return True
+
+
 def own_rules(model: str, directory: Path) -> OwnRules:
     """Build an engine, mistreat it."""
     from megatron.core import parallel_state
@@ -163,8 +184,9 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.hf.weights import open_weights
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine, load_weights
+    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
+    from megatron_sftrl.rollout.vllm_weights import load_weights
 
     config = engine_config(directory, {}, "fp32")
     architecture = architecture_of(config.model)
@@ -192,6 +214,12 @@ def own_rules(model: str, directory: Path) -> OwnRules:
         )
     )
     engine.update(policy, version=0)
+    stream = engine._resharder.stream
+    engine._resharder.stream = lambda: without(stream(), lost_names(model)[0])  # type: ignore[assignment]
+    failed = said_by(lambda: engine.update(policy, version=1))
+    stale_after_failure = generates(engine)
+    engine._resharder.stream = stream
+    engine.update(policy, version=0)
     before = tensor_bytes()
     for version in range(1, 6):
         engine.update(policy, version=version)
@@ -199,11 +227,7 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     after = tensor_bytes()
     engine.sleep()
     engine.wake()
-    try:
-        engine.generate(PROMPTS, GREEDY)
-        stale = True
-    except AssertionError:
-        stale = False
+    stale = generates(engine)
     engine.update(policy, version=6)
     greedy = [group.rollouts[0].response_tokens for group in engine.generate(PROMPTS, GREEDY)]
     model_lives = weakref.ref(engine._model)
@@ -212,6 +236,8 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     return OwnRules(
         lost=lost,
         unknown=unknown,
+        failed=failed,
+        stale_after_failure=stale_after_failure,
         tensors=(before, after),
         stale=stale,
         greedy=greedy,
@@ -236,6 +262,14 @@ class TestOwnRules:
 
     def test_a_tensor_that_the_engine_does_not_have_is_refused(self, rules: Mistreated) -> None:
         assert "r_proj" in rules.found.unknown
+
+    def test_an_update_that_lost_a_tensor_fails_and_nothing_is_generated_with_it(
+        self, rules: Mistreated
+    ) -> None:
+        assert "the rollout engine stopped" in rules.found.failed
+        assert "no weight of the policy reached" in rules.found.failed
+        assert module_of(lost_names(rules.model)[0]) in rules.found.failed
+        assert not rules.found.stale_after_failure
 
     def test_an_update_that_failed_leaves_nothing_to_the_next(self, rules: Mistreated) -> None:
         prompts = [prompt.tokens for prompt in PROMPTS]

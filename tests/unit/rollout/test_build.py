@@ -1,0 +1,109 @@
+"""A rollout engine that cannot run here is refused before any model is built, with what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sftrl.architectures.architecture import from_section
+from megatron_sftrl.config.grpo import GrpoConfig
+
+SIZES = {
+    "family": "qwen3",
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+}
+
+
+def refusal(
+    rollout: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    installed: dict[str, str] | None = None,
+    device: str = "cpu",
+    world_size: int = 2,
+    **sizes: object,
+) -> str:
+    """What check_engine says; empty if nothing."""
+    from megatron_sftrl.rollout.build import check_engine
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found[name]
+
+    found = {"vllm": "0.32.0"} if installed is None else installed
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    config = GrpoConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {"architecture": {**SIZES, **sizes}},
+            "tokenizer": {"path": "unused"},
+            "data": {"train": ["unused"], "max_prompt_length": 32},
+            "rollout": {"prompts_per_step": 2, "max_new_tokens": 32, **rollout},
+            "rewards": [{"name": "format", "pattern": "x"}],
+            "batch": {"global_size": 16},
+            "loss": {"name": "grpo"},
+            "optim": {"lr": 0.01},
+            "train": {"steps": 1},
+        }
+    )
+    assert config.model.architecture is not None
+    parallel: Any = SimpleNamespace(device=torch.device(device), world_size=world_size)
+    try:
+        check_engine(config, from_section(config.model.architecture), parallel)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+VLLM = {"engine": "vllm"}
+
+
+def test_what_can_run_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(VLLM, monkeypatch) == ""
+    assert refusal({**VLLM, "vllm": {"tp": 2}}, monkeypatch) == ""
+    assert refusal({**VLLM, "offload": True}, monkeypatch, device="cuda") == ""
+    # The embedded engine needs nothing to be installed.
+    assert refusal({}, monkeypatch, installed={}) == ""
+
+
+@pytest.mark.parametrize("engine", ["in_process", "vllm"])
+def test_offload_without_a_gpu_is_refused_and_not_ignored(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refusal({"engine": engine, "offload": True}, monkeypatch)
+    assert "rollout.offload takes gradients and optimizer state off the GPU" in said
+    assert "this run has no GPU: remove it, or rollout.offload=null" in said
+
+
+@pytest.mark.parametrize(("installed", "said"), [({}, "not installed"), ({"vllm": "0.31.2"}, "too old")])
+def test_a_vllm_that_is_missing_or_too_old_is_refused(
+    installed: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said in refusal(VLLM, monkeypatch, installed=installed)
+
+
+def test_ranks_and_models_that_vllm_cannot_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    three: dict[str, Any] = {**VLLM, "vllm": {"tp": 3}}
+    assert "2 processes cannot form rollout engines of tp 3" in refusal(three, monkeypatch)
+    assert "num_attention_heads = 4 is not a multiple of it" in refusal(three, monkeypatch, world_size=3)
+    said = refusal({**VLLM, "max_new_tokens": 33}, monkeypatch)
+    assert "max_model_len = 65 passes the model's 64 positions" in said
+
+
+def test_a_qwen2_whose_heads_vllm_would_take_for_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(VLLM, monkeypatch, family="qwen2", head_dim=32)
+    assert "vLLM takes hidden_size / num_attention_heads = 64 / 4 for the width of a qwen2's heads" in said
+    assert "which is 32 here: use rollout.engine: in_process" in said
+    assert refusal(VLLM, monkeypatch, family="qwen2", head_dim=16) == ""
+    assert refusal(VLLM, monkeypatch, family="qwen3", head_dim=32) == ""
