@@ -1,0 +1,86 @@
+"""`sftrl grpo` with vLLM in the trainer's processes: it learns, agrees with the trainer, and goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.curves import unequal_tensors
+from tests.e2e.grpo_project import GrpoProject, assert_no_null, samples_of
+from tests.e2e.product import sftrl, sftrl_each
+from tests.e2e.project import metrics_of, without_timing
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it"
+)
+
+NUM_STEPS = 10
+VLLM = (
+    # The narrowest head of vLLM's attention on the CPU.
+    "model.architecture.head_dim=32",
+    "rollout.engine=vllm",
+    "rollout.vllm.max_num_seqs=16",
+    "optim.lr=0.02",
+    f"train.steps={NUM_STEPS}",
+)
+# The issue's bound for engine and trainer in fp32.
+SAME_LOGPROBS = 1e-5
+
+
+def command(grpo: GrpoProject, run_dir: Path, *overrides: str) -> list[str]:
+    return grpo.command(run_dir, *VLLM, *overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(grpo: GrpoProject, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run as a whole; one that ended after four steps and was started again."""
+    root = tmp_path_factory.mktemp("vllm")
+    whole, halves = root / "whole", root / "halves"
+    for done in sftrl_each(
+        [command(grpo, whole), command(grpo, halves, "train.steps=4"), command(grpo, halves)]
+    ):
+        done.expect(0)
+    return {"whole": whole, "halves": halves}
+
+
+def test_the_reward_rises_and_every_step_agrees_with_the_trainer(runs: dict[str, Path]) -> None:
+    metrics = metrics_of(runs["whole"])
+    assert_no_null(metrics)
+    rewards = [row["reward/mean"] for row in metrics]
+    # A random policy says 5 vowels among 100 characters.
+    assert statistics.mean(rewards[:2]) < 0.15
+    assert statistics.mean(rewards[-3:]) > 0.25
+    assert len(metrics) == NUM_STEPS
+    for row in metrics:
+        assert row["updates"] == 4
+        assert 0 < row["mismatch/max"] <= SAME_LOGPROBS
+        assert 0 < row["mismatch/probe"] <= SAME_LOGPROBS
+        assert row["reshard/copied_bytes"] > 0
+        assert row["seconds/reshard"] > 0
+
+
+def test_a_run_that_was_resumed_draws_the_same_prompts_and_the_same_responses(runs: dict[str, Path]) -> None:
+    """Responses are drawn from streams of their own: equal ones come of equal seeds and equal weights."""
+    whole, halves = runs["whole"], runs["halves"]
+    assert samples_of(halves) == samples_of(whole)
+    assert without_timing(metrics_of(halves)) == without_timing(metrics_of(whole))
+    final = f"checkpoints/step-{NUM_STEPS:08d}"
+    assert unequal_tensors(halves / final, whole / final) == []
+
+
+def test_two_processes_and_an_engine_over_both_follow_one(
+    grpo: GrpoProject, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    sftrl(*command(grpo, tmp_path / "run", "train.steps=3", "parallel.tp=2", "rollout.vllm.tp=2"), ranks=2)
+    fields = ("step", "group", "prompt_tokens", "response_tokens")
+    ours, truth = (
+        [[row[name] for name in fields] for row in samples_of(run) if row["step"] <= 3]
+        for run in (tmp_path / "run", runs["whole"])
+    )
+    assert ours == truth
+    for row in metrics_of(tmp_path / "run"):
+        assert 0 < row["mismatch/max"] <= SAME_LOGPROBS
+        assert row["reshard/received_bytes"] > 0
