@@ -14,6 +14,7 @@ import torch
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.architectures.architecture import Architecture, from_section
+from megatron_sftrl.architectures.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config
@@ -22,6 +23,7 @@ from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GRPO = EXAMPLES / "grpo.yaml"
+GRPO_VLLM = EXAMPLES / "grpo_vllm.yaml"
 CLUSTER = [EXAMPLES / f"{name}.yaml" for name in ("curiosft", "gift", "pear")]
 SEVERAL_NODES = [
     EXAMPLES / f"{name}.yaml"
@@ -60,7 +62,7 @@ def qwen_7b() -> Architecture:
 
 
 def test_there_is_an_example_for_each_method() -> None:
-    assert {*CLUSTER, *SEVERAL_NODES, GRPO} == {*EXAMPLES.glob("*.yaml")}
+    assert {*CLUSTER, *SEVERAL_NODES, GRPO, GRPO_VLLM} == {*EXAMPLES.glob("*.yaml")}
     assert [path.stem for path in QUICKSTART] == ["base", "gift"]
 
 
@@ -81,6 +83,17 @@ def test_the_grpo_example_fits_a_7b_model_on_eight_gpus_and_its_rewards_know_rig
     assert "advantages" in loss.needs
     with RewardPool(config.rewards, config.reward_workers) as rewards:
         check_canaries(rewards)
+
+
+def test_the_vllm_example_is_the_grpo_example_with_another_engine_that_fits_too() -> None:
+    ours, other = (load_config(path, schema=GrpoConfig) for path in (GRPO_VLLM, GRPO))
+    loss = build_loss(ours.loss.name, {**ours.loss.options, "temperature": ours.rollout.temperature})
+    check_run(ours, qwen_7b(), 8, loss_needs=loss.needs)
+    assert (ours.rollout.engine, ours.rollout.offload) == ("vllm", True)
+    check_cut(qwen_7b(), ours.rollout.vllm.tp)
+    assert EngineLayout(tp=ours.rollout.vllm.tp, world_size=8).num_replicas == 4
+    changed = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(other, name)}
+    assert changed == {"run_dir", "rollout"}
 
 
 @pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
