@@ -23,7 +23,7 @@ def response(
     is_finished: bool,
     apart: tuple[float, ...] = (),
 ) -> Response:
-    """Its second reward is -1 with weight 0.5; the trainer's log-probabilities are the engine's + `apart`."""
+    """Its second reward is -1 with weight 0.75; our log-probabilities are the engine's + `apart`."""
     tokens = tuple(range(length))
     return Response(
         group=group,
@@ -32,8 +32,8 @@ def response(
             prompt_tokens=(1,), response_tokens=tokens, logprobs=(-1.0,) * length, is_finished=is_finished
         ),
         scored=Scored(
-            reward=strict - 0.5,
-            lenient=lenient - 0.5,
+            reward=strict - 0.75,
+            lenient=lenient - 0.75,
             parts=(
                 Part(name="math", outcome="ok", reward=strict, lenient=lenient),
                 Part(name="length", outcome="ok", reward=-1.0, lenient=-1.0),
@@ -57,8 +57,8 @@ def test_rewards_pass_at_k_and_lengths_are_over_all_that_was_generated() -> None
         Collected(responses=(RESPONSES[0], RESPONSES[2]), generated=RESPONSES, num_prompts=2)
     )
     expected = {
-        "reward/mean": 0.2 - 0.5,
-        "reward/lenient_mean": 0.4 - 0.5,
+        "reward/mean": 0.2 - 0.75,
+        "reward/lenient_mean": 0.4 - 0.75,
         "reward/std": math.sqrt((0.8**2 + 4 * 0.2**2) / 4),
         "reward/zero_variance_groups": 0.5,
         # A success by the first reward before its weight, whatever the others take off.
