@@ -74,6 +74,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("filters.max_rounds=2",),
         ("filters.max_rounds has no effect: filters.dynamic_sampling is off",),
     ),
+    "an offload without a GPU": (
+        ("rollout.offload=true",),
+        ("rollout.offload takes gradients", "this run has no GPU: remove it"),
+    ),
     "a section for demonstrations": (("data.max_length=8",), ("unknown key 'data.max_length'",)),
 }
 

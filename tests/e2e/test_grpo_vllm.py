@@ -12,6 +12,7 @@ from tests.e2e.curves import unequal_tensors
 from tests.e2e.grpo_project import GrpoProject, assert_no_null, samples_of
 from tests.e2e.product import sftrl, sftrl_each
 from tests.e2e.project import metrics_of, without_timing
+from tests.e2e.test_bad_input import assert_one_message
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it"
@@ -69,6 +70,32 @@ def test_a_run_that_was_resumed_draws_the_same_prompts_and_the_same_responses(ru
     assert without_timing(metrics_of(halves)) == without_timing(metrics_of(whole))
     final = f"checkpoints/step-{NUM_STEPS:08d}"
     assert unequal_tensors(halves / final, whole / final) == []
+
+
+MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "engines that the ranks do not fill": (
+        ("rollout.vllm.tp=2",),
+        ("1 processes cannot form rollout engines of tp 2: choose a tp that divides",),
+    ),
+    "a head that vLLM would take for another": (
+        ("model.architecture.family=qwen2",),
+        ("vLLM takes hidden_size / num_attention_heads = 32 / 4", "use rollout.engine: in_process"),
+    ),
+    "a setting of the other engine": (
+        ("rollout.max_concurrent=4",),
+        ("rollout.max_concurrent has no effect: rollout.engine is vllm",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_vllm_cannot_do_ends_the_run_before_anything_is_built(
+    name: str, grpo: GrpoProject, tmp_path: Path
+) -> None:
+    overrides, parts = MISTAKES[name]
+    (done,) = sftrl_each([command(grpo, tmp_path / "run", *overrides)])
+    assert_one_message(done, parts)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_and_an_engine_over_both_follow_one(
