@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_sftrl import __version__
 
 _USER_ERROR = 2
+_STOPPED = os.EX_TEMPFAIL  # 75: ended early on request, with a checkpoint
 # torchrun ends the other ranks within about a second of rank 0's exit. A rank that still lives after this
 # many seconds has met an error that rank 0 has not, and must be heard.
 _SECONDS_FOR_RANK_0 = 5.0
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line after the program's name; sys.argv's when not given.
     Returns:
-        The exit code: 0, or 2 for what the user can fix.
+        The exit code: 0, 2 for what the user can fix, or 75 for a run that a signal stopped.
     """
     parser = _parser()
     parsed, late = parser.parse_known_args(arguments)
@@ -37,18 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
 
 
-def run_command(command: Callable[[], None], *, with_traceback: bool = False) -> int:
+def run_command(command: Callable[[], int | None], *, with_traceback: bool = False) -> int:
     """Run something that a user started; what the user can fix becomes one message, told once per job.
 
     Args:
-        command: raises ValueError for what the user can fix.
+        command: gives the exit code, 0 by None; raises ValueError for what the user can fix.
         with_traceback: let the error through (as SFTRL_TRACEBACK=1 does).
     Returns:
-        The exit code: 0, or 2 for what the user can fix.
+        The exit code: the command's, or 2 for what the user can fix.
     """
     _hide_warnings_about_absent_cuda_packages()
     try:
-        command()
+        return command() or 0
     except ValueError as error:
         if with_traceback or os.environ.get("SFTRL_TRACEBACK") == "1":
             raise
@@ -120,23 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sft(parsed: argparse.Namespace) -> None:
+def _sft(parsed: argparse.Namespace) -> int:
     from megatron_sftrl.config.load import load_config
 
     config = load_config(parsed.config, parsed.overrides)
     from megatron_sftrl.trainers.sft import run_sft
 
-    run_sft(config)
+    return 0 if run_sft(config) else _STOPPED
 
 
-def _grpo(parsed: argparse.Namespace) -> None:
+def _grpo(parsed: argparse.Namespace) -> int:
     from megatron_sftrl.config.grpo import GrpoConfig
     from megatron_sftrl.config.load import load_config
 
     config = load_config(parsed.config, parsed.overrides, schema=GrpoConfig)
     from megatron_sftrl.trainers.grpo import run_grpo
 
-    run_grpo(config)
+    return 0 if run_grpo(config) else _STOPPED
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:

@@ -60,14 +60,11 @@ def _run_directory(run: list[str], logs: Path) -> Path:
     """Of a training run, also noted for common.sh; a tool has none and its logs stand for it."""
     if not run:
         return logs
-    from megatron_sftrl.config.grpo import GrpoConfig
-    from megatron_sftrl.config.load import load_config
-    from megatron_sftrl.config.schema import RunConfig
+    from read_config import run_directory  # imports what only the first node needs
 
-    kind, config, *overrides = run
-    loaded = load_config(config, overrides, schema={"sft": RunConfig, "grpo": GrpoConfig}[kind])
-    _write(logs / "run_dir", str(loaded.run_dir.absolute()))
-    return loaded.run_dir.absolute()
+    directory = run_directory(*run)
+    _write(logs / "run_dir", str(directory))
+    return directory
 
 
 def _mark(directory: Path, attempt: str) -> Path:

@@ -4,10 +4,11 @@
 #   SFTRL_CONFIG      another YAML file than the script's own
 #   SFTRL_PYTHON      interpreter (python; the repository's .venv comes first on the PATH where it exists)
 #   SFTRL_PROCESSES   processes per node (the GPUs that Slurm gave to the node)
-#   SFTRL_LOGS        logs of this job, shared by all nodes (runs/slurm/NAME-JOBID)
+#   SFTRL_LOGS        directory shared by all nodes; the logs of a job are in its NAME-JOBID (runs/slurm)
 #   SFTRL_CONTAINER   image for pyxis/enroot: a .sqsh file, or a name in a registry
 #   SFTRL_MOUNTS      more mounts SOURCE:TARGET,...; the repository and the working directory are mounted
 #   SFTRL_INTERFACE   network interface of bootstrap connections, on hosts with several
+#   SFTRL_PREFLIGHT   0: without `sftrl preflight` in front of a job's first step
 #   SFTRL_RESTARTS    restarts of all ranks inside a step after one was lost (2)
 #   SFTRL_ATTEMPTS    steps in a row that may begin at the same checkpoint, requeued jobs included (3)
 set -u
@@ -23,6 +24,8 @@ train() {
   [ "$kind" = grpo ] || export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
   prepare
   step --label "$python" "$home/slurm/check_node.py" "$logs" "$processes" "$@" || stop_or "refused, see above"
+  [ "${SFTRL_PREFLIGHT:-1}" = 0 ] || SFTRL_RESTARTS=0 launch -m megatron_sftrl preflight "${@:2}" \
+    || stop_or "preflight did not pass, see $logs/node-*.log"
   while true; do
     count_attempt
     launch -m megatron_sftrl "$@"
@@ -51,8 +54,10 @@ run_tool() {
 prepare() {
   [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no Slurm job: start it with sbatch"
   home="${SFTRL_HOME:-$SLURM_SUBMIT_DIR}"
-  logs="${SFTRL_LOGS:-$PWD/runs/slurm/$SLURM_JOB_NAME-$SLURM_JOB_ID}"
-  processes="${SFTRL_PROCESSES:-${SLURM_GPUS_ON_NODE:-}}"
+  logs="${SFTRL_LOGS:-$PWD/runs/slurm}/$SLURM_JOB_NAME-$SLURM_JOB_ID"
+  # GPUS_ON_NODE counts all of an exclusive node; GPUS_PER_NODE, "8" or "h100:8", is what was asked for.
+  processes="${SFTRL_PROCESSES:-${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}}"
+  processes="${processes##*:}"
   python="${SFTRL_PYTHON:-python}"
   is_ending='' running=''
   [ -n "$processes" ] || refuse "no GPUs on $(hostname): ask for them (--gpus-per-node=8), or set SFTRL_PROCESSES"
@@ -113,11 +118,11 @@ environment() {
 
 # launch ARGUMENT...: torchrun's agent on each node, all of them meeting at a port of the first one.
 launch() {
-  rm -f "$logs/refused" "$logs/stopped"
+  rm -f "$logs/refused" "$logs/stopped" "$logs/stop"
   free_port
   say "$SLURM_NNODES nodes x $processes processes, meeting at $head:$port; logs in $logs"
   export SFTRL_LAUNCH_ADDRESSES=$addresses SFTRL_LAUNCH_ENDPOINT=$head:$port SFTRL_LAUNCH_PROCESSES=$processes
-  export SFTRL_LAUNCH_ID=$SLURM_JOB_ID-$port SFTRL_LAUNCH_LOGS=$logs SFTRL_LAUNCH_PYTHON=$python
+  export SFTRL_STOP_FILE=$logs/stop SFTRL_LAUNCH_ID=$SLURM_JOB_ID-$port SFTRL_LAUNCH_LOGS=$logs SFTRL_LAUNCH_PYTHON=$python
   SFTRL_LAUNCH_RESTARTS=${SFTRL_RESTARTS:-2} \
     step --open-mode=append --output="$logs/node-%n.log" bash "$home/slurm/node.sh" "$@"
 }
@@ -144,7 +149,7 @@ end_is_near() {
   local end
   say "the end of the job is near: checkpoint, then requeue"
   is_ending=1
-  [ -z "$running" ] || kill -USR1 "$running"  # srun hands it on to every rank
+  touch "$logs/stop"  # a signal would reach all that the ranks have started, too
   # Slurm kills a job at its limit for good. A step that takes longer than that loses what is not saved, not the run.
   end=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'EndTime=[^ ]*')
   if end=$(date -d "${end#EndTime=}" +%s 2> /dev/null); then

@@ -1,8 +1,11 @@
 # Runs on each node, started by common.sh: torchrun's agent for the processes of this node.
-# What Slurm ends, it sends SIGTERM, all processes at once; so does the notice of a time limit. The ranks write
-# a checkpoint; the agent must neither die of it nor end them.
+# What Slurm ends or preempts it sends SIGTERM, all processes at once. The ranks write a checkpoint then; the agent
+# must neither die of it nor end them.
 trap '' USR1 TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+# Otherwise the ranks meet in one store of the agents', in which those of before a restart have left their addresses
+# (torch 2.13: _bootstrap_store_info is made once); the new ones then connect to nobody.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 read -r -a addresses <<< "$SFTRL_LAUNCH_ADDRESSES"
 echo "$(date +%FT%T) node ${SLURMD_NODENAME:-$(hostname)}: $*"
 # is_host: torchrun would compare names, and a host has several. It numbers the nodes in the order of --local-addr,

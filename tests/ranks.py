@@ -168,7 +168,7 @@ def _stack(worker: _Worker) -> str:
     """Where a worker stands now, every thread of it."""
     if not worker.process.is_alive() or worker.process.pid is None:
         return "(the process is gone)"
-    os.kill(worker.process.pid, signal.SIGUSR1)
+    os.kill(worker.process.pid, signal.SIGUSR2)
     deadline = time.monotonic() + 2
     text, previous = "", None
     while time.monotonic() < deadline and (not text or text != previous):
@@ -203,7 +203,7 @@ def _serve(pipe: Connection, stack_file: str) -> None:
     """The worker's life: answer calls until the parent closes the pipe."""
     os.setpgrp()
     with open(stack_file, "w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         while True:
             try:
                 for path in pickle.loads(pipe.recv_bytes()):

@@ -157,6 +157,9 @@ class TrainSection(Section):
     """Steps between evaluations on data.valid; 0: only at the end."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Consecutive steps with a non-finite gradient that end the run; each of them is skipped and counted."""
+    hang_minutes: float = Field(default=30.0, ge=0)
+    """Minutes in which no part of a step ends (forward and backward, generation, evaluation, checkpoint)
+    until every rank shows its stacks on standard error and ends, for torchrun to restart them; 0: never."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

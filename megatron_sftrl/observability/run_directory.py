@@ -28,6 +28,7 @@ _FREE_TO_CHANGE = (
     "train.recompute",
     "train.eval_every",
     "train.max_nonfinite_steps",
+    "train.hang_minutes",
     "rollout.max_concurrent",
     "rollout.save_samples",
     "reward_workers.num_workers",

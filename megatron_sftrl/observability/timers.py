@@ -16,6 +16,7 @@ class Timers:
         synchronize: called when a phase ends, before its clock stops; `torch.cuda.synchronize` makes work
             that was only queued count for the phase that queued it. None on the CPU. It runs at ends
             only: phases that follow each other then start on an idle device anyway.
+        on_end: called when a phase has ended well.
         clock: seconds, monotonic.
     """
 
@@ -23,9 +24,11 @@ class Timers:
         self,
         *,
         synchronize: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._synchronize = synchronize
+        self._on_end = on_end
         self._clock = clock
         self._seconds: dict[str, float] = {}
 
@@ -37,6 +40,8 @@ class Timers:
             yield
             if self._synchronize is not None:
                 self._synchronize()
+            if self._on_end is not None:
+                self._on_end()
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 

@@ -16,6 +16,7 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
@@ -33,14 +34,17 @@ from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_
 from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
 from megatron_sftrl.trainers.samples import SampleLog
 from megatron_sftrl.trainers.scoring import score_responses
+from megatron_sftrl.trainers.stop import StopRequest
 from megatron_sftrl.types import SamplingParams
 
 _PHASES = ("reshard", "generate", "reward", "old_logprobs", "update")
 
 
-def run_grpo(config: GrpoConfig) -> None:
+def run_grpo(config: GrpoConfig) -> bool:
     """Train as the configuration says; a run directory that holds this run's checkpoints is resumed.
 
+    Returns:
+        The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
         ValueError: something that the user can fix, found before anything is built or overwritten; later
             only a full disk, a gate that stops, or too many steps in a row without a finite gradient.
@@ -48,6 +52,7 @@ def run_grpo(config: GrpoConfig) -> None:
     plan = plan_run(config)
     prompts, valid = open_prompts(plan)
     with (
+        StopRequest() as stop,
         parallel_context(config.parallel) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
     ):
@@ -58,7 +63,7 @@ def run_grpo(config: GrpoConfig) -> None:
         trainer = GrpoTrainer(plan, directory, prompts, valid, rewards, parallel)
         with contextlib.closing(trainer.engine):
             on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
-            trainer.train()
+            return trainer.train(stop)
 
 
 class GrpoTrainer:
@@ -95,7 +100,8 @@ class GrpoTrainer:
         self.gates = Gates(config.gates, held_out=HELD_OUT if valid else ())
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         is_cuda = parallel.device.type == "cuda"
-        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None)
+        self.watch = HangWatch(config.train.hang_minutes)
+        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
         self.sampling = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
@@ -119,15 +125,18 @@ class GrpoTrainer:
             config, self.engine, self.policy, prompts.rows, self.batches, self.sampling
         )
 
-    def train(self) -> None:
-        """Steps until the end, with evaluations and checkpoints between them."""
-        with metrics_on_rank_zero(
-            self.directory,
-            self.config,
-            self.parallel,
-            resume_step=self.state.step,
-            total_steps=self.num_steps,
-        ) as metrics:
+    def train(self, stop: StopRequest) -> bool:
+        """Steps with evaluations and checkpoints between them, until the end (True) or a request to stop."""
+        with (
+            metrics_on_rank_zero(
+                self.directory,
+                self.config,
+                self.parallel,
+                resume_step=self.state.step,
+                total_steps=self.num_steps,
+            ) as metrics,
+            self.watch,
+        ):
             self.samples = self._open_samples()
             while self.state.step < self.num_steps:
                 with self.timers("reshard"):
@@ -148,7 +157,11 @@ class GrpoTrainer:
                 numbers = {**self._step_numbers(collected, scored, reports), **held_out}
                 metrics.write(self.state.step, numbers)
                 self._show(collected)
-                self._guard(numbers, scored)
+                is_asked = stop.agreed(self.parallel, step=self.state.step, num_steps=self.num_steps)
+                self._guard(numbers, scored, is_asked=is_asked)
+                if is_asked:
+                    break
+        return self.state.step == self.num_steps
 
     def evaluate(self) -> dict[str, float]:
         """Greedy responses to every held-out prompt, under valid/."""
@@ -232,14 +245,14 @@ class GrpoTrainer:
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
         }
 
-    def _guard(self, numbers: dict[str, float], responses: Sequence[Response]) -> None:
-        """Save when it is due, and let gates and a streak of bad gradients end the run."""
+    def _guard(self, numbers: dict[str, float], responses: Sequence[Response], *, is_asked: bool) -> None:
+        """Save when it is due or asked for, and let gates and a streak of bad gradients end the run."""
         # Times and memory differ between ranks: rank 0's decide, or one rank alone would stop.
         crossings = on_rank_zero(
             lambda: self.gates.check(self.state.step, numbers, is_whole=numbers["updates"] > 0)
         )
         is_last = any(crossing.stops for crossing in crossings)
-        if is_last or self._is_due(self.config.checkpoint.every):
+        if is_last or is_asked or self._is_due(self.config.checkpoint.every):
             with self.timers("checkpoint"):
                 self.store.save(self.state, self.policy, self.reference)
         if self.parallel.rank == 0:

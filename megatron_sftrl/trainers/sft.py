@@ -13,6 +13,7 @@ from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
@@ -21,24 +22,27 @@ from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
 from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
+from megatron_sftrl.trainers.stop import StopRequest
 
 
-def run_sft(config: RunConfig) -> None:
+def run_sft(config: RunConfig) -> bool:
     """Train as the configuration says; a run directory that holds this run's checkpoints is resumed.
 
+    Returns:
+        The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
         ValueError: something that the user can fix, found before anything is built or overwritten; later
             only a full disk, or too many steps in a row without a finite gradient.
     """
     plan = plan_run(config)
-    with parallel_context(config.parallel) as parallel:
+    with StopRequest() as stop, parallel_context(config.parallel) as parallel:
         directory = open_run_directory(config, is_writer=False)
         demonstrations = open_demonstrations(plan, directory, parallel)
         trainer = SftTrainer(plan, directory, demonstrations, parallel)
         # Only now: who corrects a bad row, max_length or init_checkpoint shall not meet the resolved.yaml of
         # a run that never began, and be refused as another run.
         on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
-        trainer.train()
+        return trainer.train(stop)
 
 
 class SftTrainer:
@@ -71,14 +75,18 @@ class SftTrainer:
             columns="tokens, masks or scores",
         )
         is_cuda = parallel.device.type == "cuda"
-        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None)
+        self.watch = HangWatch(self.config.train.hang_minutes)
+        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
 
-    def train(self) -> None:
-        """Steps until the end, with evaluations and checkpoints between them."""
+    def train(self, stop: StopRequest) -> bool:
+        """Steps with evaluations and checkpoints between them, until the end (True) or a request to stop."""
         num_steps = self.data.num_steps
-        with metrics_on_rank_zero(
-            self.directory, self.config, self.parallel, resume_step=self.state.step, total_steps=num_steps
-        ) as metrics:
+        with (
+            metrics_on_rank_zero(
+                self.directory, self.config, self.parallel, resume_step=self.state.step, total_steps=num_steps
+            ) as metrics,
+            self.watch,
+        ):
             while self.state.step < num_steps:
                 step = self.state.step
                 with self.timers("data"):
@@ -93,9 +101,13 @@ class SftTrainer:
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
                 metrics.write(self.state.step, {**self._step_numbers(data, report, update), **held_out})
                 self._guard(data, report)
-                if self._is_due(self.config.checkpoint.every):
+                is_asked = stop.agreed(self.parallel, step=self.state.step, num_steps=num_steps)
+                if is_asked or self._is_due(self.config.checkpoint.every):
                     with self.timers("checkpoint"):
                         self.store.save(self.state, self.policy, self.reference)
+                if is_asked:
+                    break
+        return self.state.step == num_steps
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from tests.ranks import ROOT, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv", "unshare")
 GPUS_PER_NODE = 2
+TIMEOUT_S = 600.0  # a run takes half a minute; the machine may be shared with other jobs
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -41,6 +42,11 @@ class Cluster:
 
     root: Path
     environment: dict[str, str]
+
+    @property
+    def logs(self) -> Path:
+        """Of all jobs: NAME-JOBID.out of the batch script, NAME-JOBID/ of the nodes."""
+        return self.root / "logs"
 
     @property
     def unshared(self) -> Path:
@@ -60,27 +66,27 @@ class Cluster:
         self, script: str, *arguments: str | Path, options: Sequence[str] = (), **environment: str
     ) -> Job:
         """sbatch of a script of slurm/, from the repository's root, with logs in the cluster's directory."""
-        folder = Path(self.environment["SFTRL_LOGS"]) / f"job-{time.monotonic_ns()}"
-        folder.mkdir(parents=True)
-        words = [
-            "sbatch",
-            "--parsable",
-            f"--output={folder}/batch.log",
-            *options,
-            f"slurm/{script}",
-            *arguments,
-        ]
-        number = self.run(*words, SFTRL_LOGS=str(folder), **environment)
-        return Job(self, int(number.strip().split(";")[0]), folder)
+        words = [f"--output={self.logs}/%x-%j.out", *options, f"slurm/{script}", *arguments]
+        number = self.run("sbatch", "--parsable", *words, **environment)
+        return Job(self, int(number.strip().split(";")[0]))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job, and the directory of its logs."""
+    """A submitted job."""
 
     cluster: Cluster
     number: int
-    logs: Path
+
+    @property
+    def logs(self) -> Path:
+        """The directory that common.sh makes for it."""
+        return self.cluster.logs / f"{self.fields()['JobName']}-{self.number}"
+
+    @property
+    def batch_log(self) -> Path:
+        """What the batch script has said."""
+        return self.logs.with_name(f"{self.logs.name}.out")
 
     def fields(self) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -92,7 +98,7 @@ class Job:
         """Slurm's word: PENDING, RUNNING, COMPLETED, ..."""
         return self.fields()["JobState"]
 
-    def wait_until(self, is_true: Callable[[], bool], *, what: str, timeout_s: float = 240) -> None:
+    def wait_until(self, is_true: Callable[[], bool], *, what: str, timeout_s: float = TIMEOUT_S) -> None:
         """Poll; the test fails with the job's logs when it ends before, or when the time is over."""
         deadline = time.monotonic() + timeout_s
         while not is_true():
@@ -101,7 +107,7 @@ class Job:
                 raise AssertionError(f"{what}: not reached, the job is {state}\n{self.said()}")
             time.sleep(0.1)
 
-    def ended(self, *, timeout_s: float = 240) -> tuple[str, int]:
+    def ended(self, *, timeout_s: float = TIMEOUT_S) -> tuple[str, int]:
         """State and exit code of the batch script, once it has ended."""
         self.wait_until(lambda: self.state in ENDED, what="the end of the job", timeout_s=timeout_s)
         fields = self.fields()
@@ -109,8 +115,10 @@ class Job:
 
     def said(self) -> str:
         """All logs of the batch script and of the nodes."""
-        files = sorted(self.logs.glob("*.log"))
-        return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')}" for file in files)
+        files = [self.batch_log, *sorted(self.logs.glob("*.log"))]
+        return "\n".join(
+            f"== {file.name}\n{file.read_text(errors='replace')}" for file in files if file.exists()
+        )
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """The job's agents (`agent`) or ranks (`rank`), in the order of node and rank."""
@@ -162,6 +170,7 @@ def slurm_cluster(root: Path) -> Iterator[Cluster]:
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("daemons.py")), *map(json.dumps, commands)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=root,
+            start_new_session=True,  # what kills the test's process group shall not end it first
         ) as daemons,
     ):  # fmt: skip
         cluster = Cluster(root, environment)
@@ -202,6 +211,7 @@ def _environment(root: Path, configuration: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:{_PATH}",
         "SLURM_CONF": str(configuration),
         "SFTRL_LOGS": str(root / "logs"),
+        "SFTRL_PREFLIGHT": "0",  # a start of all processes; one test has it
         "SFTRL_PYTHON": sys.executable,
         "WANDB_SILENT": "true",
     }
@@ -217,7 +227,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.sock
+AuthInfo=socket={root}/munge.sock,cred_expire=20
 CredType=cred/munge
 SlurmctldPort={ports[0]}
 StateSaveLocation={root}/state

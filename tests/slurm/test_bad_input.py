@@ -16,7 +16,7 @@ def refused(job: Job) -> str:
     """The batch script's log, once it has ended with code 2 and without a step of training."""
     assert job.ended() == ("FAILED", 2), job.said()
     assert not (job.logs / "attempts").exists(), job.said()
-    return (job.logs / "batch.log").read_text()
+    return job.batch_log.read_text()
 
 
 def program(path: Path, text: str) -> Path:
@@ -72,10 +72,14 @@ def test_logs_that_a_node_does_not_see_are_refused_with_the_node(cluster: Cluste
     logs = cluster.unshared / "logs"
     job = cluster.submit(
         "gift_70b.sh",
-        options=["--export=ALL,SFTRL_LOGS=" + str(logs), *TWO_NODES],
+        options=TWO_NODES,
         SFTRL_CONFIG=str(project.yaml),
+        SFTRL_LOGS=str(logs),
     )
-    assert f"node1 did not answer in {logs}: all nodes must share this directory" in refused(job)
+    assert (
+        f"node1 did not answer in {logs}/gift-70b-{job.number}: all nodes must share this directory"
+        in refused(job)
+    )
 
 
 def test_a_node_that_has_lost_a_gpu_is_refused_by_name(

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class WorkerProcess:
         self._log = home / "worker.log"
         self._incoming = bytearray()
         self._channel, theirs = socket.socketpair()
-        with theirs, self._log.open("wb") as log:
+        with theirs, self._log.open("wb") as log, _signals_held_back():
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "megatron_sftrl.rl.rewards.worker"],
                 stdin=theirs.fileno(),
@@ -150,6 +150,20 @@ class WorkerProcess:
             return False
         except OSError:
             return True
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """What is started meanwhile gets SIGTERM and SIGUSR1 once it lets them through itself.
+
+    Slurm sends them to every process of a job. The trainer writes a checkpoint then, after a step in which no
+    worker may have died with a response.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment(home: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ def main() -> None:
     """Serve until the trainer closes its end, or is gone."""
     # A trainer started in the background of a script passes on that SIGINT is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _survive_signals_to_the_job()
     requests, replies = _take_channel()
     setup = json.loads(requests.readline())
     _limit(resource.RLIMIT_AS, setup["memory_bytes"])
@@ -54,6 +55,20 @@ def main() -> None:
         _send(replies, {"id": job["id"], **reply})
         if reply.get("is_last"):
             return
+
+
+def _survive_signals_to_the_job() -> None:
+    """Do nothing on SIGTERM and SIGUSR1; a process that a verifier forks or starts does as usual."""
+    worker = os.getpid()
+
+    def note(number: int, frame: object) -> None:
+        if os.getpid() != worker:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
 
 
 def _score(reward: Reward, inputs: Mapping[str, Any], confinement: Confinement) -> dict[str, Any]:

@@ -162,6 +162,16 @@ def test_a_worker_that_dies_between_two_calls_is_replaced_and_nobody_pays() -> N
     assert second.parts[0].metrics["pid"] != first.parts[0].metrics["pid"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_slurm_sends_to_every_process_of_a_job_ends_no_worker(number: int) -> None:
+    with pool_of("inside") as pool:
+        (first,) = pool.score([sample("", secret="x", file="x")])
+        os.kill(int(first.parts[0].metrics["pid"]), number)
+        time.sleep(0.1)
+        (second,) = pool.score([sample("", secret="x", file="x")])
+    assert second.parts[0].metrics["pid"] == first.parts[0].metrics["pid"]
+
+
 @pytest.fixture(scope="module")
 def evaluating() -> Iterator[RewardPool]:
     with pool_of("evaluates", seconds=10) as made:
