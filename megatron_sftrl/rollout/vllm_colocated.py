@@ -185,6 +185,9 @@ class VllmEngine:
                 kv_cache_memory_bytes=cache,
                 enforce_eager=settings.enforce_eager or not self._is_cuda,
                 enable_prefix_caching=settings.enable_prefix_caching,
+                # A prompt cut into chunks draws a token for each; vLLM then winds its random stream back,
+                # which torch's generators for the CPU cannot.
+                enable_chunked_prefill=self._is_cuda,
                 enable_sleep_mode=self._is_cuda,
                 logprobs_mode="raw_logprobs",
                 # Requests carry seeds of their own; equal here, since the ranks of an engine must not differ.

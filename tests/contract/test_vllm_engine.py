@@ -10,17 +10,19 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from tests.contract.models import greedy_tokens, save_versions
+from megatron_sftrl.types import Prompt
+from tests.contract.models import VOCAB_SIZE, greedy_tokens, save_versions
 from tests.contract.rollout_contract import (
     GREEDY,
     MAX_LENGTH,
+    PLAIN,
     PROMPTS,
     Observed,
     RolloutContract,
@@ -291,6 +293,42 @@ class TestOwnRules:
             f"max_model_len = {MAX_LENGTH + 1} passes the model's {MAX_LENGTH} positions" in said["too_long"]
         )
         assert "1 processes cannot form rollout engines of tp 2" in said["tp_of_no_replicas"]
+
+
+def many_prompts(directory: Path) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Responses to 60 prompts of 100 tokens, together and the last three by themselves."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.architectures import architecture_of
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+    from megatron_sftrl.rollout.vllm_settings import VllmSettings
+
+    config = engine_config(directory, {}, "fp32")
+    context = initialize_parallel(config.parallel)
+    policy = PolicyEngine(architecture_of(config.model), config, context, with_optimizer=False)
+    load(policy, directory)
+    engine = VllmEngine(policy, VllmSettings(tp=1, max_model_len=MAX_LENGTH, max_num_seqs=60))
+    engine.update(policy, version=0)
+    drawn = torch.randint(VOCAB_SIZE, (60, 100), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [Prompt(id=number, tokens=tuple(tokens)) for number, tokens in enumerate(drawn)]
+    sampling = replace(PLAIN, num_samples=1)
+    together, alone = engine.generate(prompts, sampling), engine.generate(prompts[-3:], sampling)
+    engine.close()
+    parallel_state.destroy_model_parallel()
+    return tuple([group.rollouts[0].response_tokens for group in each] for each in (together, alone))  # type: ignore[return-value]
+
+
+@needs_vllm
+def test_more_prompts_than_vllm_reads_in_one_step_get_the_same_responses_as_alone(
+    tmp_path: Path,
+) -> None:
+    """6,000 tokens; vLLM reads at most 4,096 at once and would cut a prompt in two."""
+    (directory,) = save_versions("llama", tmp_path, num_versions=1).directories
+    ((together, alone),) = run_ranks(1, many_prompts, directory, timeout_s=300)
+    assert len(together) == 60
+    assert together[-3:] == alone
 
 
 def start_without_memory(directory: Path) -> str:
