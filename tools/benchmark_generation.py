@@ -2,44 +2,54 @@
 
     python tools/benchmark_generation.py [--layers 6] [--hidden 256] [--vocab 32768] [--out FILE]
 
-One process holds one random model, which reaches transformers as a Hugging Face directory. Everybody answers
-the same prompts, greedily and sampled from the whole distribution, with 1, 8 and 32 responses at once and no
-end token. They take turns, so that a noisy machine disturbs all alike; reported are the medians over the
-turns of tokens per second and of the ratio to transformers.generate in the same turn. vLLM takes part where
-it is installed. Greedy responses that differ from those of transformers are counted: rounding may decide
-between two almost equal logits, everything else would be an error.
+transformers (its cache, its default attention), in_process and vLLM (where it is installed) each live in a
+process of their own and answer the same prompts in turns, so that a noisy machine disturbs all alike;
+starting, importing and a first turn are not timed. Two kinds of work, at most --batch responses at once:
+
+    equal    one response to each of --batch prompts, all of --new-tokens, no end token; greedy and sampled
+    rollout  what a step of GRPO asks for: groups of --group responses to a prompt, sampled, four batches in
+             all, ending by themselves after --new-tokens / 3 on average and at --new-tokens at the latest.
+             transformers answers batch by batch, each to its longest response; the engines compute a prompt
+             once for its group and give the place of a finished response to the next.
+
+Counted are the tokens of responses up to the end token. Ratios are of tokens per second to transformers in
+the same turn, medians over the turns: by the clock, and by processor seconds, which other programs on the
+machine disturb less. Greedy responses that differ from those of transformers are counted: rounding may decide
+between two almost equal logits, everything else would be an error. "floor" is what the matrix products of the
+equal work alone take with these threads: no engine that multiplies the same matrices can be faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from generation_contenders import (
+    BASELINE,
+    OURS,
+    VLLM,
+    Responses,
+    architecture_of,
+    config_of,
+    contender,
+    receive,
+)
 
-from megatron_sftrl.architectures.architecture import from_section, num_parameters
-from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.engine.hf_weights import load_hf_weights
-from megatron_sftrl.engine.parallel import parallel_context
-from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.hf.weights import open_weights
-from megatron_sftrl.rollout.api import RolloutEngine
-from megatron_sftrl.rollout.in_process import InProcessEngine
+from megatron_sftrl.architectures.architecture import Architecture, num_parameters
 from megatron_sftrl.types import Prompt, SamplingParams
 
-BASELINE, OURS, VLLM = "transformers", "in_process", "vllm"
-BATCHES = (1, 8, 32)
-SMALLEST_RATIO = 2.0
-"""Of in_process to transformers at the largest batch."""
-
-Contender = Callable[[Sequence[Prompt], SamplingParams], list[tuple[int, ...]]]
+WANTED_RATIO = 2.0
+"""Of in_process to transformers."""
 
 
 def main() -> None:
@@ -47,14 +57,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="responses at once (32)")
+    parser.add_argument("--group", type=int, default=8, help="responses to a prompt in the rollout work (8)")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3, help="turns of everybody (3)")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch on the CPU (2)")
+    parser.add_argument("--threads", type=int, default=2, help="of each contender on the CPU (2)")
+    parser.add_argument(
+        "--without", nargs="*", default=[], choices=[OURS, VLLM], help="contenders to leave out"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # vLLM reads it
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     with tempfile.TemporaryDirectory() as directory:
         facts = _benchmark(Path(directory), arguments)
     _print(facts)
@@ -63,151 +77,110 @@ def main() -> None:
 
 
 def _benchmark(directory: Path, arguments: argparse.Namespace) -> dict:
-    config = _config(directory, arguments)
-    assert config.model.architecture is not None
-    architecture = from_section(config.model.architecture)
-    with parallel_context(config.parallel) as parallel:
-        policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        contenders = {BASELINE: _transformers(policy, directory, parallel.device)}
-        with open_weights(directory) as weights:
-            load_hf_weights(policy.chunks, weights, architecture)
-        contenders[OURS] = _engine(InProcessEngine(parallel, max_responses=max(BATCHES)), policy)
-        if importlib.util.find_spec("vllm") is not None:
-            contenders[VLLM] = _engine(_vllm(policy, arguments), policy)
-        rows = [
-            _measured(contenders, how, batch, arguments, str(parallel.device.type))
-            for how in ("greedy", "sampled")
-            for batch in BATCHES
-        ]
+    architecture = architecture_of(config_of(directory, arguments))
+    names = [BASELINE, OURS]
+    if importlib.util.find_spec("vllm") is not None:
+        names.append(VLLM)
+    with contextlib.ExitStack() as stack:
+        contenders = {
+            # transformers comes first: it writes the weights that the others load.
+            name: stack.enter_context(contender(name, directory, arguments))
+            for name in names
+            if name not in arguments.without
+        }
+        rows = [_measured(contenders, work, arguments) for work in ("greedy", "sampled", "rollout")]
     return {
         "parameters": num_parameters(architecture),
-        **{name: getattr(arguments, name) for name in ("layers", "hidden", "vocab", "threads", "repeats")},
-        "prompt_tokens": arguments.prompt_tokens,
-        "new_tokens": arguments.new_tokens,
-        "device": str(parallel.device),
-        "dtype": config.model.dtype,
+        **{name: value for name, value in vars(arguments).items() if name not in ("out", "without")},
+        "dtype": config_of(directory, arguments).model.dtype,
         "torch": torch.__version__,
+        "floor_tokens_per_second": _floor(architecture, arguments),
         "rows": rows,
     }
 
 
-def _config(directory: Path, arguments: argparse.Namespace) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {
-                "architecture": {
-                    "family": "qwen3",
-                    "num_layers": arguments.layers,
-                    "hidden_size": arguments.hidden,
-                    "ffn_hidden_size": 3 * arguments.hidden,
-                    "num_attention_heads": arguments.hidden // 32,
-                    "num_query_groups": arguments.hidden // 64,
-                    "head_dim": 32,
-                    "vocab_size": arguments.vocab,
-                    "max_position_embeddings": arguments.prompt_tokens + arguments.new_tokens,
-                    # Logits with some spread: the greedy choice shall not hang on rounding.
-                    "init_std": 0.1,
-                },
-                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-            },
-            "tokenizer": {"path": str(directory)},
-            "data": {"train": ["unused"], "max_length": arguments.prompt_tokens},
-            "batch": {"global_size": 1},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-4},
-            "train": {"steps": 1},
+def _measured(contenders: dict[str, Connection], work: str, arguments: argparse.Namespace) -> dict:
+    """One line of the table: everybody's turns at one kind of work."""
+    prompts, sampling = _work(work, arguments)
+    speed: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_speed: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, Responses] = {}
+    for turn in range(-1, arguments.repeats):
+        for name, connection in contenders.items():
+            connection.send((prompts, sampling))
+            seconds, cpu_seconds, found[name] = receive(connection, name)
+            num_tokens = sum(len(response) for group in found[name] for response in group)
+            assert sampling.stop_ids or num_tokens == arguments.batch * arguments.new_tokens, name
+            if turn >= 0:  # the first turn warms up
+                speed[name].append(num_tokens / seconds)
+                cpu_speed[name].append(num_tokens / cpu_seconds)
+    ratios = {
+        name: statistics.median(mine / base for base, mine in zip(speed[BASELINE], speed[name], strict=True))
+        for name in contenders
+    }
+    cpu_ratios = {
+        name: statistics.median(
+            mine / base for base, mine in zip(cpu_speed[BASELINE], cpu_speed[name], strict=True)
+        )
+        for name in contenders
+    }
+    row: dict = {
+        "work": work,
+        "tokens_per_second": {name: statistics.median(each) for name, each in speed.items()},
+        "ratio": ratios,
+        "cpu_ratio": cpu_ratios,
+    }
+    if work == "greedy":
+        row["differing"] = {
+            name: sum(a != b for a, b in zip(found[BASELINE], mine, strict=True))
+            for name, mine in found.items()
         }
-    )
-
-
-def _transformers(policy: PolicyEngine, directory: Path, device: torch.device) -> Contender:
-    """transformers.generate with its default attention; writes its random weights to `directory`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from megatron_sftrl.architectures.hf_config_writer import hf_config_values
-
-    dtype = policy.config.params_dtype
-    values = hf_config_values(policy.architecture, dtype=dtype)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype)
-    model = model.to(device).eval()
-    model.save_pretrained(directory)
-
-    def generate(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[tuple[int, ...]]:
-        tokens = torch.tensor([prompt.tokens for prompt in prompts], device=device)
-        choice = (
-            {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-            if sampling.temperature > 0
-            else {"do_sample": False}
-        )
-        with torch.no_grad():
-            whole = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=sampling.max_new_tokens,
-                **choice,  # type: ignore[arg-type]
-            )
-        return [tuple(row) for row in whole[:, tokens.shape[1] :].tolist()]
-
-    return generate
-
-
-def _engine(engine: RolloutEngine, policy: PolicyEngine) -> Contender:
-    engine.update(policy, version=0)
-
-    def generate(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[tuple[int, ...]]:
-        return [group.rollouts[0].response_tokens for group in engine.generate(prompts, sampling)]
-
-    return generate
-
-
-def _vllm(policy: PolicyEngine, arguments: argparse.Namespace) -> RolloutEngine:
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
-    from megatron_sftrl.rollout.vllm_settings import VllmSettings
-
-    length = arguments.prompt_tokens + arguments.new_tokens
-    return VllmEngine(policy, VllmSettings(tp=1, max_model_len=length, max_num_seqs=max(BATCHES)))
-
-
-def _measured(
-    contenders: dict[str, Contender], how: str, batch: int, arguments: argparse.Namespace, device: str
-) -> dict:
-    """One line of the table: everybody's turns at one batch size."""
-    generator = torch.Generator().manual_seed(batch)
-    size = (batch, arguments.prompt_tokens)
-    prompts = [
-        Prompt(id=i, tokens=tuple(tokens))
-        for i, tokens in enumerate(torch.randint(0, arguments.vocab, size, generator=generator).tolist())
-    ]
-    temperature = 1.0 if how == "sampled" else 0.0
-    short = SamplingParams(temperature=temperature, max_new_tokens=2, num_samples=1)
-    sampling = SamplingParams(
-        temperature=temperature, max_new_tokens=arguments.new_tokens, num_samples=1, seed=1
-    )
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    found: dict[str, list[tuple[int, ...]]] = {}
-    for contender in contenders.values():
-        contender(prompts, short)
-    for _ in range(arguments.repeats):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            found[name] = contender(prompts, sampling)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    total = batch * arguments.new_tokens
-    for name, responses in found.items():
-        assert sum(map(len, responses)) == total, f"{name} stopped early"
-    row: dict = {"how": how, "batch": batch, "tokens_per_second": {}, "ratio": {}, "differing": {}}
-    for name, times in seconds.items():
-        row["tokens_per_second"][name] = statistics.median(total / each for each in times)
-        row["ratio"][name] = statistics.median(
-            base / mine for base, mine in zip(seconds[BASELINE], times, strict=True)
-        )
-        if how == "greedy":
-            row["differing"][name] = sum(a != b for a, b in zip(found[BASELINE], found[name], strict=True))
     return row
+
+
+def _work(work: str, arguments: argparse.Namespace) -> tuple[list[Prompt], SamplingParams]:
+    generator = torch.Generator().manual_seed(7)
+    num_samples = arguments.group if work == "rollout" else 1
+    num_prompts = 4 * arguments.batch // num_samples if work == "rollout" else arguments.batch
+    tokens = torch.randint(arguments.vocab, (num_prompts, arguments.prompt_tokens), generator=generator)
+    stop_ids: list[int] = []
+    if work == "rollout":
+        # A random model draws each id about equally often: this many end a response every so many tokens.
+        num_ends = max(1, round(3 * arguments.vocab / arguments.new_tokens))
+        stop_ids = torch.randperm(arguments.vocab, generator=generator)[:num_ends].tolist()
+    sampling = SamplingParams(
+        temperature=0.0 if work == "greedy" else 1.0,
+        max_new_tokens=arguments.new_tokens,
+        num_samples=num_samples,
+        stop_ids=frozenset(stop_ids),
+        seed=1,
+    )
+    return [Prompt(id=i, tokens=tuple(row)) for i, row in enumerate(tokens.tolist())], sampling
+
+
+def _floor(architecture: Architecture, arguments: argparse.Namespace) -> float:
+    """Tokens per second if decoding were matrix products and nothing else; the best of many tries."""
+    a = architecture
+    heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+    shapes = [
+        *[
+            (heads, a.hidden_size),
+            (a.hidden_size, a.num_attention_heads * a.head_dim),
+            (2 * a.ffn_hidden_size, a.hidden_size),
+            (a.hidden_size, a.ffn_hidden_size),
+        ]
+        * a.num_layers,
+        (a.vocab_size, a.hidden_size),
+    ]
+    torch.set_num_threads(arguments.threads)
+    pairs = [(torch.randn(arguments.batch, k), torch.randn(n, k)) for n, k in shapes]
+    best = float("inf")
+    for _ in range(50):
+        start = time.perf_counter()
+        for x, weight in pairs:
+            F.linear(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return arguments.batch / best
 
 
 def _print(facts: dict) -> None:
@@ -215,18 +188,22 @@ def _print(facts: dict) -> None:
     names = list(facts["rows"][0]["ratio"])
     others = [name for name in names if name != BASELINE]
     print(
-        f"{'':<8} {'batch':>5}"
+        f"{'':<8}"
         + "".join(f" {name + ' tok/s':>19}" for name in names)
-        + "".join(f" {name + ' ratio':>17} {'differing':>9}" for name in others)
+        + "".join(f" {name + ' ratio (cpu)':>24}" for name in others)
+        + "  differing"
     )
     for row in facts["rows"]:
+        ratios = [f"{row['ratio'][name]:.2f} ({row['cpu_ratio'][name]:.2f})" for name in others]
         print(
-            f"{row['how']:<8} {row['batch']:>5}"
+            f"{row['work']:<8}"
             + "".join(f" {row['tokens_per_second'][name]:>19,.0f}" for name in names)
-            + "".join(f" {row['ratio'][name]:>17.2f} {row['differing'].get(name, ''):>9}" for name in others)
+            + "".join(f" {ratio:>24}" for ratio in ratios)
+            + "  "
+            + ", ".join(f"{name} {row['differing'][name]}" for name in others if "differing" in row)
         )
-    largest = [row["ratio"][OURS] for row in facts["rows"] if row["batch"] == max(BATCHES)]
-    print(f"target: {SMALLEST_RATIO} x {BASELINE} at batch {max(BATCHES)}; got {min(largest):.2f}")
+    got = ", ".join(f"{row['work']} {row['ratio'].get(OURS, float('nan')):.2f}" for row in facts["rows"])
+    print(f"wanted: {WANTED_RATIO} x {BASELINE} at batch {facts['batch']}; got {got}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def install() -> bool:
     return True
 
 
+def without_redirection() -> contextlib.AbstractContextManager:
+    """For a stretch of the house's own small operations, which name their devices.
+
+    Factory calls and tensor methods are then not looked at one by one, which costs as much as one token's
+    arithmetic in a small layer. What is replaced in torch.cuda stays replaced.
+    """
+    return torch._C.DisableTorchFunction()
+
+
 class _CpuMode(TorchFunctionMode):
     """Sends tensors that were meant for CUDA to the CPU."""
 

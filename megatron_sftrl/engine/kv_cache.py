@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+_GROWTH = 128
+"""Tokens of memory that a layer takes at least beyond what it must hold."""
+
 
 class KvCache:
-    """One slot a sequence, in every layer of this rank's pipeline stage; memory is taken layer by layer.
+    """One slot a sequence, in every layer of this rank's pipeline stage.
+
+    Memory follows the longest sequence so far: most responses end long before max_length.
 
     Args:
         num_slots: sequences.
@@ -26,18 +31,35 @@ class KvCache:
 
     def write(self, layer: int, at: CacheSlots, key: Tensor, value: Tensor) -> None:
         """Keep keys and values, [T, groups/tp, head_dim] each, of the tokens that `at` places."""
-        if layer not in self._layers:
-            shape = (self.scratch_slot + 1, key.shape[1], self.max_length, key.shape[2])
-            self._layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
+        if layer not in self._layers or self._layers[layer][0].shape[2] < at.longest:
+            self._layers[layer] = (self._grown(layer, 0, at, key), self._grown(layer, 1, at, value))
         keys, values = self._layers[layer]
         keys[at.slots, :, at.positions] = key
         values[at.slots, :, at.positions] = value
 
     def read(self, layer: int, at: CacheSlots) -> tuple[Tensor, Tensor]:
-        """Keys and values, [S, groups/tp, L, head_dim] each, of the sequences of `at`; L is the longest."""
+        """Keys and values, [S, groups/tp, L, head_dim] each, of the sequences in `at.span`, in place."""
+        assert at.span is not None
         keys, values = self._layers[layer]
-        where = at.slots if at.span is None else slice(*at.span)
+        where = slice(*at.span)
         return keys[where, :, : at.longest], values[where, :, : at.longest]
+
+    def copy(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give the slots `targets` the first `length` tokens of the slot `source`, in every layer."""
+        for pair in self._layers.values():
+            for kept in pair:
+                for target in targets:
+                    kept[target, :, :length] = kept[source, :, :length]
+
+    def _grown(self, layer: int, which: int, at: CacheSlots, like: Tensor) -> Tensor:
+        before = self._layers[layer][which] if layer in self._layers else None
+        held = 0 if before is None else before.shape[2]
+        length = min(max(2 * held, at.longest + _GROWTH), max(self.max_length, at.longest))
+        # Zeros: attention multiplies what stands behind a sequence by 0, and 0 times garbage may be NaN.
+        grown = like.new_zeros(self.scratch_slot + 1, like.shape[1], length, like.shape[2])
+        if before is not None:
+            grown[:, :, :held] = before
+        return grown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +71,18 @@ class CacheSlots:
         slots: [T] int64, of each token's sequence.
         positions: [T] int64, in it.
         longest: largest position + 1.
-        is_first: the micro-batch holds whole sequences from position 0; otherwise it holds one new token of
-            each sequence, and attention is to the cache.
-        span: (first, last + 1) where the slots are neighbours in order: they are then read in place. None
-            where they are not: reading copies.
+        span: None where the micro-batch holds whole sequences from position 0. Otherwise it holds one new
+            token of each sequence, and attention is to the cache: the first tokens are of the slots first
+            to last in order, and `span` is (first, last + 1); the others only fill the batch up.
+        is_even: all sequences of `span` are of one length.
     """
 
     cache: KvCache
     slots: Tensor
     positions: Tensor
     longest: int
-    is_first: bool
     span: tuple[int, int] | None = None
+    is_even: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> CacheSlots:
         """The same places with `function` applied to both tensors."""
@@ -69,8 +91,8 @@ class CacheSlots:
             slots=function(self.slots),
             positions=function(self.positions),
             longest=self.longest,
-            is_first=self.is_first,
             span=self.span,
+            is_even=self.is_even,
         )
 
 
@@ -91,27 +113,21 @@ def places_of(params: PackedSeqParams | None) -> CacheSlots | None:
     return params.places if isinstance(params, CachedSequences) else None
 
 
-def attend_to_cache(
-    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scale: float, window: int | None
-) -> Tensor:
-    """One new token of each sequence looks at everything up to itself.
+def seen_positions(at: CacheSlots, *, window: int | None) -> Tensor | None:
+    """[S, 1, 1, L] True where a new token sees what stands in the cache; None where it sees everything.
 
     Args:
-        query: [S, heads/tp, head_dim].
-        keys, values: [S, groups/tp, L, head_dim], the new token's included.
-        positions: [S] of the new tokens.
-        scale: multiplies the scores.
+        at: with a span.
         window: positions that a token sees, its own included; None for all.
-    Returns:
-        [S, heads/tp * head_dim].
     """
-    distance = positions[:, None] - torch.arange(keys.shape[2], device=query.device)  # [S, L]
+    assert at.span is not None
+    if window is not None and window >= at.longest:
+        window = None
+    if at.is_even and window is None:
+        return None
+    positions = at.positions[: at.span[1] - at.span[0], None]
+    distance = positions - torch.arange(at.longest, device=positions.device)  # [S, L]
     is_seen = distance >= 0
     if window is not None:
         is_seen &= distance < window
-    # The query heads of a group stand where other tokens would: the group's keys are read once for all.
-    grouped = query.unflatten(1, (keys.shape[1], -1))  # [S, groups/tp, heads per group, head_dim]
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        grouped, keys, values, attn_mask=is_seen[:, None, None], scale=scale
-    )
-    return attended.flatten(1)
+    return is_seen[:, None, None]

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_sftrl.engine.kv_cache import attend_to_cache, places_of
+from megatron_sftrl.engine.kv_cache import places_of
 
 
 class RMSNorm(torch.nn.Module):
@@ -39,7 +39,12 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.eps) * self.weight
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, reduced in fp32, rounded once."""
+    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):
@@ -114,11 +119,6 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
         if (places := places_of(packed_seq_params)) is not None:
             places.cache.write(self.layer_number, places, key, value)
-            if not places.is_first:
-                keys, values = places.cache.read(self.layer_number, places)
-                return attend_to_cache(
-                    query, keys, values, places.positions, scale=self.scale, window=self.window
-                )
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         # Whole lengths: cu_seqlens speak of the sequences before they were split over cp.
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()

@@ -35,6 +35,7 @@ from megatron_sftrl.architectures.architecture import Architecture, padded_vocab
 from megatron_sftrl.architectures.rope import inverse_frequencies
 from megatron_sftrl.config.model import ModelSection
 from megatron_sftrl.config.schema import ParallelSection, TrainSection
+from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -47,14 +48,12 @@ class LanguageModel(GPTModel):
     The loss then decides when logits exist, and a reference model can keep [T, H] instead of [T, V].
     """
 
-    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple:
-        """Megatron's, but new tokens of cached sequences are turned by their own positions."""
-        prepared = super()._preprocess(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Megatron's, but new tokens of cached sequences take the short way through the same weights."""
         places = places_of(kwargs.get("packed_seq_params"))
-        if places is None or places.is_first:
-            return prepared
-        angles = torch.outer(places.positions.float(), self.rotary_pos_emb.inv_freq)
-        return (prepared[0], torch.cat((angles, angles), dim=-1)[:, None, None], *prepared[2:])
+        if places is None or places.span is None:
+            return super().forward(*args, **kwargs)
+        return new_token_states(self, kwargs["input_ids"][0], places)
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
         return hidden_states

@@ -10,7 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.context_parallel import local_rows
+from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -59,6 +61,41 @@ def next_tokens(
         The same on every rank of this data-parallel replica.
     """
     parallel = policy.parallel
+    is_decoding = bool(places) and places[0].span is not None
+    if is_decoding and parallel.pp_size == 1:
+        parts = [_decoded_logits(policy, batches[0].tokens, last_rows[0], places[0])]
+    else:
+        parts = _scheduled_logits(policy, batches, last_rows, places)
+    num_prefixes = sum(rows.numel() for rows in last_rows)
+    drawn = torch.zeros(2, num_prefixes, dtype=torch.float64, device=parallel.device)
+    if parallel.is_last_stage:
+        with cpu_backend.without_redirection():
+            logits = (parts[0] if len(parts) == 1 else torch.cat(parts))[:, : policy.architecture.vocab_size]
+            drawn = torch.stack(_draw(logits, uniforms.to(parallel.device), sampling))
+    if parallel.pp_size > 1:
+        dist.broadcast(drawn, src=parallel.last_stage_rank, group=parallel.pp_group)
+    return NextTokens(ids=drawn[0].long(), logprobs=drawn[1].float())
+
+
+def _decoded_logits(policy: PolicyEngine, tokens: Tensor, rows: Tensor, places: CacheSlots) -> Tensor:
+    """[S, V_padded] fp32 behind new tokens: one micro-batch through one stage asks for no schedule."""
+    parallel, model = policy.parallel, policy.chunks[0]
+    places = places.map(lambda value: value.to(parallel.device))
+    hidden_states = new_token_states(model, tokens.to(parallel.device), places)
+    with cpu_backend.without_redirection():
+        logits = model.logits(hidden_states)
+        # V-sized copies are as dear as a small model's layers: none where every row is wanted.
+        return _gather_vocabulary(logits[: rows.numel()].float(), parallel)
+
+
+def _scheduled_logits(
+    policy: PolicyEngine,
+    batches: Sequence[TokenBatch],
+    last_rows: Sequence[Tensor],
+    places: Sequence[CacheSlots],
+) -> list[Tensor]:
+    """[S_i, V_padded] fp32 of each micro-batch; empty before the last stage."""
+    parallel = policy.parallel
 
     def pick_rows(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
         logits = stage.model.logits(stage.hidden_states)  # [T/cp, V_padded/tp]
@@ -67,15 +104,7 @@ def next_tokens(
         picked = _rows_over_cp(logits, rows, whole, parallel)
         return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(picked, parallel))
 
-    parts = run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)
-    num_prefixes = sum(rows.numel() for rows in last_rows)
-    drawn = torch.zeros(2, num_prefixes, dtype=torch.float64, device=parallel.device)
-    if parallel.is_last_stage:
-        logits = torch.cat(parts)[:, : policy.architecture.vocab_size]
-        drawn = torch.stack(_draw(logits, uniforms.to(parallel.device), sampling))
-    if parallel.pp_size > 1:
-        dist.broadcast(drawn, src=parallel.last_stage_rank, group=parallel.pp_group)
-    return NextTokens(ids=drawn[0].long(), logprobs=drawn[1].float())
+    return run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)
 
 
 def _rows_over_cp(logits: Tensor, rows: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:
@@ -105,17 +134,32 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[T
     All in float64: in fp32 it was twice as fast, but a draw near a boundary then fell on the other side of it
     under another layout (seen at tp 2).
     """
-    scaled = logits if sampling.temperature in (0.0, 1.0) else logits / sampling.temperature
-    largest = scaled.amax(dim=1, keepdim=True)
-    weights = (scaled.double() - largest.double()).exp_()  # [S, V], up to a factor the probabilities
-    totals = _block_sums(_blocks(weights)).sum(dim=1, keepdim=True)  # [S, 1]
     if sampling.temperature == 0:
-        ids = scaled.argmax(dim=1, keepdim=True)
-    else:
-        kept = _truncated(weights, top_k=sampling.top_k, top_p=sampling.top_p)
-        ids = _inverse_cumulative(kept, uniforms)
-    logprobs = (scaled.gather(1, ids).double() - largest.double()) - totals.log()
+        return _most_likely(logits)
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+    largest = scaled.amax(dim=1, keepdim=True).double()
+    weights = scaled.double().sub_(largest).exp_()  # [S, V], up to a factor the probabilities
+    totals = _block_sums(_blocks(weights)).sum(dim=1, keepdim=True)  # [S, 1]
+    kept = _truncated(weights, top_k=sampling.top_k, top_p=sampling.top_p)
+    ids = _inverse_cumulative(kept, uniforms)
+    logprobs = (scaled.gather(1, ids).double() - largest) - totals.log()
     return ids[:, 0].double(), logprobs[:, 0]
+
+
+def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As _draw(). No weight decides about a token here, so they may be fp32; only their sum is float64.
+
+    The largest of all is looked for among the largest of each block: a search for a place is slow, a search
+    for a value is not.
+    """
+    blocks = _blocks(logits, fill=-torch.inf)
+    peaks = blocks.amax(dim=2)  # [S, V / block]
+    block = peaks.argmax(dim=1)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block]  # [S, block]
+    ids = block * _BLOCK + inside.argmax(dim=1)
+    largest = peaks.amax(dim=1)
+    totals = _block_sums(_blocks((logits - largest[:, None]).exp_())).double().sum(dim=1)
+    return ids.double(), -totals.log()
 
 
 def _inverse_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -139,10 +183,10 @@ def _inverse_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
     return chosen * _BLOCK + torch.minimum(place, last)
 
 
-def _blocks(weights: Tensor) -> Tensor:
-    """[S, V / block, block]; zeros fill the last block up."""
+def _blocks(weights: Tensor, *, fill: float = 0.0) -> Tensor:
+    """[S, V / block, block]; `fill` fills the last block up."""
     missing = -weights.shape[1] % _BLOCK
-    return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
+    return (F.pad(weights, (0, missing), value=fill) if missing else weights).unflatten(1, (-1, _BLOCK))
 
 
 def _block_sums(blocks: Tensor) -> Tensor:

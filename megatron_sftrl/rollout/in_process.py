@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_sftrl.engine.kv_cache import KvCache
-from megatron_sftrl.engine.model import uses_transformer_engine
-from megatron_sftrl.engine.next_token import next_tokens
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.weight_stream import ReshardReport
-from megatron_sftrl.rollout.packing import pack_new_tokens, pack_prefixes
+from megatron_sftrl.rollout.in_flight import Wanted, generate_in_flight
 from megatron_sftrl.rollout.requests import check_prompts
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
@@ -61,19 +55,15 @@ class InProcessEngine:
         parallel = self._parallel
         mine = range(parallel.dp_rank, len(prompts), parallel.dp_size)
         samples = [(i, number) for i in mine for number in range(sampling.num_samples)]
+        rollouts = generate_in_flight(
+            self._policy,
+            [Wanted(prompt=prompts[i].tokens, stream=(prompts[i].id, number)) for i, number in samples],
+            sampling,
+            max_responses=self._max_responses,
+        )
         found: dict[int, list[Rollout]] = {i: [] for i in mine}
-        # The first replica has the largest share; the others go along where experts live on all of them.
-        largest_share = -(-len(prompts) // parallel.dp_size) * sampling.num_samples
-        for start in range(0, largest_share, self._max_responses):
-            part = samples[start : start + self._max_responses]
-            rollouts = _generate(
-                self._policy,
-                [prompts[i].tokens for i, _ in part],
-                sampling,
-                streams=[(prompts[i].id, number) for i, number in part],
-            )
-            for (i, _), rollout in zip(part, rollouts, strict=True):
-                found[i].append(rollout)
+        for (i, _), rollout in zip(samples, rollouts, strict=True):
+            found[i].append(rollout)
         groups = _of_all_replicas(found, parallel)
         return [
             RolloutGroup(prompt=prompt, rollouts=tuple(groups[i]), version=self._version)
@@ -89,67 +79,6 @@ class InProcessEngine:
     def close(self) -> None:
         """Forget the policy."""
         self._policy = None
-
-
-def _generate(
-    policy: PolicyEngine,
-    prompts: Sequence[tuple[int, ...]],
-    sampling: SamplingParams,
-    *,
-    streams: Sequence[tuple[int, int]],
-) -> list[Rollout]:
-    """One response to each prompt; every rank of one data-parallel replica calls it with the same prompts."""
-    responses: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    uniforms = _uniform_streams(streams, sampling)
-    cache = None
-    if policy.parallel.cp_size == 1 and not uses_transformer_engine():
-        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        cache = KvCache(num_slots=len(prompts), max_length=max(longest, 1))
-    active = list(range(len(prompts)))
-    with policy.evaluation():
-        for position in range(sampling.max_new_tokens):
-            if not _anyone(bool(active), policy.parallel):
-                break
-            prefixes = {i: (*prompts[i], *responses[i]) for i in active}
-            if cache is None or position == 0:
-                batches, rows, places = pack_prefixes(prefixes, policy.parallel, cache)
-            else:
-                batches, rows, places = pack_new_tokens(prefixes, policy.parallel, cache)
-            drawn = next_tokens(policy, batches, rows, uniforms[active, position], sampling, places=places)
-            for i, token, logprob in zip(active, drawn.ids.tolist(), drawn.logprobs.tolist(), strict=True):
-                responses[i].append(token)
-                logprobs[i].append(logprob)
-            active = [i for i in active if responses[i][-1] not in sampling.stop_ids]
-    return [
-        Rollout(
-            prompt_tokens=tuple(prompt),
-            response_tokens=tuple(response),
-            logprobs=tuple(logprob),
-            is_finished=bool(response) and response[-1] in sampling.stop_ids,
-        )
-        for prompt, response, logprob in zip(prompts, responses, logprobs, strict=True)
-    ]
-
-
-def _anyone(is_active: bool, parallel: ParallelContext) -> bool:
-    """Whether a forward is due: for this replica, or for any whose tokens visit the experts on this rank."""
-    if parallel.ep_size == 1:
-        return is_active
-    flag = torch.tensor(int(is_active), device=parallel.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def _uniform_streams(streams: Sequence[tuple[int, int]], sampling: SamplingParams) -> Tensor:
-    """[prompts, max_new_tokens] float64 in [0, 1): one counter-based stream per response."""
-    drawn = [
-        np.random.Generator(np.random.Philox(key=sampling.seed, counter=[0, 0, prompt, sample])).random(
-            sampling.max_new_tokens
-        )
-        for prompt, sample in streams
-    ]
-    return torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, sampling.max_new_tokens)
 
 
 def _of_all_replicas(mine: dict[int, list[Rollout]], parallel: ParallelContext) -> dict[int, list[Rollout]]:

@@ -47,49 +47,44 @@ def pack_prefixes(
                     slots=torch.repeat_interleave(torch.tensor(slots), torch.tensor(sizes)),
                     # Padding may be longer than any response; where it is written does not matter.
                     positions=batch.positions.clamp(max=cache.max_length - 1),
-                    longest=max(sizes),
-                    is_first=True,
+                    longest=min(max(sizes), cache.max_length),
                 )
             )
     return batches, rows, places
 
 
 def pack_new_tokens(
-    prefixes: Mapping[int, tuple[int, ...]], parallel: ParallelContext, cache: KvCache
+    tokens: Sequence[int], positions: Sequence[int], parallel: ParallelContext, cache: KvCache
 ) -> Packed:
-    """The last token of each prefix; the cache holds what stands before it.
+    """The last token of each response; the cache holds what stands before it.
 
     Args:
-        prefixes: as in pack_prefixes().
+        tokens: of the responses in the slots 0, 1, 2, ...
+        positions: of the tokens in their sequences.
         parallel: decides on micro-batches and padding.
-        cache: with every earlier token of every prefix.
+        cache: with every earlier token.
     """
-    shares = _shares(list(prefixes), parallel.pp_size)
+    shares = _shares(range(len(tokens)), parallel.pp_size)
     length = max(_round_up(max(map(len, shares)), parallel.tp_size), parallel.tp_size)
     batches, rows, places = [], [], []
     for share in shares:
-        padding = length - len(share)
-        slots = [*share, *[cache.scratch_slot] * padding]
-        tokens = torch.tensor([*(prefixes[i][-1] for i in share), *[0] * padding])
-        positions = torch.tensor([*(len(prefixes[i]) - 1 for i in share), *[0] * padding])
-        batches.append(_batch(tokens, positions, [0, length]))
+        first, last = (share[0], share[-1] + 1) if share else (0, 0)
+        padding = [0] * (length - len(share))
+        batch_positions = torch.tensor([*positions[first:last], *padding])
+        batches.append(_batch(torch.tensor([*tokens[first:last], *padding]), batch_positions, [0, length]))
         rows.append(torch.arange(len(share)))
+        longest = max(positions[first:last], default=0) + 1
         places.append(
             CacheSlots(
                 cache=cache,
-                slots=torch.tensor(slots),
-                positions=positions,
-                longest=int(positions.max()) + 1,
-                is_first=False,
-                span=_span(slots),
+                slots=torch.tensor([*share, *[cache.scratch_slot] * len(padding)]),
+                positions=batch_positions,
+                longest=longest,
+                span=(first, last),
+                is_even=min(positions[first:last], default=0) + 1 == longest,
             )
         )
     return batches, rows, places
-
-
-def _span(slots: Sequence[int]) -> tuple[int, int] | None:
-    first, end = (slots[0], slots[0] + len(slots)) if slots else (0, 0)
-    return (first, end) if list(slots) == list(range(first, end)) else None
 
 
 def _shares(numbers: Sequence[int], num_batches: int) -> list[list[int]]:

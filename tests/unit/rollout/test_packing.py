@@ -11,7 +11,7 @@ import torch
 
 from megatron_sftrl.engine.kv_cache import KvCache
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.rollout.packing import pack_new_tokens, pack_prefixes
+from megatron_sftrl.rollout.packing import Packed, pack_new_tokens, pack_prefixes
 
 PREFIXES = {3: (31, 32, 33), 0: (1,), 5: (51, 52, 53, 54, 55), 1: (11, 12)}
 
@@ -42,36 +42,63 @@ def test_each_prefix_stands_whole_in_a_sequence_of_its_own(sizes: dict[str, int]
     assert found == list(PREFIXES.values())
 
 
-@pytest.mark.parametrize("sizes", [each for each in LAYOUTS if "cp" not in each])
-def test_prefixes_and_new_tokens_go_to_their_own_slots(sizes: dict[str, int]) -> None:
+def kept_tokens(packed: Packed, cache: KvCache) -> tuple[dict[int, dict[int, int]], list[int]]:
+    """Each token that is written to the cache, by slot and position; the slot of each row that is drawn."""
+    kept: dict[int, dict[int, int]] = {}
+    drawn = []
+    for batch, rows, at in zip(*packed, strict=True):
+        assert at.slots.shape == at.positions.shape == batch.tokens.shape
+        assert int(at.positions.max()) < cache.max_length
+        for slot, position, token in zip(
+            at.slots.tolist(), at.positions.tolist(), batch.tokens.tolist(), strict=True
+        ):
+            if slot != cache.scratch_slot:
+                assert position < at.longest
+                assert position not in kept.setdefault(slot, {})
+                kept[slot][position] = token
+        drawn += at.slots[rows].tolist()
+    return kept, drawn
+
+
+CACHED_LAYOUTS = [each for each in LAYOUTS if "cp" not in each]
+
+
+@pytest.mark.parametrize("sizes", CACHED_LAYOUTS)
+def test_prefixes_go_to_the_slots_of_their_numbers(sizes: dict[str, int]) -> None:
     cache = KvCache(num_slots=6, max_length=8)
-    for pack in (pack_prefixes, pack_new_tokens):
-        batches, last_rows, places = pack(PREFIXES, layout(**sizes), cache)
-        kept: dict[int, dict[int, int]] = {}
-        order = []
-        for batch, rows, at in zip(batches, last_rows, places, strict=True):
-            assert at.is_first == (pack is pack_prefixes)
-            assert at.slots.shape == at.positions.shape == batch.tokens.shape
-            assert int(at.positions.max()) < cache.max_length
-            for slot, position, token in zip(
-                at.slots.tolist(), at.positions.tolist(), batch.tokens.tolist(), strict=True
-            ):
-                if slot != cache.scratch_slot:
-                    assert position < at.longest
-                    assert position not in kept.setdefault(slot, {})
-                    kept[slot][position] = token
-            order += at.slots[rows].tolist()
-        assert order == list(PREFIXES)
-        whole = {slot: dict(enumerate(prefix)) for slot, prefix in PREFIXES.items()}
-        last = {slot: {len(prefix) - 1: prefix[-1]} for slot, prefix in PREFIXES.items()}
-        assert kept == (whole if pack is pack_prefixes else last)
+    packed = pack_prefixes(PREFIXES, layout(**sizes), cache)
+    kept, drawn = kept_tokens(packed, cache)
+    assert all(at.span is None for at in packed[2])
+    assert drawn == list(PREFIXES)
+    assert kept == {slot: dict(enumerate(prefix)) for slot, prefix in PREFIXES.items()}
 
 
-@pytest.mark.parametrize("pack", [pack_prefixes, pack_new_tokens])
-def test_a_replica_without_responses_takes_part_with_padding(pack) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("sizes", CACHED_LAYOUTS)
+@pytest.mark.parametrize("positions", [[4, 0, 6, 2, 1], [3, 3, 3, 3, 3]])
+def test_new_tokens_go_behind_their_prefixes(sizes: dict[str, int], positions: list[int]) -> None:
+    cache = KvCache(num_slots=5, max_length=8)
+    tokens = [51, 11, 71, 31, 21]
+    packed = pack_new_tokens(tokens, positions, layout(**sizes), cache)
+    kept, drawn = kept_tokens(packed, cache)
+    assert drawn == [0, 1, 2, 3, 4]
+    assert kept == {slot: {positions[slot]: tokens[slot]} for slot in range(5)}
+    slots = []
+    for at in packed[2]:
+        assert at.span is not None
+        mine = list(range(*at.span))
+        assert at.slots[: len(mine)].tolist() == mine, "the tokens of the span stand first"
+        assert at.longest == max((positions[slot] + 1 for slot in mine), default=1)
+        assert at.is_even == (len({positions[slot] for slot in mine}) <= 1)
+        slots += mine
+    assert slots == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_replica_without_responses_takes_part_with_padding(is_first: bool) -> None:
     cache = KvCache(num_slots=0, max_length=3)
-    batches, last_rows, places = pack({}, layout(tp=2, pp=2), cache)
-    for batch, rows, at in zip(batches, last_rows, places, strict=True):
+    parallel = layout(tp=2, pp=2)
+    packed = pack_prefixes({}, parallel, cache) if is_first else pack_new_tokens([], [], parallel, cache)
+    for batch, rows, at in zip(*packed, strict=True):
         assert batch.num_tokens == 2
         assert rows.numel() == 0
         assert at.slots.tolist() == [cache.scratch_slot] * 2

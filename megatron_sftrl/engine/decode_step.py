@@ -1,0 +1,139 @@
+"""One new token of each sequence through the weights of Megatron's layers, as few operations as it takes.
+
+Megatron's modules spend more time on one token than its arithmetic does: autograd functions, rotations that
+take cosines anew in each layer, and on the CPU a look at every call. The equations are those of the modules,
+rounded at the same places; prompts and training run the modules themselves, and the contract of rollout
+engines compares both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from megatron_sftrl.engine import cpu_backend
+from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
+from megatron_sftrl.engine.local_layers import rms_norm
+
+
+@torch.no_grad()
+def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Tensor:
+    """Hidden states behind this stage's layers, as the model's forward gives them; fills the cache.
+
+    Args:
+        model: this stage's chunk, of the local layer spec.
+        tokens: [T] int64.
+        places: of the tokens in the cache, with a span.
+    Returns:
+        [T, 1, H]; [T/tp, 1, H] under sequence parallelism.
+    """
+    modules: Any = model
+    group: dist.ProcessGroup = modules.pg_collection.tp
+    is_split = modules.config.sequence_parallel
+    if modules.pre_process:
+        hidden = modules.embedding(input_ids=tokens[None], position_ids=places.positions[None])
+    else:
+        hidden = modules.decoder.input_tensor
+    layers = modules.decoder.layers
+    has_experts = any(isinstance(layer.mlp, MoELayer) for layer in layers)
+    with contextlib.nullcontext() if has_experts else cpu_backend.without_redirection():
+        hidden = hidden[:, 0]  # [T, H]
+        if is_split:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group)
+        turn = _cos_sin(modules, places, hidden.dtype)
+        masks = {
+            window: seen_positions(places, window=window)
+            for window in {layer.self_attention.core_attention.window for layer in layers}
+        }
+        for layer in layers:
+            normed = _norm(layer.input_layernorm, hidden)
+            hidden = hidden + _attention(layer.self_attention, normed, group, places, turn, masks)
+            normed = _norm(layer.pre_mlp_layernorm, hidden)
+            if isinstance(layer.mlp, MoELayer):
+                hidden = hidden + _experts(layer.mlp, normed, group, is_split=is_split)
+            else:
+                hidden = hidden + _mlp(layer.mlp, normed, group)
+        if modules.decoder.final_layernorm is not None:
+            hidden = _norm(modules.decoder.final_layernorm, hidden)
+        if is_split:
+            hidden = _own_share(hidden, group)
+        return hidden[:, None]
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.eps) * norm.weight
+
+
+def _cos_sin(modules: Any, places: CacheSlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[T, 1, 1, head_dim] each; the sine has the sign with which the other half of a head is added."""
+    angles = torch.outer(places.positions.float(), modules.rotary_pos_emb.inv_freq)
+    factor = _yarn_get_concentration_factor_from_config(modules.config)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    cos, sin = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    return cos[:, None, None], sin[:, None, None]
+
+
+def _attention(
+    attention: Any,
+    x: Tensor,  # [T, H]
+    group: dist.ProcessGroup,
+    places: CacheSlots,
+    turn: tuple[Tensor, Tensor],
+    masks: dict[int | None, Tensor | None],
+) -> Tensor:
+    projection, core = attention.linear_qkv, attention.core_attention
+    head_dim = attention.hidden_size_per_attention_head
+    mixed = F.linear(x, projection.weight, projection.bias)
+    # [T, groups/tp, heads per group + 2, head_dim]: the query heads of a group, its key, its value.
+    mixed = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
+    turned, value = mixed[:, :, :-1], mixed[:, :, -1]
+    if attention.config.qk_layernorm:
+        turned = rms_norm(turned, attention.q_layernorm.eps)
+        turned[:, :, :-1].mul_(attention.q_layernorm.weight)
+        turned[:, :, -1].mul_(attention.k_layernorm.weight)
+    cos, sin = turn
+    turned = (turned * cos).add_(turned.roll(head_dim // 2, -1).mul_(sin))
+    places.cache.write(core.layer_number, places, turned[:, :, -1], value)
+    keys, values = places.cache.read(core.layer_number, places)
+    num = len(keys)
+    # The query heads of a group stand where other tokens would: the group's keys are read once for all.
+    attended = F.scaled_dot_product_attention(
+        turned[:num, :, :-1], keys, values, attn_mask=masks[core.window], scale=core.scale
+    ).flatten(1)
+    if num < len(x):
+        attended = F.pad(attended, (0, 0, 0, len(x) - num))
+    return _row_parallel(attention.linear_proj, attended, group)
+
+
+def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    gate, up = F.linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
+    return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up), group)
+
+
+def _experts(mlp: MoELayer, x: Tensor, group: dist.ProcessGroup, *, is_split: bool) -> Tensor:
+    """Megatron's own module: the tokens meet those of other ranks there."""
+    if not is_split:
+        return mlp(x[:, None])[0][:, 0]
+    return gather_from_sequence_parallel_region(mlp(_own_share(x, group)[:, None])[0], group=group)[:, 0]
+
+
+def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    partial = F.linear(x, projection.weight)
+    if group.size() > 1:
+        dist.all_reduce(partial, group=group)
+    return partial
+
+
+def _own_share(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return x.chunk(group.size())[group.rank()]
