@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_sftrl import __version__
+from megatron_sftrl.planning.arguments import add_plan_arguments
 
 _USER_ERROR = 2
 _STOPPED = os.EX_TEMPFAIL  # 75: ended early on request, with a checkpoint
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(commands)
     _add_preflight(commands)
+    _add_plan(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
     keys.add_argument("kind", nargs="?", choices=("sft", "grpo"), default="sft", help="of run (sft)")
@@ -215,6 +217,24 @@ def _preflight(parsed: argparse.Namespace) -> None:
 
     least = None if parsed.min_bandwidth is None else parsed.min_bandwidth * 1e9
     run_preflight(config, timeout_s=parsed.timeout, least_rate=least)
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory, messages and time of a run on a cluster, before a GPU is asked for",
+        description="Memory of each pipeline stage, bytes sent and an estimated step time; a run that cannot "
+        "fit is refused with changes that were tried. The defaults of the rates are those of an H100 SXM.",
+        allow_abbrev=False,
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(command=_plan)
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.planning.command import request_of, run_plan
+
+    run_plan(request_of(parsed))
 
 
 def _keys(parsed: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"hf"}),
     frozenset({"losses", "data", "rl", "observability"}),
     frozenset({"__init__"}),  # the public names: nothing above a loss
+    frozenset({"planning"}),
     frozenset({"engine"}),
     frozenset({"rollout", "conversion"}),
     frozenset({"trainers"}),

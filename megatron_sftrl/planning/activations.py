@@ -1,0 +1,177 @@
+"""Bytes that one micro-batch leaves behind for its backward, block by block and at the loss.
+
+Counted tensor by tensor as the layers save them. "torch" are the layers of engine/local_layers.py, held
+against measured peaks on the CPU. "transformer_engine" are the terms of Korthikanti et al. (arXiv:2205.05198,
+section 4: the tensors that each operation's backward reads, attention without its scores) for SwiGLU, grouped
+queries and no dropout; they were not measured.
+
+    t   tokens of a micro-batch on this rank, T / cp
+    u   tokens of the residual stream, t / tp under sequence parallelism, else t
+    e   bytes of an activation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.planning.grid import Grid
+
+Kernels = Literal["torch", "transformer_engine"]
+_FP32, _INT64 = 4, 8
+_LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
+"""vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """One micro-batch as a rank sees it.
+
+    Args:
+        tokens: t.
+        residual_tokens: u.
+        longest: tokens of its longest sequence, before context parallelism.
+        element: e.
+        kernels: whose layers.
+    """
+
+    tokens: int
+    residual_tokens: int
+    longest: int
+    element: int
+    kernels: Kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBytes:
+    """One transformer block.
+
+    Args:
+        input: the residual stream before it, all that full recomputation keeps.
+        saved: kept for its backward.
+        forward: most that its forward holds beyond `saved` and its input.
+        backward: most that its backward adds to `saved`.
+    """
+
+    input: int
+    saved: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadBytes:
+    """The final norm, the output layer and the loss, on the last stage.
+
+    Args:
+        saved: kept for the backward, without logits.
+        logits: [t, V/tp] of one model.
+        forward: most that the loss adds to the logits of policy and reference.
+        backward: most that the backward of loss and output layer adds to them.
+    """
+
+    saved: int
+    logits: int
+    forward: int
+    backward: int
+
+
+def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> BlockBytes:
+    """What one block holds for one micro-batch."""
+    stream = batch.residual_tokens * architecture.hidden_size * batch.element
+    gathered = batch.tokens * architecture.hidden_size * batch.element
+    mlp = _expert_bytes if architecture.mixture else _mlp_bytes
+    saved = _attention_bytes(architecture, grid, batch) + mlp(architecture, grid, batch)
+    work = 2 * _widest(architecture, grid, batch) + 2 * stream + gathered
+    if architecture.mixture is not None:
+        # Token visits are permuted, exchanged, sorted by expert and back: five copies at the worst moment.
+        work += 5 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
+    return BlockBytes(
+        input=stream,
+        saved=saved,
+        forward=work,
+        backward=work + _largest_gradient(architecture, grid, batch),
+    )
+
+
+def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> HeadBytes:
+    """What the last stage holds for one micro-batch behind its blocks."""
+    columns = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp
+    logits = batch.tokens * columns * batch.element
+    gathered = batch.tokens * architecture.hidden_size * batch.element
+    weight = columns * architecture.hidden_size * batch.element
+    return HeadBytes(
+        saved=_norm_bytes(architecture.hidden_size, batch),
+        logits=logits,
+        forward=_LOGIT_CHUNK[batch.kernels],
+        backward=logits + max(_LOGIT_CHUNK[batch.kernels], weight + (1 + grid.sequence_parallel) * gathered),
+    )
+
+
+def _norm_bytes(width: int, batch: Microbatch, tokens: int | None = None, out: bool = True) -> int:
+    """Input and output of an RMSNorm; the torch one keeps its input in fp32, and the normalised values."""
+    tokens = batch.residual_tokens if tokens is None else tokens
+    kept = batch.element if batch.kernels == "transformer_engine" else _FP32 + batch.element
+    return tokens * (width * (kept + batch.element * out) + _FP32)
+
+
+def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Norm, q/k/v, rotation, attention, output projection."""
+    t, e = batch.tokens, batch.element
+    query = t * (a.num_attention_heads // grid.tp) * a.head_dim * e
+    keys = t * (a.num_query_groups // grid.tp) * a.head_dim * e
+    total = _norm_bytes(a.hidden_size, batch)
+    if a.qk_norm:
+        for heads in (a.num_attention_heads, a.num_query_groups):
+            total += _norm_bytes(a.head_dim, batch, tokens=t * (heads // grid.tp), out=False)
+    total += t * (a.num_attention_heads // grid.tp) * _FP32  # log-sum-exp
+    if batch.kernels == "transformer_engine":
+        return total + 2 * query + 2 * keys  # q, k, v and the output, which the projection reads as well
+    if a.qkv_bias and grid.sequence_parallel:  # BiasedColumnParallelLinear keeps the gathered input
+        total += (t - batch.residual_tokens) * a.hidden_size * e
+    total += 3 * t * a.head_dim * e  # cos and sin
+    total += t * (3 * _INT64 + 1)  # rows of the packed tokens
+    if grid.cp > 1:  # the mask by positions, as SDPA's additive values
+        total += t * batch.longest * (e + 1)
+    # Reading the packed sequences out copies q, k and v; putting them back copies the output.
+    return total + query + 2 * grid.cp * keys + query + query
+
+
+def _mlp_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Norm, both halves of fc1, silu, the shifted linear half and the product: Megatron's unfused SwiGLU."""
+    width = a.ffn_hidden_size // grid.tp
+    return _norm_bytes(a.hidden_size, batch) + 5 * batch.tokens * width * batch.element
+
+
+def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Norm, router, dispatched tokens, and as many products as the tokens visit experts, evenly spread."""
+    assert a.mixture is not None
+    tokens = routed_tokens(a, grid, batch)
+    router = batch.residual_tokens * (
+        a.mixture.experts_per_token * (2 * _INT64 + _FP32) + a.mixture.num_experts * (1 + batch.element)
+    )
+    width = 6 * (a.ffn_hidden_size // grid.etp)
+    return _norm_bytes(a.hidden_size, batch) + router + tokens * (a.hidden_size + width) * batch.element
+
+
+def routed_tokens(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Token visits that a rank's experts see, when the router spreads them evenly.
+
+    The tensor-parallel ranks of an expert gather each other's tokens.
+    """
+    assert a.mixture is not None
+    return batch.residual_tokens * a.mixture.experts_per_token * grid.etp
+
+
+def _widest(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """[tokens, F] of one product in the MLP."""
+    if a.mixture is not None:
+        return routed_tokens(a, grid, batch) * (a.ffn_hidden_size // grid.etp) * batch.element
+    return batch.tokens * (a.ffn_hidden_size // grid.tp) * batch.element
+
+
+def _largest_gradient(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Of a weight, before it is added to the fp32 buffer."""
+    cuts = grid.etp if a.mixture else grid.tp
+    return 2 * a.ffn_hidden_size // cuts * a.hidden_size * batch.element

@@ -1,0 +1,141 @@
+"""What a small run really holds in memory, for the tests of the planner; this runs on every rank."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.architectures.architecture import from_section
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.types import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes of one rank.
+
+    Args:
+        parameters, gradients: storages behind the policy's parameters and Megatron's gradient buffers.
+        optimizer: fp32 weights and moments after a step, without torch's step counters.
+        reference: storages of its parameters.
+        pp_rank, dp_cp_rank, edp_rank: the rank's place.
+        peak: most that a step's forward and backward held beyond what stood there before it.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    reference: int
+    pp_rank: int
+    dp_cp_rank: int
+    edp_rank: int
+    peak: int
+
+
+def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int) -> Held:
+    """Two steps on random tokens; the second, when Adam's moments exist, is measured."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.reference import ReferenceModel
+    from megatron_sftrl.losses.registry import build_loss
+
+    assert run.model.architecture is not None
+    architecture = from_section(run.model.architecture)
+    context = initialize_parallel(run.parallel)
+    policy = PolicyEngine(architecture, run, context)
+    reference = None
+    if run.reference is not None:
+        reference = ReferenceModel(architecture, run, run.reference, context)
+        reference.copy_from(policy.chunks)
+    loss = build_loss(run.loss.name, run.loss.options)
+    batches = [
+        packed(num_tokens, num_sequences, architecture.vocab_size, seed=context.dp_rank * 100 + number)
+        for number in range(num_microbatches)
+    ]
+
+    def step() -> None:
+        policy.forward_backward(batches, loss, reference)
+
+    step()
+    policy.optim_step(0, num_steps=2)
+    gc.collect()
+    peak = allocated_peak(step)
+    held = Held(
+        parameters=storage_bytes(p for chunk in policy.chunks for p in chunk.parameters()),
+        gradients=storage_bytes(p.main_grad for chunk in policy.chunks for p in chunk.parameters()),  # type: ignore[attr-defined]
+        optimizer=storage_bytes(optimizer_tensors(policy))
+        - storage_bytes(optimizer_tensors(policy), within=list(policy_storages(policy))),
+        reference=storage_bytes(
+            p for chunk in (reference.chunks if reference else []) for p in chunk.parameters()
+        ),
+        pp_rank=context.pp_rank,
+        dp_cp_rank=context.dp_cp_group.rank(),
+        edp_rank=parallel_state.get_expert_data_parallel_rank(),
+        peak=peak,
+    )
+    parallel_state.destroy_model_parallel()
+    return held
+
+
+def packed(num_tokens: int, num_sequences: int, vocab_size: int, *, seed: int) -> TokenBatch:
+    """Random tokens in sequences of one length."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator)
+    length = num_tokens // num_sequences
+    assert length * num_sequences == num_tokens
+    return TokenBatch(
+        tokens=tokens[:-1],
+        labels=tokens[1:],
+        positions=torch.arange(length).repeat(num_sequences),
+        loss_mask=torch.ones(num_tokens, dtype=torch.bool),
+        cu_seqlens=torch.arange(0, num_tokens + 1, length, dtype=torch.int32),
+        token_weight=torch.full((num_tokens,), 1.0 / num_tokens),
+    )
+
+
+def optimizer_tensors(policy: Any) -> Iterator[Tensor]:
+    """What the optimizers own: fp32 weights in their groups, and their state."""
+    from megatron_sftrl.engine.optimizer import leaves
+
+    for leaf in leaves(policy.optimizer):
+        for group in leaf.optimizer.param_groups:
+            yield from group["params"]
+        for state in leaf.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+
+def policy_storages(policy: Any) -> Iterator[int]:
+    """Where the model's own weights lie: an optimizer of fp32 weights works on them in place."""
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            yield parameter.untyped_storage().data_ptr()
+
+
+def storage_bytes(tensors: Iterable[Tensor], within: list[int] | None = None) -> int:
+    """Bytes of the distinct storages behind `tensors`; of those that start at `within` where given."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for start, size in storages.items() if within is None or start in within)
+
+
+def allocated_peak(function: Any) -> int:
+    """Most bytes that PyTorch's CPU allocator had given out during `function`, beyond those before it.
+
+    Every allocation and release counts, those inside an operator too.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    assert run.profiler is not None
+    assert run.profiler.kineto_results is not None
+    events = [each for each in run.profiler.kineto_results.events() if each.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

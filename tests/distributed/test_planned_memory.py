@@ -1,0 +1,207 @@
+"""What the planner says a rank will hold is what small real runs do hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from megatron_sftrl.architectures.architecture import from_section
+from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.planning.grid import grid_of
+from megatron_sftrl.planning.model_state import buffer_layout, model_state
+from megatron_sftrl.planning.parameters import chunk_parameters
+from megatron_sftrl.planning.peak import microbatch_of, step_peak
+from tests.distributed.memory_runs import Held, measure
+from tests.distributed.test_layouts import make_config
+from tests.ranks import run_ranks
+
+SHARDED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+MIXTURE = {"family": "qwen3_moe", "num_experts": 4, "experts_per_token": 2, "ffn_hidden_size": 24}
+STATES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
+    "one process, fp32": (1, {}, {}, "fp32"),
+    "one process, bf16, distributed": (1, SHARDED, {}, "bf16"),
+    "tp 2, bf16, biases": (2, {"tp": 2}, {"family": "qwen2"}, "bf16"),
+    "dp 2, fp32, distributed": (2, SHARDED, {"tie_embeddings": True}, "fp32"),
+    "dp 3, bf16, distributed": (3, SHARDED, {}, "bf16"),
+    "tied pp 2, bf16, distributed, dp 2": (4, {"pp": 2, **SHARDED}, {"tie_embeddings": True}, "bf16"),
+    "pp 2 vp 2, bf16, distributed": (2, {"pp": 2, "vp": 2, **SHARDED}, {}, "bf16"),
+    "cp 2, bf16, distributed": (2, {"cp": 2, **SHARDED}, {}, "bf16"),
+    "ep 2 of dp 2, bf16, distributed": (2, {"ep": 2, **SHARDED}, MIXTURE, "bf16"),
+    "tp 2 etp 1 dp 2, fp32, distributed": (
+        4,
+        {"tp": 2, "sequence_parallel": True, "etp": 1, "ep": 2, **SHARDED},
+        MIXTURE,
+        "fp32",
+    ),
+    "ep 2 tp 2, bf16": (4, {"tp": 2, "sequence_parallel": True, "ep": 2}, MIXTURE, "bf16"),
+}
+
+
+def make_run(parallel: dict[str, Any], model: dict[str, Any], dtype: str, **sections: Any) -> RunConfig:
+    """The toy run of test_layouts, with other sections."""
+    tree = make_config(parallel, **model).model_dump(exclude_unset=True)
+    tree["model"]["dtype"] = dtype
+    return RunConfig.model_validate({**tree, **sections})
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str) -> None:
+    world_size, parallel, model, dtype = STATES[name]
+    run = make_run(parallel, model, dtype, loss={"name": "gift", "beta": 4.0}, reference={"kind": "frozen"})
+    assert run.model.architecture is not None
+    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, world_size)
+    found = run_ranks(world_size, measure_small, run)
+    for held in found:
+        planned = model_state(
+            architecture,
+            run,
+            grid,
+            stage=held.pp_rank,
+            dp_cp_rank=held.dp_cp_rank,
+            edp_rank=held.edp_rank,
+        )
+        assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
+        assert planned.optimizer == held.optimizer
+        assert planned.reference == held.reference
+
+
+def measure_small(run: RunConfig) -> Held:
+    return measure(run, num_tokens=32, num_sequences=2, num_microbatches=2)
+
+
+@pytest.mark.parametrize("bucket_size", [1, 3000, 10**9])
+def test_buckets_are_cut_and_padded_where_megatron_cuts_and_pads_them(bucket_size: int) -> None:
+    run = make_run(SHARDED, MIXTURE, "bf16")
+    assert run.model.architecture is not None
+    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, 3)
+    members = chunk_parameters(architecture, grid, has_embedding=True, has_output=True)
+    planned = [
+        buffer_layout([p for p in members if p.is_expert == is_expert], 3, bucket_size=bucket_size)
+        for is_expert in (False, True)
+    ]
+    found = run_ranks(3, megatron_buckets, run, bucket_size)[0]
+    assert [(buffer.num_elements, [*buffer.buckets]) for buffer in planned] == found
+    assert bucket_size > 3000 or len(planned[0].buckets) > 3
+
+
+def megatron_buckets(run: RunConfig, bucket_size: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Elements and bucket bounds of the dense and the experts' buffers of Megatron's own DDP."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.engine.parallel import initialize_parallel
+
+    assert run.model.architecture is not None
+    architecture = from_section(run.model.architecture)
+    context = initialize_parallel(run.parallel)
+    config = transformer_config(architecture, run.model, run.parallel, run.train, is_cuda=False)
+    (chunk,) = build_model_chunks(architecture, config, context)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        use_distributed_optimizer=True,
+        bucket_size=bucket_size,
+    )
+    wrapped = DistributedDataParallel(config=config, ddp_config=settings, module=chunk)
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+    parallel_state.destroy_model_parallel()
+    return [(buffer.numel, [*buffer.bucket_indices]) for buffer in buffers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step whose activations are large beside whatever else it allocates."""
+
+    world_size: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bf16"
+    recompute: str = "none"
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "sft"})
+    reference: dict[str, Any] | None = None
+    num_tokens: int = 1024
+    num_sequences: int = 4
+    num_microbatches: int = 2
+
+
+SIZES = {"hidden_size": 64, "ffn_hidden_size": 192, "vocab_size": 600, "max_position_embeddings": 4096}
+WIDE_MIXTURE = {"family": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "ffn_hidden_size": 64}
+SPLIT = {"tp": 2, "sequence_parallel": True}
+STEPS = {
+    "fp32": Step(dtype="fp32"),
+    "few long sequences": Step(num_tokens=4096, num_sequences=2),
+    "a large vocabulary": Step(model={"vocab_size": 8000}),
+    "recomputed": Step(model={"num_layers": 12, "hidden_size": 128}, recompute="full", num_tokens=2048),
+    "a reference": Step(
+        model={"vocab_size": 2000},
+        loss={"name": "gift", "beta": 4.0},
+        reference={"kind": "frozen"},
+        recompute="full",
+        num_microbatches=4,
+    ),
+    "a moving average": Step(
+        model={"vocab_size": 2000},
+        loss={"name": "curiosft", "top_k": 64, "pivot": 3.0},
+        reference={"kind": "moving_average"},
+    ),
+    "tp 2": Step(world_size=2, parallel={"tp": 2}),
+    "sequence parallelism": Step(world_size=2, parallel=SPLIT),
+    "sequence parallelism, recomputed": Step(
+        world_size=2,
+        parallel=SPLIT,
+        model={"family": "qwen2", "hidden_size": 128},
+        recompute="full",
+        num_tokens=2048,
+    ),
+    "pp 2, recomputed": Step(world_size=2, parallel={"pp": 2}, recompute="full", num_microbatches=4),
+    "pp 2 vp 2": Step(world_size=2, parallel={"pp": 2, "vp": 2}, num_microbatches=4),
+    "cp 2": Step(world_size=2, parallel={"cp": 2}, num_tokens=2048, num_sequences=2),
+    "experts": Step(world_size=2, parallel={**SPLIT, "ep": 2, "etp": 1}, model=WIDE_MIXTURE),
+    "cut experts, recomputed": Step(
+        world_size=2,
+        parallel={**SPLIT, "etp": 2},
+        model=WIDE_MIXTURE,
+        recompute="full",
+        num_tokens=2048,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name: str) -> None:
+    step = STEPS[name]
+    run = make_run(
+        step.parallel,
+        {**SIZES, **step.model},
+        step.dtype,
+        loss=step.loss,
+        reference=step.reference,
+        train={"steps": 2, "recompute": step.recompute},
+        data={"train": ["unused"], "max_length": step.num_tokens // step.num_sequences},
+        batch={"global_size": 8, "packing": True, "max_tokens": step.num_tokens},
+    )
+    assert run.model.architecture is not None
+    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, step.world_size)
+    for held in run_ranks(step.world_size, measure_step, run, step):
+        planned = step_peak(
+            architecture,
+            run,
+            grid,
+            microbatch_of(run, grid, "torch"),
+            stage=held.pp_rank,
+            num_microbatches=step.num_microbatches,
+        )
+        # The figure that issue 5 asks for; measured: 0.89 to 1.11.
+        assert max(planned.training, planned.reference_forward) == pytest.approx(held.peak, rel=0.15)
+
+
+def measure_step(run: RunConfig, step: Step) -> Held:
+    return measure(
+        run,
+        num_tokens=step.num_tokens,
+        num_sequences=step.num_sequences,
+        num_microbatches=step.num_microbatches,
+    )

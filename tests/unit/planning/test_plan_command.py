@@ -1,0 +1,149 @@
+"""`sftrl plan`: what it prints, what it refuses, and that what it advises does fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_sftrl.cli import main
+from tests.unit.config.example import EXAMPLE
+from tests.unit.planning.public_models import model_directory
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+SHIPPED = {
+    "gift_70b": ("Llama-3.3-70B-Instruct", 64),
+    "gift_72b_qwen": ("Qwen2.5-72B-Instruct", 64),
+    "pear_70b": ("Llama-3.3-70B-Instruct", 64),
+    "curiosft_70b": ("Llama-3.3-70B-Instruct", 64),
+    "grpo_70b": ("Llama-3.3-70B-Instruct", 64),
+    "gift_moe": ("Qwen3-30B-A3B", 32),
+}
+
+
+def plan(name: str, directory: Path, *more: str, gpus: int | None = None) -> int:
+    model, num_gpus = SHIPPED[name]
+    key = "model.hf_config" if name == "grpo_70b" else "model.hf"
+    source = directory / model if (directory / model).exists() else model_directory(model, directory)
+    return main(
+        ["plan", str(EXAMPLES / f"{name}.yaml"), f"{key}={source}", "--gpus", str(gpus or num_gpus), *more]
+    )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("kernels", ["transformer_engine", "torch"])
+def test_a_shipped_run_fits_the_gpus_that_it_names_with_the_numbers_that_it_states(
+    name: str, kernels: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.json"
+    assert plan(name, tmp_path, "--json", str(out), "--kernels", kernels) == 0
+    found = json.loads(out.read_text())
+    assert found["plan"]["fits"]
+    totals = [phase["total"] for stage in found["plan"]["stages"] for phase in stage.values()]
+    assert max(totals) < 0.95 * 80e9
+    stated = re.search(
+        r"^# Planned: sftrl plan examples/(\w+)\.yaml --gpus (\d+) --gpu-memory 80GB: ([\d.]+) GB at the "
+        r"fullest moment, ([\d.]+) s a step",
+        (EXAMPLES / f"{name}.yaml").read_text(),
+        re.MULTILINE,
+    )
+    assert stated is not None
+    assert (stated[1], int(stated[2])) == (name, SHIPPED[name][1])
+    if kernels == "transformer_engine":
+        assert float(stated[3]) == round(max(totals) / 1e9, 1)
+        assert float(stated[4]) == round(found["plan"]["estimate"]["total_seconds"], 1)
+
+
+def test_the_tables_name_every_item_and_call_estimates_estimates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("grpo_70b", tmp_path) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "parameters",
+        "gradients (fp32)",
+        "optimizer",
+        "activations",
+        "logits and loss",
+        "rollout weights",
+        "key/value cache",
+        "reshard buckets",
+        "Estimate of one step",
+        "pipeline bubble",
+        "sent by a GPU over tp",
+        "not measured",
+        "responses of full length at once per engine",
+    ):
+        assert text in out
+
+
+def test_a_run_that_does_not_fit_is_refused_with_changes_that_do_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Without recomputation the activations of 16 layers in flight are too much.
+    words = ["train.recompute=none", "parallel.vp=1"]
+    assert plan("gift_70b", tmp_path, *words, gpus=32) == 2
+    error = capsys.readouterr().err
+    assert "does not fit on 32 GPUs" in error
+    assert re.search(r"pipeline stage 0 needs [\d.]+ GB of 80.0 GB in the phase 'training'", error)
+    advised = error.split("fits with any one of:" if "any one of" in error else "what to change:")[1]
+    changes = [line.split(" (")[0].split() for line in advised.splitlines() if "=" in line]
+    assert changes
+    for change in changes:
+        assert plan("gift_70b", tmp_path, *words, *change, gpus=32) == 0
+
+
+def test_a_model_that_needs_more_gpus_is_told_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("pear_70b", tmp_path, "parallel.pp=2", gpus=8) == 2
+    advised = re.search(r"(\d+) GPUs with (.+) \([\d.]+ GB\)", capsys.readouterr().err)
+    assert advised is not None
+    assert plan("pear_70b", tmp_path, *advised[2].split(), gpus=int(advised[1])) == 0
+
+
+def test_what_no_change_makes_fit_is_said_to_be_too_large(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan("pear_70b", tmp_path, "parallel.pp=1", "parallel.vp=1", "--gpu-memory", "8GB", gpus=4) == 2
+    assert "on up to 32 GPUs: shorten data.max_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["parallel.tpp=2"], "unknown key 'parallel.tpp'"),
+        (["--gpu-memory", "80"], "expected a size such as 80GB"),
+        (["--gpu-memory", "0GB"], "expected a size such as 80GB"),
+        (["--efficiency", "1.5"], "efficiency: expected a number between 0 and 1, got 1.5"),
+        (["--network", "0"], "network: expected a number above 0"),
+        (["parallel.tp=3"], "8 attention heads do not divide by parallel.tp = 3"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(EXAMPLE)
+    assert main(["plan", str(path), "--gpus", "6", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--mean-length", "--top", "--gpus-per-node"])
+def test_a_count_below_one_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["plan", "run.yaml", "--gpus", "6", option, "0"])
+    assert exited.value.code == 2
+    assert f"argument {option}: expected a number of at least 1, got 0" in capsys.readouterr().err
+
+
+def test_explicit_sizes_need_no_model_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(EXAMPLE)
+    assert main(["plan", str(path), "--gpus", "2", "--gpu-memory", "8GiB", "--search", "--top", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "layouts fit; fastest by estimate" in out
+    assert out.count("train.recompute=") == 3
+    assert "2 GPUs: tp 1, pp 1, vp 1, cp 1, dp 2" in out
