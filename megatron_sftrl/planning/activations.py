@@ -83,10 +83,11 @@ def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> Bl
     gathered = batch.tokens * architecture.hidden_size * batch.element
     mlp = _expert_bytes if architecture.mixture else _mlp_bytes
     saved = _attention_bytes(architecture, grid, batch) + mlp(architecture, grid, batch)
-    work = 2 * _widest(architecture, grid, batch) + 2 * stream + gathered
+    # A product's gradient replaces what the backward has let go by then.
+    work = _widest(architecture, grid, batch) + 2 * stream + gathered * grid.sequence_parallel
     if architecture.mixture is not None:
-        # Token visits are permuted, exchanged, sorted by expert and back: five copies at the worst moment.
-        work += 5 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
+        # Token visits are permuted, exchanged and sorted by expert: what a step reads, and what it writes.
+        work += 2 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
     return BlockBytes(
         input=stream,
         saved=saved,

@@ -24,7 +24,8 @@ class Held:
         optimizer: fp32 weights and moments after a step, without torch's step counters.
         reference: storages of its parameters.
         pp_rank, dp_cp_rank, edp_rank: the rank's place.
-        peak: most that a step's forward and backward held beyond what stood there before it.
+        peak: most that a step's forward and backward held beyond what stood there before it; the smallest of
+            several steps.
     """
 
     parameters: int
@@ -37,8 +38,10 @@ class Held:
     peak: int
 
 
-def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int) -> Held:
-    """Two steps on random tokens; the second, when Adam's moments exist, is measured."""
+def measure(
+    run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int, num_peaks: int
+) -> Held:
+    """Steps on random tokens; those after the first, when Adam's moments exist, are measured."""
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
@@ -66,7 +69,8 @@ def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbat
     step()
     policy.optim_step(0, num_steps=2)
     gc.collect()
-    peak = allocated_peak(step)
+    # gloo's threads let go of a message's tensors some time after it: 5 of 11 MB late on a busy machine.
+    peak = min(allocated_peak(step) for _ in range(num_peaks))
     held = Held(
         parameters=storage_bytes(p for chunk in policy.chunks for p in chunk.parameters()),
         gradients=storage_bytes(p.main_grad for chunk in policy.chunks for p in chunk.parameters()),  # type: ignore[attr-defined]
