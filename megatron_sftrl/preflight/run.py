@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +33,7 @@ from megatron_sftrl.preflight.verdict import (
     compare_processes,
     compare_versions,
 )
+from megatron_sftrl.rollout.build import check_engine
 from megatron_sftrl.trainers.plan import RunPlan, plan_run
 
 
@@ -74,7 +76,11 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
     seen = {"space": ""}
 
     def read_configuration() -> None:
-        plans.append(plan_run(config))
+        plan = plan_run(config)
+        if isinstance(config, GrpoConfig):
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            check_engine(config, plan.architecture, device, world_size=meeting.size)
+        plans.append(plan)
 
     def read_data() -> None:
         for plan in plans:

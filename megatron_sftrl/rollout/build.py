@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
@@ -12,20 +13,27 @@ from megatron_sftrl.rollout.vllm_colocated import VllmEngine
 from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
 
 
-def check_engine(config: GrpoConfig, architecture: Architecture, parallel: ParallelContext) -> None:
+def check_engine(
+    config: GrpoConfig, architecture: Architecture, device: torch.device, *, world_size: int
+) -> None:
     """Refuse an engine that cannot run here, before any model is built.
 
+    Args:
+        config: of the run.
+        architecture: of its model.
+        device: of this process.
+        world_size: processes in all.
     Raises:
         ValueError: on every rank: an engine that is not installed or does not fit ranks or model, or an
             offload without a GPU.
     """
-    if config.rollout.offload and parallel.device.type != "cuda":
+    if config.rollout.offload and device.type != "cuda":
         raise ValueError(
             "rollout.offload takes gradients and optimizer state off the GPU while responses are generated, "
             "and this run has no GPU: remove it, or rollout.offload=null on the command line"
         )
     if config.rollout.engine == "vllm":
-        check_vllm(_vllm_settings(config), architecture, world_size=parallel.world_size)
+        check_vllm(_vllm_settings(config), architecture, world_size=world_size)
 
 
 def build_engine(config: GrpoConfig, policy: PolicyEngine) -> RolloutEngine:

@@ -56,7 +56,7 @@ def run_grpo(config: GrpoConfig) -> bool:
         parallel_context(config.parallel) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
     ):
-        check_engine(config, plan.architecture, parallel)
+        check_engine(config, plan.architecture, parallel.device, world_size=parallel.world_size)
         directory = open_run_directory(config, is_writer=False)
         check_rows(rewards.rewards, prompts, *([valid] if valid else []))
         on_every_rank(lambda: check_canaries(rewards))

@@ -16,6 +16,7 @@ from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.config.kinds import load_any_config
 from megatron_sftrl.engine.checkpoint import StoredTensors
 from megatron_sftrl.preflight.storage import checkpoint_bytes
+from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.product import Ended, sftrl, sftrl_each
 from tests.e2e.project import Project
 from tests.ranks import free_port, run_ranks
@@ -125,6 +126,13 @@ def test_a_node_that_lacks_the_data_is_named(line: list[str], tmp_path: Path) ->
     for ended in preflight([line, [*line, f"data.train=[{tmp_path / 'absent.jsonl'}]"]]):
         assert "node1: " in ended.expect(2).stderr
         assert "absent.jsonl" in ended.stderr
+
+
+def test_a_rollout_engine_that_cannot_run_is_told(grpo: GrpoProject, tmp_path: Path) -> None:
+    _, *line = grpo.command(tmp_path / "run")
+    sound, bad = sftrl_each([["preflight", *line], ["preflight", *line, "rollout.offload=true"]])
+    assert "GrpoConfig, loss grpo" in sound.expect(0).stderr
+    assert "this run has no GPU" in bad.expect(2).stderr
 
 
 def test_a_disk_that_is_too_small_is_told(line: list[str]) -> None:

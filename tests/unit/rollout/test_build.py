@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,9 +57,9 @@ def refusal(
         }
     )
     assert config.model.architecture is not None
-    parallel: Any = SimpleNamespace(device=torch.device(device), world_size=world_size)
+    architecture = from_section(config.model.architecture)
     try:
-        check_engine(config, from_section(config.model.architecture), parallel)
+        check_engine(config, architecture, torch.device(device), world_size=world_size)
     except ValueError as error:
         return str(error)
     return ""
