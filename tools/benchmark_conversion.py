@@ -5,9 +5,10 @@
 DIR, on the disk that is to be measured, gets a synthetic Llama in bf16 and the outputs, and is emptied at the
 end. Every repeat runs, one after the other, so that a noisy machine disturbs all alike: `cp` with fsync,
 Hugging Face -> Megatron, Megatron -> Hugging Face, and the loading of the files into a model; the last three
-in processes of their own, timed without their imports. Before each, a file of the same size is written and
-removed: in a virtual machine the first use of a page of memory costs more than the copying into it, and
-whoever ran right after a deletion would find used ones. Reported are the medians over the repeats. Memory is
+in processes of their own, timed without their imports. Right before each, a file of the same size is written
+and removed: in a virtual machine the first use of a page of memory costs more than the copying into it, free
+pages go back to the host within seconds, and whoever ran right after a deletion would find used
+ones. Reported are the medians over the repeats. Memory is
 the peak resident set (VmHWM, reset after the imports) less what was resident then.
 """
 
@@ -71,7 +72,6 @@ def _benchmark(folder: Path, *, gb: float, repeats: int) -> dict:
         _use_free_pages(folder / "free", total)
         turns["cp"].append({"seconds": _copy(folder / "hf", folder / "copy"), "peak_bytes": 0})
         for child in _CHILDREN:
-            _use_free_pages(folder / "free", total)
             turns[child].append(_in_child(child, folder))
         for name in ("copy", "megatron", "back"):
             shutil.rmtree(folder / name)
@@ -163,6 +163,7 @@ def _measured(name: str, folder: Path) -> dict:
     return_freed_memory()  # as the tools do
     with parallel_context(ParallelSection()) as parallel:
         work = _CHILDREN[name](folder, parallel)
+        _use_free_pages(folder / "free", sum(path.stat().st_size for path in (folder / "hf").iterdir()))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status_bytes("VmRSS")
         seconds = work()
