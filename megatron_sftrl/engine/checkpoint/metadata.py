@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 _ALLOWED = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
@@ -65,9 +65,21 @@ def read_index(directory: Path) -> Metadata:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name not in _ALLOWED.get(module, ()):
             raise ValueError(
-                f"the checkpoint's .metadata names {module}.{name}, which no index of tensors needs: it may "
-                "be malicious, nothing was loaded"
+                f"the checkpoint's .metadata names {module}.{name}, which no index of tensors needs: it "
+                "may be malicious, nothing was loaded"
             )
         return super().find_class(module, name)
+
+
+def _memory_format(kind: object, name: str) -> object:
+    """Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(its class, its name)."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise ValueError(
+            f"the checkpoint's .metadata asks for {name} of {kind!r}, which no index of tensors needs: it "
+            "may be malicious, nothing was loaded"
+        )
+    return _MEM_FORMAT_ENCODING[name]
