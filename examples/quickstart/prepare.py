@@ -1,4 +1,4 @@
-"""Writes what the quick start trains on: a small tokenizer and four files of problems.
+"""Writes what the quick start trains on: a small tokenizer and five files of problems.
 
     python examples/quickstart/prepare.py OUTPUT_DIRECTORY [--seed 0]
 
@@ -6,6 +6,7 @@ tokenizer/        Hugging Face directory: digit by digit, whole words, a chat te
 base.jsonl        prompt, response: mixed styles, for the base model
 demos.jsonl       prompt, response: correct worked steps, for fine-tuning
 held_out.jsonl    prompt, response: as demos, for the loss on problems never trained on
+rewarded.jsonl    prompt, answer: problems that GRPO answers by itself
 prompts.jsonl     prompt, answer: the held-out problems, for `sftrl generate` and the verifier
 """
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 NUM_HELD_OUT = 256
 NUM_DEMONSTRATIONS = 4_000
 NUM_BASE = 24_000
+NUM_REWARDED = 4_000
 
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -43,12 +45,13 @@ def main() -> None:
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)
 
-    # One stream cut in three, and no problem comes twice: what is held out is never trained on.
+    # One stream cut in four, and no problem comes twice: what is held out is never trained on.
     stream = problems(arguments.seed)
     held_out = list(islice(stream, NUM_HELD_OUT))
     demos = list(islice(stream, NUM_DEMONSTRATIONS))
     draw = random.Random(arguments.seed)
     base = [{"prompt": p.question, "response": base_text(p, draw)} for p in islice(stream, NUM_BASE)]
+    rewarded = list(islice(stream, NUM_REWARDED))
 
     write_rows(directory / "base.jsonl", base)
     write_rows(
@@ -57,7 +60,8 @@ def main() -> None:
     write_rows(
         directory / "held_out.jsonl", ({"prompt": p.question, "response": demonstration(p)} for p in held_out)
     )
-    write_rows(directory / "prompts.jsonl", ({"prompt": p.question, "answer": p.answer} for p in held_out))
+    for name, chosen in (("rewarded", rewarded), ("prompts", held_out)):
+        write_rows(directory / f"{name}.jsonl", ({"prompt": p.question, "answer": p.answer} for p in chosen))
     tokenizer = build_tokenizer(row["prompt"] + row["response"] for row in base)
     tokenizer.save_pretrained(directory / "tokenizer")
     print(f"{len(base)} base rows, {len(demos)} demonstrations, {len(held_out)} held out in {directory}")

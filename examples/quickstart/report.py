@@ -1,16 +1,18 @@
-"""Accuracy of every checkpoint, as a table and an HTML report; fails unless fine-tuning raised it.
+"""Accuracy after every stage, as a table and an HTML report; fails unless each stage raised what it trains.
 
-    python examples/quickstart/report.py runs/quickstart base gift
+    python examples/quickstart/report.py runs/quickstart base gift grpo
 
-The stages are given in the order in which they ran. Of each, this reads <stage>/metrics.jsonl and
-answers/<stage>/<checkpoint>/{greedy,sampled}.jsonl, and the seconds of all in times.tsv.
+The base model, fine-tuning and training with rewards, in this order. Of each, this reads
+<stage>/metrics.jsonl and answers/<stage>/{greedy,sampled}.jsonl, and the seconds of all in times.tsv.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,25 +22,33 @@ from megatron_sftrl.observability.metrics import read_metrics
 from megatron_sftrl.observability.report import Curve, Series, Table, write_report
 
 SMALLEST_RISE = 0.10
+"""Of both accuracies, by fine-tuning."""
+SMALLEST_REWARD_RISE = 0.04
+"""Of the mean reward on held-out problems, by GRPO; half of the smallest of five seeds."""
 HOW = ("greedy", "sampled")
+NUM_ENDS = 5
+"""Steps averaged at either end of GRPO's training curve."""
 # What the report draws of metrics.jsonl, and what a reader should see in it.
 METRICS = {
     "loss": "The stage's own loss, nats per token.",
+    "reward/mean": "Of the responses of each step, to problems of its own: some steps have harder ones.",
     "entropy": "Of the next token, nats: how much choice the model leaves to sampling.",
     "gift/label_weight": "Share of GIFT's target on the demonstrated token; the base model has the rest.",
+    "rollout/response_tokens": "Mean length of a response.",
     "grad_norm": "Before clipping.",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Share of correct answers of one checkpoint.
+    """Share of correct answers after one stage.
 
     Args:
-        stage: the run that wrote it.
-        step: optimizer steps of that run.
+        stage: the run.
+        step: its steps.
         strict: by "greedy" and "sampled"; the answer stands where the demonstrations have it.
         lenient: the same, in whatever format.
+        rewards: each problem's share of correct sampled responses (strict): its mean reward.
         answers: the greedy response to each problem, and whether it is correct (strict).
     """
 
@@ -46,85 +56,127 @@ class Accuracy:
     step: int
     strict: dict[str, float]
     lenient: dict[str, float]
+    rewards: tuple[float, ...]
     answers: list[tuple[str, bool]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path, help="where the stages are")
-    parser.add_argument("stages", nargs="+", help="in order; the first is where the accuracy starts from")
+    parser.add_argument("stages", nargs=3, help="base model, fine-tuning, training with rewards")
     arguments = parser.parse_args()
     directory: Path = arguments.directory
     stages: list[str] = arguments.stages
 
-    accuracies = {stage: read_accuracies(directory, stage) for stage in stages}
-    lasts = [accuracies[stage][-1] for stage in stages]
-    accuracies_table = accuracy_table(lasts)
-    seconds_table = times_table(directory / "times.tsv")
+    base, tuned, rewarded = accuracies = [read_accuracy(directory, stage) for stage in stages]
+    tables = [
+        accuracy_table(accuracies),
+        reward_table(tuned, rewarded, read_metrics(directory / rewarded.stage / "metrics.jsonl")),
+        times_table(directory / "times.tsv"),
+    ]
     page = directory / "report.html"
     write_report(
         page,
         title="Quick start: a tiny model learns to show its work",
-        text=report_text(directory, lasts),
-        tables=[accuracies_table, seconds_table],
-        curves=[*accuracy_curve(accuracies), *metric_curves(directory, stages)],
+        text=report_text(directory, accuracies),
+        tables=tables,
+        curves=[accuracy_curve(accuracies), *metric_curves(directory, stages)],
     )
-    for table in (accuracies_table, seconds_table):
+    for table in tables:
         print_table(table)
     print(f"\nreport: {page}")
-    return check_rise(lasts[0], lasts[-1])
+    failures = [*check_accuracy(base, tuned), *check_reward(tuned, rewarded)]
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def read_accuracies(directory: Path, stage: str) -> list[Accuracy]:
-    """One for each checkpoint of a stage, in the order of the steps."""
-    found = []
-    for checkpoint in sorted((directory / "answers" / stage).iterdir()):
-        answers = {how: _read_rows(checkpoint / f"{how}.jsonl") for how in HOW}
-        strict, lenient = (
-            {how: _share_correct(answers[how], is_strict=is_strict) for how in HOW}
-            for is_strict in (True, False)
-        )
-        greedy = [
-            (row["responses"][0], is_correct(row["responses"][0], row["answer"], is_strict=True))
-            for row in answers["greedy"]
-        ]
-        step = int(checkpoint.name.removeprefix("step-"))
-        found.append(Accuracy(stage=stage, step=step, strict=strict, lenient=lenient, answers=greedy))
-    return found
+def read_accuracy(directory: Path, stage: str) -> Accuracy:
+    """What the answers of a stage are worth."""
+    rows = {how: _read_rows(directory / "answers" / stage / f"{how}.jsonl") for how in HOW}
+    strict, lenient = (
+        {how: [_share_correct(row, is_strict=is_strict) for row in rows[how]] for how in HOW}
+        for is_strict in (True, False)
+    )
+    return Accuracy(
+        stage=stage,
+        step=int(read_metrics(directory / stage / "metrics.jsonl")[-1]["step"] or 0),
+        strict={how: _mean(strict[how]) for how in HOW},
+        lenient={how: _mean(lenient[how]) for how in HOW},
+        rewards=tuple(strict["sampled"]),
+        answers=[
+            (row["responses"][0], share == 1.0)
+            for row, share in zip(rows["greedy"], strict["greedy"], strict=True)
+        ],
+    )
 
 
-def check_rise(before: Accuracy, after: Accuracy) -> int:
-    """Exit code 0 when both accuracies rose by SMALLEST_RISE, else 1."""
-    for how in HOW:
-        rise = after.strict[how] - before.strict[how]
-        if rise < SMALLEST_RISE:
-            print(
-                f"error: {how} accuracy went from {before.strict[how]:.1%} to {after.strict[how]:.1%}; "
-                f"expected a rise of {100 * SMALLEST_RISE:.0f} points or more",
-                file=sys.stderr,
-            )
-            return 1
-    return 0
-
-
-def accuracy_table(lasts: list[Accuracy]) -> Table:
-    """The last checkpoint of each stage, and what changed from the first to the last stage."""
-    rows = [
-        (a.stage, *(f"{share[how]:.1%}" for share in (a.strict, a.lenient) for how in HOW)) for a in lasts
-    ]
-    first, last = lasts[0], lasts[-1]
-    changes = [
-        100 * (after[how] - before[how])
-        for before, after in ((first.strict, last.strict), (first.lenient, last.lenient))
+def check_accuracy(before: Accuracy, after: Accuracy) -> list[str]:
+    """What is wrong unless both accuracies rose by SMALLEST_RISE."""
+    return [
+        f"{how} accuracy went from {before.strict[how]:.1%} to {after.strict[how]:.1%}; "
+        f"expected a rise of {100 * SMALLEST_RISE:.0f} points or more"
         for how in HOW
+        if after.strict[how] - before.strict[how] < SMALLEST_RISE
     ]
-    rows.append(("change", *(f"{change:+.1f}" for change in changes)))
+
+
+def reward_rise(before: Accuracy, after: Accuracy) -> tuple[float, float]:
+    """Mean rise of the reward on the held-out problems, and its standard error."""
+    # Not the two ends of the training curve: there each step has other problems, and weights that move. Here
+    # both models answer the same problems, so that what is hard about a problem cancels in the difference.
+    rises = [new - old for old, new in zip(before.rewards, after.rewards, strict=True)]
+    mean = _mean(rises)
+    return mean, math.sqrt(sum((rise - mean) ** 2 for rise in rises)) / len(rises)
+
+
+def check_reward(before: Accuracy, after: Accuracy) -> list[str]:
+    """What is wrong unless the mean reward on held-out problems rose by SMALLEST_REWARD_RISE."""
+    rise, error = reward_rise(before, after)
+    if rise >= SMALLEST_REWARD_RISE:
+        return []
+    return [
+        f"the reward did not rise: on held-out problems its mean went from {_mean(before.rewards):.3f} to "
+        f"{_mean(after.rewards):.3f} ({rise:+.3f}, standard error {error:.3f}); expected a rise of "
+        f"{SMALLEST_REWARD_RISE} or more"
+    ]
+
+
+def accuracy_table(accuracies: list[Accuracy]) -> Table:
+    """One row a stage."""
+    rows = [
+        (a.stage, *(f"{share[how]:.1%}" for share in (a.strict, a.lenient) for how in HOW))
+        for a in accuracies
+    ]
     return Table(
         title="Accuracy on held-out problems",
         columns=("after stage", "greedy", "sampled", "greedy, any format", "sampled, any format"),
         rows=tuple(rows),
-        note="Judged by reasoning-gym. Sampled: one response per problem at temperature 1. Any format: the "
+        note="Judged by reasoning-gym. Sampled: four responses per problem at temperature 1. Any format: the "
         "last number of the response counts, wherever it stands.",
+    )
+
+
+def reward_table(before: Accuracy, after: Accuracy, metrics: list[dict[str, float | None]]) -> Table:
+    """Mean reward at the start and at the end of training, on both kinds of problems."""
+    curve = [value for _, value in _points(metrics, "reward/mean")]
+    ends = (_mean(curve[:NUM_ENDS]), _mean(curve[-NUM_ENDS:]))
+    rise, error = reward_rise(before, after)
+    return Table(
+        title=f"Mean reward of {after.stage}",
+        columns=("problems", "start", "end", "rise"),
+        rows=(
+            (
+                "held out",
+                f"{_mean(before.rewards):.3f}",
+                f"{_mean(after.rewards):.3f}",
+                f"{rise:+.3f} +- {error:.3f}",
+            ),
+            ("trained on", f"{ends[0]:.3f}", f"{ends[1]:.3f}", f"{ends[1] - ends[0]:+.3f}"),
+        ),
+        note="1 for a correct response in the right format, else 0. Held out: the same problems before and "
+        f"after, with the standard error of the rise. Trained on: the first and the last {NUM_ENDS} steps, "
+        "each with problems of its own.",
     )
 
 
@@ -136,42 +188,38 @@ def times_table(path: Path) -> Table:
     return Table(title="Time", columns=("stage", "seconds"), rows=tuple(rows))
 
 
-def report_text(directory: Path, lasts: list[Accuracy]) -> list[str]:
+def report_text(directory: Path, accuracies: list[Accuracy]) -> list[str]:
     """What was done, and how the answer to one problem changed."""
     prompts = _read_rows(directory / "data" / "prompts.jsonl")
-    verdicts = [(lasts[0].answers[i][1], lasts[-1].answers[i][1]) for i in range(len(prompts))]
+    verdicts = [(accuracies[0].answers[i][1], accuracies[-1].answers[i][1]) for i in range(len(prompts))]
     shown = verdicts.index((False, True)) if (False, True) in verdicts else 0
-    answers = "\n\n".join(f"after stage {a.stage}:\n{a.answers[shown][0]}" for a in lasts)
+    answers = "\n\n".join(f"after stage {a.stage}:\n{a.answers[shown][0]}" for a in accuracies)
     return [
         "A small transformer was trained from random weights on sums answered in mixed styles (the base "
         "model), then fine-tuned on demonstrations with the steps written out, by GIFT on two processes "
-        "under tensor parallelism. The same commands, with more processes and a larger model, train on GPUs.",
-        f"The first held-out problem that fine-tuning turned from wrong to right, answered greedily:\n"
+        "under tensor parallelism, then trained by GRPO on its own answers to new problems, of which it was "
+        "only told whether they are right. The same commands, with more processes and a larger model, train "
+        "on GPUs.",
+        f"The first held-out problem that training turned from wrong to right, answered greedily:\n"
         f"{prompts[shown]['prompt']}\n\n{answers}",
     ]
 
 
-def accuracy_curve(accuracies: dict[str, list[Accuracy]]) -> list[Curve]:
-    """Accuracy over the optimizer steps of all stages after the first, which is the point at 0."""
-    first, *later = accuracies.values()
-    points, offset = [(0, first[-1])], 0
-    for stage in later:
-        points += [(offset + accuracy.step, accuracy) for accuracy in stage]
-        offset = points[-1][0]
-    series = [
-        Series(label=how, x=tuple(x for x, _ in points), y=tuple(100 * a.strict[how] for _, a in points))
-        for how in HOW
-    ]
-    steps_of = " and ".join(list(accuracies)[1:])
-    return [
-        Curve(
-            title="Accuracy",
-            x_label=f"step of {steps_of}",
-            y_label="% correct",
-            series=tuple(series),
-            note="Held-out problems, strict format; step 0 is the base model.",
-        )
-    ]
+def accuracy_curve(accuracies: list[Accuracy]) -> Curve:
+    """Accuracy after each stage, over the steps of all stages that follow the base model."""
+    steps = [0]
+    for accuracy in accuracies[1:]:
+        steps.append(steps[-1] + accuracy.step)
+    later = [accuracy.stage for accuracy in accuracies[1:]]
+    return Curve(
+        title="Accuracy",
+        x_label=f"step of {', then '.join(later)}",
+        y_label="% correct",
+        series=tuple(
+            Series(label=how, x=tuple(steps), y=tuple(100 * a.strict[how] for a in accuracies)) for how in HOW
+        ),
+        note="Held-out problems, strict format; step 0 is the base model.",
+    )
 
 
 def metric_curves(directory: Path, stages: list[str]) -> list[Curve]:
@@ -179,7 +227,10 @@ def metric_curves(directory: Path, stages: list[str]) -> list[Curve]:
     curves = []
     for stage in stages:
         rows = read_metrics(directory / stage / "metrics.jsonl")
+        is_rewarded = any("reward/mean" in row for row in rows)
         for name, note in METRICS.items():
+            if name == "loss" and is_rewarded:
+                continue  # advantages sum to zero, and so do on-policy losses
             series = [
                 Series(label=label, x=tuple(x for x, _ in points), y=tuple(y for _, y in points))
                 for label, key in (("training", name), ("held out", f"valid/{name}"))
@@ -208,13 +259,12 @@ def print_table(table: Table) -> None:
         print("  ".join([line[0].ljust(widths[0]), *cells]))
 
 
-def _share_correct(rows: list[dict], *, is_strict: bool) -> float:
-    verdicts = [
-        is_correct(response, row["answer"], is_strict=is_strict)
-        for row in rows
-        for response in row["responses"]
-    ]
-    return sum(verdicts) / len(verdicts)
+def _share_correct(row: dict, *, is_strict: bool) -> float:
+    return _mean([is_correct(response, row["answer"], is_strict=is_strict) for response in row["responses"]])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _points(rows: list[dict[str, float | None]], key: str) -> list[tuple[float, float]]:

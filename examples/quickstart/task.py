@@ -1,6 +1,7 @@
 """The task of the quick start: sums such as `7 - 4 + 9`, answered in several styles, and their verifier.
 
-reasoning-gym makes the problems and judges the answers; the texts of the answers are written here.
+reasoning-gym makes the problems and judges the answers; the texts of the answers are written here. grpo.yaml
+names this file among its `modules`: the reward at the end is the verdict that the report counts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import reasoning_gym
+
+from megatron_sftrl import Canary, RewardConfig, RewardInputs, RewardOutput, register_reward
 
 DATASET = "chain_sum"
 SETTINGS = {"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}
@@ -83,6 +86,21 @@ def is_correct(response: str, answer: str, *, is_strict: bool) -> bool:
     # Less than 1 is reasoning-gym's partial credit for an answer that contains the right one.
     verifier = reasoning_gym.create_dataset(DATASET, size=1)
     return verifier.score_answer(found, {"answer": answer}) == 1.0
+
+
+@register_reward(
+    "sum_with_steps",
+    needs=("answer",),
+    canaries=lambda config: (
+        Canary(response="3+4=7\n<answer>7</answer>", row={"answer": "7"}, is_right=True),
+        Canary(response="3+4=8\n<answer>8</answer>", row={"answer": "7"}, is_right=False),
+    ),
+)
+def sum_with_steps(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
+    """1 for a correct response, else 0; the library's partial credit would pay for `-5` where 5 is right."""
+    answer = str(inputs.row["answer"])
+    strict, lenient = (is_correct(inputs.response, answer, is_strict=strict) for strict in (True, False))
+    return RewardOutput(reward=float(strict), lenient=float(lenient))
 
 
 def _worked(expression: str, draw: random.Random, *, slip_share: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -17,9 +17,10 @@ from megatron_sftrl.architectures.architecture import Architecture, from_section
 from megatron_sftrl.architectures.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.kinds import load_any_config
 from megatron_sftrl.config.load import load_config
 from megatron_sftrl.config.model import ArchitectureSection
-from megatron_sftrl.rl.rewards import RewardPool, check_canaries
+from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, check_canaries
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GRPO = EXAMPLES / "grpo.yaml"
@@ -63,7 +64,7 @@ def qwen_7b() -> Architecture:
 
 def test_there_is_an_example_for_each_method() -> None:
     assert {*CLUSTER, *SEVERAL_NODES, GRPO, GRPO_VLLM} == {*EXAMPLES.glob("*.yaml")}
-    assert [path.stem for path in QUICKSTART] == ["base", "gift"]
+    assert [path.stem for path in QUICKSTART] == ["base", "gift", "grpo"]
 
 
 @pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
@@ -107,18 +108,46 @@ def test_the_options_of_a_cluster_example_are_the_published_defaults(path: Path)
 
 @pytest.mark.parametrize("path", QUICKSTART, ids=lambda path: path.stem)
 def test_a_quick_start_stage_fits_two_processes(path: Path) -> None:
-    config = load_config(path)
+    config = load_any_config(path)
     assert config.model.architecture is not None
     loss = build_loss(config.loss.name, config.loss.options)
     check_run(config, from_section(config.model.architecture), 2, loss_needs=loss.needs)
 
 
-def test_the_quick_start_fine_tunes_the_base_model_that_it_trained() -> None:
-    base, gift = (load_config(EXAMPLES / "quickstart" / f"{name}.yaml") for name in ("base", "gift"))
-    assert gift.model.architecture == base.model.architecture
-    assert gift.model.init_checkpoint == base.run_dir
-    assert gift.tokenizer == base.tokenizer
-    assert (gift.parallel.tp, gift.loss.name) == (2, "gift")
+def test_each_stage_of_the_quick_start_goes_on_with_the_model_of_the_one_before() -> None:
+    base, gift, grpo = stages = [load_any_config(path) for path in QUICKSTART]
+    for before, after in pairwise(stages):
+        assert after.model.architecture == before.model.architecture
+        assert after.model.init_checkpoint == before.run_dir
+        assert after.tokenizer == before.tokenizer
+    assert (base.loss.name, gift.loss.name, grpo.loss.name) == ("sft", "gift", "grpo")
+    assert gift.parallel.tp == 2
+
+
+def test_the_quick_start_rewards_what_its_report_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(EXAMPLES / "quickstart" / "grpo.yaml", schema=GrpoConfig)
+    monkeypatch.chdir(EXAMPLES.parent)
+    task = load_quickstart("task", monkeypatch)
+    answer = next(task.problems(seed=3)).answer
+    responses = [f"<answer>{answer}</answer>", f"<answer>-{answer}</answer>", f"The answer is {answer}.", ""]
+    with RewardPool(config.rewards, config.reward_workers) as rewards:
+        check_canaries(rewards)
+        scores = rewards.score(
+            [
+                RewardInputs(
+                    prompt="?",
+                    response=response,
+                    row={"answer": answer},
+                    num_response_tokens=9,
+                    is_finished=True,
+                )
+                for response in responses
+            ]
+        )
+    assert [score.reward for score in scores] == [1.0, 0.0, 0.0, 0.0]
+    assert [task.is_correct(response, answer, is_strict=True) for response in responses] == [
+        score.reward == 1.0 for score in scores
+    ]
 
 
 def test_the_loss_in_a_users_file_is_gift_without_eps() -> None:
@@ -188,15 +217,29 @@ def test_base_texts_mix_styles_and_contain_slips(monkeypatch: pytest.MonkeyPatch
     assert 0.1 < len(slips) / len(worked) < 0.5
 
 
-@pytest.mark.parametrize(("after", "code"), [(0.45, 0), (0.35, 1), (0.2, 1)])
-def test_the_quick_start_fails_unless_both_accuracies_rise(
-    monkeypatch: pytest.MonkeyPatch, after: float, code: int
+def accuracy_of(report: ModuleType, greedy: float, rewards: tuple[float, ...]) -> object:
+    shares = {"greedy": greedy, "sampled": sum(rewards) / len(rewards)}
+    return report.Accuracy(stage="s", step=1, strict=shares, lenient=shares, rewards=rewards, answers=[])
+
+
+@pytest.mark.parametrize(("after", "problems"), [(0.45, 0), (0.35, 1), (0.2, 1)])
+def test_the_quick_start_fails_unless_gift_raises_both_accuracies(
+    monkeypatch: pytest.MonkeyPatch, after: float, problems: int
 ) -> None:
     report = load_quickstart("report", monkeypatch)
+    before = accuracy_of(report, 0.3, (0.3, 0.3))
+    assert len(report.check_accuracy(before, accuracy_of(report, 0.9, (after, after)))) == problems
+    assert len(report.check_accuracy(before, accuracy_of(report, after, (0.9, 0.9)))) == problems
 
-    def accuracy(greedy: float, sampled: float) -> object:
-        shares = {"greedy": greedy, "sampled": sampled}
-        return report.Accuracy(stage="s", step=1, strict=shares, lenient=shares, answers=[])
 
-    assert report.check_rise(accuracy(0.3, 0.3), accuracy(0.9, after)) == code
-    assert report.check_rise(accuracy(0.3, 0.3), accuracy(after, 0.9)) == code
+def test_the_quick_start_fails_unless_grpo_raises_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = load_quickstart("report", monkeypatch)
+    before = accuracy_of(report, 0.5, (0.0, 0.25, 1.0, 0.75))
+    better = accuracy_of(report, 0.1, (0.25, 0.5, 1.0, 1.0))
+    # Rises of 0.25, 0.25, 0 and 0.25: mean 3/16; squared deviations 3 (1/16)^2 + (3/16)^2 = 12/256.
+    assert report.reward_rise(before, better) == pytest.approx((3 / 16, (12 / 256) ** 0.5 / 4))
+    assert report.check_reward(before, better) == []
+    for worse in (before, accuracy_of(report, 0.9, (0.0, 0.25, 1.0, 0.5))):
+        (message,) = report.check_reward(before, worse)
+        assert "the reward did not rise" in message
+        assert f"expected a rise of {report.SMALLEST_REWARD_RISE} or more" in message
