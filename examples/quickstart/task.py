@@ -16,13 +16,13 @@ import reasoning_gym
 from megatron_sftrl import Canary, RewardConfig, RewardInputs, RewardOutput, register_reward
 
 DATASET = "chain_sum"
-SETTINGS = {"min_terms": 4, "max_terms": 5, "min_digits": 1, "max_digits": 1}
+SETTINGS = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}
 STRICT_FORMAT = re.compile(r"(?:\d.*\n|-\d.*\n)*<answer>(-?\d+)</answer>")
 
 # reasoning-gym draws problem i of seed s from the random stream s + i: seeds must lie far apart, or two
 # seeds give the same problems shifted by a few places.
 _SEED_DISTANCE = 10**9
-_SLIP_SHARE = 0.1
+_SLIP_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ def demonstration(problem: Problem) -> str:
 
 
 def base_text(problem: Problem, draw: random.Random) -> str:
-    """What a base model finds in the wild: mostly bare results, some prose, some working with slips in it."""
+    """What a base model finds in the wild: bare results, some prose, some working, slips now and then."""
     style = draw.random()
     if style < 0.5:
         return f"<answer>{problem.answer}</answer>"

@@ -36,8 +36,8 @@ def whole() -> subprocess.CompletedProcess[str]:
 def test_the_quick_start_raises_accuracy_and_then_the_reward(
     whole: subprocess.CompletedProcess[str],
 ) -> None:
-    # The script fails by itself when GIFT does not raise both accuracies or GRPO the held-out reward by what
-    # report.py demands, and when transformers answers otherwise than the training engine.
+    # The script fails by itself when GRPO does not raise the held-out reward, or both stages the accuracy, by
+    # what report.py demands, and when transformers answers otherwise than the training engine.
     assert whole.returncode == 0, whole.stdout[-4000:]
     assert "transformers gives the same answers as the training engine" in whole.stdout
     assert (MADE / "report.html").stat().st_size > 10_000

@@ -212,9 +212,9 @@ def test_base_texts_mix_styles_and_contain_slips(monkeypatch: pytest.MonkeyPatch
     texts = [task.base_text(problem, draw) for problem in chosen]
     worked = [(t, p) for t, p in zip(texts, chosen, strict=True) if "=" in t]
     slips = [t for t, p in worked if not task.is_correct(t, p.answer, is_strict=True)]
-    # 400 draws at 0.4: five standard deviations are 0.12. With slips in 10 % of 3 or 4 steps, 30 % go wrong.
+    # 400 draws at 0.4: five standard deviations are 0.12. With slips in 2 % of 3 steps, 6 % go wrong.
     assert 0.28 < len(worked) / 400 < 0.52
-    assert 0.1 < len(slips) / len(worked) < 0.5
+    assert 0.0 < len(slips) / len(worked) < 0.2
 
 
 def accuracy_of(report: ModuleType, greedy: float, rewards: tuple[float, ...]) -> object:
@@ -222,14 +222,13 @@ def accuracy_of(report: ModuleType, greedy: float, rewards: tuple[float, ...]) -
     return report.Accuracy(stage="s", step=1, strict=shares, lenient=shares, rewards=rewards, answers=[])
 
 
-@pytest.mark.parametrize(("after", "problems"), [(0.45, 0), (0.35, 1), (0.2, 1)])
-def test_the_quick_start_fails_unless_gift_raises_both_accuracies(
+@pytest.mark.parametrize(("after", "problems"), [(0.4, 0), (0.32, 1), (0.2, 1)])
+def test_the_quick_start_fails_unless_both_stages_together_raise_accuracy(
     monkeypatch: pytest.MonkeyPatch, after: float, problems: int
 ) -> None:
     report = load_quickstart("report", monkeypatch)
-    before = accuracy_of(report, 0.3, (0.3, 0.3))
-    assert len(report.check_accuracy(before, accuracy_of(report, 0.9, (after, after)))) == problems
-    assert len(report.check_accuracy(before, accuracy_of(report, after, (0.9, 0.9)))) == problems
+    before = accuracy_of(report, 0.9, (0.3, 0.3))
+    assert len(report.check_accuracy(before, accuracy_of(report, 0.1, (after, after)))) == problems
 
 
 def test_the_quick_start_fails_unless_grpo_raises_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
