@@ -87,7 +87,7 @@ def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_previous_checkpoi
     before = contents(half_done / "checkpoints")
     command = ["sft", str(project.yaml), f"run_dir={half_done}"]
     largest = max(map(len, before.values()))
-    (failed,) = run_ranks(1, with_small_files, command, largest // 2)
+    (failed,) = run_ranks(1, with_small_files, command, largest // 2, group=False)
     assert "the checkpoint of step 8 could not be written" in failed.expect(2).stderr
     assert "earlier checkpoints are untouched" in failed.stderr
     assert_survived(half_done, before)
