@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"rollout", "conversion"}),
     frozenset({"trainers"}),
-    frozenset({"preflight"}),
+    frozenset({"preflight", "doctor"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
