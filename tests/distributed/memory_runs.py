@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.types import TokenBatch
+from tests.distributed.uncounted_collectives import LABEL, UncountedCollectives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,7 @@ class Held:
         optimizer: fp32 weights and moments after a step, without torch's step counters.
         reference: storages of its parameters.
         pp_rank, dp_cp_rank, edp_rank: the rank's place.
-        peak: most that a step's forward and backward held beyond what stood there before it; the smallest of
-            several steps.
+        peak: most that a step's forward and backward held beyond what stood there before it.
     """
 
     parameters: int
@@ -38,10 +38,8 @@ class Held:
     peak: int
 
 
-def measure(
-    run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int, num_peaks: int
-) -> Held:
-    """Steps on random tokens; those after the first, when Adam's moments exist, are measured."""
+def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int) -> Held:
+    """Two steps on random tokens; the second, when Adam's moments exist, is measured."""
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
@@ -69,8 +67,7 @@ def measure(
     step()
     policy.optim_step(0, num_steps=2)
     gc.collect()
-    # gloo's threads let go of a message's tensors some time after it: 5 of 11 MB late on a busy machine.
-    peak = min(allocated_peak(step) for _ in range(num_peaks))
+    peak = allocated_peak(step)
     held = Held(
         parameters=storage_bytes(p for chunk in policy.chunks for p in chunk.parameters()),
         gradients=storage_bytes(p.main_grad for chunk in policy.chunks for p in chunk.parameters()),  # type: ignore[attr-defined]
@@ -131,15 +128,20 @@ def storage_bytes(tensors: Iterable[Tensor], within: list[int] | None = None) ->
 def allocated_peak(function: Any) -> int:
     """Most bytes that PyTorch's CPU allocator had given out during `function`, beyond those before it.
 
-    Every allocation and release counts, those inside an operator too.
+    Every allocation and release counts, those inside an operator too; not those inside a collective.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run,
+        UncountedCollectives(),
+    ):
         function()
     assert run.profiler is not None
     assert run.profiler.kineto_results is not None
-    events = [each for each in run.profiler.kineto_results.events() if each.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    now = peak = collective_end = 0
+    for event in sorted(run.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
+        if event.name() == LABEL:
+            collective_end = event.end_ns()
+        elif event.name() == "[memory]" and event.start_ns() > collective_end:
+            now += event.nbytes()
+            peak = max(peak, now)
     return peak

@@ -68,7 +68,7 @@ def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str) -
 
 
 def measure_small(run: RunConfig) -> Held:
-    return measure(run, num_tokens=32, num_sequences=2, num_microbatches=2, num_peaks=1)
+    return measure(run, num_tokens=32, num_sequences=2, num_microbatches=2)
 
 
 @pytest.mark.parametrize("bucket_size", [1, 3000, 10**9])
@@ -186,8 +186,7 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name: str) ->
     assert run.model.architecture is not None
     architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, step.world_size)
     found = run_ranks(step.world_size, measure_step, run, step)
-    # The ranks of a stage have one plan; the one that gloo's threads disturbed least is held against it.
-    for held in {held.pp_rank: held for held in sorted(found, key=lambda held: -held.peak)}.values():
+    for held in found:
         planned = step_peak(
             architecture,
             run,
@@ -196,7 +195,7 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name: str) ->
             stage=held.pp_rank,
             num_microbatches=step.num_microbatches,
         )
-        # The figure that issue 5 asks for; measured: 0.91 to 1.12.
+        # The figure that issue 5 asks for; measured: 0.92 to 1.10.
         assert max(planned.training, planned.reference_forward) == pytest.approx(held.peak, rel=0.15)
 
 
@@ -206,5 +205,4 @@ def measure_step(run: RunConfig, step: Step) -> Held:
         num_tokens=step.num_tokens,
         num_sequences=step.num_sequences,
         num_microbatches=step.num_microbatches,
-        num_peaks=5,
     )
