@@ -97,6 +97,9 @@ class LossSection(BaseModel):
     """A registered loss: sft, gift, pear, curiosft, ... or one of your own."""
     modules: list[str] = []
     """Python files or importable modules that register losses, imported before the name is looked up."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Output layer and loss together, logits existing for a chunk of tokens at a time. auto: where a
+    micro-batch has more logits than one chunk. Same numbers, up to rounding."""
 
     @property
     def options(self) -> dict[str, object]:

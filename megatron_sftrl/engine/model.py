@@ -20,6 +20,8 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -40,6 +42,7 @@ from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_o
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.vocab_parallel import OutputLayer
 
 
 class LanguageModel(GPTModel):
@@ -60,11 +63,30 @@ class LanguageModel(GPTModel):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Output layer on the last stage: [T, 1, H] (or its sequence-parallel share) -> [T, V_padded/tp]."""
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
+        weight = self._output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return logits.squeeze(1)
+
+    def output(self, hidden_states: Tensor) -> OutputLayer:
+        """The same for whoever makes the logits itself, a chunk of tokens at a time."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        weight = self._output_weight()
+        return OutputLayer(
+            hidden=whole.squeeze(1),
+            weight=weight,
+            main_grad=getattr(weight, "main_grad", None),
+            is_shared=self.share_embeddings_and_output_weights and self.pre_process,
+        )
+
+    def _output_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        assert self.output_layer.weight is not None, "an untied output layer owns its weight"
+        return self.output_layer.weight
 
 
 def build_model_chunks(

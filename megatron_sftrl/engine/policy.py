@@ -16,6 +16,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
+from megatron_sftrl.engine.objective import Objective, OutputHead
 from megatron_sftrl.engine.offload import TrainingState
 from megatron_sftrl.engine.optimizer import (
     OptimStep,
@@ -29,11 +30,8 @@ from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.reports import StepReport, microbatch_report, reduce_reports
 from megatron_sftrl.engine.scaling import as_megatron_loss, finalize_gradients
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
-from megatron_sftrl.losses.api import LossInputs
 from megatron_sftrl.losses.registry import Loss
-from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.types import TokenBatch
-from megatron_sftrl.vocab_parallel.distribution import TokenDistribution
 
 
 class PolicyEngine:
@@ -59,6 +57,9 @@ class PolicyEngine:
         self.optim = run.optim
         self.config: TransformerConfig = transformer_config(
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
+        )
+        self._objective = Objective(
+            vocab_size=architecture.vocab_size, parallel=parallel, fused=run.loss.fused
         )
         self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
         if run.model.hf is None and run.model.init_checkpoint is None:
@@ -124,7 +125,9 @@ class PolicyEngine:
         parallel = self.parallel
 
         def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
-            distribution = self._distribution(stage.model.logits(stage.hidden_states))
+            distribution = self._objective.distribution(
+                OutputHead(model=stage.model, hidden_states=stage.hidden_states)
+            )
             if temperature != 1.0:
                 distribution = distribution.tempered(temperature)
             logprobs = distribution.logprobs(stage.batch.labels)
@@ -182,37 +185,13 @@ class PolicyEngine:
         reference_states = reference.hidden_states(batches) if reference is not None else []
 
         def last_stage(stage: LastStageInput) -> tuple[Tensor, Tensor, object]:
-            policy = self._distribution(stage.model.logits(stage.hidden_states))
-            prior = None
-            if reference is not None:
-                prior = self._distribution(reference.logits(reference_states[stage.index]))
-            output = loss(
-                LossInputs(
-                    policy=policy,
-                    batch=stage.batch,
-                    reference=prior,
-                    cp_group=self.parallel.cp_group if self.parallel.cp_size > 1 else None,
-                )
-            )
-            weight = stage.batch.token_weight
-            metrics = dict(output.metrics)
-            if "entropy" not in metrics:  # a loss that looks at another temperature gives its own
-                # Both came along with the loss's own questions: no collective of their own.
-                metrics["entropy"] = policy.entropy().detach()
-                metrics["nll"] = -policy.logprobs(stage.batch.labels).detach()
-            report = microbatch_report(output.token_loss, metrics, weight)
-            total = weighted_sum(output.token_loss, weight)
-            return as_megatron_loss(total, report)  # type: ignore[arg-type]
+            policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
+            prior = None if reference is None else reference.head(reference_states[stage.index])
+            values = self._objective.values(loss, policy, prior, stage.batch)
+            report = microbatch_report(values.token_loss, values.metrics, stage.batch.token_weight)
+            return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
 
         reports = run_schedule(self.wrapped, batches, last_stage, self.parallel, forward_only=forward_only)
         if reference is not None:
             reference.finish_step()
         return reduce_reports(reports, self.parallel)
-
-    def _distribution(self, logits: Tensor) -> TokenDistribution:
-        return TokenDistribution.from_logits(
-            logits,
-            vocab_size=self.architecture.vocab_size,
-            group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
-            padded_vocab_size=logits.shape[-1] * self.parallel.tp_size,
-        )

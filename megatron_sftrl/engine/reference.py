@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
+from megatron_sftrl.engine.objective import OutputHead
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
@@ -20,8 +21,8 @@ class ReferenceModel:
     """Owns the reference's weights and where they are.
 
     It runs through the same schedule as the policy, ahead of it, and keeps the last stage's hidden
-    states [T, H]; the loss asks for logits when the policy's micro-batch is at hand. So pp > 1 needs no
-    path of its own and no [T, V] tensor outlives its micro-batch.
+    states [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path
+    of its own and no [T, V] tensor outlives its micro-batch.
     """
 
     def __init__(
@@ -75,10 +76,9 @@ class ReferenceModel:
         self._offload_body()
         return states
 
-    @torch.no_grad()
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """[T, V_padded/tp] on the last stage."""
-        return self.chunks[-1].logits(hidden_states)
+    def head(self, hidden_states: Tensor) -> OutputHead:
+        """The output layer and what it is applied to, on the last stage."""
+        return OutputHead(model=self.chunks[-1], hidden_states=hidden_states)
 
     def finish_step(self) -> None:
         """The step's last logits have been asked for: everything may leave the device."""

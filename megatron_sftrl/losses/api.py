@@ -34,6 +34,7 @@ class LossInputs:
         reference: a second distribution without gradient (GIFT's base model, CurioSFT's teacher).
         cp_group: context-parallel group over which sequences are spread; None when they are whole.
             Sequences derived from it are computed on first use: that costs a gather.
+        is_part: some tokens of a micro-batch, whose sequences are torn; for token-local losses.
 
     Raises:
         ValueError: a distribution whose T is not the batch's.
@@ -43,6 +44,7 @@ class LossInputs:
     batch: TokenBatch
     reference: TokenDistribution | None = None
     cp_group: dist.ProcessGroup | None = None
+    is_part: bool = False
 
     def __post_init__(self) -> None:
         for name, distribution in (("policy", self.policy), ("reference", self.reference)):
@@ -55,7 +57,16 @@ class LossInputs:
 
     @cached_property
     def sequences(self) -> Sequences:
-        """Sums along each packed sequence, over its loss tokens."""
+        """Sums along each packed sequence, over its loss tokens.
+
+        Raises:
+            ValueError: a loss that is registered as token-local asks for them.
+        """
+        if self.is_part:
+            raise ValueError(
+                "a loss registered with token_local=True asked for inputs.sequences, got some tokens only: "
+                "register it without token_local"
+            )
         return sequences_of(
             cu_seqlens=self.batch.cu_seqlens,
             positions=self.batch.positions,

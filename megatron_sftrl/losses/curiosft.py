@@ -46,7 +46,7 @@ class CurioSftConfig(LossConfig):
         return self
 
 
-@register_loss("curiosft", config=CurioSftConfig, needs=("reference",))
+@register_loss("curiosft", config=CurioSftConfig, needs=("reference",), token_local=True)
 def curiosft(inputs: LossInputs, config: CurioSftConfig) -> LossOutput:
     """L_t = -lp_t + alpha D_t, D_t = 1/2 (lp_t - sg(log softmax(u / tau_t)[y_t]))^2, lp = log pi(y).
 

@@ -6,7 +6,7 @@ from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
 from megatron_sftrl.losses.registry import register_loss
 
 
-@register_loss("dft")
+@register_loss("dft", token_local=True)
 def dft(inputs: LossInputs, config: LossConfig) -> LossOutput:
     """L_t = -sg(pi(y_t)) log pi(y_t)   (arXiv:2508.05629)."""
     logprobs = inputs.policy.logprobs(inputs.batch.labels)

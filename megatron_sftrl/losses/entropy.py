@@ -13,7 +13,7 @@ class EntropyConfig(LossConfig):
     """c, nats of loss per nat of entropy; positive keeps the policy diverse."""
 
 
-@register_loss("entropy", config=EntropyConfig)
+@register_loss("entropy", config=EntropyConfig, token_local=True)
 def entropy(inputs: LossInputs, config: EntropyConfig) -> LossOutput:
     """L_t = -log pi(y_t) - c H(pi_t)."""
     policy = inputs.policy

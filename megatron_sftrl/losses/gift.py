@@ -20,7 +20,7 @@ class GiftConfig(LossConfig):
     reference gives probability 0 still gets the weight eps (e^beta - 1) = 0.046."""
 
 
-@register_loss("gift", config=GiftConfig, needs=("reference",))
+@register_loss("gift", config=GiftConfig, needs=("reference",), token_local=True)
 def gift(inputs: LossInputs, config: GiftConfig) -> LossOutput:
     """L_t = -sum_v target(v) log pi(v), target = softmax(log p~ + beta 1[v = y_t]), p~ = (1 - lambda) q +
     lambda / V + eps.

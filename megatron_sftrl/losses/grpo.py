@@ -71,7 +71,12 @@ class GrpoConfig(LossConfig):
         return reference + (("rollout_logprobs",) if self.correction != "none" else ())
 
 
-@register_loss("grpo", config=GrpoConfig, needs=("advantages", "old_logprobs"))
+@register_loss(
+    "grpo",
+    config=GrpoConfig,
+    needs=("advantages", "old_logprobs"),
+    token_local=lambda config: config.ratio == "token",
+)
 def grpo(inputs: LossInputs, config: GrpoConfig) -> LossOutput:
     """L_t = w_t l_t + c_KL KL_t - c_H H_t, with rho_t = exp(lp_t - old_t) or its mean over the sequence.
 

@@ -16,7 +16,7 @@ class LabelSmoothingConfig(LossConfig):
     """s, share of the uniform distribution in the target."""
 
 
-@register_loss("label_smoothing", config=LabelSmoothingConfig)
+@register_loss("label_smoothing", config=LabelSmoothingConfig, token_local=True)
 def label_smoothing(inputs: LossInputs, config: LabelSmoothingConfig) -> LossOutput:
     """L_t = -(1 - s) log pi(y_t) - s mean_v log pi(v)   (arXiv:1512.00567; V counts no padding)."""
     target = SmoothedLabels(labels=inputs.batch.labels, smoothing=config.smoothing)

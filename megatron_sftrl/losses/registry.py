@@ -19,6 +19,7 @@ __all__ = ["DEFAULT_REGISTRY", "NEEDS", "Loss", "Registry", "build_loss", "load_
 NEEDS = ("reference", "behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages")
 
 LossFunction = Callable[[LossInputs, Any], LossOutput]
+TokenLocal = bool | Callable[[Any], bool]
 FunctionT = TypeVar("FunctionT", bound=LossFunction)
 
 
@@ -31,12 +32,14 @@ class Loss:
         config: validated options.
         needs: what the inputs must hold: "reference", or optional fields of the batch.
         function: called as function(inputs, config).
+        is_token_local: what it says of a token depends on that token alone.
     """
 
     name: str
     config: LossConfig
     needs: tuple[str, ...]
     function: LossFunction
+    is_token_local: bool = False
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """The loss of every token.
@@ -53,7 +56,23 @@ class Loss:
         return output
 
 
-class Registry(FunctionRegistry[Entry]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossEntry(Entry):
+    """A registered loss.
+
+    Args:
+        token_local: what it says of a token depends on that token alone; a function of the options where
+            they decide.
+    """
+
+    token_local: TokenLocal
+
+    def is_token_local(self, config: LossConfig) -> bool:
+        """With these options."""
+        return self.token_local(config) if callable(self.token_local) else self.token_local
+
+
+class Registry(FunctionRegistry[LossEntry]):
     """Names of losses and what they stand for."""
 
     def __init__(self) -> None:
@@ -68,6 +87,7 @@ def register_loss(
     *,
     config: type[LossConfig] = LossConfig,
     needs: tuple[str, ...] = (),
+    token_local: TokenLocal = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> Callable[[FunctionT], FunctionT]:
     """Decorate `function(inputs: LossInputs, config) -> LossOutput` to make it available under a name.
@@ -76,6 +96,9 @@ def register_loss(
         name: what run.yaml calls it.
         config: options, a subclass of LossConfig.
         needs: "reference", or fields of TokenBatch that may be None.
+        token_local: what it says of a token depends on that token alone: it asks for no `sequences` and
+            combines no tokens. Its gradient is then formed while a chunk of logits is hot, and masked
+            tokens are left out. A function of the options where they decide.
         registry: where it is entered.
     Raises:
         ValueError: the name is taken by another function, or a need is unknown.
@@ -86,7 +109,14 @@ def register_loss(
 
     def register(function: FunctionT) -> FunctionT:
         registry.add(
-            Entry(name=name, function=function, config=config, needs=needs, origin=origin_of(function))
+            LossEntry(
+                name=name,
+                function=function,
+                config=config,
+                needs=needs,
+                origin=origin_of(function),
+                token_local=token_local,
+            )
         )
         return function
 
@@ -115,7 +145,13 @@ def build_loss(
     entry = registry.get(name)
     config = cast(LossConfig, registry.options_of(entry, options or {}))
     needs = entry.needs + tuple(need for need in config.extra_needs() if need not in entry.needs)
-    return Loss(name=name, config=config, needs=needs, function=entry.function)
+    return Loss(
+        name=name,
+        config=config,
+        needs=needs,
+        function=entry.function,
+        is_token_local=entry.is_token_local(config),
+    )
 
 
 def _check_output(name: str, output: object, inputs: LossInputs) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.questions import Question, Subject, answers
 from megatron_sftrl.vocab_parallel.rows import Source
 from megatron_sftrl.vocab_parallel.shard import shard_of
@@ -29,7 +30,7 @@ class TokenDistribution:
     __slots__ = ("_subject",)
 
     def __init__(self, subject: Subject) -> None:
-        """Use `from_logits`."""
+        """Use `from_logits` or `from_output_layer`."""
         self._subject = subject
 
     @classmethod
@@ -57,8 +58,34 @@ class TokenDistribution:
         Raises:
             ValueError: the widths do not cover the vocabulary, or look like gathered logits.
         """
-        shard = shard_of(logits, vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size)
-        return cls(Subject(source=Source(logits=logits, shard=shard)))
+        if logits.dim() != 2 or not logits.is_floating_point():
+            raise ValueError(
+                f"logits: expected floating point [T, V_local], got {logits.dtype} {list(logits.shape)}; "
+                "flatten batch and sequence into T"
+            )
+        shard = shard_of(
+            logits.shape[1], vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size
+        )
+        return cls(Subject(source=Source(origin=logits, shard=shard)))
+
+    @classmethod
+    def from_output_layer(
+        cls,
+        layer: OutputLayer,
+        *,
+        vocab_size: int,
+        group: dist.ProcessGroup | None = None,
+        padded_vocab_size: int | None = None,
+    ) -> TokenDistribution:
+        """The same from hidden states and output weights: logits exist for a chunk of tokens at a time.
+
+        Every evaluation makes them once, and its backward once more. Arguments and errors of `from_logits`;
+        columns as the rows of the layer's weight.
+        """
+        shard = shard_of(
+            layer.shape[1], vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size
+        )
+        return cls(Subject(source=Source(origin=layer, shard=shard)))
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +95,7 @@ class TokenDistribution:
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self._subject.source.logits.shape[0]
+        return self._subject.source.num_tokens
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """log p(ids[t]) at each token t; `ids` is [T] int64 in [0, V)."""
@@ -130,7 +157,7 @@ class TokenDistribution:
     def tempered(self, tau: Tensor | float) -> TokenDistribution:
         """softmax(z / tau); `tau` is one number or [T], positive, and a constant for the gradient."""
         source = self._subject.source
-        options = {"dtype": source.dtype, "device": source.logits.device}
+        options = {"dtype": source.dtype, "device": source.device}
         if isinstance(tau, Tensor) and tau.shape == (self.num_tokens,):
             inverse = 1.0 / tau.detach().to(**options)
         elif isinstance(tau, Tensor):
@@ -141,7 +168,7 @@ class TokenDistribution:
             raise ValueError(f"tau: expected a positive temperature, got {tau}")
         if source.inverse_tau is not None:
             inverse = inverse * source.inverse_tau
-        hotter = Source(logits=source.logits, shard=source.shard, inverse_tau=inverse)
+        hotter = Source(origin=source.origin, shard=source.shard, inverse_tau=inverse)
         return TokenDistribution(Subject(source=hotter))
 
     def top_k(self, k: int) -> TopLogits:

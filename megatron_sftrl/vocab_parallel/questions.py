@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sftrl.vocab_parallel.evaluation import evaluate
 from megatron_sftrl.vocab_parallel.rows import Source
-from megatron_sftrl.vocab_parallel.statistics import Expectation, LogSumExp, Pick, Statistic, Total, evaluate
+from megatron_sftrl.vocab_parallel.statistics import Expectation, LogSumExp, Pick, Statistic, Total
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -43,7 +44,7 @@ class Subject:
     @property
     def needs_grad(self) -> bool:
         """An answer asked now has to carry a gradient."""
-        return self.source.logits.requires_grad and torch.is_grad_enabled()
+        return self.source.requires_grad and torch.is_grad_enabled()
 
     def remember(self, kind: str, value: Tensor, ids: Tensor | None = None) -> None:
         """Keep an answer; ids are held, so that their identity stays theirs."""
@@ -52,10 +53,10 @@ class Subject:
 
     def detached(self) -> Subject:
         """The same distribution without gradient, knowing what this one knows."""
-        if not self.source.logits.requires_grad:
+        if not self.source.requires_grad:
             return self
         source = Source(
-            logits=self.source.logits.detach(),
+            origin=self.source.origin.detach(),
             shard=self.source.shard,
             inverse_tau=self.source.inverse_tau,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.shard import VocabShard
 
 # Bytes of one chunk's buffers: half of a CPU core's share of cache, and enough to fill a GPU.
@@ -25,19 +26,45 @@ class Source:
     """Sharded logits as the arithmetic needs them: z = logits[:, :num_columns] * inverse_tau.
 
     Args:
-        logits: [T, V_local] any floating dtype.
+        origin: [T, V_local] logits of any floating dtype, or the output layer that makes them.
         shard: which columns these are.
         inverse_tau: [T] one over the temperature, in the working dtype, or None for temperature 1.
     """
 
-    logits: Tensor
+    origin: Tensor | OutputLayer
     shard: VocabShard
     inverse_tau: Tensor | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.origin.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are or will be."""
+        return self.origin.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Somebody wants d / d logits."""
+        return self.origin.requires_grad
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Alike for sources over the same logits, whatever their temperatures, with gradient or without."""
+        return self.origin.key if isinstance(self.origin, OutputLayer) else (self.origin.data_ptr(),)
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, V_local]; only where they exist."""
+        assert isinstance(self.origin, Tensor), "logits of an output layer exist for a chunk of rows: at()"
+        return self.origin
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of every reduction: float64 for float64 logits, float32 for all others."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.origin.dtype == torch.float64 else torch.float32
 
     @property
     def real_logits(self) -> Tensor:
@@ -48,15 +75,19 @@ class Source:
         """[T] differences of raw logits, divided by the temperature."""
         return differences if self.inverse_tau is None else differences * self.inverse_tau
 
+    def at(self, rows: slice, logits: Tensor) -> Source:
+        """Some of the tokens, whose [rows, V_local] logits are at hand."""
+        inverse = None if self.inverse_tau is None else self.inverse_tau[rows]
+        return Source(origin=logits, shard=self.shard, inverse_tau=inverse)
+
 
 def row_chunks(source: Source, num_buffers: int, dtype: torch.dtype) -> Iterator[slice]:
     """Slices over the tokens, so small that `num_buffers` buffers of the columns fit the chunk bytes."""
-    num_tokens = source.logits.shape[0]
-    budget = CUDA_CHUNK_BYTES if source.logits.is_cuda else CPU_CHUNK_BYTES
+    budget = CUDA_CHUNK_BYTES if source.device.type == "cuda" else CPU_CHUNK_BYTES
     row_bytes = max(1, source.shard.num_columns) * dtype.itemsize * num_buffers
     step = max(1, budget // row_bytes)
-    for start in range(0, num_tokens, step):
-        yield slice(start, min(start + step, num_tokens))
+    for start in range(0, source.num_tokens, step):
+        yield slice(start, min(start + step, source.num_tokens))
 
 
 def local_maximum(source: Source, rows: slice, dtype: torch.dtype) -> Tensor:

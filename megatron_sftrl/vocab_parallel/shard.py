@@ -34,9 +34,9 @@ class VocabShard:
 
 
 def shard_of(
-    logits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None, padded_vocab_size: int | None
+    width: int, *, vocab_size: int, group: dist.ProcessGroup | None, padded_vocab_size: int | None
 ) -> VocabShard:
-    """The shard that `logits` [T, V_local] is on this rank.
+    """The shard that logits [T, width] are on this rank.
 
     Two layouts are understood: equal widths on all ranks, padded at the end of the vocabulary (Megatron's),
     and the unpadded one of torch.chunk, where the last rank holds what is left.
@@ -44,12 +44,7 @@ def shard_of(
     Raises:
         ValueError: the widths cannot cover the vocabulary, or they look like gathered logits.
     """
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits: expected floating point [T, V_local], got {logits.dtype} {list(logits.shape)}; "
-            "flatten batch and sequence into T"
-        )
-    size, rank, width = group_size(group), group_rank(group), logits.shape[1]
+    size, rank = group_size(group), group_rank(group)
     full_width = -(-vocab_size // size)
     last_width = vocab_size - (size - 1) * full_width
     if rank == size - 1 and 0 < last_width == width < full_width:

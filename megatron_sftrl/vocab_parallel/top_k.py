@@ -40,11 +40,12 @@ def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
         the top logits, [T] log sum_v exp(z_v - M), and [T] E_p[z - M], all without gradient.
     """
     plan = plan_of((LogSumExp(source), Expectation(source, source)))
-    maxima, partitions, sums = sums_of_shard(plan)
-    packet = torch.cat(
-        [_local_top_k(source, k), maxima[0][:, None], partitions[0][:, None], sums[1][:, None]], 1
-    )
-    gathered = all_gather(packet, source.shard.group)  # [ranks, T, k + 3]
+    packets = []
+    for _, chunk in plan.chunks():
+        maxima, partitions, sums = sums_of_shard(chunk)
+        top = _local_top_k(chunk.sources[0], k)
+        packets.append(torch.cat([top, maxima[0][:, None], partitions[0][:, None], sums[1][:, None]], 1))
+    gathered = all_gather(torch.cat(packets), source.shard.group)  # [ranks, T, k + 3]
     candidates = gathered[:, :, :k].transpose(0, 1).flatten(1)  # [T, ranks * k]
     values = candidates.topk(k, dim=1, sorted=False).values if candidates.shape[1] > k else candidates
     parts = gathered[:, :, k:].permute(2, 0, 1)  # [3, ranks, T]
@@ -67,8 +68,8 @@ def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
 
 def _local_top_k(source: Source, k: int) -> Tensor:
     """[T, k] this rank's largest logits over the temperature, -inf where it has fewer columns."""
-    num_tokens, num_local = source.logits.shape[0], min(k, source.shard.num_columns)
-    top = torch.full((num_tokens, k), -torch.inf, dtype=source.dtype, device=source.logits.device)
+    num_local = min(k, source.shard.num_columns)
+    top = torch.full((source.num_tokens, k), -torch.inf, dtype=source.dtype, device=source.device)
     for rows in row_chunks(source, 2, source.dtype):
         values = source.real_logits[rows].topk(num_local, dim=1, sorted=False).values.to(source.dtype)
         top[rows, :num_local] = (

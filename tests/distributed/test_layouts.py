@@ -25,7 +25,12 @@ LOSSES = {
 
 
 def make_config(
-    parallel: dict, *, loss: str = "sft", reference: dict | None = None, **model: object
+    parallel: dict,
+    *,
+    loss: str = "sft",
+    fused: str = "auto",
+    reference: dict | None = None,
+    **model: object,
 ) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -50,7 +55,7 @@ def make_config(
             "parallel": parallel,
             "data": {"train": ["unused"], "max_length": 64},
             "batch": {"global_size": NUM_SEQUENCES},
-            "loss": {"name": loss},
+            "loss": {"name": loss, "fused": fused},
             "reference": reference,
             # Adam divides by sqrt(v) + eps: with the default 1e-8 it amplifies rounding on near-zero
             # gradients to 1e-4; 1e-4 keeps layouts comparable (measured).
@@ -112,7 +117,7 @@ def _pack(share: list, total: int, multiple: int, length: int) -> TokenBatch:
     )
 
 
-def train(parallel: dict, loss_name: str, num_microbatches: int, model: dict) -> Curve:
+def train(parallel: dict, loss_name: str, num_microbatches: int, model: dict, fused: str = "auto") -> Curve:
     """(loss, gradient norm, entropy) of each step; runs on every rank."""
     from megatron.core import parallel_state
 
@@ -123,7 +128,7 @@ def train(parallel: dict, loss_name: str, num_microbatches: int, model: dict) ->
 
     kind = {"gift": "frozen", "curiosft": "moving_average"}.get(loss_name)
     reference_section = {"kind": kind} if kind else None
-    config = make_config(parallel, loss=loss_name, reference=reference_section, **model)
+    config = make_config(parallel, loss=loss_name, fused=fused, reference=reference_section, **model)
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     context = initialize_parallel(ParallelSection.model_validate(parallel))

@@ -38,7 +38,7 @@ def parallel() -> Iterator[ParallelContext]:
 # float64 and float32 bounds as on the CPU (tests/unit/losses/test_golden.py).
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_every_loss_equals_its_truth_on_cuda(dtype: str, bound: float) -> None:
-    found = errors(dtype, "cuda")
+    found = errors(dtype, path, "cuda")
     assert not {case: error for case, error in found.items() if not all(e <= bound for e in error)}
 
 

@@ -1,0 +1,132 @@
+"""From last hidden states to the loss: through a micro-batch's logits, or fused with the output layer.
+
+    logits      [T, V/tp] exist as Megatron makes them, for as long as the backward needs them
+    two passes  the loss sees distributions whose logits are made for a chunk of tokens at a time, in the
+                forward and again in the backward; in between only [T] vectors live
+    one pass    token-local losses: chunk by chunk, each finished while its logits are hot
+
+All three call the same loss function and give the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.losses.api import LossInputs
+from megatron_sftrl.losses.one_pass import TokenValues, one_pass
+from megatron_sftrl.losses.registry import Loss
+from megatron_sftrl.losses.weights import weighted_sum
+from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+
+Fused = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputHead:
+    """A model's last stage and the hidden states it gave for a micro-batch.
+
+    Args:
+        model: with the output layer.
+        hidden_states: [T, 1, H] after the final norm; [T/tp, 1, H] under sequence parallelism.
+    """
+
+    model: LanguageModel
+    hidden_states: Tensor
+
+    def layer(self) -> OutputLayer:
+        """The output layer, no logits made."""
+        return self.model.output(self.hidden_states)
+
+    def logits(self) -> Tensor:
+        """[T, V_padded/tp]"""
+        return self.model.logits(self.hidden_states)
+
+
+class Objective:
+    """How distributions and losses come from hidden states on this rank.
+
+    Args:
+        vocab_size: V, without padding.
+        parallel: this rank's place.
+        fused: `auto` fuses where the logits of a micro-batch are more than one chunk of them.
+    """
+
+    def __init__(self, *, vocab_size: int, parallel: ParallelContext, fused: Fused) -> None:
+        self._vocab_size = vocab_size
+        self._parallel = parallel
+        self._fused = fused
+
+    def distribution(self, head: OutputHead) -> TokenDistribution:
+        """What the head says of the next tokens."""
+        layer = head.layer() if self._fused != "off" else None
+        if layer is None or not self._is_fused(layer):
+            return self._of_logits(head.logits())
+        return TokenDistribution.from_output_layer(
+            layer,
+            vocab_size=self._vocab_size,
+            group=self._tp_group,
+            padded_vocab_size=layer.shape[1] * self._parallel.tp_size,
+        )
+
+    def values(
+        self, loss: Loss, policy: OutputHead, reference: OutputHead | None, batch: TokenBatch
+    ) -> TokenValues:
+        """The loss of a micro-batch, ready for its backward.
+
+        Args:
+            loss: the objective.
+            policy: what is trained.
+            reference: the second model, without gradient.
+            batch: this rank's context-parallel share of the micro-batch.
+        """
+        if loss.is_token_local and self._fused != "off" and self._is_fused(layer := policy.layer()):
+
+            def of_tokens(
+                policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
+            ) -> tuple[Tensor, dict[str, Tensor]]:
+                inputs = LossInputs(policy=policy, reference=reference, batch=batch, is_part=True)
+                return _loss_and_metrics(loss, inputs)
+
+            prior = None if reference is None else reference.layer()
+            return one_pass(of_tokens, layer, prior, batch, self._of_logits)
+        inputs = LossInputs(
+            policy=self.distribution(policy),
+            reference=None if reference is None else self.distribution(reference),
+            batch=batch,
+            cp_group=self._parallel.cp_group if self._parallel.cp_size > 1 else None,
+        )
+        token_loss, metrics = _loss_and_metrics(loss, inputs)
+        total = weighted_sum(token_loss, batch.token_weight)
+        return TokenValues(total=total, token_loss=token_loss.detach(), metrics=metrics)
+
+    @property
+    def _tp_group(self):
+        return self._parallel.tp_group if self._parallel.tp_size > 1 else None
+
+    def _is_fused(self, layer: OutputLayer) -> bool:
+        return self._fused == "on" or not layer.fits_one_chunk
+
+    def _of_logits(self, logits: Tensor) -> TokenDistribution:
+        return TokenDistribution.from_logits(
+            logits,
+            vocab_size=self._vocab_size,
+            group=self._tp_group,
+            padded_vocab_size=logits.shape[-1] * self._parallel.tp_size,
+        )
+
+
+def _loss_and_metrics(loss: Loss, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the loss says, and the two metrics that every loss has."""
+    output = loss(inputs)
+    metrics = dict(output.metrics)
+    if "entropy" not in metrics:  # a loss that looks at another temperature gives its own
+        # Both came along with the loss's own questions: no collective of their own.
+        metrics["entropy"] = inputs.policy.entropy().detach()
+        metrics["nll"] = -inputs.policy.logprobs(inputs.batch.labels).detach()
+    return output.token_loss, metrics

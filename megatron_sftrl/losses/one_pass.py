@@ -1,0 +1,136 @@
+"""A token-local loss and its gradients while a chunk's logits are hot: they are made once, and never again.
+
+The chain rule is finished chunk by chunk in the forward: logits, loss, d loss / d logits, and from it the
+gradients of hidden states [T, H] and output weight. Three matrix products in all, as many as with the logits
+of the whole micro-batch in memory; tokens without weight never meet the vocabulary.
+
+In the manner of Liger Kernel's fused linear cross-entropy (arXiv:2410.10989), for any function that looks at
+one token at a time, and on vocabulary-parallel logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.losses.weights import weighted_sum
+from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+from megatron_sftrl.vocab_parallel.output_layer import GradientSums
+
+TokenFunction = Callable[
+    [TokenDistribution, TokenDistribution | None, TokenBatch], tuple[Tensor, dict[str, Tensor]]
+]
+"""(policy, reference, batch) of some tokens -> ([T] loss, [T] metrics by name)."""
+
+ToDistribution = Callable[[Tensor], TokenDistribution]
+"""[T, V_local] logits -> their distribution."""
+
+
+@dataclass(kw_only=True, eq=False)
+class TokenValues:
+    """What a loss said of all tokens of a micro-batch; 0 where a token has no weight.
+
+    Args:
+        total: [] sum of token_weight * token_loss, with the gradient into hidden states and weight.
+        token_loss: [T] detached.
+        metrics: [T] detached, by name.
+    """
+
+    total: Tensor
+    token_loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def one_pass(
+    function: TokenFunction,
+    policy: OutputLayer,
+    reference: OutputLayer | None,
+    batch: TokenBatch,
+    distribution: ToDistribution,
+) -> TokenValues:
+    """sum_t token_weight_t loss_t and its gradients, in one pass over chunks of tokens.
+
+    d total is taken as 1: the weight's gradient is in `policy.main_grad`, where there is one, when this
+    returns, and a backward of `total` only brings the hidden states theirs.
+
+    Args:
+        function: the loss; what it says of a token depends on that token alone.
+        policy: the output layer that is trained.
+        reference: another one over the same tokens, without gradient.
+        batch: T tokens.
+        distribution: what logits become.
+    """
+    wants_gradient = torch.is_grad_enabled() and policy.requires_grad
+    work = _Work(function, policy, reference, batch, distribution, wants_gradient)
+    total = _OnePass.apply(work, policy.hidden, policy.weight) if wants_gradient else work.run(None)
+    assert isinstance(total, Tensor)
+    return TokenValues(total=total, token_loss=work.token_loss, metrics=work.metrics)
+
+
+class _Work:
+    """One micro-batch on its way through the chunks."""
+
+    def __init__(
+        self,
+        function: TokenFunction,
+        policy: OutputLayer,
+        reference: OutputLayer | None,
+        batch: TokenBatch,
+        distribution: ToDistribution,
+        wants_gradient: bool,
+    ) -> None:
+        self._function, self._distribution = function, distribution
+        self.policy, self._reference = policy, reference
+        self._batch, self._wants_gradient = batch, wants_gradient
+        self.token_loss = torch.zeros_like(batch.token_weight)
+        self.metrics: dict[str, Tensor] = {}
+
+    def run(self, sums: GradientSums | None) -> Tensor:
+        """The total; its gradients are added to `sums`."""
+        total = self.token_loss.new_zeros((), dtype=torch.float64)
+        kept = (self._batch.token_weight > 0).nonzero().squeeze(1)
+        # At least one chunk, so that every metric has its name.
+        for rows in self.policy.chunks(max(1, kept.numel())):
+            total += self._chunk(kept[rows], sums)
+        return total.to(self.token_loss.dtype)
+
+    def _chunk(self, tokens: Tensor, sums: GradientSums | None) -> Tensor:
+        batch = _some_tokens(self._batch, tokens)
+        logits = self.policy.logits(tokens)
+        prior = None if self._reference is None else self._distribution(self._reference.logits(tokens))
+        with torch.enable_grad() if self._wants_gradient else torch.no_grad():
+            policy = self._distribution(logits.requires_grad_(self._wants_gradient))
+            token_loss, metrics = self._function(policy, prior, batch)
+            total = weighted_sum(token_loss, batch.token_weight)
+        self.token_loss[tokens] = token_loss.detach().to(self.token_loss.dtype)
+        for name, values in metrics.items():
+            whole = self.metrics.setdefault(name, torch.zeros_like(self.token_loss))
+            whole[tokens] = values.to(whole.dtype)
+        if sums is not None and total.requires_grad:
+            (gradient,) = torch.autograd.grad(total, logits)
+            self.policy.add_gradients(tokens, gradient, sums)
+        return total.detach().double()
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, work: _Work, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer, ctx.sums = work.policy, GradientSums.of(work.policy)
+        return work.run(ctx.sums)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        sums: GradientSums = ctx.sums
+        assert grad.is_cuda or grad == 1, "the gradients were taken for d total = 1"
+        return None, sums.hidden, ctx.layer.tell_autograd(sums)
+
+
+def _some_tokens(batch: TokenBatch, tokens: Tensor) -> TokenBatch:
+    """The batch of some tokens, as if they were one sequence."""
+    bounds = batch.cu_seqlens.new_tensor([0, tokens.numel()])
+    return batch.map(lambda value: value[tokens], cu_seqlens=bounds)

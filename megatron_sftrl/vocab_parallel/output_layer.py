@@ -1,0 +1,150 @@
+"""Logits that exist for a few tokens at a time: hidden states and the output weight in their place.
+
+A vocabulary of 152k at 8k tokens is 5 GB of fp32 a copy, and a loss with a reference makes several. Hidden
+states [T, H] are a hundredth of that; a chunk's logits are made of them again wherever they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Bytes of one chunk's logits. Each chunk reads and writes the weights' whole gradient once, so it must hold
+# many tokens; a few chunks are alive at a time, so it must not hold all.
+CPU_LOGITS_BYTES = 128 * 1024**2
+CUDA_LOGITS_BYTES = 512 * 1024**2
+
+# Columns of the weight gradient that are made at a time where it has another dtype than its factors.
+_COLUMNS = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OutputLayer:
+    """logits = hidden @ weight.T, made where they are used.
+
+    Args:
+        hidden: [T, H], the same on all tensor-parallel ranks. Its gradient is this rank's part of a sum over
+            them, which whoever made `hidden` has to take.
+        weight: [V_local, H], this rank's rows of the output layer (or of the tied embedding).
+        main_grad: [V_local, H] buffer that the weight's gradient is added to, Megatron's convention for its
+            parameters; None returns the gradient to autograd.
+        is_shared: the weight is also used elsewhere on this rank (the tied embedding), where autograd will
+            bring it a gradient.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    main_grad: Tensor | None = None
+    is_shared: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, V_local), of the logits."""
+        return self.hidden.shape[0], self.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the logits."""
+        return self.hidden.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """A gradient reaches the hidden states or the weight."""
+        return self.hidden.requires_grad or self.weight.requires_grad
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Alike for layers that make the same logits."""
+        return self.hidden.data_ptr(), self.weight.data_ptr()
+
+    def detach(self) -> OutputLayer:
+        """The same logits without gradient."""
+        return OutputLayer(hidden=self.hidden.detach(), weight=self.weight.detach())
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """[rows, V_local], without gradient."""
+        with torch.no_grad():
+            return F.linear(self.hidden[rows], self.weight)
+
+    @property
+    def fits_one_chunk(self) -> bool:
+        """All logits are no more than what is made at a time anyway."""
+        return self.shape[0] <= self._rows_per_chunk
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        """Slices of about equal size over `num_tokens` tokens, whose logits fit the chunk bytes."""
+        num_chunks = -(-num_tokens // self._rows_per_chunk)
+        for chunk in range(num_chunks):
+            yield slice(chunk * num_tokens // num_chunks, (chunk + 1) * num_tokens // num_chunks)
+
+    @property
+    def _rows_per_chunk(self) -> int:
+        budget = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
+        return max(1, budget // max(1, self.shape[1] * self.dtype.itemsize))
+
+    def add_gradients(self, rows: slice | Tensor, gradient: Tensor, sums: GradientSums) -> None:
+        """d loss / d hidden and d loss / d weight of a chunk, from that of its logits.
+
+        Args:
+            rows: of the chunk.
+            gradient: [rows, V_local] in the logits' dtype.
+            sums: what they are added to.
+        """
+        if sums.hidden is not None:
+            sums.hidden[rows] = gradient @ self.weight.detach()
+        if sums.weight is not None:
+            _add_product(sums.weight, gradient, self.hidden.detach()[rows])
+
+    def tell_autograd(self, sums: GradientSums) -> Tensor | None:
+        """What a backward returns for the weight.
+
+        Nothing when the gradient is in main_grad already. Megatron's DDP then wants to see some param.grad,
+        which it ignores, as after its own fused weight gradients; this one occupies no memory.
+        """
+        if self.main_grad is None:
+            return sums.weight
+        if not self.is_shared:
+            self.weight.grad = self.weight.new_zeros(()).expand_as(self.weight)
+            self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class GradientSums:
+    """Gradients under construction: [T, H] of the hidden states, [V_local, H] of the weight, where wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+
+    @staticmethod
+    def of(layer: OutputLayer) -> GradientSums:
+        """Zeros, or the buffer that is there."""
+        wanted = layer.weight.requires_grad
+        own = torch.zeros_like(layer.weight) if wanted and layer.main_grad is None else layer.main_grad
+        return GradientSums(
+            hidden=torch.zeros_like(layer.hidden) if layer.hidden.requires_grad else None,
+            weight=own if wanted else None,
+        )
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total += gradient.T @ hidden, summed in the dtype of `total` (fp32 where Megatron keeps gradients)."""
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), hidden)
+        return
+    for start in range(0, total.shape[0], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        if gradient.is_cuda:
+            product = torch.mm(gradient[:, columns].t(), hidden, out_dtype=total.dtype)
+        else:
+            product = gradient[:, columns].t().to(total.dtype) @ hidden.to(total.dtype)
+        total[columns].add_(product)
