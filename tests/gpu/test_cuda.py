@@ -18,7 +18,7 @@ from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import Prompt, SamplingParams
 from tests.distributed.test_layouts import LOSSES, make_config, step_batches, train
-from tests.unit.losses.test_golden import errors
+from tests.unit.losses.test_golden import PATHS, errors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,8 @@ def parallel() -> Iterator[ParallelContext]:
 
 # float64 and float32 bounds as on the CPU (tests/unit/losses/test_golden.py).
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
-def test_every_loss_equals_its_truth_on_cuda(dtype: str, bound: float) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_every_loss_equals_its_truth_on_cuda(dtype: str, bound: float, path: str) -> None:
     found = errors(dtype, path, "cuda")
     assert not {case: error for case, error in found.items() if not all(e <= bound for e in error)}
 
