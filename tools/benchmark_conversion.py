@@ -5,11 +5,13 @@
 DIR, on the disk that is to be measured, gets a synthetic Llama in bf16 and the outputs, and is emptied at the
 end. Every repeat runs, one after the other, so that a noisy machine disturbs all alike: `cp` with fsync,
 Hugging Face -> Megatron, Megatron -> Hugging Face, and the loading of the files into a model; the last three
-in processes of their own, timed without their imports. Right before each, a file of the same size is written
-and removed: in a virtual machine the first use of a page of memory costs more than the copying into it, free
-pages go back to the host within seconds, and whoever ran right after a deletion would find used
-ones. Reported are the medians over the repeats. Memory is
-the peak resident set (VmHWM, reset after the imports) less what was resident then.
+in processes of their own, timed without their imports. Right before each, its source is read once: what we
+write past the page cache is not in it, and what cp reads would be. Then a file of the same size is written
+and removed, for `cp` and the model that is loaded: in a virtual machine the first use of a page of memory
+costs more than the copying into it, free pages go back to the host within seconds, and whoever ran right
+after a deletion would find used ones. Reported are the medians over the repeats, of a ratio the median over
+those of each repeat. Memory is the peak resident set (VmHWM, reset after the imports) less what was resident
+then.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def _benchmark(folder: Path, *, gb: float, repeats: int) -> dict:
     total, largest = sum(sizes.values()), max(sizes.values())
     turns: dict[str, list[dict]] = {name: [] for name in ("cp", *_CHILDREN)}
     for _ in range(repeats):
-        _use_free_pages(folder / "free", total)
+        _prepare(folder, folder / "hf")
         turns["cp"].append({"seconds": _copy(folder / "hf", folder / "copy"), "peak_bytes": 0})
         for child in _CHILDREN:
             turns[child].append(_in_child(child, folder))
@@ -134,6 +136,16 @@ def _copy(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
+def _prepare(folder: Path, source: Path) -> None:
+    """Have the source in the page cache, and as many free pages that have been used once."""
+    sizes = {path: path.stat().st_size for path in source.rglob("*") if path.is_file()}
+    for path in sizes:
+        with open(path, "rb", buffering=0) as stream:
+            while stream.read(2**20):
+                pass
+    _use_free_pages(folder / "free", sum(sizes.values()))
+
+
 def _use_free_pages(file: Path, num_bytes: int) -> None:
     """Write a file through the page cache and remove it, so that as many free pages have been used once."""
     block = os.urandom(2**20)
@@ -163,7 +175,7 @@ def _measured(name: str, folder: Path) -> dict:
     return_freed_memory()  # as the tools do
     with parallel_context(ParallelSection()) as parallel:
         work = _CHILDREN[name](folder, parallel)
-        _use_free_pages(folder / "free", sum(path.stat().st_size for path in (folder / "hf").iterdir()))
+        _prepare(folder, folder / ("megatron" if name == "megatron -> hf" else "hf"))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _status_bytes("VmRSS")
         seconds = work()

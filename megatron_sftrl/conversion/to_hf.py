@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_sftrl.engine.together import new_directory_together, on_every_rank
 from megatron_sftrl.hf.assets import HfAssets, with_dtype, write_assets
 from megatron_sftrl.hf.exchange import fill_whole
 from megatron_sftrl.hf.output import HfFile, plan_files, write_index
-from megatron_sftrl.hf.safetensors_writer import SafetensorsWriter
+from megatron_sftrl.hf.safetensors_writer import write_safetensors
 
 
 def convert_to_hf(
@@ -52,7 +53,7 @@ def convert_to_hf(
     stored = on_every_rank(lambda: _stored(path, architecture))
     sizes = _sizes(stored, architecture, dtype)
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
-    with stored, new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
+    with closing(stored), new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
         mine = files[dist.get_rank() :: dist.get_world_size()]
         try:
             on_every_rank(lambda: _write_files(temporary, mine, stored, architecture, dtype, sizes, on_bytes))
@@ -120,16 +121,19 @@ def _write_files(
     largest = max((math.prod(shapes[name]) * stored_dtype(name).itemsize for name in names), default=0)
     # One piece of memory for all tensors, one after the other: fresh pages would cost as much as copying.
     memory = np.empty(largest, np.uint8)
+
+    def tensor(name: str) -> Tensor:
+        nonlocal done
+        shape = shapes[name]
+        whole = torch.frombuffer(memory, dtype=stored_dtype(name), count=math.prod(shape)).view(shape)
+        _read(whole, name, sources[name], stored)
+        done += sizes[name]
+        on_bytes(done, total)
+        return whole.to(dtype or stored_dtype(name))
+
     for file in files:
         kinds = {name: (dtype or stored_dtype(name), shapes[name]) for name in file.tensors}
-        with SafetensorsWriter(directory / file.name, kinds) as writer:
-            for name in file.tensors:
-                shape = shapes[name]
-                whole = torch.frombuffer(memory, dtype=stored_dtype(name), count=math.prod(shape)).view(shape)
-                _read(whole, name, sources[name], stored)
-                writer.write(name, whole.to(kinds[name][0]))
-                done += sizes[name]
-                on_bytes(done, total)
+        write_safetensors(directory / file.name, kinds, tensor)
 
 
 def _read(whole: Tensor, name: str, source: MegatronTensor, stored: StoredTensors) -> None:

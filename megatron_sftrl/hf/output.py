@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_sftrl.hf.disk import force_to_disk
-from megatron_sftrl.hf.safetensors_writer import SafetensorsWriter
+from megatron_sftrl.hf.safetensors_writer import write_safetensors
 from megatron_sftrl.hf.weight_files import INDEX_FILE, SINGLE_FILE
 
 LOCK = ".lock"
@@ -80,9 +80,7 @@ def write_file(directory: Path, file: HfFile, tensors: Mapping[str, Tensor]) -> 
         tensors: at least its tensors, CPU, contiguous.
     """
     kinds = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in file.tensors}
-    with SafetensorsWriter(directory / file.name, kinds) as writer:
-        for name in file.tensors:
-            writer.write(name, tensors[name])
+    write_safetensors(directory / file.name, kinds, lambda name: tensors[name])
 
 
 def write_index(directory: Path, files: Sequence[HfFile], sizes: Sequence[tuple[str, int]]) -> None:

@@ -176,7 +176,7 @@ def test_the_space_that_is_asked_for_is_what_a_checkpoint_takes(
     overrides = [f"run_dir={tmp_path / 'run'}", "train.steps=2", "checkpoint.keep_last=1", *changes]
     sftrl("sft", str(project.yaml), *overrides)
     (step,) = (tmp_path / "run/checkpoints").iterdir()
-    with StoredTensors(step) as stored:
+    with contextlib.closing(StoredTensors(step)) as stored:
         sizes = {key: math.prod(shape) * stored.dtypes[key].itemsize for key, shape in stored.shapes.items()}
     config = load_any_config(project.yaml, overrides)
     found = sum(size for key, size in sizes.items() if not key.startswith("rng."))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_sftrl.architectures.architecture import Architecture, to_record
-from megatron_sftrl.engine.checkpoint.integrity import hashed_files
+from megatron_sftrl.engine.checkpoint.directory import file_record
 from megatron_sftrl.engine.checkpoint.parts import StoredPart, write_parts
 from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord, TrainerState
-from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import new_directory_together, on_rank_zero
 from megatron_sftrl.hf.assets import HfAssets, write_assets
-from megatron_sftrl.hf.disk import force_to_disk
 from megatron_sftrl.hf.output import LOCK
 
 _ASSETS = "hf"
@@ -43,9 +41,8 @@ def save_converted(
     """
     total = _sum_over_ranks(sum(part.num_bytes for part in parts))
     with new_directory_together(out, num_bytes=total) as temporary:
-        write_parts([replace(part, key=f"policy.{part.key}") for part in parts], temporary)
+        written = write_parts([replace(part, key=f"policy.{part.key}") for part in parts], temporary)
         on_rank_zero(lambda: store_assets(temporary, assets))
-        files = _synced_and_hashed(temporary)
         record = CheckpointRecord(
             trainer=TrainerState(),
             architecture=to_record(architecture),
@@ -55,20 +52,24 @@ def save_converted(
             reference=None,
             layout={},
             versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
-            files={name: file for name, file in files.items() if name != LOCK},
+            files=_all_files(temporary, written),
         )
         on_rank_zero(lambda: (temporary / FILE_NAME).write_text(record.to_json()))
     return out
 
 
-def _synced_and_hashed(directory: Path) -> dict[str, FileRecord]:
-    """Hash the files while each rank forces those that it wrote to the disk; rank 0 does the rest later."""
-    mine = list(directory.glob(f"__{dist.get_rank()}_*"))
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync") as pool:
-        synced = pool.submit(lambda: [force_to_disk(path) for path in mine])
-        files = hashed_files(directory)
-    on_every_rank(synced.result)
-    return files
+def _all_files(directory: Path, written: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    """Size and hash of each file below `directory`, given those that this rank hashed when it wrote them."""
+    everyone: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, written)
+    known = {name: record for each in everyone for name, record in each.items()}
+
+    def all_of_them() -> dict[str, FileRecord]:
+        paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != LOCK)
+        names = [str(path.relative_to(directory)) for path in paths]
+        return {name: known.get(name) or file_record(directory / name) for name in names}
+
+    return on_rank_zero(all_of_them)
 
 
 def store_assets(checkpoint: Path, assets: HfAssets) -> None:

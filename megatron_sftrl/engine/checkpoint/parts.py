@@ -6,12 +6,12 @@ For the conversion tools. The files are those of io.py: a training run loads wha
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_sftrl.engine.checkpoint.io import finish_format
+from megatron_sftrl.engine.checkpoint.record import FileRecord
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.hf.direct_file import new_direct_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +58,12 @@ class StoredPart:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_parts(parts: Sequence[StoredPart], directory: Path) -> None:
+def write_parts(parts: Sequence[StoredPart], directory: Path) -> dict[str, FileRecord]:
     """Write this process's parts; every rank calls it, and together they cover each tensor once.
 
-    The files are not forced to the disk yet.
-
+    Returns:
+        Size and hash of the files that this process wrote and forced to the disk, by name. The index is
+        none of them.
     Raises:
         ValueError: on every rank, when any rank could not make or write a part.
     """
@@ -71,6 +74,7 @@ def write_parts(parts: Sequence[StoredPart], directory: Path) -> None:
     writer = _OneAtATimeWriter(directory)
     on_every_rank(lambda: torch_checkpoint.save(state, storage_writer=writer, planner=_MakingPlanner(parts)))
     on_rank_zero(lambda: finish_format(directory))
+    return writer.files
 
 
 class _MakingPlanner(MCoreSavePlanner):
@@ -96,17 +100,26 @@ class _MakingPlanner(MCoreSavePlanner):
 class _OneAtATimeWriter(torch_checkpoint.FileSystemWriter):
     """Writes torch's files, one tensor in memory at a time; torch's own writer keeps the last of each key."""
 
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._directory = directory
+        self.files: dict[str, FileRecord] = {}
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
-            with open(os.path.join(self.path, name), "wb") as stream, _without_checksums():
+            # Hashed on the way: the disk need not be asked for the bytes again.
+            digest = hashlib.sha256()
+            file = new_direct_file(self._directory / name, on_bytes=digest.update)
+            with file as stream, _without_checksums():
                 for item in plan.items:
                     start = stream.tell()
-                    torch.save(planner.resolve_data(item), stream)
+                    torch.save(planner.resolve_data(item), cast(IO[bytes], stream))
                     length = stream.tell() - start
                     place = _StorageInfo(relative_path=name, offset=start, length=length)
                     results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
+            self.files[name] = FileRecord(size=stream.tell(), sha256=digest.hexdigest())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

@@ -10,8 +10,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from megatron_sftrl.hf.stored import StoredTensor, read_part
 
 
 class StoredTensors:
-    """A checkpoint directory's tensors; close them, or use this as a context manager.
+    """A checkpoint directory's tensors; close them (contextlib.closing).
 
     Args:
         directory: of the checkpoint.
@@ -80,17 +79,6 @@ class StoredTensors:
         for stream in self._streams.values():
             stream.close()
         self._streams = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _place(self, key: str, chunk: ChunkStorageMetadata) -> StoredTensor:
         """Where a chunk of a tensor lies; found out once."""
