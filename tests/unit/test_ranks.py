@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,12 +37,27 @@ def _hang_on_one() -> None:
     dist.barrier()
 
 
+def _keep_a_group_in_a_cycle() -> None:
+    cycle: list[object] = [dist.new_group()]
+    cycle.append(cycle)
+
+
+def _num_threads() -> int:
+    return psutil.Process().num_threads()
+
+
 def test_collectives_reach_every_rank_and_results_come_back_in_rank_order():
     assert [value for value, _ in run_ranks(2, _sum_of_ranks, 2.0)] == [6.0, 6.0]
 
 
 def test_workers_are_reused_from_call_to_call():
     assert run_ranks(2, _sum_of_ranks, 1.0) == run_ranks(2, _sum_of_ranks, 1.0)
+
+
+def test_the_threads_of_a_calls_groups_end_with_it_even_where_a_cycle_holds_them():
+    before = run_ranks(2, _num_threads)
+    run_ranks(2, _keep_a_group_in_a_cycle)
+    assert run_ranks(2, _num_threads) == before
 
 
 def test_a_failing_rank_is_named_with_its_traceback_while_the_others_wait():
