@@ -11,6 +11,7 @@ All three call the same loss function and give the same numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -94,7 +95,7 @@ class Objective:
                 return _loss_and_metrics(loss, inputs)
 
             prior = None if reference is None else reference.layer()
-            return one_pass(of_tokens, layer, prior, batch, self._of_logits)
+            return one_pass(of_tokens, layer, prior, batch, partial(self._of_logits, is_scratch=True))
         inputs = LossInputs(
             policy=self.distribution(policy),
             reference=None if reference is None else self.distribution(reference),
@@ -112,12 +113,13 @@ class Objective:
     def _is_fused(self, layer: OutputLayer) -> bool:
         return self._fused == "on" or not layer.fits_one_chunk
 
-    def _of_logits(self, logits: Tensor) -> TokenDistribution:
+    def _of_logits(self, logits: Tensor, *, is_scratch: bool = False) -> TokenDistribution:
         return TokenDistribution.from_logits(
             logits,
             vocab_size=self._vocab_size,
             group=self._tp_group,
             padded_vocab_size=logits.shape[-1] * self._parallel.tp_size,
+            is_scratch=is_scratch,
         )
 
 

@@ -27,7 +27,7 @@ TokenFunction = Callable[
 """(policy, reference, batch) of some tokens -> ([T] loss, [T] metrics by name)."""
 
 ToDistribution = Callable[[Tensor], TokenDistribution]
-"""[T, V_local] logits -> their distribution."""
+"""[T, V_local] logits that may be overwritten -> their distribution."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -94,14 +94,19 @@ class _Work:
         total = self.token_loss.new_zeros((), dtype=torch.float64)
         kept = (self._batch.token_weight > 0).nonzero().squeeze(1)
         # At least one chunk, so that every metric has its name.
-        for rows in self.policy.chunks(max(1, kept.numel())):
-            total += self._chunk(kept[rows], sums)
+        num_tokens = max(1, kept.numel())
+        layers = [self.policy] if self._reference is None else [self.policy, self._reference]
+        buffers = [layer.buffer(num_tokens) for layer in layers]
+        for rows in self.policy.chunks(num_tokens):
+            total += self._chunk(kept[rows], buffers, sums)
         return total.to(self.token_loss.dtype)
 
-    def _chunk(self, tokens: Tensor, sums: GradientSums | None) -> Tensor:
+    def _chunk(self, tokens: Tensor, buffers: list[Tensor], sums: GradientSums | None) -> Tensor:
         batch = _some_tokens(self._batch, tokens)
-        logits = self.policy.logits(tokens)
-        prior = None if self._reference is None else self._distribution(self._reference.logits(tokens))
+        logits = self.policy.logits(tokens, buffers[0]).detach()
+        prior = None
+        if self._reference is not None:
+            prior = self._distribution(self._reference.logits(tokens, buffers[1]))
         with torch.enable_grad() if self._wants_gradient else torch.no_grad():
             policy = self._distribution(logits.requires_grad_(self._wants_gradient))
             token_loss, metrics = self._function(policy, prior, batch)

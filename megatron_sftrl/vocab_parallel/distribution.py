@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.questions import Question, Subject, answers
-from megatron_sftrl.vocab_parallel.rows import Source
+from megatron_sftrl.vocab_parallel.rows import Scratch, Source
 from megatron_sftrl.vocab_parallel.shard import shard_of
 from megatron_sftrl.vocab_parallel.targets import SmoothedLabels, TiltedTarget
 from megatron_sftrl.vocab_parallel.top_k import TopLogits, gather_top_k
@@ -41,6 +42,7 @@ class TokenDistribution:
         vocab_size: int,
         group: dist.ProcessGroup | None = None,
         padded_vocab_size: int | None = None,
+        is_scratch: bool = False,
     ) -> TokenDistribution:
         """The distribution whose columns are spread over a tensor-parallel group.
 
@@ -54,6 +56,8 @@ class TokenDistribution:
             group: the tensor-parallel group; None when `logits` hold the whole vocabulary.
             padded_vocab_size: V_local * tp, needed only where the padding is so heavy that the last rank
                 holds no real column (such logits look like gathered ones).
+            is_scratch: nobody needs the logits after the backward of what is asked here: their gradient
+                overwrites them where that is possible.
 
         Raises:
             ValueError: the widths do not cover the vocabulary, or look like gathered logits.
@@ -66,7 +70,8 @@ class TokenDistribution:
         shard = shard_of(
             logits.shape[1], vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size
         )
-        return cls(Subject(source=Source(origin=logits, shard=shard)))
+        scratch = Scratch() if is_scratch else None
+        return cls(Subject(source=Source(origin=logits, shard=shard, scratch=scratch)))
 
     @classmethod
     def from_output_layer(
@@ -168,7 +173,7 @@ class TokenDistribution:
             raise ValueError(f"tau: expected a positive temperature, got {tau}")
         if source.inverse_tau is not None:
             inverse = inverse * source.inverse_tau
-        hotter = Source(origin=source.origin, shard=source.shard, inverse_tau=inverse)
+        hotter = replace(source, inverse_tau=inverse)
         return TokenDistribution(Subject(source=hotter))
 
     def top_k(self, k: int) -> TopLogits:

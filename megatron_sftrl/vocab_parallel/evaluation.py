@@ -64,6 +64,9 @@ class _Evaluate(torch.autograd.Function):
             elif isinstance(statistic, Expectation):
                 value = value / partitions[plan.index(statistic.weights)]
             values.append(value.clone())
+        if any(ctx.needs_input_grad):
+            for scratch in {id(s.scratch): s.scratch for s in plan.sources if s.scratch is not None}.values():
+                scratch.num_readers += 1
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(maxima, partitions, *values, *tensors)
@@ -76,15 +79,22 @@ class _Evaluate(torch.autograd.Function):
         maxima, partitions, *rest = ctx.saved_tensors  # unpacking also checks that no logits were overwritten
         values = rest[: len(plan.statistics)]
         totals = [_Total(source) if source.requires_grad else None for source in plan.sources]
+        is_only_one = sum(total is not None for total in totals) == 1
         for rows, chunk in plan.chunks():
             of_chunk = [None if grad is None else grad[rows] for grad in grads]
             known = [value[rows] for value in values]
             for i, total in enumerate(totals):
                 if total is not None:
-                    total.add(
-                        rows,
-                        gradient_of_logits(chunk, i, of_chunk, known, partitions[:, rows], maxima[:, rows]),
+                    gradient = gradient_of_logits(
+                        chunk,
+                        i,
+                        of_chunk,
+                        known,
+                        partitions[:, rows],
+                        maxima[:, rows],
+                        may_overwrite=is_only_one,
                     )
+                    total.add(rows, gradient)
         results: list[Tensor | None] = []
         for source, total in zip(plan.sources, totals, strict=True):
             results += total.results() if total is not None else [None] * len(_tensors_of([source]))

@@ -19,6 +19,8 @@ def gradient_of_logits(
     values: Sequence[Tensor],
     partitions: Tensor,
     maxima: Tensor,
+    *,
+    may_overwrite: bool,
 ) -> Tensor | None:
     """d loss / d logits of the plan's i-th source.
 
@@ -28,11 +30,19 @@ def gradient_of_logits(
         grads: [T] d loss / d value of each statistic, None where nothing flows.
         values: [T] of each statistic.
         partitions, maxima: [sources, T], over all ranks.
+        may_overwrite: no other gradient of this plan is still to come; logits that are scratch are then
+            overwritten by their gradient.
     Returns:
         [T, V_local] in the logits' dtype, padding exactly 0; None when nothing flows into the source.
     """
     terms = _Terms.of(plan, i, grads, values, partitions)
-    return None if terms is None else _gradient(plan, i, terms, maxima)
+    if terms is None:
+        return None
+    source = plan.sources[i]
+    # Within a chunk of rows everything is read before anything is written.
+    is_last_reader = source.scratch is not None and source.scratch.num_readers == 1 and may_overwrite
+    out = source.logits.detach() if is_last_reader else torch.empty_like(source.logits)
+    return _fill(out, plan, i, terms, maxima)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,17 +88,14 @@ class _Terms:
         return terms if is_touched else None
 
 
-def _gradient(plan: Plan, i: int, terms: _Terms, maxima: Tensor) -> Tensor:
-    """[T, V_local] d loss / d logits of source i in the logits' dtype; padding gets exactly 0."""
+def _fill(gradient: Tensor, plan: Plan, i: int, terms: _Terms, maxima: Tensor) -> Tensor:
+    """Write [T, V_local] d loss / d logits of source i; padding gets exactly 0. May be the logits' memory."""
     source = plan.sources[i]
     num_columns = source.shard.num_columns
-    gradient = torch.empty_like(source.logits, memory_format=torch.contiguous_format)
-    gradient[:, num_columns:] = 0
-    is_direct = gradient.dtype == plan.dtype
     num_buffers = 3 + len(terms.linear) + len(terms.other)
     for rows in local.row_chunks(source, num_buffers, plan.dtype):
         shift = local.shifted(source, rows, maxima[i])
-        out = torch.exp(shift, out=gradient[rows, :num_columns] if is_direct else torch.empty_like(shift))
+        out = torch.exp(shift)
         out.mul_(_factor(plan, i, terms, maxima, rows, shift))
         for j, coefficient in terms.other.items():
             mass = local.shifted(plan.sources[j], rows, maxima[j]).exp_()
@@ -101,8 +108,8 @@ def _gradient(plan: Plan, i: int, terms: _Terms, maxima: Tensor) -> Tensor:
                 out.scatter_add_(1, column[:, None], coefficient[rows].where(is_here, 0.0)[:, None])
         if source.inverse_tau is not None:
             out.mul_(source.inverse_tau[rows, None])
-        if not is_direct:
-            gradient[rows, :num_columns] = out
+        gradient[rows, :num_columns] = out
+    gradient[:, num_columns:] = 0
     return gradient
 
 

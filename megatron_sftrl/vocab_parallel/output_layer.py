@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of one chunk's logits. Each chunk reads and writes the weights' whole gradient once, so it must hold
@@ -70,10 +69,19 @@ class OutputLayer:
         """The same logits without gradient."""
         return OutputLayer(hidden=self.hidden.detach(), weight=self.weight.detach())
 
-    def logits(self, rows: slice | Tensor) -> Tensor:
-        """[rows, V_local], without gradient."""
+    def logits(self, rows: slice | Tensor, buffer: Tensor) -> Tensor:
+        """[rows, V_local], without gradient, in the first rows of `buffer`."""
         with torch.no_grad():
-            return F.linear(self.hidden[rows], self.weight)
+            hidden = self.hidden[rows]
+            return torch.mm(hidden, self.weight.t(), out=buffer[: hidden.shape[0]])
+
+    def buffer(self, num_tokens: int) -> Tensor:
+        """Memory for the logits of any chunk of `num_tokens` tokens.
+
+        Used for one after the other: fresh pages for each would cost as much as some of the arithmetic.
+        """
+        longest = max((rows.stop - rows.start for rows in self.chunks(num_tokens)), default=0)
+        return torch.empty(longest, self.shape[1], dtype=self.dtype, device=self.device)
 
     @property
     def fits_one_chunk(self) -> bool:

@@ -7,7 +7,7 @@ any number of subjects, evaluates what is not known in one MAX and one SUM all-r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -55,11 +55,7 @@ class Subject:
         """The same distribution without gradient, knowing what this one knows."""
         if not self.source.requires_grad:
             return self
-        source = Source(
-            origin=self.source.origin.detach(),
-            shard=self.source.shard,
-            inverse_tau=self.source.inverse_tau,
-        )
+        source = replace(self.source, origin=self.source.origin.detach())
         known = {
             key: Answer(value=answer.value.detach(), ids=answer.ids, ids_version=answer.ids_version)
             for key, answer in self.known.items()

@@ -21,6 +21,18 @@ CPU_CHUNK_BYTES = 2 * 1024**2
 CUDA_CHUNK_BYTES = 256 * 1024**2
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Scratch:
+    """Logits that nobody needs after the loss: their gradient takes their place.
+
+    Args:
+        num_readers: evaluations that will read the logits again in their backward; with more than one, the
+            first may not overwrite them.
+    """
+
+    num_readers: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Source:
     """Sharded logits as the arithmetic needs them: z = logits[:, :num_columns] * inverse_tau.
@@ -29,11 +41,13 @@ class Source:
         origin: [T, V_local] logits of any floating dtype, or the output layer that makes them.
         shard: which columns these are.
         inverse_tau: [T] one over the temperature, in the working dtype, or None for temperature 1.
+        scratch: of logits that may be overwritten; None for those that must stay.
     """
 
     origin: Tensor | OutputLayer
     shard: VocabShard
     inverse_tau: Tensor | None = None
+    scratch: Scratch | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,9 +90,9 @@ class Source:
         return differences if self.inverse_tau is None else differences * self.inverse_tau
 
     def at(self, rows: slice, logits: Tensor) -> Source:
-        """Some of the tokens, whose [rows, V_local] logits are at hand."""
+        """Some of the tokens, whose [rows, V_local] logits were made for them."""
         inverse = None if self.inverse_tau is None else self.inverse_tau[rows]
-        return Source(origin=logits, shard=self.shard, inverse_tau=inverse)
+        return Source(origin=logits, shard=self.shard, inverse_tau=inverse, scratch=Scratch(num_readers=1))
 
 
 def row_chunks(source: Source, num_buffers: int, dtype: torch.dtype) -> Iterator[slice]:

@@ -84,16 +84,16 @@ class Plan:
             yield slice(0, self.num_tokens), self
             return
         widest = max(layers, key=lambda layer: layer.shape[1] * layer.dtype.itemsize)
+        buffers = {layer.key: layer.buffer(self.num_tokens) for layer in layers}
         for rows in widest.chunks(self.num_tokens):
-            yield rows, self._at(rows)
+            yield rows, self._at(rows, buffers)
 
-    def _at(self, rows: slice) -> Plan:
+    def _at(self, rows: slice, buffers: Mapping[tuple[int, ...], Tensor]) -> Plan:
         made: dict[tuple[int, ...], Tensor] = {}
         moved: dict[int, Source] = {}
         for source in self.sources:
             if source.key not in made:
-                layer = source.origin
-                made[source.key] = layer.logits(rows) if isinstance(layer, OutputLayer) else layer[rows]
+                made[source.key] = _logits_at(source, rows, buffers)
             moved[id(source)] = source.at(rows, made[source.key])
         statistics = tuple(_moved(statistic, moved, rows) for statistic in self.statistics)
         return Plan(statistics, tuple(moved[id(source)] for source in self.sources), self.dtype)
@@ -131,6 +131,11 @@ def _check_alike(first: Source, other: Source) -> None:
             f"of {expected.vocab_size}, got {got.start} + {got.num_columns} of {got.vocab_size}; "
             "split both vocabularies alike"
         )
+
+
+def _logits_at(source: Source, rows: slice, buffers: Mapping[tuple[int, ...], Tensor]) -> Tensor:
+    layer = source.origin
+    return layer.logits(rows, buffers[layer.key]) if isinstance(layer, OutputLayer) else layer[rows]
 
 
 def _moved(statistic: Statistic, moved: Mapping[int, Source], rows: slice) -> Statistic:

@@ -4,6 +4,7 @@ that logits come to be."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,11 @@ def fused(
         patch.setattr(output_layer, f"{z.device.type.upper()}_LOGITS_BYTES", 7 * weight.shape[0] * z.itemsize)
         if in_one_pass:
             found = one_pass(
-                of_tokens, policy, reference, batch, lambda z: TokenDistribution.from_logits(z, **where)
+                of_tokens,
+                policy,
+                reference,
+                batch,
+                partial(TokenDistribution.from_logits, is_scratch=True, **where),
             )
             token_loss, mean = found.token_loss, found.total
         else:
