@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_sftrl import __version__
+from megatron_sftrl.doctor.arguments import add_doctor_arguments
 from megatron_sftrl.planning.arguments import add_plan_arguments
 
 _USER_ERROR = 2
@@ -107,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_preflight(commands)
     _add_plan(commands)
+
+    _add_doctor(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
     keys.add_argument("kind", nargs="?", choices=("sft", "grpo"), default="sft", help="of run (sft)")
@@ -235,6 +238,25 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megatron_sftrl.planning.command import request_of, run_plan
 
     run_plan(request_of(parsed))
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="prove a loss on this machine, under every layout",
+        description="Value and gradient of a loss over tensor, pipeline, context and data parallel ranks, "
+        "micro-batches, packing, padding and precisions, against the same function in one process in "
+        "float64. CPU only. Exit code 1 when a property fails, with the place and a command that shows it.",
+        allow_abbrev=False,
+    )
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from megatron_sftrl.doctor.command import request_of, run_doctor
+
+    return 0 if run_doctor(request_of(parsed)) else 1
 
 
 def _keys(parsed: argparse.Namespace) -> None:

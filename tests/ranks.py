@@ -12,20 +12,20 @@ from typing import Any
 
 from megatron_sftrl.doctor.ranks import RankError, RankPool, free_port
 
-__all__ = ["ROOT", "RankError", "close_ranks", "free_port", "run_ranks"]
+__all__ = ["POOL", "ROOT", "RankError", "close_ranks", "free_port", "run_ranks"]
 
 ROOT = Path(__file__).resolve().parents[1]
-_POOL = RankPool()
-atexit.register(_POOL.close)
+POOL = RankPool()
+atexit.register(POOL.close)
 
 
 def run_ranks(
     world_size: int, function: Callable, *args: Any, timeout_s: float = 120, group: bool = True
 ) -> list[Any]:
     """`RankPool.run` on the session's workers."""
-    return _POOL.run(world_size, function, *args, timeout_s=timeout_s, group=group)
+    return POOL.run(world_size, function, *args, timeout_s=timeout_s, group=group)
 
 
 def close_ranks() -> None:
     """Kill the workers; the next `run_ranks` starts new ones."""
-    _POOL.close()
+    POOL.close()

@@ -215,7 +215,7 @@ def _serve(pipe: Connection, stack_file: str) -> None:
                     if path not in sys.path:
                         sys.path.append(path)
                 packed_call = pipe.recv_bytes()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # the parent is done, or was killed
                 return
             try:
                 answer = pickle.dumps((True, _answer(pickle.loads(packed_call))))

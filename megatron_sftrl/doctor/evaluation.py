@@ -1,0 +1,246 @@
+"""Runs a loss on one rank's micro-batches, as the engine does on the last pipeline stage.
+
+This file is all that a rank worker imports: losses and distributions, no Megatron.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sftrl.losses import LossInputs, build_loss, weighted_sum
+from megatron_sftrl.losses.one_pass import one_pass
+from megatron_sftrl.losses.registry import Loss
+from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+
+LogitsPath = Literal["logits", "two_passes", "one_pass"]
+"""How logits come to be (engine/objective.py): there, made by the output layer for every question, or made
+once for a token-local loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """A loss by name, as a worker can build it.
+
+    Args:
+        name: as registered.
+        options: its own options.
+        modules: files or modules that register it.
+    """
+
+    name: str
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+
+    def build(self) -> Loss:
+        """The loss; ValueError as in `build_loss`."""
+        return build_loss(self.name, self.options, self.modules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """One micro-batch on one rank.
+
+    Args:
+        batch: its tokens here.
+        rows: [t] int64, where they stand in the whole step.
+        first_column, num_columns: real columns of the vocabulary held here; what follows is padding.
+        policy, reference: [t, V_local] logits.
+        path: how the loss gets them.
+    """
+
+    batch: TokenBatch
+    rows: Tensor
+    first_column: int
+    num_columns: int
+    policy: Tensor
+    reference: Tensor | None
+    path: LogitsPath = "logits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What a loss made of a piece.
+
+    Args:
+        token_loss: [t].
+        gradient: [t, V_local] of sum(token_loss * token_weight) with respect to the logits.
+        metrics: [t] by name.
+    """
+
+    token_loss: Tensor
+    gradient: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGroups:
+    """Ranks of every tensor-parallel and context-parallel group; empty where there is none.
+
+    Args:
+        vocab_size: V.
+        padded_vocab_size: columns over all ranks of a tensor-parallel group.
+        tp, cp: rank numbers of each group.
+    """
+
+    vocab_size: int
+    padded_vocab_size: int
+    tp: tuple[tuple[int, ...], ...] = ()
+    cp: tuple[tuple[int, ...], ...] = ()
+
+
+def prepare(spec: LossSpec) -> None:
+    """Build the loss, and with that import torch, before a check's time is measured."""
+    spec.build()
+
+
+def evaluate_on_rank(spec: LossSpec, pieces: Sequence[Sequence[Piece]], groups: RankGroups) -> list[Outcome]:
+    """This rank's micro-batches, one after the other; a rank without any (an early stage) only waits.
+
+    Args:
+        spec: the loss.
+        pieces: of every rank.
+        groups: who shares a vocabulary, who shares sequences.
+    """
+    tp_group, cp_group = _own_group(groups.tp), _own_group(groups.cp)
+    loss = spec.build()
+    return [evaluate(loss, piece, groups, tp_group, cp_group) for piece in pieces[dist.get_rank()]]
+
+
+def evaluate(
+    loss: Loss,
+    piece: Piece,
+    groups: RankGroups,
+    tp_group: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Outcome:
+    """Loss, gradient and metrics of one piece.
+
+    Raises:
+        ValueError: what the loss returned is not a [T] loss, or nothing would train.
+    """
+    own = _copy(piece)
+    leaf = own.policy.requires_grad_()
+    if piece.path == "one_pass":
+        return _evaluate_in_one_pass(loss, own, groups, tp_group)
+    # A model's logits are no leaf: autograd does not keep anyone from writing into them.
+    inputs = _inputs(own, leaf.clone(), groups, tp_group, cp_group)
+    output = loss(inputs)
+    inputs.policy.entropy()  # the engine logs it for every loss
+    total = weighted_sum(output.token_loss, piece.batch.token_weight)
+    if not total.requires_grad:
+        raise ValueError(f"loss {loss.name!r}: expected a token_loss with a gradient, got a constant")
+    (gradient,) = torch.autograd.grad(total, leaf)
+    return Outcome(token_loss=output.token_loss.detach(), gradient=gradient, metrics=output.metrics)
+
+
+def _evaluate_in_one_pass(
+    loss: Loss, piece: Piece, groups: RankGroups, tp_group: dist.ProcessGroup | None
+) -> Outcome:
+    """A token-local loss sees some tokens at a time, none of them without weight."""
+
+    def distribution(logits: Tensor | OutputLayer) -> TokenDistribution:
+        return _distribution(logits, groups, tp_group)
+
+    def of_tokens(
+        policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        output = loss(LossInputs(policy=policy, reference=reference, batch=batch, is_part=True))
+        return output.token_loss, output.metrics
+
+    reference = None if piece.reference is None else _layer_of(piece.reference)
+    values = one_pass(of_tokens, _layer_of(piece.policy), reference, piece.batch, distribution)
+    (gradient,) = torch.autograd.grad(values.total, piece.policy)
+    return Outcome(token_loss=values.token_loss, gradient=gradient, metrics=values.metrics)
+
+
+def modified_inputs(loss: Loss, piece: Piece, groups: RankGroups) -> list[str]:
+    """Names of the inputs that the loss wrote into, also when that made it fail.
+
+    Args:
+        loss: the loss.
+        piece: of one process.
+        groups: without groups.
+    """
+    own = _copy(piece)
+    logits = own.policy.requires_grad_().clone()
+    with contextlib.suppress(Exception):
+        output = loss(_inputs(own, logits, groups))
+        weighted_sum(output.token_loss, own.batch.token_weight).backward()
+    return [
+        name
+        for name, value, before in (
+            ("policy logits", logits, piece.policy),
+            ("reference logits", own.reference, piece.reference),
+            *_fields(own.batch, piece.batch),
+        )
+        if value is not None and before is not None and not torch.equal(value, before)
+    ]
+
+
+def _copy(piece: Piece) -> Piece:
+    """The piece in memory of its own: a loss that writes spoils nothing for the next check."""
+    return dataclasses.replace(
+        piece,
+        batch=piece.batch.map(torch.clone),
+        policy=piece.policy.clone(),
+        reference=None if piece.reference is None else piece.reference.clone(),
+    )
+
+
+def _fields(batch: TokenBatch, before: TokenBatch) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    for field in dataclasses.fields(TokenBatch):
+        yield f"batch.{field.name}", getattr(batch, field.name), getattr(before, field.name)
+
+
+def _inputs(
+    piece: Piece,
+    logits: Tensor,
+    groups: RankGroups,
+    tp_group: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> LossInputs:
+    """What the engine hands to a loss."""
+
+    def distribution(columns: Tensor) -> TokenDistribution:
+        return _distribution(columns if piece.path == "logits" else _layer_of(columns), groups, tp_group)
+
+    return LossInputs(
+        policy=distribution(logits),
+        batch=piece.batch,
+        reference=None if piece.reference is None else distribution(piece.reference),
+        cp_group=cp_group,
+    )
+
+
+def _distribution(
+    origin: Tensor | OutputLayer, groups: RankGroups, tp_group: dist.ProcessGroup | None
+) -> TokenDistribution:
+    where = {"vocab_size": groups.vocab_size, "padded_vocab_size": groups.padded_vocab_size}
+    if isinstance(origin, OutputLayer):
+        return TokenDistribution.from_output_layer(origin, group=tp_group, **where)
+    return TokenDistribution.from_logits(origin, group=tp_group, **where)
+
+
+def _layer_of(logits: Tensor) -> OutputLayer:
+    """An output layer that makes these logits: they are its hidden states, under the identity."""
+    return OutputLayer(hidden=logits, weight=torch.eye(logits.shape[1], dtype=logits.dtype))
+
+
+def _own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """This rank's group of several; None where there is none. Every rank makes all of them."""
+    own = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            own = group
+    return own
