@@ -178,6 +178,9 @@ class CheckpointSection(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = Field(default=2, ge=1)
     """Complete checkpoints kept."""
+    async_save: bool = False
+    """Copy the state into host memory (as much as the checkpoint is large) and write it while training goes
+    on; the next save, a stop and the end of the run wait for it. A kill meanwhile loses that checkpoint."""
 
 
 class LogSection(Section):

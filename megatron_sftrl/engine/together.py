@@ -18,9 +18,12 @@ from megatron_sftrl.hf.output import new_directory
 T = TypeVar("T")
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on rank 0 and give its (picklable) result to every rank.
 
+    Args:
+        action: called once.
+        group: of all ranks, for a thread beside the one that uses the default group.
     Raises:
         ValueError: on every rank, with the text of what rank 0 raised.
     """
@@ -31,15 +34,17 @@ def on_rank_zero(action: Callable[[], T]) -> T:
             outcome = [action(), None]
         except Exception as error:
             cause, outcome = error, [None, _text(error)]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise ValueError(outcome[1]) from cause
     return outcome[0]  # type: ignore[return-value]
 
 
-def on_every_rank(action: Callable[[], T]) -> T:
+def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank; its result stays local.
 
+    Args:
+        action, group: as for on_rank_zero.
     Raises:
         ValueError: on every rank, with the text of each rank that raised.
     """
@@ -50,11 +55,23 @@ def on_every_rank(action: Callable[[], T]) -> T:
     except (Exception, CheckpointException) as error:
         cause, problem = error, _text(error)
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group=group)
     said = list(dict.fromkeys(text for text in problems if text is not None))
     if said:
         raise ValueError("\n".join(said)) from cause
     return result  # type: ignore[return-value]
+
+
+def sum_over_ranks(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The sum of what each rank has.
+
+    Args:
+        value: of this rank.
+        group: as for on_rank_zero.
+    """
+    values = [0] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return sum(values)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
 from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
 from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
-from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start
+from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start, save_numbers
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
 from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts
@@ -89,6 +89,7 @@ class GrpoTrainer:
             parallel,
             keep_last=config.checkpoint.keep_last,
             assets=export_assets(plan),
+            async_save=config.checkpoint.async_save,
         )
         self.state = resume_or_start(
             self.store,
@@ -136,6 +137,7 @@ class GrpoTrainer:
                 total_steps=self.num_steps,
             ) as metrics,
             self.watch,
+            self.store,
         ):
             self.samples = self._open_samples()
             while self.state.step < self.num_steps:
@@ -242,6 +244,7 @@ class GrpoTrainer:
             "rollout/tokens_per_second": num_generated / seconds["generate"],
             "tokens_per_second": num_tokens / sum(seconds[phase] for phase in _PHASES),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            **save_numbers(self.store),
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
         }
 
@@ -266,6 +269,7 @@ class GrpoTrainer:
             directory=str(self.directory.checkpoints),
         )
         if is_last:
+            self.store.finish()
             texts = "; ".join(crossing.text for crossing in crossings if crossing.stops)
             raise ValueError(f"a gate ended the run, its checkpoint is saved: {texts}")
 

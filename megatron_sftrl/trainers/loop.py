@@ -54,6 +54,21 @@ def follow(policy: PolicyEngine, reference: ReferenceModel | None, *, steps_done
         reference.follow(policy.chunks)
 
 
+def save_numbers(store: CheckpointStore) -> dict[str, float]:
+    """How fast the last checkpoint was written, in the numbers of the first step after its end.
+
+    Raises:
+        ValueError: on every rank, when it could not be written beside the training.
+    """
+    written = store.written()
+    if written is None:
+        return {}
+    return {
+        "checkpoint/write_seconds": written.seconds,
+        "checkpoint/gigabytes_per_second": written.num_bytes / 1e9 / written.seconds,
+    }
+
+
 @contextlib.contextmanager
 def metrics_on_rank_zero(
     directory: RunDirectory,

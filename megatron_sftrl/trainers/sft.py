@@ -19,7 +19,7 @@ from megatron_sftrl.observability.run_directory import RunDirectory, open_run_di
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
-from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start
+from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start, save_numbers
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
 from megatron_sftrl.trainers.stop import StopRequest
@@ -66,6 +66,7 @@ class SftTrainer:
             parallel,
             keep_last=plan.config.checkpoint.keep_last,
             assets=export_assets(plan),
+            async_save=plan.config.checkpoint.async_save,
         )
         self.state = resume_or_start(
             self.store,
@@ -86,6 +87,7 @@ class SftTrainer:
                 self.directory, self.config, self.parallel, resume_step=self.state.step, total_steps=num_steps
             ) as metrics,
             self.watch,
+            self.store,
         ):
             while self.state.step < num_steps:
                 step = self.state.step
@@ -161,6 +163,7 @@ class SftTrainer:
             "skipped_steps": self.state.skipped_steps,
             **report.metrics,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            **save_numbers(self.store),
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
         }
 

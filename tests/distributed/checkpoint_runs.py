@@ -27,6 +27,7 @@ class Span:
     save: str | None = None
     save_before: tuple[int, ...] = ()
     keep_last: int = 2
+    async_save: bool = False
     model: dict = field(default_factory=dict)
     optim: dict = field(default_factory=dict)
     dtype: str = "fp32"
@@ -45,42 +46,49 @@ class Outcome:
 
 def run_span(span: Span) -> Outcome:
     """Train a part of a run on this rank."""
-    from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+    from megatron_sftrl.engine.checkpoint import TrainerState
     from megatron_sftrl.losses.registry import build_loss
 
     with engines(span) as (parallel, policy, reference):
         state = TrainerState(step=span.first)
         if span.load is not None:
-            store = CheckpointStore(Path(span.load), parallel, keep_last=span.keep_last)
+            store = open_store(span.load, parallel, span)
             path = store.latest()
             assert path is not None
             state = store.load(path, policy, reference)
         loss = build_loss("sft", {}) if span.reference is None else build_loss("curiosft", {"top_k": 16})
         metrics = []
-        for step in range(state.step, span.last):
-            if step in span.save_before:
-                assert span.save is not None
-                store = CheckpointStore(Path(span.save), parallel, keep_last=span.keep_last)
-                store.save(TrainerState(step=step), policy, reference)
-            draw_random_numbers()
-            batches = step_batches(
-                step,
-                num_groups=parallel.dp_size,
-                group=parallel.dp_rank,
-                multiple=2 * parallel.cp_size * parallel.tp_size,
-                num_microbatches=4 if parallel.vp_size > 1 else 2,
-            )
-            report = policy.forward_backward(batches, loss, reference)
-            done = policy.optim_step(step, num_steps=NUM_STEPS)
-            if reference is not None and reference.is_due(step + 1):
-                policy.gather_parameters()
-                reference.follow(policy.chunks)
-            metrics.append((report.loss, done.grad_norm))
-        if span.save is not None:
-            store = CheckpointStore(Path(span.save), parallel, keep_last=span.keep_last)
-            store.save(TrainerState(step=span.last, consumed_samples=8 * span.last), policy, reference)
+        with contextlib.ExitStack() as ending:
+            if span.save is not None:
+                store = ending.enter_context(open_store(span.save, parallel, span))
+            for step in range(state.step, span.last):
+                if step in span.save_before:
+                    store.save(TrainerState(step=step), policy, reference)
+                draw_random_numbers()
+                batches = step_batches(
+                    step,
+                    num_groups=parallel.dp_size,
+                    group=parallel.dp_rank,
+                    multiple=2 * parallel.cp_size * parallel.tp_size,
+                    num_microbatches=4 if parallel.vp_size > 1 else 2,
+                )
+                report = policy.forward_backward(batches, loss, reference)
+                done = policy.optim_step(step, num_steps=NUM_STEPS)
+                if reference is not None and reference.is_due(step + 1):
+                    policy.gather_parameters()
+                    reference.follow(policy.chunks)
+                metrics.append((report.loss, done.grad_norm))
+            if span.save is not None:
+                store.save(TrainerState(step=span.last, consumed_samples=8 * span.last), policy, reference)
         policy.gather_parameters()
         return Outcome(metrics=metrics, state=held_state(policy, reference), step=state.step)
+
+
+def open_store(directory: str, parallel, span: Span):
+    """The checkpoints of a span."""
+    from megatron_sftrl.engine.checkpoint import CheckpointStore
+
+    return CheckpointStore(Path(directory), parallel, keep_last=span.keep_last, async_save=span.async_save)
 
 
 @contextlib.contextmanager

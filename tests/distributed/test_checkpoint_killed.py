@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
@@ -24,8 +25,11 @@ HALF = NUM_STEPS // 2
 SPAN = Span(parallel={}, optim={"eps": 1e-8}, reference="moving_average")
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint_usable(tmp_path: Path) -> None:
-    found = in_fresh_process(kill_saves, str(tmp_path), NUM_KILLS)
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint_usable(
+    async_save: bool, tmp_path: Path
+) -> None:
+    found = in_fresh_process(kill_saves, str(tmp_path), NUM_KILLS, async_save)
     assert len(found) == NUM_KILLS
     assert any(leftover for _, leftover in found), "no kill hit a save: the test is blind"
 
@@ -38,12 +42,12 @@ def test_a_run_killed_after_its_checkpoint_resumes_bitwise(tmp_path: Path) -> No
     assert {float(value) for name, value in resumed.state.items() if name.endswith(".step")} == {NUM_STEPS}
 
 
-def kill_saves(directory: str, num_kills: int) -> list[tuple[int, bool]]:
+def kill_saves(directory: str, num_kills: int, async_save: bool) -> list[tuple[int, bool]]:
     """(latest step, was a save interrupted) after each kill; raises when what is left is not sound."""
     delays = random.Random(0)
     found = []
     for _ in range(num_kills):
-        pid, ready = fork(lambda say: save_for_ever(directory, say))
+        pid, ready = fork(lambda say: save_for_ever(directory, async_save, say))
         os.read(ready, 1)
         time.sleep(delays.uniform(0.0, 0.1))
         os.kill(pid, signal.SIGKILL)
@@ -62,12 +66,12 @@ def kill_saves(directory: str, num_kills: int) -> list[tuple[int, bool]]:
     return found
 
 
-def save_for_ever(directory: str, say: Callable[[bytes], None]) -> None:
+def save_for_ever(directory: str, async_save: bool, say: Callable[[bytes], None]) -> None:
     """Step after step, a checkpoint whose every weight is the step's number."""
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 
     with engines(Span(parallel={})) as (parallel, policy, reference):
-        store = CheckpointStore(Path(directory), parallel, keep_last=2)
+        store = CheckpointStore(Path(directory), parallel, keep_last=2, async_save=async_save)
         latest = store.latest()
         step = store.load(latest, policy, reference).step if latest else 0
         for number in range(step + 1, 10**6):
@@ -77,6 +81,7 @@ def save_for_ever(directory: str, say: Callable[[bytes], None]) -> None:
                         parameter.fill_(number)
             store.save(TrainerState(step=number), policy, reference)
             if number == step + 1:
+                store.finish()
                 say(b"1")
 
 

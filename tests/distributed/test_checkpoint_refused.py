@@ -9,6 +9,7 @@ import pickle
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from megatron_sftrl.engine.checkpoint.directory import file_record
-from tests.distributed.checkpoint_runs import Span, engines, held_state, run_span, stored_tensors
+from tests.distributed.checkpoint_runs import Span, engines, held_state, open_store, run_span, stored_tensors
 from tests.ranks import run_ranks
 
 SAVED = Span(parallel={"tp": 2}, last=1)
@@ -184,17 +185,22 @@ def test_weights_of_another_size_or_from_nowhere_are_refused(saved: Path, tmp_pa
 
 def save_on_full_disk(directory: str, span: Span) -> tuple[str, list[str], str]:
     """(what save complained about, what is left, what a save afterwards gave); rank 1 cannot write."""
-    from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+    from megatron_sftrl.engine.checkpoint import TrainerState
 
     with engines(span) as (parallel, policy, reference):
-        store = CheckpointStore(Path(directory), parallel, keep_last=2)
+        store = open_store(directory, parallel, span)
         store.save(TrainerState(step=1), policy, reference)
+        store.finish()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if parallel.rank == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:
             store.save(TrainerState(step=2), policy, reference)
+            # Step boundaries: every rank has to hear of it at the same one.
+            for _ in range(1000):
+                store.written()
+                time.sleep(0.01)
             message = ""
         except ValueError as error:
             message = str(error)
@@ -203,11 +209,17 @@ def save_on_full_disk(directory: str, span: Span) -> tuple[str, list[str], str]:
         left = sorted(os.listdir(directory))
         torch.distributed.barrier()
         store.load(Path(directory) / STEP, policy, reference)
-        return message, left, store.save(TrainerState(step=2), policy, reference).name
+        path = store.save(TrainerState(step=2), policy, reference)
+        store.finish()
+        return message, left, path.name if path.is_dir() else ""
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_a_save_costs_only_that_save(tmp_path: Path) -> None:
-    for message, left, afterwards in run_ranks(2, save_on_full_disk, str(tmp_path), Span(parallel={"tp": 2})):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_disk_that_fills_up_in_the_middle_of_a_save_costs_only_that_save(
+    async_save: bool, tmp_path: Path
+) -> None:
+    span = Span(parallel={"tp": 2}, async_save=async_save)
+    for message, left, afterwards in run_ranks(2, save_on_full_disk, str(tmp_path), span):
         assert "rank 1" in message
         assert "earlier checkpoints are untouched" in message
         assert left == [STEP]
@@ -215,23 +227,27 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save_costs_only_that_save(tmp_p
 
 
 def save_three(directory: str, span: Span) -> list[str]:
-    from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+    from megatron_sftrl.engine.checkpoint import TrainerState
 
     with engines(span) as (parallel, policy, reference):
-        store = CheckpointStore(Path(directory), parallel, keep_last=2)
+        store = open_store(directory, parallel, span)
         assert store.latest() is None
         if parallel.rank == 0:
             (Path(directory) / ".step-00000009.tmp").mkdir(parents=True)
             (Path(directory) / ".step-00000001.old.tmp").mkdir()
         for step in (9, 10, 100, 100):
             store.save(TrainerState(step=step, consumed_samples=7 * step), policy, reference)
+        store.finish()
         latest = store.latest()
         assert latest is not None
         assert store.load(latest, policy, reference) == TrainerState(step=100, consumed_samples=700)
         return sorted(os.listdir(directory))
 
 
-def test_the_last_checkpoints_are_kept_and_leftovers_of_killed_saves_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [False, True])
+def test_the_last_checkpoints_are_kept_and_leftovers_of_killed_saves_removed(
+    async_save: bool, tmp_path: Path
+) -> None:
     directory = str(tmp_path / "checkpoints")
-    for left in run_ranks(2, save_three, directory, Span(parallel={})):
+    for left in run_ranks(2, save_three, directory, Span(parallel={}, async_save=async_save)):
         assert left == ["step-00000010", "step-00000100"]

@@ -51,11 +51,12 @@ def test_resuming_on_the_same_layout_is_bitwise(num_ranks: int, span: Span, tmp_
     assert_same_bits(resumed, whole)
 
 
+@pytest.mark.parametrize("async_save", [False, True])
 def test_a_run_that_saves_goes_on_like_one_that_does_not_and_resumes_even_from_before_its_first_step(
-    tmp_path: Path,
+    async_save: bool, tmp_path: Path
 ) -> None:
     # Overlap: at a save, some weights have not arrived yet and are fetched ahead of the next forward.
-    span = Span(parallel=OVERLAPPED, optim=DEFAULT_EPS)
+    span = Span(parallel=OVERLAPPED, optim=DEFAULT_EPS, async_save=async_save)
     whole = run_ranks(2, run_span, span)
     saving = run_ranks(
         2, run_span, dataclasses.replace(span, save=str(tmp_path / "often"), save_before=(0, 1, 4))

@@ -40,10 +40,11 @@ def assert_same(ours: Path, truth: Path, steps: int) -> None:
     assert unequal_tensors(ours / final, truth / final) == []
 
 
+@pytest.mark.parametrize("saving", ["checkpoint.async_save=false", "checkpoint={every: 1, async_save: true}"])
 def test_sft_stops_with_a_checkpoint_and_code_75_and_goes_on(
-    project: Project, one_process: Path, tmp_path: Path
+    saving: str, project: Project, one_process: Path, tmp_path: Path
 ) -> None:
-    command = ["sft", str(project.yaml), f"run_dir={tmp_path / 'run'}"]
+    command = ["sft", str(project.yaml), f"run_dir={tmp_path / 'run'}", saving]
     done = stopped(command, tmp_path / "stop", is_there=True).expect(STOPPED)
     assert f"SIGUSR1: stopping after step 1 of {NUM_STEPS} with a checkpoint" in done.stderr
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1]
@@ -54,7 +55,7 @@ def test_sft_stops_with_a_checkpoint_and_code_75_and_goes_on(
 def test_grpo_stops_with_a_checkpoint_and_code_75_and_goes_on(
     grpo: GrpoProject, grpo_run: Path, tmp_path: Path
 ) -> None:
-    command = grpo.command(tmp_path / "run")
+    command = [*grpo.command(tmp_path / "run"), "checkpoint.async_save=true"]
     stopped(command, tmp_path / "stop", is_there=True).expect(STOPPED)
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1]
     sftrl(*command)

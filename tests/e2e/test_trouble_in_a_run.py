@@ -81,11 +81,12 @@ def assert_survived(run_dir: Path, before: dict[str, bytes]) -> None:
     assert contents(run_dir / "checkpoints") == before
 
 
+@pytest.mark.parametrize("async_save", ["false", "true"])
 def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_previous_checkpoint(
-    project: Project, half_done: Path, two_processes: Path
+    async_save: str, project: Project, half_done: Path, two_processes: Path
 ) -> None:
     before = contents(half_done / "checkpoints")
-    command = ["sft", str(project.yaml), f"run_dir={half_done}"]
+    command = ["sft", str(project.yaml), f"run_dir={half_done}", f"checkpoint.async_save={async_save}"]
     largest = max(map(len, before.values()))
     (failed,) = run_ranks(1, with_small_files, command, largest // 2, group=False)
     assert "the checkpoint of step 8 could not be written" in failed.expect(2).stderr

@@ -14,7 +14,7 @@ from megatron_sftrl.architectures.architecture import Architecture, to_record
 from megatron_sftrl.engine.checkpoint.directory import file_record
 from megatron_sftrl.engine.checkpoint.parts import StoredPart, write_parts
 from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord, TrainerState
-from megatron_sftrl.engine.together import new_directory_together, on_rank_zero
+from megatron_sftrl.engine.together import new_directory_together, on_rank_zero, sum_over_ranks
 from megatron_sftrl.hf.assets import HfAssets, write_assets
 from megatron_sftrl.hf.output import LOCK
 
@@ -39,7 +39,7 @@ def save_converted(
     Raises:
         ValueError: on every rank: `out` exists, a full disk, a part that could not be read.
     """
-    total = _sum_over_ranks(sum(part.num_bytes for part in parts))
+    total = sum_over_ranks(sum(part.num_bytes for part in parts))
     with new_directory_together(out, num_bytes=total) as temporary:
         written = write_parts([replace(part, key=f"policy.{part.key}") for part in parts], temporary)
         on_rank_zero(lambda: store_assets(temporary, assets))
@@ -84,9 +84,3 @@ def stored_assets(checkpoint: Path) -> HfAssets:
     folder = checkpoint / _ASSETS
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return HfAssets(files={str(path.relative_to(folder)): path.read_bytes() for path in files})
-
-
-def _sum_over_ranks(value: int) -> int:
-    values = [0] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return sum(values)

@@ -16,18 +16,22 @@ from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, FileRecord
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 
 
-def hashed_files(directory: Path) -> dict[str, FileRecord]:
+def hashed_files(directory: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
     """Size and hash of each file below `directory`; each rank reads its share.
 
+    Args:
+        directory: whose files do not change any more.
+        group: of all ranks; the default one when not given.
     Raises:
         ValueError: on every rank, when any rank could not read.
     """
     names = on_rank_zero(
-        lambda: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+        lambda: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()),
+        group,
     )
-    mine = on_every_rank(lambda: {name: file_record(directory / name) for name in _share(names)})
+    mine = on_every_rank(lambda: {name: file_record(directory / name) for name in _share(names)}, group)
     everyone: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=group)
     merged = {name: record for each in everyone for name, record in each.items()}
     return {name: merged[name] for name in names}
 

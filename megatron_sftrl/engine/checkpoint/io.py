@@ -27,23 +27,30 @@ from megatron_sftrl.engine.checkpoint.metadata import IndexReader, read_index
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 
 
-def write_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
+def write_tensors(
+    tensors: Sequence[ShardedTensor], directory: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """Write this rank's main replicas; every rank calls it. Files are forced to the disk.
 
+    Args:
+        tensors: of this rank.
+        directory: empty.
+        group: of all ranks; the default one when not given.
     Raises:
         ValueError: on every rank, when any rank could not write.
     """
-    mine = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
-    state = mcore_to_pyt_state_dict(_by_key(mine), False)  # type: ignore[arg-type]
+    state = mcore_to_pyt_state_dict(_by_key(stored_here(tensors)), False)  # type: ignore[arg-type]
     # Planning also checks that the boxes of all ranks cover every tensor once, without overlap.
     on_every_rank(
         lambda: torch_checkpoint.save(
             state,
             storage_writer=torch_checkpoint.FileSystemWriter(directory, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+            process_group=group,
+        ),
+        group,
     )
-    on_rank_zero(lambda: finish_format(directory))
+    on_rank_zero(lambda: finish_format(directory), group)
 
 
 def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
@@ -108,11 +115,12 @@ def check_tensors(
 
 def num_bytes(tensors: Iterable[ShardedTensor]) -> int:
     """Bytes that write_tensors would write on this rank."""
-    return sum(
-        tensor.data.nbytes
-        for tensor in tensors
-        if tensor.data is not None and is_main_replica(tensor.replica_id)
-    )
+    return sum(tensor.data.nbytes for tensor in stored_here(tensors) if tensor.data is not None)
+
+
+def stored_here(tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+    """Those that this rank writes: of equal parts on several ranks, one is stored."""
+    return [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
 
 
 def _by_key(tensors: Iterable[ShardedTensor]) -> dict[str, list[ShardedTensor]]:

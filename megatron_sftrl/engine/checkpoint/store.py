@@ -4,35 +4,37 @@ What a checkpoint holds is told in tensors.py and record.py. Not in it: a frozen
 reference (it is made again from the configuration), gradients, the configuration itself (run_dir has
 it), and the sampler's state (a function of seed and consumed_samples).
 
-Saving stops the training until the files are on the disk. Everything that a later asynchronous save
-needs is apart already: the list of tensors, their writing, and the renaming.
+Saving stops the training until the files are on the disk or, asynchronously, until the state is copied in
+host memory; writing.py then does the same on a thread of its own (background.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
-import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_sftrl.architectures.architecture import Architecture, to_record
+from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
-from megatron_sftrl.engine.checkpoint.converted import store_assets
-from megatron_sftrl.engine.checkpoint.integrity import Verification, hashed_files, verified_record
-from megatron_sftrl.engine.checkpoint.io import (
-    check_tensors,
-    num_bytes,
-    read_tensors,
-    stored_shapes,
-    write_tensors,
-)
+from megatron_sftrl.engine.checkpoint.background import BackgroundAction
+from megatron_sftrl.engine.checkpoint.host_copies import HostCopies
+from megatron_sftrl.engine.checkpoint.integrity import Verification, verified_record
+from megatron_sftrl.engine.checkpoint.io import check_tensors, read_tensors, stored_shapes
 from megatron_sftrl.engine.checkpoint.optimizer import optimizer_shares, optimizer_step, set_optimizer_step
-from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState, differences
+from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState
+from megatron_sftrl.engine.checkpoint.run_record import (
+    check_architecture,
+    check_record,
+    describe_run,
+    layout_of,
+    stored_reference,
+)
 from megatron_sftrl.engine.checkpoint.tensors import (
     model_tensors,
     optimizer_tensors,
@@ -40,6 +42,7 @@ from megatron_sftrl.engine.checkpoint.tensors import (
     rng_states,
     rng_tensors,
 )
+from megatron_sftrl.engine.checkpoint.writing import Written, write_checkpoint
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -47,29 +50,39 @@ from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.hf.assets import HfAssets
 
-# They change no parameter's shape and no number that the network computes from given weights.
-_FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")
 _NO_ASSETS = HfAssets(files={})
 
 
 class CheckpointStore:
     """The checkpoints of one run. Every method is called by every rank.
 
+    As a context manager it waits at the end for a save under way; after an error only for this rank's part.
+
     Args:
         directory: `<run_dir>/checkpoints`, on a file system that all nodes share.
         parallel: this rank's place.
         keep_last: complete checkpoints kept, at least 1.
         assets: tokenizer and configuration files that an export needs beside the weights.
+        async_save: write on a thread, from copies in host memory, while training goes on.
     """
 
     def __init__(
-        self, directory: Path, parallel: ParallelContext, *, keep_last: int, assets: HfAssets = _NO_ASSETS
+        self,
+        directory: Path,
+        parallel: ParallelContext,
+        *,
+        keep_last: int,
+        assets: HfAssets = _NO_ASSETS,
+        async_save: bool = False,
     ) -> None:
         assert keep_last >= 1
         self.assets = assets
         self.directory = directory
         self.parallel = parallel
         self.keep_last = keep_last
+        self._background = BackgroundAction[Written](parallel) if async_save else None
+        self._copies = HostCopies(parallel.device)
+        self._written: Written | None = None
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the highest step, as rank 0 sees it; None when there is none."""
@@ -84,35 +97,76 @@ class CheckpointStore:
             policy: with an optimizer, between two steps.
             reference: stored when it is a moving average.
         Returns:
-            The checkpoint's path. One of this step that exists already is kept and returned.
+            The checkpoint's path, which an asynchronous save gives it later. One of this step that exists
+            already is kept and returned.
         Raises:
-            ValueError: on every rank, when it could not be written (a full disk, say).
+            ValueError: on every rank, when it or, asynchronously, the one before could not be written (a full
+                disk, say).
         """
         assert policy.optimizer is not None
-        for path in on_rank_zero(lambda: checkpoint_directory.complete_checkpoints(self.directory)):
-            if path.name == checkpoint_directory.step_name(state.step):
-                return path
+        self.finish()
+        path = self.directory / checkpoint_directory.step_name(state.step)
+        if path in on_rank_zero(lambda: checkpoint_directory.complete_checkpoints(self.directory)):
+            return path
         policy.gather_parameters()
         tensors = _resume_tensors(policy, reference)
         tensors += rng_tensors(rng_states(self.parallel), self.parallel)
-        record = _record(state, policy, reference, _agreed_step(policy, self.parallel))
-        total = _sum_over_ranks(num_bytes(tensors), self.parallel)
-        temporary = on_rank_zero(
-            lambda: checkpoint_directory.begin(self.directory, state.step, num_bytes=total)
+        record = describe_run(state, policy, reference, _agreed_step(policy, self.parallel))
+        if self._background is None:
+            self._written = self._write(tensors, record)
+        else:
+            copies, group = self._copies.copy(tensors), self._background.group
+            self._background.start(lambda: self._write(copies, record, group))
+        return path
+
+    def written(self) -> Written | None:
+        """What the last save wrote, once, as soon as it is complete; for every step boundary.
+
+        Raises:
+            ValueError: on every rank, when an asynchronous save has failed.
+        """
+        if self._background is not None:
+            self._written = self._background.take(wait=False) or self._written
+        written, self._written = self._written, None
+        return written
+
+    def finish(self) -> None:
+        """Wait until an asynchronous save is complete.
+
+        Raises:
+            ValueError: on every rank, when it has failed.
+        """
+        if self._background is not None:
+            self._written = self._background.take(wait=True) or self._written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish()
+        elif self._background is not None and (problem := self._background.abandon()) is not None:
+            print(problem, file=sys.stderr, flush=True)
+
+    def _write(
+        self,
+        tensors: Sequence[ShardedTensor],
+        record: CheckpointRecord,
+        group: dist.ProcessGroup | None = None,
+    ) -> Written:
+        return write_checkpoint(
+            tensors,
+            record,
+            directory=self.directory,
+            assets=self.assets,
+            keep_last=self.keep_last,
+            group=group,
         )
-        try:
-            write_tensors(tensors, temporary)
-            on_rank_zero(lambda: store_assets(temporary, self.assets))
-            record = dataclasses.replace(record, files=hashed_files(temporary))
-            return on_rank_zero(
-                lambda: checkpoint_directory.complete(temporary, record, keep_last=self.keep_last)
-            )
-        except ValueError as error:
-            on_rank_zero(lambda: checkpoint_directory.discard(temporary))
-            raise ValueError(
-                f"the checkpoint of step {state.step} could not be written to {self.directory}; earlier "
-                f"checkpoints are untouched. {error}"
-            ) from error
 
     def load(self, path: Path, policy: PolicyEngine, reference: ReferenceModel | None) -> TrainerState:
         """Bring policy, optimizer and moving-average reference to where the checkpoint was written.
@@ -131,12 +185,12 @@ class CheckpointStore:
         """
         assert policy.optimizer is not None
         record = verified_record(path)
-        _check_record(record, policy, reference, path)
+        check_record(record, policy, reference, path)
         stored = stored_shapes(path)
         tensors = _resume_tensors(policy, reference)
         check_tensors(tensors, {key: stored[key] for key in stored if not key.startswith("rng.")}, path)
         states = rng_states(self.parallel)
-        if record.layout == _layout(self.parallel):
+        if record.layout == layout_of(self.parallel):
             tensors += rng_tensors(states, self.parallel)
         read_tensors(tensors, path)
         set_optimizer_step(policy.optimizer, record.optimizer_step)
@@ -171,7 +225,7 @@ def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: A
     """
     verification = find_checkpoint(path)
     found, record = verification.path, verification.finish()
-    _raise_if_different(_architecture_differences(record, architecture), found)
+    check_architecture(record, architecture, found)
     tensors = model_tensors(chunks, prefix="policy")
     stored = stored_shapes(found)
     check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)
@@ -183,79 +237,9 @@ def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> l
     assert policy.optimizer is not None
     tensors = model_tensors(policy.chunks, prefix="policy")
     tensors += optimizer_tensors(policy.chunks, optimizer_shares(policy.optimizer))
-    if reference is not None and _stored_kind(reference) is not None:
+    if reference is not None and stored_reference(reference) is not None:
         tensors += model_tensors(reference.chunks, prefix="reference")
     return tensors
-
-
-def _record(
-    state: TrainerState, policy: PolicyEngine, reference: ReferenceModel | None, step: int
-) -> CheckpointRecord:
-    return CheckpointRecord(
-        trainer=state,
-        architecture=to_record(policy.architecture),
-        dtype=_dtype(policy),
-        optimizer=policy.optim.name,
-        optimizer_step=step,
-        reference=_stored_kind(reference),
-        layout=_layout(policy.parallel),
-        versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
-        files={},
-    )
-
-
-def _check_record(
-    record: CheckpointRecord, policy: PolicyEngine, reference: ReferenceModel | None, path: Path
-) -> None:
-    """Every rank has the same record, so every rank raises the same error."""
-    problems = _architecture_differences(record, policy.architecture)
-    problems += differences(
-        {"model.dtype": record.dtype, "optim.name": record.optimizer, "moving reference": record.reference},
-        {
-            "model.dtype": _dtype(policy),
-            "optim.name": policy.optim.name,
-            "moving reference": _stored_kind(reference),
-        },
-    )
-    _raise_if_different(problems, path)
-
-
-def _architecture_differences(record: CheckpointRecord, architecture: Architecture) -> list[str]:
-    def relevant(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if name not in _FREE_ARCHITECTURE_FIELDS}
-
-    return differences(relevant(record.architecture), relevant(to_record(architecture)))
-
-
-def _raise_if_different(problems: list[str], path: Path) -> None:
-    if problems:
-        raise ValueError(
-            f"checkpoint {path} belongs to another run; nothing was loaded:\n  " + "\n  ".join(problems)
-        )
-
-
-def _stored_kind(reference: ReferenceModel | None) -> str | None:
-    """A frozen reference is made again from the configuration, a moving average is state."""
-    if reference is None or reference.section.kind == "frozen":
-        return None
-    return reference.section.kind
-
-
-def _dtype(policy: PolicyEngine) -> str:
-    return "bf16" if policy.config.params_dtype == torch.bfloat16 else "fp32"
-
-
-def _layout(parallel: ParallelContext) -> dict[str, str | int]:
-    return {
-        "tp": parallel.tp_size,
-        "pp": parallel.pp_size,
-        "vp": parallel.vp_size,
-        "cp": parallel.cp_size,
-        "ep": parallel.ep_size,
-        "etp": parallel.etp_size,
-        "dp": parallel.dp_size,
-        "device": parallel.device.type,
-    }
 
 
 def _agreed_step(policy: PolicyEngine, parallel: ParallelContext) -> int:
@@ -264,9 +248,3 @@ def _agreed_step(policy: PolicyEngine, parallel: ParallelContext) -> int:
     steps = torch.tensor(optimizer_step(policy.optimizer), device=parallel.device)
     dist.all_reduce(steps, op=dist.ReduceOp.MAX)
     return int(steps)
-
-
-def _sum_over_ranks(value: int, parallel: ParallelContext) -> int:
-    total = torch.tensor(value, device=parallel.device)
-    dist.all_reduce(total)
-    return int(total)
