@@ -5,8 +5,10 @@
 run.yaml is a short run of `sftrl sft` or `sftrl grpo` with checkpoint.every > 0. It runs once undisturbed;
 then it is started again and again, and one rank gets SIGKILL, the others after it as torchrun would do it,
 until the kills are used up and the last run has finished. Reported: runs that did not end with the numbers of
-the undisturbed one (a checkpoint that cannot be read ends a run, too), and the steps that a kill repeated. On
-the CPU: ranks are forked from one process that has imported everything.
+the undisturbed one, checkpoints whose files are not what was written, and the steps that a kill repeated.
+With checkpoint.async_save a kill may repeat more than one interval, since steps go on beside a save; without
+the steps done since the save that it interrupted it may not. On the CPU: ranks are forked from one process
+that has imported everything.
 """
 
 from __future__ import annotations
@@ -28,8 +30,13 @@ import megatron_sftrl.trainers.sft
 from megatron_sftrl.cli import main as sftrl
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.engine.checkpoint.directory import complete_checkpoints, file_problem
+from megatron_sftrl.engine.checkpoint.record import read_record
 
-TIMING = ("seconds/", "tokens_per_second", "peak_memory_bytes", "rollout/tokens", "reward/slowest_seconds")
+TIMING = (
+    "seconds/", "tokens_per_second", "peak_memory_bytes", "rollout/tokens", "reward/slowest_seconds",
+    "checkpoint/",
+)  # fmt: skip
 IMPORTED_BEFORE_THE_FORKS = (megatron_sftrl.trainers.grpo, megatron_sftrl.trainers.sft)
 
 
@@ -77,12 +84,19 @@ class Job:
 
     def newest(self) -> int:
         """Step of the newest complete checkpoint."""
-        found = (self.run_dir / "checkpoints").glob("step-*")
-        return max((int(path.name.removeprefix("step-")) for path in found), default=0)
+        found = complete_checkpoints(self.run_dir / "checkpoints")
+        return int(found[-1].name.removeprefix("step-")) if found else 0
 
     def is_saving(self) -> bool:
         """A checkpoint is being written."""
         return any((self.run_dir / "checkpoints").glob(".step-*.tmp"))
+
+    def damaged(self) -> int:
+        """Complete checkpoints with a file that is not what was written."""
+        return sum(
+            any(file_problem(path / name, file) for name, file in read_record(path).files.items())
+            for path in complete_checkpoints(self.run_dir / "checkpoints")
+        )
 
 
 @dataclass(slots=True)
@@ -93,11 +107,25 @@ class Outcome:
     while_saving: int = 0
     finished_runs: int = 0
     lost_runs: int = 0
+    damaged: int = 0
     repeated: list[int] = field(default_factory=list)
+    repeated_before_the_save: list[int] = field(default_factory=list)
+
+
+def steps_repeated(steps: int, newest: int, every: int) -> tuple[int, int]:
+    """Steps that a kill repeats, and those of them that precede the save that it interrupted, if any.
+
+    Args:
+        steps: done.
+        newest: step of the newest complete checkpoint.
+        every: steps between checkpoints.
+    """
+    due = steps // every * every
+    return steps - newest, due - newest if newest < due else steps - newest
 
 
 def main() -> int:
-    """1 when a run was lost or a kill repeated more than one checkpoint interval."""
+    """1 when a run was lost, a checkpoint damaged, or a kill repeated more than one checkpoint interval."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -121,21 +149,26 @@ def main() -> int:
     while outcome.kills < arguments.kills:
         number = outcome.finished_runs + outcome.lost_runs
         job = Job(command, arguments.ranks, arguments.out / f"{number}.log", arguments.out / str(number))
-        _disturb(job, draw, outcome, arguments.kills, seconds)
+        _disturb(job, draw, outcome, arguments.kills, seconds, config.checkpoint.every)
         is_same = _numbers(job.run_dir) == _numbers(whole.run_dir)
         outcome.finished_runs += is_same
         outcome.lost_runs += not is_same
-    most = max(outcome.repeated, default=0)
-    print(
-        f"{kind} on {arguments.ranks} ranks: {outcome.kills} kills, {outcome.while_saving} of them while a "
-        f"checkpoint was written; {outcome.finished_runs} runs ended with the undisturbed numbers, "
-        f"{outcome.lost_runs} did not; steps repeated after a kill: at most {most}, one checkpoint interval "
-        f"is {config.checkpoint.every}"
+    print(f"{kind} on {arguments.ranks} ranks, {config.checkpoint}: {_summary(outcome)}")
+    most = max(outcome.repeated_before_the_save, default=0)
+    return int(outcome.lost_runs > 0 or outcome.damaged > 0 or most > config.checkpoint.every)
+
+
+def _summary(outcome: Outcome) -> str:
+    return (
+        f"{outcome.kills} kills, {outcome.while_saving} of them while a checkpoint was written; "
+        f"{outcome.finished_runs} runs ended with the undisturbed numbers, {outcome.lost_runs} did not; "
+        f"{outcome.damaged} damaged checkpoints; steps repeated after a kill: at most "
+        f"{max(outcome.repeated, default=0)}, of them before the interrupted save at most "
+        f"{max(outcome.repeated_before_the_save, default=0)}"
     )
-    return int(outcome.lost_runs > 0 or most > config.checkpoint.every)
 
 
-def _disturb(job: Job, draw: random.Random, outcome: Outcome, kills: int, seconds: float) -> None:
+def _disturb(job: Job, draw: random.Random, outcome: Outcome, kills: int, seconds: float, every: int) -> None:
     """Start the run until it ends by itself; about one kill in two waits for a checkpoint."""
     while True:
         children = job.start()
@@ -144,7 +177,7 @@ def _disturb(job: Job, draw: random.Random, outcome: Outcome, kills: int, second
         while outcome.kills < kills and _is_running(children[0]):
             if (wants_saving and job.is_saving()) or (not wants_saving and time.monotonic() > moment):
                 time.sleep(draw.uniform(0, 0.05) if wants_saving else 0)
-                _kill(children, draw, job, outcome)
+                _kill(children, draw, job, outcome, every)
                 break
             time.sleep(0.002)
         else:
@@ -152,7 +185,7 @@ def _disturb(job: Job, draw: random.Random, outcome: Outcome, kills: int, second
             return
 
 
-def _kill(children: list[int], draw: random.Random, job: Job, outcome: Outcome) -> None:
+def _kill(children: list[int], draw: random.Random, job: Job, outcome: Outcome, every: int) -> None:
     outcome.while_saving += job.is_saving()
     outcome.kills += 1
     victim = draw.choice(children)
@@ -162,7 +195,10 @@ def _kill(children: list[int], draw: random.Random, job: Job, outcome: Outcome) 
     for child in children:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
-    outcome.repeated.append(job.steps() - job.newest())
+    repeated, before_the_save = steps_repeated(job.steps(), job.newest(), every)
+    outcome.repeated.append(repeated)
+    outcome.repeated_before_the_save.append(before_the_save)
+    outcome.damaged += job.damaged()
     print(f"kill {outcome.kills} after step {job.steps()}, checkpoint {job.newest()}", flush=True)
 
 
