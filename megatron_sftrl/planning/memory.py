@@ -57,11 +57,13 @@ class MemoryPlan:
         stages: in order.
         rollout: of the rollout engine, None without one.
         host_reference: bytes of an offloaded reference in the memory of each node, over its GPUs.
+        host_checkpoint: bytes that the copies of an asynchronous save take in the memory of a node, at most.
     """
 
     stages: tuple[StageMemory, ...]
     rollout: RolloutMemory | None
     host_reference: float
+    host_checkpoint: float
 
     @property
     def fullest(self) -> StageMemory:
@@ -84,15 +86,33 @@ def plan_memory(
         rollout = rollout_memory(architecture, config, grid, batch, hardware)
     stages = []
     is_offloaded = config.reference is not None and config.reference.placement == "offload"
-    largest_reference = 0
+    largest_reference, largest_copy = 0, 0
     for stage in range(grid.pp):
         state = model_state(architecture, config, grid, stage=stage)
         peak = step_peak(architecture, config, grid, batch, stage=stage, num_microbatches=num_microbatches)
         phases = _phases(state, peak, rollout, hardware, is_offloaded=is_offloaded)
         stages.append(StageMemory(stage=stage, phases=phases))
         largest_reference = max(largest_reference, state.reference)
+        largest_copy = max(largest_copy, _copies_on_node(state, config, grid, hardware))
     on_host = largest_reference * min(hardware.gpus_per_node, grid.world_size) if is_offloaded else 0
-    return MemoryPlan(stages=tuple(stages), rollout=rollout, host_reference=float(on_host))
+    return MemoryPlan(
+        stages=tuple(stages),
+        rollout=rollout,
+        host_reference=float(on_host),
+        host_checkpoint=float(largest_copy if config.checkpoint.async_save else 0),
+    )
+
+
+def _copies_on_node(state: ModelState, config: TrainingConfig, grid: Grid, hardware: Hardware) -> int:
+    """Bytes that the ranks of a node store: weights once, a distributed optimizer share by share."""
+    num_ranks = min(hardware.gpus_per_node, grid.world_size)
+    num_stages, rest = divmod(num_ranks, grid.tp * grid.cp * grid.dp)
+    once = max(grid.tp, grid.etp * grid.ep)
+    num_first = num_stages * once + min(once, rest)
+    is_moving = config.reference is not None and config.reference.kind != "frozen"
+    weights = state.parameters + state.reference * is_moving
+    num_shares = num_ranks if config.parallel.distributed_optimizer else num_first
+    return num_first * weights + num_shares * state.optimizer
 
 
 def _phases(

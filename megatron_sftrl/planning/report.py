@@ -41,6 +41,12 @@ def print_plan(plan: Plan, hardware: Hardware, console: Console) -> None:
             f"Host memory: {plan.memory.host_reference / _GB:.1f} GB a node for the offloaded reference",
             highlight=False,
         )
+    if plan.memory.host_checkpoint:
+        console.print(
+            f"Host memory: at most {plan.memory.host_checkpoint / _GB:.1f} GB a node for the copies of an "
+            "asynchronous save (more where torch rounds pinned blocks up to powers of two)",
+            highlight=False,
+        )
     console.print(_time_table(plan))
     for line in assumptions(plan, hardware):
         console.print(line, highlight=False)
@@ -129,6 +135,8 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
         "grid": asdict(plan.grid),
         "fits": not plan.problems,
         "problems": list(plan.problems),
+        "host_reference": plan.memory.host_reference,
+        "host_checkpoint": plan.memory.host_checkpoint,
         "stages": [
             {phase.name: {**phase.items, "total": phase.total} for phase in stage.phases}
             for stage in plan.memory.stages
