@@ -19,9 +19,12 @@ from megatron_sftrl.architectures.architecture import Architecture, padded_vocab
 from megatron_sftrl.planning.grid import Grid
 
 Kernels = Literal["torch", "transformer_engine"]
+Fused = Literal["auto", "on", "off"]
 _FP32, _INT64 = 4, 8
 _LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
 """vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
+_FUSED_CHUNK = {"torch": 128 * 2**20, "transformer_engine": 512 * 2**20}
+"""vocab_parallel/output_layer.py: logits that exist at a time where the output layer is fused with the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +69,15 @@ class HeadBytes:
 
     Args:
         saved: kept for the backward, without logits.
-        logits: [t, V/tp] of one model.
+        logits: [t, V/tp] of one model, or the chunk of them that exists at a time.
+        is_fused: logits live for a chunk, not for a micro-batch.
         forward: most that the loss adds to the logits of policy and reference.
         backward: most that the backward of loss and output layer adds to them.
     """
 
     saved: int
     logits: int
+    is_fused: bool
     forward: int
     backward: int
 
@@ -96,17 +101,29 @@ def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> Bl
     )
 
 
-def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> HeadBytes:
+def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused) -> HeadBytes:
     """What the last stage holds for one micro-batch behind its blocks."""
     columns = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp
     logits = batch.tokens * columns * batch.element
     gathered = batch.tokens * architecture.hidden_size * batch.element
     weight = columns * architecture.hidden_size * batch.element
+    chunk, saved = _LOGIT_CHUNK[batch.kernels], _norm_bytes(architecture.hidden_size, batch)
+    if fused == "on" or (fused == "auto" and logits > _FUSED_CHUNK[batch.kernels]):
+        # The gradient takes the place of the chunk's logits; what is left is that of the hidden states.
+        states = (2 + grid.sequence_parallel) * gathered
+        return HeadBytes(
+            saved=saved,
+            logits=min(logits, _FUSED_CHUNK[batch.kernels]),
+            is_fused=True,
+            forward=chunk + states,
+            backward=chunk + states,
+        )
     return HeadBytes(
-        saved=_norm_bytes(architecture.hidden_size, batch),
+        saved=saved,
         logits=logits,
-        forward=_LOGIT_CHUNK[batch.kernels],
-        backward=logits + max(_LOGIT_CHUNK[batch.kernels], weight + (1 + grid.sequence_parallel) * gathered),
+        is_fused=False,
+        forward=chunk,
+        backward=logits + max(chunk, weight + (1 + grid.sequence_parallel) * gathered),
     )
 
 

@@ -81,11 +81,11 @@ def step_peak(
             reference_states=0,
             reference_forward=(2 * block.input + block.forward) * has_reference,
         )
-    head = head_bytes(architecture, grid, batch)
+    head = head_bytes(architecture, grid, batch, config.loss.fused)
     num_models = 1 + has_reference
-    # The graph of the micro-batch before is let go after this one's forward, its logits with it.
+    # The graph of the micro-batch before is let go after this one's forward, and its logits with it.
     held = num_models * head.logits
-    earlier = held if num_microbatches > 1 else 0
+    earlier = held if num_microbatches > 1 and not head.is_fused else 0
     at_head = max(earlier + head.forward, head.backward)
     states = num_microbatches * block.input * has_reference
     return StepPeak(

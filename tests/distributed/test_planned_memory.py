@@ -134,6 +134,13 @@ STEPS = {
     "fp32": Step(dtype="fp32"),
     "few long sequences": Step(num_tokens=4096, num_sequences=2),
     "a large vocabulary": Step(model={"vocab_size": 8000}),
+    "a large vocabulary, fused": Step(
+        dtype="fp32",
+        model={"vocab_size": 8000, "num_layers": 2},
+        loss={"name": "gift", "beta": 4.0, "fused": "on"},
+        reference={"kind": "frozen"},
+        num_tokens=512,
+    ),
     "recomputed": Step(model={"num_layers": 12, "hidden_size": 128}, recompute="full", num_tokens=2048),
     "a reference": Step(
         model={"vocab_size": 2000},
