@@ -24,7 +24,7 @@ _FP32, _INT64 = 4, 8
 _LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
 """vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
 _FUSED_CHUNK = {"torch": 128 * 2**20, "transformer_engine": 512 * 2**20}
-"""vocab_parallel/output_layer.py: logits that exist at a time where the output layer is fused with the loss."""
+"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
