@@ -12,6 +12,9 @@ from torch import Tensor
 from megatron_sftrl.doctor.case import Case
 from megatron_sftrl.doctor.evaluation import Outcome, Piece
 
+SMALLEST_UNIT = 1e-6
+"""Where the truth is smaller, it may be rounding alone: PEAR's log weight of a sequence's last token is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
@@ -143,8 +146,7 @@ def _largest(
 ) -> Difference:
     """The entry of two [t, n] arrays with the largest difference in its row's [t, 1] unit."""
     absolute = (got - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    # A truth that is 0 everywhere leaves no unit but the numbers themselves.
-    relative = absolute / torch.where(unit > 0, unit, 1.0)
+    relative = absolute / unit.clamp(min=SMALLEST_UNIT)
     row, column = divmod(int(relative.argmax()), got.shape[1])
     first = piece.first_column + (piece.num_columns if what == "gradient of padding" else 0)
     return Difference(

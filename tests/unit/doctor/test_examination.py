@@ -33,12 +33,18 @@ WHOLE_STEP = {"one-token", "microbatches", "packing", "pp2", "dp2", "cp2", "tp2-
 
 
 def findings_of(
-    name: str, options: dict, *, module: str = "", only: set[str] | None = None, pool: RankPool = POOL
+    name: str,
+    options: dict,
+    *,
+    module: str = "",
+    only: set[str] | None = None,
+    pool: RankPool = POOL,
+    seed: int = 0,
 ) -> list[Finding]:
-    """All findings, or those of some checks, on seed 0."""
+    """All findings, or those of some checks."""
     modules = (str(PLANTED / module),) if module else ()
     spec = LossSpec(name=name, options=options, modules=modules)
-    examination = Examination(spec=spec, loss=spec.build(), seed=0, pool=pool, timeout_s=120)
+    examination = Examination(spec=spec, loss=spec.build(), seed=seed, pool=pool, timeout_s=120)
     return list(examine(examination, [check for check in CHECKS if only is None or check.name in only]))
 
 
@@ -49,6 +55,11 @@ def test_every_registered_loss_holds(name: str, options: dict) -> None:
     findings = findings_of(name, options)
     assert [finding.check for finding in findings] == [check.name for check in CHECKS]
     assert {finding.check: finding.problems for finding in findings if finding.problems} == {}
+
+
+def test_a_metric_that_is_rounding_alone_has_no_digits_to_keep() -> None:
+    findings = findings_of("pear", {}, only={"microbatches", "packing"}, seed=9)  # 9e-16 nats in one process
+    assert [finding.problems for finding in findings] == [(), ()]
 
 
 @pytest.mark.parametrize(
