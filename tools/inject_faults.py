@@ -35,7 +35,7 @@ from megatron_sftrl.engine.checkpoint.record import read_record
 
 TIMING = (
     "seconds/", "tokens_per_second", "peak_memory_bytes", "rollout/tokens", "reward/slowest_seconds",
-    "checkpoint/",
+    "checkpoint/", "ranks/",
 )  # fmt: skip
 IMPORTED_BEFORE_THE_FORKS = (megatron_sftrl.trainers.grpo, megatron_sftrl.trainers.sft)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,6 +15,7 @@ from torch import Tensor
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
+from megatron_sftrl.engine.gradient_clock import GradientClock
 from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.objective import Objective, OutputHead
@@ -54,6 +56,7 @@ class PolicyEngine:
     ) -> None:
         self.architecture = architecture
         self.parallel = parallel
+        self.clock = GradientClock(parallel.device)
         self.optim = run.optim
         self.config: TransformerConfig = transformer_config(
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
@@ -76,7 +79,7 @@ class PolicyEngine:
     def _prepare_training(self, run: TrainingConfig) -> None:
         wrapped = wrap_with_ddp(self.chunks, self.config, run.parallel)
         self.wrapped = wrapped
-        self.config.finalize_model_grads_func = finalize_gradients
+        self.config.finalize_model_grads_func = _finalize_after(self.clock)
         if run.parallel.overlap_grad_reduce:
             no_syncs = [chunk.no_sync for chunk in wrapped]
             self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]  # type: ignore[assignment]
@@ -95,6 +98,7 @@ class PolicyEngine:
     ) -> StepReport:
         """Gradients of sum(token_loss * token_weight) over the step and all ranks, ready for optim_step."""
         self.zero_gradients()
+        self.clock.start()
         return self._run(batches, loss, reference, forward_only=False)
 
     def zero_gradients(self) -> None:
@@ -195,3 +199,14 @@ class PolicyEngine:
         if reference is not None:
             reference.finish_step()
         return reduce_reports(reports, self.parallel)
+
+
+def _finalize_after(clock: GradientClock) -> Callable[..., None]:
+    """finalize_gradients with the clock stopped: there the schedule begins to wait for other ranks."""
+
+    # Not a method: the configuration would hold the policy, and Megatron copies configurations.
+    def finalize(chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        clock.stop()
+        finalize_gradients(chunks, *args, **kwargs)
+
+    return finalize

@@ -35,6 +35,7 @@ from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
 from megatron_sftrl.trainers.samples import SampleLog
 from megatron_sftrl.trainers.scoring import score_responses
 from megatron_sftrl.trainers.stop import StopRequest
+from megatron_sftrl.trainers.stragglers import Stragglers
 from megatron_sftrl.types import SamplingParams
 
 _PHASES = ("reshard", "generate", "reward", "old_logprobs", "update")
@@ -100,6 +101,7 @@ class GrpoTrainer:
         )
         self.gates = Gates(config.gates, held_out=HELD_OUT if valid else ())
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
+        self.stragglers = Stragglers(self.policy, parallel)
         is_cuda = parallel.device.type == "cuda"
         self.watch = HangWatch(config.train.hang_minutes)
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
@@ -245,6 +247,7 @@ class GrpoTrainer:
             "tokens_per_second": num_tokens / sum(seconds[phase] for phase in _PHASES),
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             **save_numbers(self.store),
+            **self.stragglers.numbers(),
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
         }
 

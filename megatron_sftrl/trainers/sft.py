@@ -23,6 +23,7 @@ from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
 from megatron_sftrl.trainers.stop import StopRequest
+from megatron_sftrl.trainers.stragglers import Stragglers
 
 
 def run_sft(config: RunConfig) -> bool:
@@ -75,6 +76,7 @@ class SftTrainer:
             fingerprint=demonstrations.dataset.fingerprint,
             columns="tokens, masks or scores",
         )
+        self.stragglers = Stragglers(self.policy, parallel)
         is_cuda = parallel.device.type == "cuda"
         self.watch = HangWatch(self.config.train.hang_minutes)
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
@@ -164,6 +166,7 @@ class SftTrainer:
             **report.metrics,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             **save_numbers(self.store),
+            **self.stragglers.numbers(),
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
         }
 

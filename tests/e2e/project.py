@@ -16,7 +16,7 @@ NUM_STEPS = 8
 VOCAB_SIZE = 101  # one more than the tokenizer has; odd, so that tp = 2 pads it
 TIMING = (
     "tokens_per_second", "seconds/", "peak_memory_bytes", "rollout/tokens_per_second",
-    "reward/slowest_seconds", "reshard/gigabytes_per_second", "checkpoint/",
+    "reward/slowest_seconds", "reshard/gigabytes_per_second", "checkpoint/", "ranks/",
 )  # fmt: skip
 
 _SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
