@@ -43,7 +43,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "vllm": ["vllm>=0.32,<0.33"],
-        "test": ["pytest", "pytest-timeout", "ruff", "pyright", "tensorboard"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard"],
     },
     entry_points={"console_scripts": ["sftrl = megatron_sftrl.cli:main"]},
 )

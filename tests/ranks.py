@@ -20,9 +20,9 @@ atexit.register(POOL.close)
 
 
 def run_ranks(
-    world_size: int, function: Callable, *args: Any, timeout_s: float = 120, group: bool = True
+    world_size: int, function: Callable, *args: Any, timeout_s: float = 300, group: bool = True
 ) -> list[Any]:
-    """`RankPool.run` on the session's workers."""
+    """`RankPool.run` on the session's workers; the limit only ends what hangs, on a busy machine."""
     return POOL.run(world_size, function, *args, timeout_s=timeout_s, group=group)
 
 

@@ -11,4 +11,5 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MOD
 ruff check .
 ruff format --check .
 pyright
-exec python -m pytest -q "$@"
+# Two processes of tests, a file in one of them; the short files of unit/, the last, even out the end.
+exec python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
