@@ -146,7 +146,7 @@ def test_a_failure_on_one_rank_is_told_on_every_rank_also_where_the_action_canno
     together = [("ValueError: RuntimeError: rank 1 broke", f"rank {rank}") for rank in (0, 1)]
     assert run_ranks(2, one_rank_fails, True) == together
     (waiting, after), (broken, _) = run_ranks(2, one_rank_fails, False)
-    assert waiting == "ValueError: another rank failed; its message says why"
+    assert waiting == "RuntimeError: another rank failed; its message says why"
     assert broken == "RuntimeError: rank 1 broke"
     assert after == "rank 0"
 

@@ -64,8 +64,8 @@ class BackgroundAction(Generic[T]):
         Args:
             wait: until it has ended on every rank.
         Raises:
-            BaseException: on every rank, when it failed on any: what the action raised, or a ValueError where
-                it has not ended.
+            BaseException: on every rank, when it failed on any: what the action raised, or a RuntimeError
+                where it has not ended. Not a ValueError: that would say that starting again cannot help.
         """
         if self._outcome is None:
             return None
@@ -78,7 +78,7 @@ class BackgroundAction(Generic[T]):
             # Ranks that fail together do not end in the same moment.
             self._join(_SECONDS_TO_FAIL)
             if not outcome.done():
-                raise ValueError("another rank failed; its message says why")
+                raise RuntimeError("another rank failed; its message says why")
         return outcome.result()
 
     def abandon(self) -> BaseException | None:
