@@ -147,13 +147,14 @@ def _evaluate_in_one_pass(
 ) -> Outcome:
     """A token-local loss sees some tokens at a time, none of them without weight."""
 
-    def distribution(logits: Tensor | OutputLayer) -> TokenDistribution:
-        return _distribution(logits, groups, tp_group)
+    def distribution(logits: Tensor) -> TokenDistribution:
+        return _distribution(logits, groups, tp_group, is_scratch=True)
 
     def of_tokens(
         policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         output = loss(LossInputs(policy=policy, reference=reference, batch=batch, is_part=True))
+        policy.entropy()
         return output.token_loss, output.metrics
 
     reference = None if piece.reference is None else _layer_of(piece.reference)
@@ -222,12 +223,24 @@ def _inputs(
 
 
 def _distribution(
-    origin: Tensor | OutputLayer, groups: RankGroups, tp_group: dist.ProcessGroup | None
+    origin: Tensor | OutputLayer,
+    groups: RankGroups,
+    tp_group: dist.ProcessGroup | None,
+    *,
+    is_scratch: bool = False,
 ) -> TokenDistribution:
-    where = {"vocab_size": groups.vocab_size, "padded_vocab_size": groups.padded_vocab_size}
+    vocab_size, padded_vocab_size = groups.vocab_size, groups.padded_vocab_size
     if isinstance(origin, OutputLayer):
-        return TokenDistribution.from_output_layer(origin, group=tp_group, **where)
-    return TokenDistribution.from_logits(origin, group=tp_group, **where)
+        return TokenDistribution.from_output_layer(
+            origin, vocab_size=vocab_size, group=tp_group, padded_vocab_size=padded_vocab_size
+        )
+    return TokenDistribution.from_logits(
+        origin,
+        vocab_size=vocab_size,
+        group=tp_group,
+        padded_vocab_size=padded_vocab_size,
+        is_scratch=is_scratch,
+    )
 
 
 def _layer_of(logits: Tensor) -> OutputLayer:
