@@ -80,31 +80,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-sftrl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    sft = commands.add_parser(
+    _add_run_command(
+        commands,
         "sft",
+        _sft,
         help="fine-tune on demonstrations",
-        description="Fine-tune as run.yaml says. A run directory that holds this run's checkpoints is "
-        "resumed. On several processes: "
+        description="Fine-tune as run.yaml says; `sftrl keys` explains it. A run directory that holds "
+        "this run's checkpoints is resumed. On several processes: "
         "torchrun --nproc-per-node N -m megatron_sftrl sft run.yaml key=value ...",
-        allow_abbrev=False,
+        example="parallel.tp=2 optim.lr=1e-5",
     )
-    sft.add_argument("config", help="YAML file; `sftrl keys` explains every key")
-    sft.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example parallel.tp=2 optim.lr=1e-5"
-    )
-    sft.set_defaults(command=_sft)
-
-    grpo = commands.add_parser(
+    _add_run_command(
+        commands,
         "grpo",
+        _grpo,
         help="train with rewards on generated responses",
         description="Generate, reward and update as run.yaml says; `sftrl keys grpo` explains it. On several "
         "processes: torchrun --nproc-per-node N -m megatron_sftrl grpo run.yaml key=value ...",
-        allow_abbrev=False,
+        example="rollout.group_size=16",
     )
-    grpo.add_argument("config", help="YAML file; `sftrl keys grpo` explains every key")
-    grpo.add_argument("overrides", nargs="*", metavar="key=value", help="for example rollout.group_size=16")
-    grpo.set_defaults(command=_grpo)
-
     _add_generate(commands)
     _add_preflight(commands)
     _add_plan(commands)
@@ -123,6 +117,23 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--traceback", action="store_true", help="show where an error was raised (or SFTRL_TRACEBACK=1)"
         )
+    return parser
+
+
+def _add_run_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    command: Callable[[argparse.Namespace], int | None],
+    *,
+    help: str,
+    description: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A command about one run: its YAML and overrides of single keys."""
+    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")
+    parser.set_defaults(command=command)
     return parser
 
 
@@ -146,15 +157,15 @@ def _grpo(parsed: argparse.Namespace) -> int:
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
-    generate = commands.add_parser(
+    generate = _add_run_command(
+        commands,
         "generate",
+        _generate,
         help="responses of a checkpoint for a file of prompts",
         description="Every row comes back with `responses`, `num_tokens` and `is_finished` added. "
         "Model, tokenizer and layout are those of run.yaml; the checkpoint may come from any layout.",
-        allow_abbrev=False,
+        example="parallel.tp=2",
     )
-    generate.add_argument("config", help="YAML file of a run")
-    generate.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.tp=2")
     generate.add_argument("--prompts", type=Path, required=True, help="rows with `prompt` or `messages`")
     generate.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     generate.add_argument(
@@ -167,7 +178,6 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument(
         "--logprobs", action="store_true", help="add `logprobs`: of each response token, in nats"
     )
-    generate.set_defaults(command=_generate)
 
 
 def _generate(parsed: argparse.Namespace) -> None:
@@ -194,22 +204,21 @@ def _generate(parsed: argparse.Namespace) -> None:
 
 
 def _add_preflight(commands: argparse._SubParsersAction) -> None:
-    preflight = commands.add_parser(
+    preflight = _add_run_command(
+        commands,
         "preflight",
+        _preflight,
         help="check nodes, network, disks and a run's configuration",
         description="Run it as the run itself will be started: torchrun ... -m megatron_sftrl preflight "
         "run.yaml key=value ... A table, and exit code 2 with the names of bad nodes.",
-        allow_abbrev=False,
+        example="parallel.tp=2",
     )
-    preflight.add_argument("config", help="YAML file of a run")
-    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="as for the run")
     preflight.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for a silent process (60)"
     )
     preflight.add_argument(
         "--min-bandwidth", type=float, metavar="GB/S", help="bus bandwidth that all-reduce must reach"
     )
-    preflight.set_defaults(command=_preflight)
 
 
 def _preflight(parsed: argparse.Namespace) -> None:

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from benchmark_model import add_model_arguments, benchmark_run, random_batch
 
 from megatron_sftrl import TokenBatch, build_loss
 from megatron_sftrl.architectures.architecture import from_section, num_parameters
-from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -47,12 +47,14 @@ class Seconds:
 
 def main() -> None:
     arguments = _parse()
-    config = _config(arguments)
+    config = benchmark_run(arguments, max_length=arguments.tokens, parallel={"tp": arguments.tp})
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     parallel = initialize_parallel(config.parallel)
     policy = PolicyEngine(architecture, config, parallel)
-    step = _step_of(policy, _random_batch(arguments.tokens, architecture.vocab_size, parallel.device))
+    step = _step_of(
+        policy, random_batch(arguments.tokens, architecture.vocab_size, parallel.device, behavior=-10.0)
+    )
     with tempfile.TemporaryDirectory(dir=arguments.out_dir, prefix="benchmark-checkpoint-") as mine:
         shared = [mine]
         dist.broadcast_object_list(shared, src=0)
@@ -77,51 +79,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a step")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=16384)
+    add_model_arguments(parser, hidden=512, vocab=16384)
     parser.add_argument("--json", type=Path, default=None, help="file for the numbers")
     return parser.parse_args()
-
-
-def _config(arguments: argparse.Namespace) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {
-                "architecture": {
-                    "family": "qwen3",
-                    "num_layers": arguments.layers,
-                    "hidden_size": arguments.hidden,
-                    "ffn_hidden_size": 3 * arguments.hidden,
-                    "num_attention_heads": arguments.hidden // 64,
-                    "num_query_groups": arguments.hidden // 128,
-                    "head_dim": 64,
-                    "vocab_size": arguments.vocab,
-                },
-                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-            },
-            "tokenizer": {"path": "unused"},
-            "parallel": {"tp": arguments.tp},
-            "data": {"train": ["unused"], "max_length": arguments.tokens},
-            "batch": {"global_size": 1},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-4},
-            "train": {"steps": 1},
-        }
-    )
-
-
-def _random_batch(num_tokens: int, vocab_size: int, device: torch.device) -> TokenBatch:
-    ids = torch.randint(0, vocab_size, (num_tokens + 1,), generator=torch.Generator().manual_seed(0))
-    return TokenBatch(
-        tokens=ids[:-1],
-        labels=ids[1:],
-        positions=torch.arange(num_tokens),
-        loss_mask=torch.ones(num_tokens, dtype=torch.bool),
-        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
-        token_weight=torch.full((num_tokens,), 1.0 / num_tokens),
-    ).to(device)
 
 
 def _step_of(policy: PolicyEngine, batch: TokenBatch) -> Callable[[], None]:

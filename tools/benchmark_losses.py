@@ -19,69 +19,24 @@ and on CUDA that of the allocator.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from loss_contenders import LOSSES, PLAIN, RELEASED, Sizes, make_batch, make_model, make_step
 
-from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.doctor.ranks import free_port
 from megatron_sftrl.engine.parallel import parallel_context
-from megatron_sftrl.losses.one_pass import one_pass
-from megatron_sftrl.losses.weights import weighted_sum
-from megatron_sftrl.vocab_parallel import OutputLayer
 
-PLAIN, RELEASED = "plain", "gift, released"
-LOSSES: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "gift": {},
-    "curiosft": {},
-    "entropy": {},
-    "pear": {"variant": "token"},
-    "pear block": {"variant": "block"},
-    "pear sequence": {"variant": "sequence"},
-}
 TIME_LIMITS = {"sft": 1.1, "gift": 1.4, "curiosft": 1.5, **{n: 1.5 for n in LOSSES if n.startswith("pear")}}
 MEMORY_LIMITS = {**{name: 0.25 for name in TIME_LIMITS}, "sft": 0.2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Of one process's share of the work."""
-
-    tokens: int
-    vocab_size: int
-    hidden: int
-    tp: int
-
-    @property
-    def columns(self) -> int:
-        """V_local, padded alike on all ranks."""
-        return -(-self.vocab_size // self.tp)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
-    """Hidden states and output weights of policy and reference, and the weight's gradient buffer."""
-
-    hidden: Tensor
-    weight: Tensor
-    main_grad: Tensor
-    reference_hidden: Tensor
-    reference_weight: Tensor
 
 
 def main() -> None:
@@ -139,7 +94,7 @@ def _in_children(name: str, sizes: Sizes) -> dict[str, float]:
 def _measured(name: str, sizes: Sizes) -> dict[str, float]:
     with parallel_context(ParallelSection(tp=sizes.tp)) as parallel:
         device = parallel.device
-        step = _step(name, _model(sizes, device), _batch(sizes, device), sizes)
+        step = make_step(name, make_model(sizes, device), make_batch(sizes, device), sizes)
         before = _reset_peak(device)
         step()
         peak = _peak(device) - before
@@ -148,152 +103,6 @@ def _measured(name: str, sizes: Sizes) -> dict[str, float]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         return {"seconds": time.perf_counter() - start, "peak_bytes": peak}
-
-
-def _model(sizes: Sizes, device: torch.device) -> Model:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    def weight() -> Tensor:
-        return normal(sizes.columns, sizes.hidden) * (3.0 / sizes.hidden**0.5)
-
-    return Model(
-        hidden=normal(sizes.tokens, sizes.hidden).requires_grad_(),
-        weight=weight().requires_grad_(),
-        main_grad=torch.zeros(sizes.columns, sizes.hidden, device=device),
-        reference_hidden=normal(sizes.tokens, sizes.hidden),
-        reference_weight=weight(),
-    )
-
-
-def _batch(sizes: Sizes, device: torch.device) -> TokenBatch:
-    """Eight sequences; every token carries loss."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, sizes.vocab_size, (sizes.tokens + 1,), generator=generator)
-    length = sizes.tokens // 8
-    bounds = torch.arange(9, dtype=torch.int32) * length
-    bounds[-1] = sizes.tokens
-    place = torch.arange(sizes.tokens)
-    return TokenBatch(
-        tokens=tokens[:-1],
-        labels=tokens[1:],
-        positions=place - bounds[torch.bucketize(place, bounds[1:], right=True)],
-        loss_mask=torch.ones(sizes.tokens, dtype=torch.bool),
-        cu_seqlens=bounds,
-        token_weight=torch.full((sizes.tokens,), 1.0 / sizes.tokens),
-        behavior_logprobs=torch.full((sizes.tokens,), -10.0),
-    ).to(device)
-
-
-def _step(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Callable[[], None]:
-    """Forward and backward of one contender."""
-    if name == PLAIN:
-        total = functools.partial(_plain, model, batch)
-    elif name == RELEASED:
-        total = functools.partial(_released_gift, model, batch)
-    elif name.endswith(", logits"):
-        total = functools.partial(_with_logits, name.removesuffix(", logits"), model, batch, sizes)
-    else:
-        total = functools.partial(_fused, name, model, batch, sizes)
-
-    def step() -> None:
-        model.hidden.grad = None
-        model.main_grad.zero_()
-        total().backward()
-
-    return step
-
-
-def _plain(model: Model, batch: TokenBatch) -> Tensor:
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    logits = _Linear.apply(model.hidden, model.weight, model.main_grad)
-    loss = vocab_parallel_cross_entropy(logits, batch.labels)
-    return weighted_sum(loss, batch.token_weight)
-
-
-def _released_gift(model: Model, batch: TokenBatch) -> Tensor:
-    """arXiv:2601.09233's trainer, beta 20 and eps 1e-10, on all logits of one process."""
-    logits = _Linear.apply(model.hidden, model.weight, model.main_grad)
-    with torch.no_grad():
-        prior = F.softmax(F.linear(model.reference_hidden, model.reference_weight).float(), dim=-1)
-        tilted = torch.log(prior + 1e-10)
-        tilted.scatter_add_(1, batch.labels[:, None], torch.full_like(tilted[:, :1], 20.0))
-        target = F.softmax(tilted, dim=-1)
-    loss = -(target * F.log_softmax(logits.float(), dim=-1)).sum(-1)
-    return weighted_sum(loss, batch.token_weight)
-
-
-def _with_logits(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Tensor:
-    def distribution(logits: Tensor) -> TokenDistribution:
-        return TokenDistribution.from_logits(logits, **_where(sizes))
-
-    reference = F.linear(model.reference_hidden, model.reference_weight) if _has_reference(name) else None
-    inputs = LossInputs(
-        policy=distribution(_Linear.apply(model.hidden, model.weight, model.main_grad)),
-        batch=batch,
-        reference=None if reference is None else distribution(reference),
-    )
-    return weighted_sum(_loss(name)(inputs).token_loss, batch.token_weight)
-
-
-def _fused(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Tensor:
-    loss, reference = _loss(name), None
-    policy = OutputLayer(hidden=model.hidden, weight=model.weight, main_grad=model.main_grad)
-    if _has_reference(name):
-        reference = OutputLayer(hidden=model.reference_hidden, weight=model.reference_weight)
-
-    def of_tokens(
-        policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        output = loss(LossInputs(policy=policy, reference=reference, batch=batch, is_part=True))
-        return output.token_loss, output.metrics
-
-    if loss.is_token_local:
-        to_distribution = functools.partial(TokenDistribution.from_logits, is_scratch=True, **_where(sizes))
-        return one_pass(of_tokens, policy, reference, batch, to_distribution).total
-    assert reference is None
-    inputs = LossInputs(policy=TokenDistribution.from_output_layer(policy, **_where(sizes)), batch=batch)
-    return weighted_sum(loss(inputs).token_loss, batch.token_weight)
-
-
-class _Linear(torch.autograd.Function):
-    """hidden @ weight.T that adds the weight's gradient to its buffer, as Megatron's fused kernel does."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, main_grad: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.main_grad = main_grad
-        return F.linear(hidden, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        hidden, weight = ctx.saved_tensors
-        if grad.dtype == ctx.main_grad.dtype:
-            ctx.main_grad.addmm_(grad.t(), hidden)
-        else:
-            ctx.main_grad.add_(torch.mm(grad.t(), hidden, out_dtype=ctx.main_grad.dtype))
-        return grad @ weight, None, None
-
-
-def _loss(name: str):
-    return build_loss(name.split()[0], LOSSES[name])
-
-
-def _has_reference(name: str) -> bool:
-    return "reference" in _loss(name).needs
-
-
-def _where(sizes: Sizes) -> dict[str, Any]:
-    group = dist.group.WORLD if sizes.tp > 1 else None
-    return {
-        "vocab_size": sizes.vocab_size,
-        "group": group,
-        "padded_vocab_size": sizes.columns * sizes.tp,
-    }
 
 
 def _reset_peak(device: torch.device) -> int:

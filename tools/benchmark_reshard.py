@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from benchmark_model import add_model_arguments, benchmark_run
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture, from_section, num_parameters
 from megatron_sftrl.architectures.engine_shards import EngineLayout
-from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -70,7 +70,7 @@ def main() -> None:
     arguments = _parse()
     results, facts = [], {}
     for name, layout, engine_tp in CASES:
-        config = _config(arguments, layout)
+        config = benchmark_run(arguments, max_length=8, parallel=layout, global_size=2)
         assert config.model.architecture is not None
         architecture = from_section(config.model.architecture)
         parallel = initialize_parallel(config.parallel)
@@ -101,39 +101,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="turns of everything")
     parser.add_argument("--bucket-mib", type=int, default=64, help="size of a bucket")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=32768)
+    add_model_arguments(parser, layers=12)
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the numbers")
     return parser.parse_args()
-
-
-def _config(arguments: argparse.Namespace, layout: dict[str, int]) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {
-                "architecture": {
-                    "family": "qwen3",
-                    "num_layers": arguments.layers,
-                    "hidden_size": arguments.hidden,
-                    "ffn_hidden_size": 3 * arguments.hidden,
-                    "num_attention_heads": arguments.hidden // 64,
-                    "num_query_groups": arguments.hidden // 128,
-                    "head_dim": 64,
-                    "vocab_size": arguments.vocab,
-                },
-                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-            },
-            "tokenizer": {"path": "unused"},
-            "parallel": layout,
-            "data": {"train": ["unused"], "max_length": 8},
-            "batch": {"global_size": 2},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-4},
-            "train": {"steps": 1},
-        }
-    )
 
 
 def _measure(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmark_model import add_model_arguments, benchmark_run, random_batch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
@@ -39,12 +40,12 @@ LIMITS = {"sft": 1.05, "pear": 1.05, "gift": 1.45, "curiosft": 1.45}
 
 def main() -> None:
     arguments = _parse()
-    config = _config(arguments)
+    config = benchmark_run(arguments, max_length=arguments.tokens, parallel={"tp": arguments.tp})
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     parallel = initialize_parallel(config.parallel)
     steps = _build_steps(config, parallel)
-    batch = _random_batch(arguments.tokens, architecture.vocab_size, parallel.device)
+    batch = random_batch(arguments.tokens, architecture.vocab_size, parallel.device, behavior=-10.0)
     for step in steps.values():  # the first step allocates optimizer state and memory
         step(batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -68,39 +69,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of the micro-batch")
     parser.add_argument("--repeats", type=int, default=3, help="turns of five steps of every loss")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=32768)
+    add_model_arguments(parser)
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the numbers")
     return parser.parse_args()
-
-
-def _config(arguments: argparse.Namespace) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {
-                "architecture": {
-                    "family": "qwen3",
-                    "num_layers": arguments.layers,
-                    "hidden_size": arguments.hidden,
-                    "ffn_hidden_size": 3 * arguments.hidden,
-                    "num_attention_heads": arguments.hidden // 64,
-                    "num_query_groups": arguments.hidden // 128,
-                    "head_dim": 64,
-                    "vocab_size": arguments.vocab,
-                },
-                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-            },
-            "tokenizer": {"path": "unused"},
-            "parallel": {"tp": arguments.tp},
-            "data": {"train": ["unused"], "max_length": arguments.tokens},
-            "batch": {"global_size": 1},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-4},
-            "train": {"steps": 1},
-        }
-    )
 
 
 def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Callable[[TokenBatch], None]]:
@@ -139,20 +110,6 @@ def _build_steps(config: RunConfig, parallel: ParallelContext) -> dict[str, Call
         return step
 
     return {BASELINE: baseline, **{name: step_of(name) for name in LIMITS}}
-
-
-def _random_batch(num_tokens: int, vocab_size: int, device: torch.device) -> TokenBatch:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator)
-    return TokenBatch(
-        tokens=ids[:-1],
-        labels=ids[1:],
-        positions=torch.arange(num_tokens),
-        loss_mask=torch.ones(num_tokens, dtype=torch.bool),
-        cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
-        token_weight=torch.full((num_tokens,), 1.0 / num_tokens),
-        behavior_logprobs=torch.full((num_tokens,), -10.0),
-    ).to(device)
 
 
 def _timed(step: Callable[[TokenBatch], None], batch: TokenBatch, device: torch.device) -> float:

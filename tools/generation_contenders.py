@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from benchmark_model import benchmark_run
 
 from megatron_sftrl.architectures.architecture import Architecture, from_section
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
@@ -162,32 +163,14 @@ def _engine(engine: RolloutEngine, policy: PolicyEngine, directory: Path) -> Con
 
 def config_of(directory: Path, arguments: argparse.Namespace) -> RunConfig:
     """A run with the model that the arguments describe."""
-    return RunConfig.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {
-                "architecture": {
-                    "family": "qwen3",
-                    "num_layers": arguments.layers,
-                    "hidden_size": arguments.hidden,
-                    "ffn_hidden_size": 3 * arguments.hidden,
-                    "num_attention_heads": arguments.hidden // 32,
-                    "num_query_groups": arguments.hidden // 64,
-                    "head_dim": 32,
-                    "vocab_size": arguments.vocab,
-                    "max_position_embeddings": arguments.prompt_tokens + arguments.new_tokens,
-                    # Logits with some spread: the greedy choice shall not hang on rounding.
-                    "init_std": 0.1,
-                },
-                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-            },
-            "tokenizer": {"path": str(directory)},
-            "data": {"train": ["unused"], "max_length": arguments.prompt_tokens},
-            "batch": {"global_size": 1},
-            "loss": {"name": "sft"},
-            "optim": {"lr": 1e-4},
-            "train": {"steps": 1},
-        }
+    return benchmark_run(
+        arguments,
+        max_length=arguments.prompt_tokens,
+        head_dim=32,
+        tokenizer=str(directory),
+        max_position_embeddings=arguments.prompt_tokens + arguments.new_tokens,
+        # Logits with some spread: the greedy choice shall not hang on rounding.
+        init_std=0.1,
     )
 
 

@@ -24,6 +24,7 @@ from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
 LogitsPath = Literal["logits", "two_passes", "one_pass"]
 """How logits come to be (engine/objective.py): there, made by the output layer for every question, or made
 once for a token-local loss."""
+_TOKENS_PER_CHUNK = 7  # of a fused output layer: several chunks, and sequences cut by them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,23 +230,23 @@ def _distribution(
     *,
     is_scratch: bool = False,
 ) -> TokenDistribution:
-    vocab_size, padded_vocab_size = groups.vocab_size, groups.padded_vocab_size
+    vocab_size, padded = groups.vocab_size, groups.padded_vocab_size
     if isinstance(origin, OutputLayer):
         return TokenDistribution.from_output_layer(
-            origin, vocab_size=vocab_size, group=tp_group, padded_vocab_size=padded_vocab_size
+            origin, vocab_size=vocab_size, group=tp_group, padded_vocab_size=padded
         )
     return TokenDistribution.from_logits(
-        origin,
-        vocab_size=vocab_size,
-        group=tp_group,
-        padded_vocab_size=padded_vocab_size,
-        is_scratch=is_scratch,
+        origin, vocab_size=vocab_size, group=tp_group, padded_vocab_size=padded, is_scratch=is_scratch
     )
 
 
 def _layer_of(logits: Tensor) -> OutputLayer:
-    """An output layer that makes these logits: they are its hidden states, under the identity."""
-    return OutputLayer(hidden=logits, weight=torch.eye(logits.shape[1], dtype=logits.dtype))
+    """An output layer that makes these logits, a few at a time: its hidden states, under the identity."""
+    return OutputLayer(
+        hidden=logits,
+        weight=torch.eye(logits.shape[1], dtype=logits.dtype),
+        chunk_bytes=_TOKENS_PER_CHUNK * logits.shape[1] * logits.itemsize,
+    )
 
 
 def _own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:

@@ -94,10 +94,10 @@ class _Work:
         total = self.token_loss.new_zeros((), dtype=torch.float64)
         kept = (self._batch.token_weight > 0).nonzero().squeeze(1)
         # At least one chunk, so that every metric has its name.
-        num_tokens = max(1, kept.numel())
+        chunks = self.policy.chunks(max(1, kept.numel()))
         layers = [self.policy] if self._reference is None else [self.policy, self._reference]
-        buffers = [layer.buffer(num_tokens) for layer in layers]
-        for rows in self.policy.chunks(num_tokens):
+        buffers = [layer.buffer(chunks) for layer in layers]
+        for rows in chunks:
             total += self._chunk(kept[rows], buffers, sums)
         return total.to(self.token_loss.dtype)
 

@@ -6,7 +6,8 @@ states [T, H] are a hundredth of that; a chunk's logits are made of them again w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,14 @@ class OutputLayer:
             parameters; None returns the gradient to autograd.
         is_shared: the weight is also used elsewhere on this rank (the tied embedding), where autograd will
             bring it a gradient.
+        chunk_bytes: of the logits that exist at a time; None is a good size for the device.
     """
 
     hidden: Tensor
     weight: Tensor
     main_grad: Tensor | None = None
     is_shared: bool = False
+    chunk_bytes: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +70,9 @@ class OutputLayer:
 
     def detach(self) -> OutputLayer:
         """The same logits without gradient."""
-        return OutputLayer(hidden=self.hidden.detach(), weight=self.weight.detach())
+        return OutputLayer(
+            hidden=self.hidden.detach(), weight=self.weight.detach(), chunk_bytes=self.chunk_bytes
+        )
 
     def logits(self, rows: slice | Tensor, buffer: Tensor) -> Tensor:
         """[rows, V_local], without gradient, in the first rows of `buffer`."""
@@ -75,12 +80,12 @@ class OutputLayer:
             hidden = self.hidden[rows]
             return torch.mm(hidden, self.weight.t(), out=buffer[: hidden.shape[0]])
 
-    def buffer(self, num_tokens: int) -> Tensor:
-        """Memory for the logits of any chunk of `num_tokens` tokens.
+    def buffer(self, chunks: Sequence[slice]) -> Tensor:
+        """Memory for the logits of any of the chunks.
 
         Used for one after the other: fresh pages for each would cost as much as some of the arithmetic.
         """
-        longest = max((rows.stop - rows.start for rows in self.chunks(num_tokens)), default=0)
+        longest = max((rows.stop - rows.start for rows in chunks), default=0)
         return torch.empty(longest, self.shape[1], dtype=self.dtype, device=self.device)
 
     @property
@@ -88,15 +93,16 @@ class OutputLayer:
         """All logits are no more than what is made at a time anyway."""
         return self.shape[0] <= self._rows_per_chunk
 
-    def chunks(self, num_tokens: int) -> Iterator[slice]:
+    def chunks(self, num_tokens: int) -> list[slice]:
         """Slices of about equal size over `num_tokens` tokens, whose logits fit the chunk bytes."""
         num_chunks = -(-num_tokens // self._rows_per_chunk)
-        for chunk in range(num_chunks):
-            yield slice(chunk * num_tokens // num_chunks, (chunk + 1) * num_tokens // num_chunks)
+        bounds = [chunk * num_tokens // num_chunks for chunk in range(num_chunks + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     @property
     def _rows_per_chunk(self) -> int:
-        budget = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
+        by_device = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
+        budget = by_device if self.chunk_bytes is None else self.chunk_bytes
         return max(1, budget // max(1, self.shape[1] * self.dtype.itemsize))
 
     def add_gradients(self, rows: slice | Tensor, gradient: Tensor, sums: GradientSums) -> None:

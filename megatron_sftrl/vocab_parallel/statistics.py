@@ -84,8 +84,9 @@ class Plan:
             yield slice(0, self.num_tokens), self
             return
         widest = max(layers, key=lambda layer: layer.shape[1] * layer.dtype.itemsize)
-        buffers = {layer.key: layer.buffer(self.num_tokens) for layer in layers}
-        for rows in widest.chunks(self.num_tokens):
+        chunks = widest.chunks(self.num_tokens)
+        buffers = {layer.key: layer.buffer(chunks) for layer in layers}
+        for rows in chunks:
             yield rows, self._at(rows, buffers)
 
     def _at(self, rows: slice, buffers: Mapping[tuple[int, ...], Tensor]) -> Plan:

@@ -17,7 +17,7 @@ from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.losses.one_pass import one_pass
 from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.losses.weights import weighted_sum
-from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
+from megatron_sftrl.vocab_parallel import OutputLayer
 from tests.ranks import run_ranks
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "losses.npz"
@@ -129,35 +129,28 @@ def fused(
 ) -> Found:
     """Hidden states z and a weight that is this rank's rows of the identity: their product is z itself."""
     weight = columns.of(torch.eye(V, dtype=z.dtype, device=z.device)).t().contiguous().requires_grad_()
-    policy = OutputLayer(hidden=z.clone().requires_grad_(), weight=weight)
-    reference = OutputLayer(hidden=u, weight=weight.detach())
+    chunk_bytes = 7 * weight.shape[0] * z.itemsize  # of 7 tokens, which divide no length here
+    policy = OutputLayer(hidden=z.clone().requires_grad_(), weight=weight, chunk_bytes=chunk_bytes)
+    reference = OutputLayer(hidden=u, weight=weight.detach(), chunk_bytes=chunk_bytes)
     where = {"vocab_size": V, "group": columns.group}
 
     def of_tokens(policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch):
         output = loss(LossInputs(policy=policy, reference=reference, batch=batch, is_part=True))
         return output.token_loss, output.metrics
 
-    with pytest.MonkeyPatch.context() as patch:
-        # Chunks of 7 tokens, which divide no length here.
-        patch.setattr(output_layer, f"{z.device.type.upper()}_LOGITS_BYTES", 7 * weight.shape[0] * z.itemsize)
-        if in_one_pass:
-            found = one_pass(
-                of_tokens,
-                policy,
-                reference,
-                batch,
-                partial(TokenDistribution.from_logits, is_scratch=True, **where),
-            )
-            token_loss, mean = found.token_loss, found.total
-        else:
-            inputs = LossInputs(
-                policy=TokenDistribution.from_output_layer(policy, **where),
-                batch=batch,
-                reference=TokenDistribution.from_output_layer(reference, **where),
-            )
-            token_loss = loss(inputs).token_loss
-            mean = weighted_sum(token_loss, batch.token_weight)
-        mean.backward()
+    if in_one_pass:
+        to_distribution = partial(TokenDistribution.from_logits, is_scratch=True, **where)
+        found = one_pass(of_tokens, policy, reference, batch, to_distribution)
+        token_loss, mean = found.token_loss, found.total
+    else:
+        inputs = LossInputs(
+            policy=TokenDistribution.from_output_layer(policy, **where),
+            batch=batch,
+            reference=TokenDistribution.from_output_layer(reference, **where),
+        )
+        token_loss = loss(inputs).token_loss
+        mean = weighted_sum(token_loss, batch.token_weight)
+    mean.backward()
     assert policy.hidden.grad is not None
     assert weight.grad is not None
     mine = slice(columns.start, columns.stop)

@@ -9,14 +9,9 @@ from torch import Tensor
 from megatron_sftrl import LossInputs, LossOutput, TokenBatch, TokenDistribution
 from megatron_sftrl.losses.one_pass import TokenValues, one_pass
 from megatron_sftrl.losses.registry import Registry, build_loss, register_loss
-from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
+from megatron_sftrl.vocab_parallel import OutputLayer
 
 T, V, H = 11, 13, 5
-
-
-@pytest.fixture(autouse=True)
-def _chunks_of_three_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES", 3 * V * 8)
 
 
 def make_layer(seed: int = 0, **fields) -> OutputLayer:
@@ -24,7 +19,8 @@ def make_layer(seed: int = 0, **fields) -> OutputLayer:
     hidden, weight = (
         torch.randn(n, H, generator=generator, dtype=torch.float64).requires_grad_() for n in (T, V)
     )
-    return OutputLayer(hidden=hidden, weight=weight, **fields)
+    # Three tokens at a time.
+    return OutputLayer(hidden=hidden, weight=weight, chunk_bytes=3 * V * 8, **fields)
 
 
 def make_batch(loss_mask: Tensor) -> TokenBatch:
