@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a model trained with rewards on two CPU cores: a base model, GIFT under tensor parallelism,
 # GRPO from there with the same task's verifier, and the result in transformers.
-# Usage: bash examples/quickstart.sh                        QUICKSTART_SEED=1 for other problems and other weights
+# Usage: bash examples/quickstart.sh                        QUICKSTART_SEED=1 for other problems and other weights,
+#                                                           QUICKSTART_STEPS=20 to see the stages with a base model
+#                                                           that has learned too little for rewards to rise
 #        bash examples/quickstart.sh grpo optim.lr=3e-4     GRPO again and what follows, with changed keys
 # Everything it makes is in .venv and runs/quickstart; the latter is made anew each time, or what GRPO made of it.
 set -euo pipefail
@@ -14,7 +16,7 @@ changes=("${@:2}")
 
 prepare_for_rewards() {
   stage "data and tokenizer"  python $here/prepare.py $out/data --seed "$seed"
-  stage "base model, dp 2"    train sft base
+  stage "base model, dp 2"    train sft base ${QUICKSTART_STEPS:+train.steps="$QUICKSTART_STEPS"}
   stage "answers of base"     answer base
   stage "GIFT, tp 2"          train sft gift
   stage "answers of GIFT"     answer gift

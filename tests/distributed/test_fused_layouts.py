@@ -21,14 +21,13 @@ RUNS: list[tuple[str, str, dict]] = [
     # one pass with a reference, everywhere
     *((layout, "gift", {}) for layout in LAYOUTS),
     # two passes: weights of whole sequences
-    *((layout, "pear", {}) for layout in ("tp2", "sp", "cp2", "dp2_distributed_optimizer", "tp2_pp2")),
+    *((layout, "pear", {}) for layout in ("sp", "dp2_distributed_optimizer", "tp2_pp2")),
     # a gather inside each chunk
     ("tp2", "curiosft", {}),
     # the weight's gradient comes from the embedding, too: on the same rank, or over the pipeline
     ("dp2_distributed_optimizer", "sft", TIED),
     ("dp2_distributed_optimizer", "pear", TIED),
     ("tp2_pp2", "sft", TIED),
-    ("sp", "sft", TIED),
 ]
 
 

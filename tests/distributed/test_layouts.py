@@ -10,6 +10,7 @@ import torch
 from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import ParallelSection, ReferenceSection, RunConfig
 from megatron_sftrl.types import TokenBatch
+from tests.grid import grid
 from tests.ranks import run_ranks
 
 VOCAB_SIZE = 101  # divides by none of the tp sizes: every layout pads differently
@@ -193,8 +194,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("loss_name", LOSSES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "loss_name"), grid(LAYOUTS, LOSSES))
 def test_every_layout_follows_the_one_process_run(layout: str, loss_name: str) -> None:
     world_size, parallel, num_microbatches = LAYOUTS[layout]
     expected = one_process(loss_name)
@@ -206,8 +206,7 @@ def test_every_layout_follows_the_one_process_run(layout: str, loss_name: str) -
     )
 
 
-@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
-@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize(("loss_name", "num_microbatches"), grid(LOSSES, [2, 4, 8]))
 def test_the_number_of_microbatches_changes_nothing(loss_name: str, num_microbatches: int) -> None:
     expected = one_process(loss_name)
     curve = run_ranks(1, train, {}, loss_name, num_microbatches, {})[0]

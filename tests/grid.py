@@ -1,0 +1,30 @@
+"""What runs always, and what runs with SFTRL_TEST_FULL=1: whole grids, and the quick start as a user runs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+HOW_TO_RUN_ALL = "runs with SFTRL_TEST_FULL=1"
+
+
+def is_full() -> bool:
+    """Everything is asked for."""
+    return os.environ.get("SFTRL_TEST_FULL") == "1"
+
+
+def grid(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """Every (row, column); every other one, in the pattern of a chess board, only when all is asked for."""
+    wanted, columns = is_full(), list(columns)
+    return [
+        pytest.param(
+            row,
+            column,
+            marks=[] if wanted or (i + j) % 2 == 0 else [pytest.mark.skip(reason=HOW_TO_RUN_ALL)],
+        )
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
