@@ -1,4 +1,4 @@
-"""What runs always, and what runs with SFTRL_TEST_FULL=1: whole grids, and the quick start as a user runs it."""
+"""What runs always, and what with SFTRL_TEST_FULL=1: whole grids, and the quick start as a user runs it."""
 
 from __future__ import annotations
 
