@@ -63,7 +63,7 @@ class LanguageModel(GPTModel):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Output layer on the last stage: [T, 1, H] (or its sequence-parallel share) -> [T, V_padded/tp]."""
-        weight = self._output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return logits.squeeze(1)
 
@@ -74,7 +74,7 @@ class LanguageModel(GPTModel):
             whole = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        weight = self._output_weight()
+        weight = self.output_weight()
         return OutputLayer(
             hidden=whole.squeeze(1),
             weight=weight,
@@ -82,7 +82,8 @@ class LanguageModel(GPTModel):
             is_shared=self.share_embeddings_and_output_weights and self.pre_process,
         )
 
-    def _output_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
+        """[V_padded/tp, H] of the output layer or the tied embedding, on the last stage."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         assert self.output_layer.weight is not None, "an untied output layer owns its weight"

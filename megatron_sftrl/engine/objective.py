@@ -24,6 +24,7 @@ from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+from megatron_sftrl.vocab_parallel.output_layer import tokens_per_chunk
 
 Fused = Literal["auto", "on", "off"]
 
@@ -65,9 +66,9 @@ class Objective:
 
     def distribution(self, head: OutputHead) -> TokenDistribution:
         """What the head says of the next tokens."""
-        layer = head.layer() if self._fused != "off" else None
-        if layer is None or not self._is_fused(layer):
+        if not self._is_fused(head):
             return self._of_logits(head.logits())
+        layer = head.layer()
         return TokenDistribution.from_output_layer(
             layer,
             vocab_size=self._vocab_size,
@@ -86,7 +87,7 @@ class Objective:
             reference: the second model, without gradient.
             batch: this rank's context-parallel share of the micro-batch.
         """
-        if loss.is_token_local and self._fused != "off" and self._is_fused(layer := policy.layer()):
+        if loss.is_token_local and self._is_fused(policy):
 
             def of_tokens(
                 policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
@@ -95,7 +96,8 @@ class Objective:
                 return _loss_and_metrics(loss, inputs)
 
             prior = None if reference is None else reference.layer()
-            return one_pass(of_tokens, layer, prior, batch, partial(self._of_logits, is_scratch=True))
+            to_distribution = partial(self._of_logits, is_scratch=True)
+            return one_pass(of_tokens, policy.layer(), prior, batch, to_distribution)
         inputs = LossInputs(
             policy=self.distribution(policy),
             reference=None if reference is None else self.distribution(reference),
@@ -110,8 +112,14 @@ class Objective:
     def _tp_group(self):
         return self._parallel.tp_group if self._parallel.tp_size > 1 else None
 
-    def _is_fused(self, layer: OutputLayer) -> bool:
-        return self._fused == "on" or not layer.fits_one_chunk
+    def _is_fused(self, head: OutputHead) -> bool:
+        """Told from sizes: making a layer gathers its hidden states under sequence parallelism."""
+        if self._fused != "auto":
+            return self._fused == "on"
+        states, config = head.hidden_states, head.model.config
+        num_tokens = states.shape[0] * (self._parallel.tp_size if config.sequence_parallel else 1)
+        num_columns = head.model.output_weight().shape[0]
+        return num_tokens > tokens_per_chunk(num_columns, states.dtype, states.device)
 
     def _of_logits(self, logits: Tensor, *, is_scratch: bool = False) -> TokenDistribution:
         return TokenDistribution.from_logits(

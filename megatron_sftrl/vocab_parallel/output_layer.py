@@ -88,22 +88,12 @@ class OutputLayer:
         longest = max((rows.stop - rows.start for rows in chunks), default=0)
         return torch.empty(longest, self.shape[1], dtype=self.dtype, device=self.device)
 
-    @property
-    def fits_one_chunk(self) -> bool:
-        """All logits are no more than what is made at a time anyway."""
-        return self.shape[0] <= self._rows_per_chunk
-
     def chunks(self, num_tokens: int) -> list[slice]:
         """Slices of about equal size over `num_tokens` tokens, whose logits fit the chunk bytes."""
-        num_chunks = -(-num_tokens // self._rows_per_chunk)
+        most = tokens_per_chunk(self.shape[1], self.dtype, self.device, self.chunk_bytes)
+        num_chunks = -(-num_tokens // most)
         bounds = [chunk * num_tokens // num_chunks for chunk in range(num_chunks + 1)]
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-
-    @property
-    def _rows_per_chunk(self) -> int:
-        by_device = CUDA_LOGITS_BYTES if self.device.type == "cuda" else CPU_LOGITS_BYTES
-        budget = by_device if self.chunk_bytes is None else self.chunk_bytes
-        return max(1, budget // max(1, self.shape[1] * self.dtype.itemsize))
 
     def add_gradients(self, rows: slice | Tensor, gradient: Tensor, sums: GradientSums) -> None:
         """d loss / d hidden and d loss / d weight of a chunk, from that of its logits.
@@ -148,6 +138,15 @@ class GradientSums:
             hidden=torch.zeros_like(layer.hidden) if layer.hidden.requires_grad else None,
             weight=own if wanted else None,
         )
+
+
+def tokens_per_chunk(
+    num_columns: int, dtype: torch.dtype, device: torch.device, chunk_bytes: int | None = None
+) -> int:
+    """How many tokens' logits exist at a time; micro-batches of no more need no fusion."""
+    by_device = CUDA_LOGITS_BYTES if device.type == "cuda" else CPU_LOGITS_BYTES
+    budget = by_device if chunk_bytes is None else chunk_bytes
+    return max(1, budget // max(1, num_columns * dtype.itemsize))
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
