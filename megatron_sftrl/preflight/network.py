@@ -17,11 +17,14 @@ import torch.distributed as dist
 from megatron_sftrl.preflight.node import node_name
 
 _CONNECT_S = 5.0
+_FAREWELL_S = 10.0
 _REPEATS = 4
 
 
 class Meeting:
     """All processes of the job, through the launcher's key-value store: it works where a group might not.
+
+    A context: rank 0 may serve the store, so on leaving it waits until the others have read what they need.
 
     Args:
         timeout_s: how long to wait for a process before it counts as absent.
@@ -32,6 +35,7 @@ class Meeting:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self._timeout = timedelta(seconds=timeout_s)
         self._rounds = 0
+        self._answered: list[int] = []  # ranks, at the last gathering
         if "MASTER_ADDR" in os.environ:
             try:
                 store, _, _ = next(iter(dist.rendezvous("env://", timeout=self._timeout)))
@@ -45,6 +49,16 @@ class Meeting:
         else:
             store = dist.HashStore()
         self.store = dist.PrefixStore("preflight", store)
+
+    def __enter__(self) -> Meeting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(dist.DistError):  # a rank that died has told why, or its node's log has
+            if self.rank:
+                self.store.set(f"left/{self.rank}", "")
+            elif others := [rank for rank in self._answered if rank]:
+                self.store.wait([f"left/{rank}" for rank in others], timedelta(seconds=_FAREWELL_S))
 
     def gather(self, what: str, value: Any) -> list[Any]:
         """Every process's value (JSON), by rank, on every process.
@@ -62,6 +76,7 @@ class Meeting:
             with contextlib.suppress(dist.DistStoreError):
                 self.store.wait([f"{key}/{rank}"], timedelta(seconds=left))
                 found[rank] = json.loads(self.store.get(f"{key}/{rank}"))
+        self._answered = list(found)
         if len(found) < self.size:
             absent = [str(rank) for rank in range(self.size) if rank not in found]
             present = ", ".join(sorted({node for node, _ in found.values()}))

@@ -47,7 +47,20 @@ def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float
     Raises:
         ValueError: on every process: all that is wrong, with the names of the nodes.
     """
-    meeting = Meeting(timeout_s)
+    with Meeting(timeout_s) as meeting:
+        findings = _findings(meeting, config, timeout_s=timeout_s, least_rate=least_rate)
+    if meeting.rank == 0:
+        Console(stderr=True).print(_table(findings))
+    problems = [problem for finding in findings for problem in finding.problems]
+    if problems:
+        raise ValueError("\n  ".join([f"preflight found {len(problems)} problem(s)", *problems]))
+    if meeting.rank == 0:
+        print("preflight: all is well", file=sys.stderr)
+
+
+def _findings(
+    meeting: Meeting, config: TrainingConfig, *, timeout_s: float, least_rate: float | None
+) -> list[Finding]:
     facts = [
         NodeFacts(**{**raw, "gpus": tuple(raw["gpus"])})
         for raw in meeting.gather("arriving", asdict(node_facts()))
@@ -61,13 +74,7 @@ def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float
     if not any(finding.problems for finding in findings):
         # A group of processes that are not alike might hang.
         findings += _network(meeting, facts, leaders, timeout_s=timeout_s, least_rate=least_rate)
-    if meeting.rank == 0:
-        Console(stderr=True).print(_table(findings))
-    problems = [problem for finding in findings for problem in finding.problems]
-    if problems:
-        raise ValueError("\n  ".join([f"preflight found {len(problems)} problem(s)", *problems]))
-    if meeting.rank == 0:
-        print("preflight: all is well", file=sys.stderr)
+    return findings
 
 
 def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -126,6 +129,22 @@ def test_a_node_that_lacks_the_data_is_named(line: list[str], tmp_path: Path) ->
     for ended in preflight([line, [*line, f"data.train=[{tmp_path / 'absent.jsonl'}]"]]):
         assert "node1: " in ended.expect(2).stderr
         assert "absent.jsonl" in ended.stderr
+
+
+def slow_reader() -> contextlib.AbstractContextManager:
+    from megatron_sftrl.preflight import network
+
+    def slow(text: bytes) -> object:
+        time.sleep(0.1)
+        return json.loads(text)
+
+    return mock.patch.object(network, "json", SimpleNamespace(loads=slow, dumps=json.dumps))
+
+
+def test_rank_0_keeps_the_store_until_the_slowest_has_read(line: list[str], tmp_path: Path) -> None:
+    lines = [line, [*line, f"data.train=[{tmp_path / 'absent.jsonl'}]"]]
+    for ended in preflight(lines, slow_reader):
+        assert "absent.jsonl" in ended.expect(2).stderr
 
 
 def test_a_rollout_engine_that_cannot_run_is_told(grpo: GrpoProject, tmp_path: Path) -> None:
