@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tests.distributed.hf_models import CONFIGS
 
@@ -29,13 +30,23 @@ class Versions:
 
     name: str
     directories: tuple[Path, ...]
+    has_large_logits: bool
 
 
-def save_versions(name: str, root: Path, *, num_versions: int) -> Versions:
-    """Write the named model `num_versions` times, each with weights of its own seed."""
+def save_versions(
+    name: str, root: Path, *, num_versions: int, has_large_logits: bool = False
+) -> Versions:
+    """Write the named model `num_versions` times, each with weights of its own seed.
+
+    Args:
+        has_large_logits: up to 14, as a trained model has them, instead of a standard deviation near 0.25. At
+            the latter two versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with
+            the logits, stays below a tolerance of 1e-6.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     changes = {**SIZES, "moe_intermediate_size": 64} if name == "qwen3_moe" else SIZES
+    end_std = 0.25 if has_large_logits else 0.02
     directories = []
     for seed in range(num_versions):
         config = AutoConfig.for_model(**{**CONFIGS[name], **changes})
@@ -43,16 +54,29 @@ def save_versions(name: str, root: Path, *, num_versions: int) -> Versions:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                # Attention and routing far from uniform, but logits of a standard deviation near 0.25: two
-                # versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with the
-                # logits, stays below a tolerance of 1e-6.
+                # Attention and routing far from uniform.
                 is_end = "embed_tokens" in parameter_name or "lm_head" in parameter_name
-                parameter.normal_(std=0.02 if is_end else 0.1, generator=generator)
+                parameter.normal_(std=end_std if is_end else 0.1, generator=generator)
                 if "norm" in parameter_name:
                     parameter.add_(1.0)
         directories.append(root / f"{name}-{seed}")
         model.save_pretrained(directories[-1])
-    return Versions(name=name, directories=tuple(directories))
+    return Versions(name=name, directories=tuple(directories), has_large_logits=has_large_logits)
+
+
+@torch.no_grad()
+def scores(
+    directory: Path, sequences: Sequence[Sequence[int]], *, temperature: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """[T - 1] float64 nats that transformers gives each token but the first; only the model computes in dtype."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    found = []
+    for tokens in sequences:
+        logits = model(torch.tensor([tokens])).logits[0, :-1].double() / temperature
+        found.append(logits.log_softmax(1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0])
+    return found
 
 
 @torch.no_grad()

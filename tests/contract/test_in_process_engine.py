@@ -21,11 +21,12 @@ class Scenario:
     model: str
     parallel: dict[str, Any] = field(default_factory=dict)
     world_size: int = 2
+    has_large_logits: bool = False
 
 
 # tp2 with sequence parallelism, vp2 and dp2 generate in tests/e2e/test_grpo_layouts.py.
 SCENARIOS = {
-    "llama_tied": Scenario("llama_tied", world_size=1),
+    "llama_tied": Scenario("llama_tied", world_size=1, has_large_logits=True),
     "qwen3_moe": Scenario("qwen3_moe", world_size=1),
     "tp2": Scenario("qwen2", {"tp": 2}),
     "pp2": Scenario("llama_tied", {"pp": 2}),
@@ -44,7 +45,12 @@ def make_engine(policy: PolicyEngine) -> InProcessEngine:
 @pytest.fixture(scope="module", params=SCENARIOS)
 def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     scenario = SCENARIOS[request.param]
-    versions = save_versions(scenario.model, tmp_path_factory.mktemp("versions"), num_versions=2)
+    versions = save_versions(
+        scenario.model,
+        tmp_path_factory.mktemp("versions"),
+        num_versions=2,
+        has_large_logits=scenario.has_large_logits,
+    )
     ranks = run_ranks(
         scenario.world_size, observe, make_engine, versions.directories, scenario.parallel, timeout_s=300
     )

@@ -48,10 +48,11 @@ class Scenario:
     parallel: dict[str, Any] = field(default_factory=dict)
     engine_tp: int = 1
     world_size: int = 2
+    has_large_logits: bool = False
 
 
 SCENARIOS = {
-    "llama_tied": Scenario("llama_tied", world_size=1),
+    "llama_tied": Scenario("llama_tied", world_size=1, has_large_logits=True),
     "qwen3_moe": Scenario("qwen3_moe", world_size=1),
     "tp2_to_tp2": Scenario("qwen2", {"tp": 2}, engine_tp=2),
     "pp2_to_tp2": Scenario("llama_tied", {"pp": 2}, engine_tp=2),
@@ -74,7 +75,12 @@ def make_engine(policy: PolicyEngine, *, tp: int) -> VllmEngine:
 @pytest.fixture(scope="module", params=SCENARIOS)
 def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     scenario = SCENARIOS[request.param]
-    versions = save_versions(scenario.model, tmp_path_factory.mktemp("versions"), num_versions=2)
+    versions = save_versions(
+        scenario.model,
+        tmp_path_factory.mktemp("versions"),
+        num_versions=2,
+        has_large_logits=scenario.has_large_logits,
+    )
     make = functools.partial(make_engine, tp=scenario.engine_tp)
     ranks = run_ranks(
         scenario.world_size, observe, make, versions.directories, scenario.parallel, timeout_s=300
