@@ -39,9 +39,9 @@ def save_versions(
     """Write the named model `num_versions` times, each with weights of its own seed.
 
     Args:
-        has_large_logits: up to 14, as a trained model has them, instead of a standard deviation near 0.25. At
-            the latter two versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with
-            the logits, stays below a tolerance of 1e-6.
+        has_large_logits: up to 14, as a trained model has them. Otherwise their standard deviation is near
+            0.25: two versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with the
+            logits, stays below a tolerance of 1e-6.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +68,7 @@ def save_versions(
 def scores(
     directory: Path, sequences: Sequence[Sequence[int]], *, temperature: float, dtype: torch.dtype
 ) -> list[Tensor]:
-    """[T - 1] float64 nats that transformers gives each token but the first; only the model computes in dtype."""
+    """[T - 1] float64 nats of each token but the first, by transformers; the model computes in dtype."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()

@@ -55,8 +55,9 @@ SCENARIOS = {
     "llama_tied": Scenario("llama_tied", world_size=1, has_large_logits=True),
     "qwen3_moe": Scenario("qwen3_moe", world_size=1),
     "tp2_to_tp2": Scenario("qwen2", {"tp": 2}, engine_tp=2),
-    "pp2_to_tp2": Scenario("llama_tied", {"pp": 2}, engine_tp=2),
     "dp2_to_two_replicas": Scenario("qwen3"),
+    # Consecutive ranks hold one stage and form one engine: each engine gets its other half from the other.
+    "tp2_pp2_to_two_of_tp2": Scenario("llama_tied", {"tp": 2, "pp": 2}, engine_tp=2, world_size=4),
     "ep2_to_tp2": Scenario("mixtral", {"ep": 2}, engine_tp=2),
 }
 
