@@ -33,9 +33,7 @@ class Versions:
     has_large_logits: bool
 
 
-def save_versions(
-    name: str, root: Path, *, num_versions: int, has_large_logits: bool = False
-) -> Versions:
+def save_versions(name: str, root: Path, *, num_versions: int, has_large_logits: bool = False) -> Versions:
     """Write the named model `num_versions` times, each with weights of its own seed.
 
     Args:
