@@ -24,7 +24,9 @@ _FP32, _INT64 = 4, 8
 _LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
 """vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
 _FUSED_CHUNK = {"torch": 128 * 2**20, "transformer_engine": 512 * 2**20}
-"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused."""
+_FUSED_CHUNK_ALONE = {"torch": 200 * 2**20, "transformer_engine": 512 * 2**20}
+"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused, beside
+those of a reference and alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,9 @@ def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> Bl
     )
 
 
-def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused) -> HeadBytes:
+def head_bytes(
+    architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused, *, is_alone: bool
+) -> HeadBytes:
     """What the last stage holds for one micro-batch behind its blocks."""
     columns = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp
     logits = batch.tokens * columns * batch.element
@@ -113,7 +117,7 @@ def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused:
         states = (2 + grid.sequence_parallel) * gathered
         return HeadBytes(
             saved=saved,
-            logits=min(logits, _FUSED_CHUNK[batch.kernels]),
+            logits=min(logits, (_FUSED_CHUNK_ALONE if is_alone else _FUSED_CHUNK)[batch.kernels]),
             is_fused=True,
             forward=chunk + states,
             backward=chunk + states,

@@ -84,8 +84,9 @@ class Plan:
             yield slice(0, self.num_tokens), self
             return
         widest = max(layers, key=lambda layer: layer.shape[1] * layer.dtype.itemsize)
-        chunks = widest.chunks(self.num_tokens)
-        buffers = {layer.key: layer.buffer(chunks) for layer in layers}
+        different = {layer.key: layer for layer in layers}
+        chunks = widest.chunks(self.num_tokens, is_alone=len(different) == 1)
+        buffers = {key: layer.buffer(chunks) for key, layer in different.items()}
         for rows in chunks:
             yield rows, self._at(rows, buffers)
 

@@ -1,0 +1,46 @@
+"""How an output layer's tokens fall into chunks, and that logits made by parts are the product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
+
+H = 6
+
+
+def make_layer(num_tokens: int, num_columns: int) -> OutputLayer:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, H, generator=generator) for n in (num_tokens, num_columns))
+    return OutputLayer(hidden=hidden, weight=weight)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 8, 9, 20, 39, 40, 41, 97])
+@pytest.mark.parametrize("most", [1, 5, 8, 20])
+def test_chunks_cover_every_token_once_and_fit(
+    num_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES", most * 10 * 4)
+    chunks = make_layer(num_tokens, 10).chunks(num_tokens, is_alone=False)
+    sizes = [rows.stop - rows.start for rows in chunks]
+    assert [token for rows in chunks for token in range(rows.start, rows.stop)] == list(range(num_tokens))
+    assert all(0 < size <= most for size in sizes)
+    assert all(size % 8 == 0 for size in sizes[:-1]) or most < 8
+
+
+def test_a_layer_alone_has_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES", 8 * 10 * 4)
+    monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES_ALONE", 16 * 10 * 4)
+    layer = make_layer(48, 10)
+    assert len(layer.chunks(48, is_alone=False)) == 6
+    assert len(layer.chunks(48, is_alone=True)) == 3
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 8, 9, 31])
+def test_logits_made_by_parts_are_the_product(num_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_layer, "_CPU_COLUMNS", 8)
+    layer = make_layer(11, num_columns)
+    chunks = layer.chunks(11, is_alone=True)
+    logits = layer.logits(torch.tensor([3, 9, 1]), layer.buffer(chunks))
+    torch.testing.assert_close(logits, layer.hidden[[3, 9, 1]] @ layer.weight.T)
