@@ -90,8 +90,12 @@ PRESETS: Mapping[str, Tree] = _frozen(
         # arXiv:2504.14945 and 2506.19767: their on-policy part.
         "luffy": _GROUP_OF_8,
         "srft": _GROUP_OF_8,
-        # arXiv:2602.02244: the stage after CurioSFT.
-        "curiosft_rl": _GROUP_OF_8,
+        # arXiv:2602.02244: the stage after CurioSFT; 128 prompts in mini-batches of 32, 8 responses each.
+        "curiosft_rl": {
+            **_GROUP_OF_8,
+            "rollout": {**_GROUP_OF_8["rollout"], "prompts_per_step": 128},
+            "batch": {"global_size": 32 * 8},
+        },
         # arXiv:2503.14476: clip-higher, token mean, dynamic sampling. Its soft overlong punishment is the
         # reward `length`, which needs the run's lengths.
         "dapo": {

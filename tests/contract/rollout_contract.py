@@ -287,12 +287,9 @@ class RolloutContract:
 
     Args:
         tolerance: nats, for logits near 1.
-        rounding: of engine and trainer together, in errors of transformers, for large logits: fp32 has no
-            more to give there.
     """
 
     tolerance: float
-    rounding = 3.0
 
     @pytest.mark.parametrize("version", [0, 1])
     def test_greedy_tokens_are_those_of_transformers(self, observed: Observed, version: int) -> None:
@@ -317,7 +314,8 @@ class RolloutContract:
         # Dividing logits by a temperature below 1 enlarges their rounding with them.
         allowed = self.tolerance / min(SAMPLINGS[name].temperature or 1.0, 1.0)
         if observed.versions.has_large_logits:
-            allowed = max(allowed, self.rounding * observed.fp32_error(name))
+            # fp32 has no more to give: engine and trainer are each as good as transformers.
+            allowed = max(allowed, 2 * observed.fp32_error(name))
         assert error <= allowed
 
     @pytest.mark.parametrize("name", ["top_p", "top_k", "top_k_and_p"])

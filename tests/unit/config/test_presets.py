@@ -110,3 +110,19 @@ def test_presets_hold_the_published_numbers(
     assert preset.get("optim", {}).get("lr") == lr
     assert preset["loss"]["kl_coefficient"] == kl
     assert (preset["loss"]["clip_low"], preset["loss"]["clip_high"]) == clip
+
+
+def test_only_curiosft_rl_has_a_published_batch_and_it_counts_responses():
+    """METHODS.md, section 4: batch 128, mini-batch 32, n = 8; both are prompts, as in verl."""
+    batches = {
+        name: (preset["rollout"].get("prompts_per_step"), preset.get("batch", {}).get("global_size"))
+        for name, preset in PRESETS.items()
+    }
+    assert batches == {name: (None, None) for name in PRESETS} | {"curiosft_rl": (128, 256)}
+
+
+def test_a_batch_of_the_run_wins_over_the_presets():
+    raw = {"preset": "curiosft_rl", "rollout": {"prompts_per_step": 64}, "batch": {"global_size": 512}}
+    found = with_preset(raw, PRESETS)
+    assert found["rollout"] == {"group_size": 8, "temperature": 1.0, "prompts_per_step": 64}
+    assert found["batch"] == {"global_size": 512}
