@@ -17,8 +17,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.kinds import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
@@ -30,6 +28,7 @@ from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.plan import batch_layout, plan_model
 from megatron_sftrl.trainers.scoring import score_responses
@@ -75,9 +74,7 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
             mode="evaluate",
         )
         scores = _score(policy, loader)
-        if parallel.rank == 0:
-            _write(out, rows, dataset, scores)
-        dist.barrier()
+        on_rank_zero(lambda: _write(out, rows, dataset, scores))
 
 
 def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[dict[str, Any]], Dataset]:

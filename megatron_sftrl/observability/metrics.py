@@ -61,12 +61,16 @@ class JsonlSink:
         path: the file; created, or continued.
         resume_step: last step that the resumed checkpoint holds; later lines are removed. 0 starts anew.
     Raises:
-        ValueError: a line in the middle of the file that is not a JSON object with a step.
+        ValueError: a line in the middle of the file that is not a JSON object with a step, or a file that
+            cannot be read or written.
     """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        _keep_steps_up_to(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            _keep_steps_up_to(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"the metrics cannot be written to {path}: {error}") from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and flush it.

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.prompts import end_token_ids, read_prompt
@@ -18,6 +16,7 @@ from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.trainers.plan import plan_model
@@ -70,9 +69,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
             request.sampling, num_samples=request.num_samples, stop_ids=end_token_ids(tokenizer)
         )
         groups = engine.generate([Prompt(id=i, tokens=tokens) for i, tokens in enumerate(prompts)], sampling)
-        if parallel.rank == 0:
-            _write(request, rows, groups, tokenizer)
-        dist.barrier()
+        on_rank_zero(lambda: _write(request, rows, groups, tokenizer))
 
 
 def _read_prompts(path: Path, tokenizer: Tokenizer) -> tuple[list[Mapping[str, Any]], list[tuple[int, ...]]]:

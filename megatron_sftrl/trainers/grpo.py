@@ -141,7 +141,7 @@ class GrpoTrainer:
             self.watch,
             self.store,
         ):
-            self.samples = self._open_samples()
+            self.samples = on_every_rank(self._open_samples)
             while self.state.step < self.num_steps:
                 with self.timers("reshard"):
                     self.updates.refresh(self.state.step)

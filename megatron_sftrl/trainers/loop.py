@@ -12,6 +12,7 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory
 from megatron_sftrl.observability.sinks import open_metrics
@@ -78,10 +79,17 @@ def metrics_on_rank_zero(
     resume_step: int,
     total_steps: int,
 ) -> Iterator[MetricsWriter]:
-    """Rank 0 writes; the others hand their numbers to nobody, and wait at the end."""
-    sinks = MetricsWriter([])
-    if parallel.rank == 0:
-        sinks = open_metrics(directory, config, resume_step=resume_step, total_steps=total_steps)
-    with sinks as metrics:
+    """Rank 0 writes; the others hand their numbers to nobody, and wait at the end.
+
+    Raises:
+        ValueError: on every rank, when rank 0 cannot open what it shall write to.
+    """
+
+    def open_sinks() -> MetricsWriter:
+        if parallel.rank > 0:
+            return MetricsWriter([])
+        return open_metrics(directory, config, resume_step=resume_step, total_steps=total_steps)
+
+    with on_every_rank(open_sinks) as metrics:
         yield metrics
     dist.barrier()

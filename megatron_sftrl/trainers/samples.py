@@ -20,12 +20,18 @@ class SampleLog:
         num_groups: written of each step, left-out groups included.
         resume_step: last step that the resumed checkpoint holds; lines of later steps, which will be taken
             again, are removed.
+    Raises:
+        ValueError: a line that is not a JSON object with a step, or a file that cannot be read or written.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, *, num_groups: int, resume_step: int) -> None:
         self._path, self._tokenizer, self._num_groups = path, tokenizer, num_groups
-        if path.exists():
-            _keep_steps_up_to(path, resume_step)
+        try:
+            if path.exists():
+                _keep_steps_up_to(path, resume_step)
+            path.open("a").close()  # what cannot be written shall not come out after the first step
+        except OSError as error:
+            raise ValueError(f"the samples cannot be written to {path}: {error}") from error
 
     def write(self, step: int, responses: Sequence[Response]) -> None:
         """One step's responses, group by group.
