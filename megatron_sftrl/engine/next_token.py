@@ -98,23 +98,25 @@ def _scheduled_logits(
     parallel = policy.parallel
 
     def pick_rows(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
-        logits = stage.model.logits(stage.hidden_states)  # [T/cp, V_padded/tp]
+        layer = stage.model.output(stage.hidden_states)
         rows = last_rows[stage.index].to(parallel.device)
         whole = stage.batch.cu_seqlens * parallel.cp_size
-        picked = _rows_over_cp(logits, rows, whole, parallel)
-        return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(picked, parallel))
+        # Logits of the wanted rows only: those of all tokens of all prompts are the largest tensor by far.
+        hidden = _rows_over_cp(layer.hidden, rows, whole, parallel)
+        logits = F.linear(hidden, layer.weight).float()  # [S, V_padded/tp]
+        return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(logits, parallel))
 
     return run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)
 
 
-def _rows_over_cp(logits: Tensor, rows: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:
-    """[S, V_padded/tp] fp32: each wanted row lives on one context-parallel rank; the others add zero."""
+def _rows_over_cp(hidden: Tensor, rows: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:
+    """[S, H] of [T/cp, H]: each wanted row lives on one context-parallel rank; the others add zero."""
     if parallel.cp_size == 1:
-        return logits[rows].float()
+        return hidden[rows]
     mine = local_rows(cu_seqlens, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size)
     is_mine = rows[:, None] == mine[None]  # [S, T/cp]
     local = is_mine.int().argmax(dim=1)
-    picked = torch.where(is_mine.any(dim=1)[:, None], logits[local].float(), 0.0)
+    picked = torch.where(is_mine.any(dim=1)[:, None], hidden[local], 0.0)
     dist.all_reduce(picked, group=parallel.cp_group)
     return picked
 

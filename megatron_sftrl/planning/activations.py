@@ -103,6 +103,15 @@ def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> Bl
     )
 
 
+def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Most that one block's forward holds when no backward follows, its input included: in its MLP."""
+    mlp = _expert_bytes if architecture.mixture else _mlp_bytes
+    norm = _norm_bytes(architecture.hidden_size, batch)
+    stream = batch.residual_tokens * architecture.hidden_size * batch.element
+    gathered = batch.tokens * architecture.hidden_size * batch.element
+    return mlp(architecture, grid, batch) - norm + 4 * stream + gathered * grid.sequence_parallel
+
+
 def head_bytes(
     architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused, *, is_alone: bool
 ) -> HeadBytes:

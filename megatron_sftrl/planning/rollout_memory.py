@@ -10,13 +10,17 @@ from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.architectures.engine_shards import engine_boxes
 from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.planning.activations import Microbatch, block_bytes
+from megatron_sftrl.planning.activations import Microbatch, forward_bytes
 from megatron_sftrl.planning.grid import Grid
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.model_state import element_bytes
 
 VLLM_WORK = 3e9
 """Bytes that vLLM is taken to need for its forward and its CUDA graphs: an assumption."""
+_CACHE_GROWTH = 128
+"""engine/kv_cache.py: tokens of memory that a layer takes at least beyond what it must hold."""
+_DRAWING_BLOCK = 128
+"""engine/next_token.py: entries of the vocabulary that are summed together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +30,7 @@ class RolloutMemory:
     Args:
         weights: of the engine; 0 where it reads the trainer's.
         cache: keys and values.
-        work: of the engine's forward.
+        work: most that the engine's forward, its growing cache or its drawing holds beyond the whole cache.
         update: messages and the tensor being filled while weights move, when the cache is asleep.
         num_concurrent: responses of full length that the cache holds, per engine.
         bytes_per_token: of keys and values, on one rank.
@@ -78,27 +82,66 @@ def _engine_elements(architecture: Architecture, tp: int) -> tuple[int, int]:
 def _in_process(
     architecture: Architecture, config: GrpoConfig, grid: Grid, batch: Microbatch
 ) -> RolloutMemory:
-    """The trainer's own forward: with a cache where there is one, else over whole prefixes."""
-    rollout = config.rollout
+    """The trainer's own forward: with a cache where there is one, else over whole prefixes.
+
+    Of a training step whose prompts and responses are as long as they may be. Evaluation may have more
+    responses on their way, up to rollout.max_concurrent, of as many prompts.
+    """
+    rollout, longest = config.rollout, config.max_length
     share = -(-rollout.prompts_per_step // grid.dp) * rollout.group_size
     slots = min(rollout.max_concurrent, share)
-    has_cache = grid.cp == 1 and batch.kernels == "torch"
+    drawing = float(slots * _drawing_bytes(architecture, config, grid))
+    if grid.cp > 1 or batch.kernels != "torch":
+        work = _prefix_bytes(architecture, grid, batch, prefixes=slots, length=longest)
+        return RolloutMemory(
+            weights=0.0,
+            cache=0.0,
+            work=max(work, drawing),
+            update=0.0,
+            num_concurrent=slots,
+            bytes_per_token=0,
+        )
+    num_layers = architecture.num_layers // grid.pp
     groups = architecture.num_query_groups // grid.tp
-    per_token = 2 * (architecture.num_layers // grid.pp) * groups * architecture.head_dim * batch.element
-    length = config.data.max_prompt_length if has_cache else config.max_length
-    tokens = -(-slots // grid.pp) * length // grid.cp
-    whole = replace(
+    per_token = 2 * num_layers * groups * architecture.head_dim * batch.element
+    cache = float((slots + 1) * longest * per_token)
+    prompts, prompt_length = -(-slots // rollout.group_size), config.data.max_prompt_length
+    missing = cache * max(0.0, 1 - (prompt_length + _CACHE_GROWTH) / longest)
+    if slots < share:
+        # Places that come free may begin inside a group and end inside another one, beside a whole cache.
+        prompts, missing = -(-(slots - 1) // rollout.group_size) + 1, 0.0
+    prefill = _prefix_bytes(architecture, grid, batch, prefixes=prompts, length=prompt_length)
+    # A layer's keys and values are copied when they need more memory.
+    return RolloutMemory(
+        weights=0.0,
+        cache=cache,
+        work=max(prefill - missing, drawing, cache / num_layers),
+        update=0.0,
+        num_concurrent=slots,
+        bytes_per_token=per_token,
+    )
+
+
+def _prefix_bytes(
+    architecture: Architecture, grid: Grid, batch: Microbatch, *, prefixes: int, length: int
+) -> float:
+    """Of a forward over prefixes of one length, spread over pp micro-batches."""
+    multiple = 2 * grid.cp if grid.cp > 1 else 1
+    tokens = -(-prefixes // grid.pp) * (-(-length // multiple) * multiple) // grid.cp
+    packed = replace(
         batch,
         tokens=tokens,
         residual_tokens=tokens // grid.tp if grid.sequence_parallel else tokens,
         longest=length,
     )
-    block = block_bytes(architecture, grid, whole)
-    return RolloutMemory(
-        weights=0.0,
-        cache=float((slots + 1) * config.max_length * per_token) if has_cache else 0.0,
-        work=float(block.forward + 2 * block.input),
-        update=0.0,
-        num_concurrent=slots,
-        bytes_per_token=per_token if has_cache else 0,
-    )
+    return float(forward_bytes(architecture, grid, packed))
+
+
+def _drawing_bytes(architecture: Architecture, config: GrpoConfig, grid: Grid) -> int:
+    """Of one response while its next token is drawn (engine/next_token.py): fp32 logits, float64 weights."""
+    sampling, size = config.rollout, architecture.vocab_size
+    logits = 4 * (1 + (grid.pp > 1) + (sampling.temperature != 1))
+    weights = 16 if size % _DRAWING_BLOCK else 8  # and once more, filled up to whole blocks
+    if sampling.top_k or sampling.top_p < 1:
+        weights = 41  # as they are, sorted, their order, cumulated, truncated; and a flag
+    return size * (logits + weights)
