@@ -12,6 +12,9 @@ machine disturbs all alike; figures are medians over the repeats of the ratio to
     NAME            the registered loss, fused with the output layer; a reference's output layer is included
     NAME, logits    the same loss with the logits of policy and reference in memory
 
+On CUDA it also tells how much of the bandwidth of a copy the elementwise part reaches, with all logits in
+memory and nothing but the loss in the time; that wants many tokens (16384).
+
 Memory is the peak of the process beyond what stood before (weights, their gradient buffer, hidden states),
 and on CUDA that of the allocator.
 """
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loss_bandwidth import bandwidth_fractions
 from loss_contenders import LOSSES, PLAIN, RELEASED, Sizes, make_batch, make_model, make_step
 
 from megatron_sftrl.config.schema import ParallelSection
@@ -66,6 +70,11 @@ def main() -> None:
             found[name].append(_in_children(name, sizes))
     facts = _facts(found, sizes)
     _print(facts)
+    if torch.cuda.is_available():
+        facts["bandwidth"] = bandwidth_fractions(sizes, torch.device("cuda"))
+        rate, *_ = facts["bandwidth"].values()
+        shares = [f"{name} {share:.2f}" for name, share in list(facts["bandwidth"].items())[1:]]
+        print(f"elementwise part, of a copy's {rate / 1e9:.0f} GB/s: {', '.join(shares)}")
     if arguments.out:
         arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 

@@ -22,10 +22,9 @@ from megatron_sftrl.vocab_parallel.statistics import (
     LogSumExp,
     Plan,
     Statistic,
-    local_sums,
     plan_of,
-    rescaled_sums,
 )
+from megatron_sftrl.vocab_parallel.sums import local_sums, rescaled_sums
 
 
 def evaluate(statistics: Sequence[Statistic]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.vocab_parallel import rows as local
+from megatron_sftrl.vocab_parallel import triton_rows
 from megatron_sftrl.vocab_parallel.statistics import LogSumExp, Pick, Plan, Total, sources_of
 
 
@@ -35,18 +36,19 @@ def gradient_of_logits(
     Returns:
         [T, V_local] in the logits' dtype, padding exactly 0; None when nothing flows into the source.
     """
-    terms = _Terms.of(plan, i, grads, values, partitions)
+    terms = Terms.of(plan, i, grads, values, partitions)
     if terms is None:
         return None
     source = plan.sources[i]
     # Within a chunk of rows everything is read before anything is written.
     is_last_reader = source.scratch is not None and source.scratch.num_readers == 1 and may_overwrite
     out = source.logits.detach() if is_last_reader else torch.empty_like(source.logits)
-    return _fill(out, plan, i, terms, maxima)
+    write = triton_rows.fill_gradient if triton_rows.covers(plan) else fill_gradient
+    return write(out, plan, i, terms, maxima)
 
 
 @dataclass(slots=True, eq=False)
-class _Terms:
+class Terms:
     """The gradient into one source i, as coefficients [T] of what stands in the columns:
 
     dz = exp(z - M) * (constant + sum_j linear[j] shift_j) + sum_j other[j] exp(shift_j) + uniform + onehots
@@ -61,9 +63,9 @@ class _Terms:
     @staticmethod
     def of(
         plan: Plan, i: int, grads: Sequence[Tensor | None], values: Sequence[Tensor], partitions: Tensor
-    ) -> _Terms | None:
+    ) -> Terms | None:
         """None when nothing flows into the source."""
-        terms = _Terms(torch.zeros_like(partitions[i]), {}, {}, None, [])
+        terms = Terms(torch.zeros_like(partitions[i]), {}, {}, None, [])
         source, is_touched = plan.sources[i], False
         for statistic, grad, value in zip(plan.statistics, grads, values, strict=True):
             if grad is None or all(touched is not source for touched in sources_of(statistic)):
@@ -88,7 +90,7 @@ class _Terms:
         return terms if is_touched else None
 
 
-def _fill(gradient: Tensor, plan: Plan, i: int, terms: _Terms, maxima: Tensor) -> Tensor:
+def fill_gradient(gradient: Tensor, plan: Plan, i: int, terms: Terms, maxima: Tensor) -> Tensor:
     """Write [T, V_local] d loss / d logits of source i; padding gets exactly 0. May be the logits' memory."""
     source = plan.sources[i]
     num_columns = source.shard.num_columns
@@ -113,7 +115,7 @@ def _fill(gradient: Tensor, plan: Plan, i: int, terms: _Terms, maxima: Tensor) -
     return gradient
 
 
-def _factor(plan: Plan, i: int, terms: _Terms, maxima: Tensor, rows: slice, shift: Tensor) -> Tensor:
+def _factor(plan: Plan, i: int, terms: Terms, maxima: Tensor, rows: slice, shift: Tensor) -> Tensor:
     """[rows, columns or 1] what exp(z - M) is multiplied by; may overwrite `shift`."""
     factor = terms.constant[rows, None]
     for j, coefficient in terms.linear.items():

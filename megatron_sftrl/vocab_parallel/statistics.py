@@ -11,7 +11,7 @@ Everything is relative to M, so that log-probabilities of logits near 1e4 keep a
 every quantity that does not change when a constant is added to z, and only such quantities leave this
 folder. Hence M is a constant for the gradient.
 
-This file has one rank's sums; evaluation.py has the order of events, gradients.py the way back.
+sums.py has one rank's sums, evaluation.py the order of events, gradients.py the way back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sftrl.vocab_parallel import rows as local
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.rows import Source
 
@@ -153,74 +152,3 @@ def sources_of(statistic: Statistic) -> tuple[Source, ...]:
     if isinstance(statistic, Expectation):
         return (statistic.weights, statistic.values)
     return (statistic.of,)
-
-
-def local_sums(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over this rank's columns.
-
-    Returns:
-        maxima [sources, T], partition sums [sources, T], and [statistics, T] the sum each Total and
-        Expectation asks for, all relative to this rank's own maxima; for a Pick the raw logit, 0 where the id
-        lives elsewhere; rows of other statistics are zero.
-    """
-    options = {"dtype": plan.dtype, "device": plan.sources[0].device}
-    maxima = torch.empty(len(plan.sources), plan.num_tokens, **options)
-    partitions = torch.empty_like(maxima)
-    sums = torch.zeros(len(plan.statistics), plan.num_tokens, **options)
-    for rows, chunk in plan.chunks():
-        _add_local_sums(chunk, maxima[:, rows], partitions[:, rows], sums[:, rows])
-    return maxima, partitions, sums
-
-
-def _add_local_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> None:
-    """Fill the sums of tokens whose logits are at hand."""
-    for row, statistic in zip(sums, plan.statistics, strict=True):
-        if isinstance(statistic, Pick) and statistic.of.shard.num_columns:
-            column, is_here = statistic.of.shard.local_ids(statistic.ids)
-            logit = statistic.of.logits.detach().gather(1, column[:, None]).squeeze(1)
-            row.copy_(torch.where(is_here, logit, 0.0))
-    for rows in local.row_chunks(plan.sources[0], 2 * len(plan.sources) + 1, plan.dtype):
-        shifts, exps = [], []
-        for i, source in enumerate(plan.sources):
-            maxima[i, rows] = local.local_maximum(source, rows, plan.dtype)
-            shifts.append(local.shifted(source, rows, maxima[i]))
-            exps.append(torch.exp(shifts[i]))
-            partitions[i, rows] = exps[i].sum(dim=1)
-        buffer = torch.empty_like(shifts[0])
-        for row, statistic in zip(sums, plan.statistics, strict=True):
-            if isinstance(statistic, Total):
-                row[rows] = shifts[plan.index(statistic.of)].sum(dim=1)
-            elif isinstance(statistic, Expectation):
-                weights, values = plan.index(statistic.weights), plan.index(statistic.values)
-                row[rows] = local.weighted_sum_of(exps[weights], shifts[values], buffer)
-
-
-def rescaled_sums(
-    plan: Plan, maxima: Tensor, local_maxima: Tensor, partitions: Tensor, sums: Tensor
-) -> Tensor:
-    """[sources + statistics, T] this rank's part of every sum, relative to the global maxima."""
-    factors, offsets = [], []
-    for i, source in enumerate(plan.sources):
-        factor = torch.exp(source.scaled(local_maxima[i] - maxima[i]))
-        factors.append(factor.masked_fill(local_maxima[i] == -torch.inf, 0.0))
-        offsets.append(source.scaled(local.finite_maximum(local_maxima[i]) - local.finite_maximum(maxima[i])))
-    parts = [factors[i] * partitions[i] for i in range(len(plan.sources))]
-    for row, statistic in zip(sums, plan.statistics, strict=True):
-        if isinstance(statistic, Total):
-            i = plan.index(statistic.of)
-            parts.append(row + statistic.of.shard.num_columns * offsets[i])
-        elif isinstance(statistic, Expectation):
-            weights, values = plan.index(statistic.weights), plan.index(statistic.values)
-            moved = factors[weights] * (row + partitions[weights] * offsets[values])
-            parts.append(moved.masked_fill(factors[weights] == 0, 0.0))  # no mass here: also where z is -inf
-        elif isinstance(statistic, Pick):
-            source = statistic.of
-            _, is_here = source.shard.local_ids(statistic.ids)
-            maximum = local.finite_maximum(maxima[plan.index(source)])
-            # an id outside the vocabulary lives on no rank: NaN, not the silent 0 of an id on another rank
-            is_outside = (statistic.ids < 0) | (statistic.ids >= source.shard.vocab_size)
-            picked = source.scaled(row - maximum).where(is_here, 0.0)
-            parts.append(picked.masked_fill(is_outside, torch.nan))
-        else:
-            parts.append(row)
-    return torch.stack(parts)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from megatron_sftrl.vocab_parallel.collectives import all_gather
 from megatron_sftrl.vocab_parallel.rows import Source, finite_maximum, row_chunks
-from megatron_sftrl.vocab_parallel.statistics import Expectation, LogSumExp, plan_of, rescaled_sums
-from megatron_sftrl.vocab_parallel.statistics import local_sums as sums_of_shard
+from megatron_sftrl.vocab_parallel.statistics import Expectation, LogSumExp, plan_of
+from megatron_sftrl.vocab_parallel.sums import local_sums as sums_of_shard
+from megatron_sftrl.vocab_parallel.sums import rescaled_sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

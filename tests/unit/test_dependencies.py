@@ -22,7 +22,7 @@ NEEDED_BY_OTHERS = {
     "psutil": "megatron-core's dist_checkpointing hangs in its save without it, and does not declare it",
 }
 # Imported only where an extra is installed, or by tests and tools for developers.
-OPTIONAL = {"transformer_engine", "vllm", "tensorboard", "apex", "pytest", "setuptools"}
+OPTIONAL = {"transformer_engine", "triton", "vllm", "tensorboard", "apex", "pytest", "setuptools"}
 
 
 def setup_arguments() -> dict[str, ast.expr]:

@@ -1,0 +1,70 @@
+"""How much of the memory's bandwidth a loss reaches on logits that exist: the elementwise part alone."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from loss_contenders import LOSSES, Sizes, make_batch
+from torch import Tensor
+
+from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
+from megatron_sftrl.losses.weights import weighted_sum
+
+# [T, V] arrays read or written, forward and backward, when each is touched once: the policy's logits twice
+# and their gradient; those of the reference twice, since the gradient is policy - target.
+PASSES = {"sft": 3, "entropy": 3, "pear": 3, "gift": 5}
+
+
+def bandwidth_fractions(sizes: Sizes, device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """For each loss: bytes it has to move, over its time, relative to a copy of an array of that size.
+
+    Args:
+        sizes: [T, V_local] logits; few tokens measure the launches of what is done on [T] vectors.
+        device: where; bf16 on CUDA, else fp32.
+        repeats: of which the fastest counts.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    logits, reference = (
+        3 * torch.randn(sizes.tokens, sizes.columns, generator=generator, device=device, dtype=dtype)
+        for _ in range(2)
+    )
+    batch = make_batch(sizes, device)
+    copied = _seconds(functools.partial(torch.empty_like(logits).copy_, logits), device, repeats)
+    rate = 2 * logits.nbytes / copied
+    fractions = {}
+    for name, passes in PASSES.items():
+        step = functools.partial(_forward_and_backward, name, logits, reference, batch)
+        fractions[name] = passes * logits.nbytes / _seconds(step, device, repeats) / rate
+    return {"copy, bytes per second": rate, **fractions}
+
+
+def _forward_and_backward(name: str, logits: Tensor, reference: Tensor, batch: TokenBatch) -> None:
+    columns = logits.shape[1]
+    mine = logits.detach().requires_grad_()
+    inputs = LossInputs(
+        policy=TokenDistribution.from_logits(mine, vocab_size=columns),
+        batch=batch,
+        reference=TokenDistribution.from_logits(reference, vocab_size=columns),
+    )
+    weighted_sum(build_loss(name, LOSSES[name])(inputs).token_loss, batch.token_weight).backward()
+
+
+def _seconds(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The fastest of some calls, after one that compiles."""
+    times = []
+    for _ in range(repeats + 1):
+        _synchronize(device)
+        start = time.perf_counter()
+        step()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
