@@ -39,9 +39,9 @@ def column_sums(
 ):
     """Maxima, partition sums and moments of one token over all columns.
 
-    A lane sees WIDTH neighbouring columns, one load of 16 bytes, in each of ROUNDS pieces of a block, and has
-    sums of its own, relative to maxima of its own; lanes meet at the end of the row. So no thread waits for
-    another one in the loop, and following the maximum costs one exponential for ROUNDS * WIDTH columns.
+    A lane sees WIDTH neighbouring columns, one load, in each of ROUNDS pieces of a block, and has sums of its
+    own, relative to maxima of its own; lanes meet at the end of the row. So no thread waits for another one
+    in the loop, and following the maximum costs one exponential for ROUNDS * WIDTH columns.
 
     Args:
         out: [2 * sources + moments, T] fp32: maxima, partition sums, and moments in bits.

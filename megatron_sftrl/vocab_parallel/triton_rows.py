@@ -67,7 +67,7 @@ def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> N
     )
     num_sources, num_tokens = len(plan.sources), plan.num_tokens
     out = maxima.new_empty(2 * num_sources + len(moments), num_tokens)
-    width = _LOAD_BYTES // max(x.itemsize for x in logits)
+    rounds, width = _lane_shape(logits)
     _launch(
         kernels.column_sums,
         (num_tokens,),
@@ -79,7 +79,7 @@ def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> N
         plan.sources[0].shard.num_columns,
         ORIGINS=origins,
         MOMENTS=moments,
-        ROUNDS=max(1, _THREAD_BYTES // _LOAD_BYTES // len(logits)),
+        ROUNDS=rounds,
         LANES=_WARPS * _WARP_THREADS,
         WIDTH=width,
     )
@@ -139,6 +139,18 @@ def _origins(sources: Sequence[Source]) -> tuple[tuple[Tensor, ...], tuple[int, 
         found.setdefault(key, source.logits.detach())
     numbers = {key: number for number, key in enumerate(found)}
     return tuple(found.values()), tuple(numbers[key] for key in keys)
+
+
+def _lane_shape(logits: Sequence[Tensor]) -> tuple[int, int]:
+    """Rounds, and neighbouring columns in each, that a thread sees of a block.
+
+    Neighbours are one load. Rows that do not begin on its bounds (Triton asks for multiples of 16) are read
+    column by column, and then neighbouring threads read neighbours.
+    """
+    loads = max(1, _THREAD_BYTES // _LOAD_BYTES // len(logits))
+    width = _LOAD_BYTES // max(x.itemsize for x in logits)
+    is_aligned = all(x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in logits)
+    return (loads, width) if is_aligned else (loads * width, 1)
 
 
 def _bits(source: Source) -> Tensor:

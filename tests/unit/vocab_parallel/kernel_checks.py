@@ -35,8 +35,10 @@ from megatron_sftrl.vocab_parallel.statistics import (
 )
 from megatron_sftrl.vocab_parallel.sums import local_sums
 
-V = 2 * 4096 + 803  # two whole blocks of the largest kind and a rest; odd, so that most rows are not aligned
-SPLIT = 5000
+# Two whole blocks of the largest kind and a rest. The first shard is a view, whose rows begin anywhere; the
+# other ones and the losses have rows of a multiple of 16.
+V = 2 * 4096 + 803
+SPLIT, PADDED = 5008, 9008
 SHARDS = {"first": (0, SPLIT), "padded": (SPLIT, V - SPLIT), "empty": (V, 0)}  # start, real columns
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = [0, 1, 2, 3, 5, 6]  # of `whole_logits`, without the one whose cross-entropies are infinite
@@ -178,7 +180,7 @@ def loss_errors(dtype_name: str, device: str) -> Errors:
     """Value and gradient of each loss over a padded vocabulary of several blocks."""
     dtype, num_tokens = DTYPES[dtype_name], 5
     noise = torch.Generator().manual_seed(3)
-    z, u = (4 * torch.randn(num_tokens, V + 5, dtype=torch.float64, generator=noise) for _ in range(2))
+    z, u = (4 * torch.randn(num_tokens, PADDED, dtype=torch.float64, generator=noise) for _ in range(2))
     z[:, V:], u[:, V:] = torch.nan, 1e30
     labels = torch.tensor([0, V - 1, 4096, 8192, 77])
     z[torch.arange(num_tokens), labels] += 8
