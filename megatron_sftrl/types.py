@@ -32,6 +32,7 @@ class TokenBatch:
         old_logprobs: [T] fp32 nats, under the policy before this rollout's first update.
         rollout_logprobs: [T] fp32 nats, as the rollout engine reported them (see Rollout.logprobs).
         advantages: [T] fp32.
+        is_padding: [T] bool, True where no real token stands; none does when not given.
 
     Raises:
         ValueError: a field whose shape is not [T], or cu_seqlens that do not end at T.
@@ -47,6 +48,7 @@ class TokenBatch:
     old_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     advantages: Tensor | None = None
+    is_padding: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

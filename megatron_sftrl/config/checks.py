@@ -126,6 +126,11 @@ def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
                     f"parallel.{name} = {value} is about experts, and the model is no mixture of experts: "
                     f"remove it, or parallel.{name}={neutral} on the command line"
                 )
+        if config.model.moe_aux_loss_coeff:
+            yield (
+                f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff} is about experts, and the "
+                "model is no mixture of experts: remove it, or model.moe_aux_loss_coeff=0 on the command line"
+            )
         return
     etp = parallel.etp or parallel.tp
     if mixture.num_experts % parallel.ep:

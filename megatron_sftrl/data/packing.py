@@ -107,6 +107,7 @@ def build_token_batch(
     tokens = np.full(total, pad_id, np.int64)
     labels = np.full(total, pad_id, np.int64)
     mask = np.zeros(total, np.bool_)
+    is_padding = np.ones(total, np.bool_)
     values = {name: np.zeros(total, np.float32) for name in carried}
     start = 0
     for example, length in zip(examples, lengths, strict=True):
@@ -114,6 +115,7 @@ def build_token_batch(
         tokens[real] = example.tokens[:-1]
         labels[real] = example.tokens[1:]
         mask[real] = example.loss_mask[1:]
+        is_padding[real] = False
         for name, target in values.items():
             found = getattr(example, name)
             if found is None:
@@ -135,6 +137,7 @@ def build_token_batch(
             num_sequences=normalization.num_sequences,
             max_length=normalization.max_length,
         ),
+        is_padding=torch.from_numpy(is_padding),
         **{name: torch.from_numpy(array) for name, array in values.items()},
     )
 

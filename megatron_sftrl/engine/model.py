@@ -22,9 +22,9 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -40,6 +40,7 @@ from megatron_sftrl.config.schema import ParallelSection, TrainSection
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
+from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer
@@ -55,6 +56,11 @@ class LanguageModel(GPTModel):
         """Megatron's, but new tokens of cached sequences take the short way through the same weights."""
         places = places_of(kwargs.get("packed_seq_params"))
         if places is None or places.span is None:
+            padding = kwargs.get("padding_mask")  # [1, T]
+            if padding is not None and self.config.sequence_parallel and not self.pre_process:
+                # Megatron cuts it on the first stage alone.
+                group = self.pg_collection.tp
+                kwargs["padding_mask"] = scatter_to_sequence_parallel_region(padding.T, group=group).T
             return super().forward(*args, **kwargs)
         return new_token_states(self, kwargs["input_ids"][0], places)
 
@@ -120,7 +126,7 @@ def build_model_chunks(
                 ).to(parallel.device)
             )
         _mark_tensor_parallel_parameters(chunks[-1])
-        _mark_expert_parameters(chunks[-1])
+        mark_expert_parameters(chunks[-1])
         # Megatron's own scaling knows one fixed form of llama3 and no linear one.
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         chunks[-1].rotary_pos_emb.inv_freq = frequencies.to(parallel.device)
@@ -165,9 +171,8 @@ def transformer_config(
         # As in transformers: logits in the model's dtype, softmax in fp32, every token reaches its experts.
         moe_router_score_function="softmax",
         moe_router_dtype=None,
-        # The objective is the loss of the run and nothing else: no balancing term.
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
+        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=with_te and mixture is not None,
         hidden_dropout=0.0,
@@ -213,7 +218,7 @@ def uses_transformer_engine() -> bool:
 
 
 def model_inputs(
-    batch: TokenBatch, *, cp_size: int, places: CacheSlots | None = None
+    batch: TokenBatch, *, cp_size: int, places: CacheSlots | None = None, marks_padding: bool = False
 ) -> dict[str, Tensor | PackedSeqParams | None]:
     """Keyword arguments of the model's forward for one (context-parallel share of a) micro-batch.
 
@@ -221,6 +226,7 @@ def model_inputs(
         batch: the micro-batch, on the model's device.
         cp_size: context parallel size.
         places: of the tokens in a cache of keys and values, when one is used; never with cp_size > 1.
+        marks_padding: routers shall leave it out of their load-balancing loss.
     """
     whole = batch.cu_seqlens * cp_size
     longest = int(whole.diff().max())
@@ -235,12 +241,15 @@ def model_inputs(
     )
     if places is not None:
         packed = CachedSequences.of(packed, places)
-    return {
+    inputs: dict[str, Tensor | PackedSeqParams | None] = {
         "input_ids": batch.tokens[None],
         "position_ids": batch.positions[None],
         "attention_mask": None,
         "packed_seq_params": packed,
     }
+    if marks_padding and batch.is_padding is not None:
+        inputs["padding_mask"] = batch.is_padding[None]
+    return inputs
 
 
 def _scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:
@@ -269,21 +278,6 @@ def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
                     set_tensor_model_parallel_attributes(parameter, True, sharded_dim, 1)
 
 
-def _mark_expert_parameters(chunk: LanguageModel) -> None:
-    """Tell Megatron's DDP and optimizer which parameters live on the experts' grid (etp x ep x edp).
-
-    Its layers do so only where ep > 1; at etp < tp and ep = 1 the tensor-parallel ranks hold copies of an
-    expert that saw different tokens, and nobody would add their gradients up. In that grid every rank's part
-    counts in the gradient norm, on whichever tp rank it lies.
-    """
-    for module in chunk.modules():
-        if isinstance(module, MoELayer):
-            assert isinstance(module.experts, torch.nn.Module)
-            for parameter in module.experts.parameters():
-                parameter.allreduce = False  # type: ignore[attr-defined]
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-
-
 def _block_spec(
     config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
@@ -294,6 +288,7 @@ def _block_spec(
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=qk_norm,
         )
+        balance_experts(fused, config)
         if config.window_size is not None and config.context_parallel_size > 1:
             # Its attention refuses a window under context parallelism on packed sequences.
             fused.submodules.self_attention.submodules.core_attention = PackedAttention  # type: ignore[union-attr]
@@ -301,6 +296,7 @@ def _block_spec(
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=qk_norm, normalization="RMSNorm"
     )
+    balance_experts(layer, config)
     submodules: Any = layer.submodules
     if config.num_moe_experts is not None:
         # The norm before a router stands alone in Transformer Engine's layers, so it keeps its own name here.

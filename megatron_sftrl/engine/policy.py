@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.gradient_clock import GradientClock
 from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
+from megatron_sftrl.engine.mixtures import ExpertBalance
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.objective import Objective, OutputHead
 from megatron_sftrl.engine.offload import TrainingState
@@ -70,6 +72,9 @@ class PolicyEngine:
         else:
             # Real weights follow; drawing a large model's random ones would cost minutes.
             zero_weights(self.chunks)
+        self._balance: ExpertBalance | None = None
+        if run.model.moe_aux_loss_coeff:
+            self._balance = ExpertBalance(self.chunks, architecture.num_layers, parallel)
         self.wrapped: list[DistributedDataParallel] | list[LanguageModel] = self.chunks
         self.optimizer = None
         self.training_state: TrainingState | None = None
@@ -96,10 +101,18 @@ class PolicyEngine:
     def forward_backward(
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
     ) -> StepReport:
-        """Gradients of sum(token_loss * token_weight) over the step and all ranks, ready for optim_step."""
+        """Gradients of sum(token_loss * token_weight) over the step and all ranks, ready for optim_step.
+
+        model.moe_aux_loss_coeff adds the routers' load-balancing loss to the gradients, not to the loss.
+        """
         self.zero_gradients()
+        if self._balance is None:
+            self.clock.start()
+            return self._run(batches, loss, reference, forward_only=False)
+        self._balance.begin_step(batches)
         self.clock.start()
-        return self._run(batches, loss, reference, forward_only=False)
+        report = self._run(batches, loss, reference, forward_only=False)
+        return dataclasses.replace(report, metrics={**report.metrics, **self._balance.finish_step()})
 
     def zero_gradients(self) -> None:
         """Empty Megatron's gradient buffers; the schedule accumulates into them."""

@@ -5,9 +5,10 @@ added up. Megatron would otherwise
   - multiply a loss by cp and divide it by the number of micro-batches (schedules, 2-tuple losses);
   - divide it by num_tokens (schedules, 3-tuple losses without calculate_per_token_loss);
   - average gradients over dp x cp, those of experts too (DDP without calculate_per_token_loss);
-  - divide gradients by the all-reduced num_tokens (finalize_model_grads).
+  - divide gradients by the all-reduced num_tokens (finalize_model_grads);
+  - multiply a router's load-balancing loss by the rank's tokens (engine/mixtures.py, BalancedRouter).
 calculate_per_token_loss=True (engine/model.py) with a 3-tuple loss switches the first three off; the
-functions here take care of the tuple and of the last.
+functions here take care of the tuple and of the division.
 """
 
 from __future__ import annotations

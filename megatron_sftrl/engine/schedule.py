@@ -69,10 +69,14 @@ def run_schedule(
         for batch in batches
     ]
 
+    config: Any = get_attr_wrapped_model(chunks[0], "config")
+    marks_padding = bool(config.moe_aux_loss_coeff) and not forward_only
+
     def forward_step(iterator: Iterator[tuple[int, TokenBatch]], chunk: torch.nn.Module) -> tuple:
         index, batch = next(iterator)
         cached = places[index].map(lambda value: value.to(parallel.device)) if places else None
-        output = chunk(**model_inputs(batch, cp_size=parallel.cp_size, places=cached))
+        inputs = model_inputs(batch, cp_size=parallel.cp_size, places=cached, marks_padding=marks_padding)
+        output = chunk(**inputs)
 
         def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
             model = get_attr_wrapped_model(chunk, "logits", return_model_obj=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from tests.distributed.test_layouts import Curve, make_config, step_batches
 NUM_STEPS = 12
 NUM_BATCHES = 3
 CLIP_GRAD = 0.1
+STEP = 3e-4
+"""Length of a step along a gradient, for slopes by differences."""
 EXPERTS = {"num_experts": 4, "experts_per_token": 2, "ffn_hidden_size": 24}
 QWEN3_MOE = {"family": "qwen3_moe", **EXPERTS}
 MIXTRAL = {"family": "mixtral", **EXPERTS, "tie_embeddings": True, "norm_eps": 1e-5}
@@ -33,16 +36,23 @@ class MixtureRun:
             the distributed optimizer, which sums only each rank's own range.
         smallest_gap: between the last chosen expert's logit and the first one left out, over the whole run.
         fewest_tokens: of any expert in any micro-batch.
+        balance: load-balancing loss of each step; NaN without.
     """
 
     curve: Curve
     gradients: list[tuple[Place, Tensor]]
     smallest_gap: float
     fewest_tokens: int
+    balance: list[float]
 
 
 def run_mixture(
-    parallel: dict[str, Any], model: dict[str, Any], *, num_microbatches: int = 2, recompute: str = "none"
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+    *,
+    num_microbatches: int = 2,
+    recompute: str = "none",
+    aux_loss_coeff: float = 0.0,
 ) -> MixtureRun:
     """Train NUM_STEPS steps of a toy mixture."""
     from megatron.core import parallel_state
@@ -52,7 +62,11 @@ def run_mixture(
     from megatron_sftrl.losses.registry import build_loss
 
     run = make_config(parallel, **model)
-    run = run.model_copy(update={"train": run.train.model_copy(update={"recompute": recompute})})
+    changes = {
+        "train": run.train.model_copy(update={"recompute": recompute}),
+        "model": run.model.model_copy(update={"moe_aux_loss_coeff": aux_loss_coeff}),
+    }
+    run = run.model_copy(update=changes)
     assert run.model.architecture is not None
     context = initialize_parallel(run.parallel)
     policy = PolicyEngine(from_section(run.model.architecture), run, context)
@@ -60,6 +74,7 @@ def run_mixture(
     loss = build_loss("sft", {})
     curve: Curve = []
     gradients: list[tuple[Place, Tensor]] = []
+    balance = []
     for step in range(NUM_STEPS):
         batches = step_batches(
             step % NUM_BATCHES,  # seen again, so that the loss falls and a test can tell
@@ -73,8 +88,15 @@ def run_mixture(
             gradients = _main_gradients(policy.chunks)
         update = policy.optim_step(step, num_steps=NUM_STEPS)
         curve.append((report.loss, update.grad_norm, report.metrics["entropy"]))
+        balance.append(report.metrics.get("moe/load_balancing_loss", math.nan))
     parallel_state.destroy_model_parallel()
-    return MixtureRun(curve=curve, gradients=gradients, smallest_gap=min(gaps), fewest_tokens=min(counts))
+    return MixtureRun(
+        curve=curve,
+        gradients=gradients,
+        smallest_gap=min(gaps),
+        fewest_tokens=min(counts),
+        balance=balance,
+    )
 
 
 def _watch_routers(chunks: list[Any]) -> tuple[list[float], list[int]]:
@@ -185,3 +207,86 @@ def clipped_update() -> tuple[float, float]:
     parallel_state.destroy_model_parallel()
     assert update.grad_norm > 10 * CLIP_GRAD
     return update.lr, float(torch.cat([part.flatten() for part in moved]).norm())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceGradients:
+    """The load-balancing loss of one micro-batch in one process.
+
+    Args:
+        balance: the metric.
+        is_padding: [T] bool.
+        router_inputs: [T, H] of each layer.
+        routers: [E, H] of each layer.
+        router_gradient: [E, H] of the last router: with the coefficient less without.
+        gradient_norm: of all weights: with less without.
+        slope: of coefficient * num_layers * balance along that gradient, by differences.
+    """
+
+    balance: float
+    is_padding: Tensor
+    router_inputs: list[Tensor]
+    routers: list[Tensor]
+    router_gradient: Tensor
+    gradient_norm: float
+    slope: float
+
+
+def balance_gradients(coefficient: float) -> BalanceGradients:
+    """Gradients of one step with the coefficient and with a negligible one, and of shifted weights."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.losses.registry import build_loss
+
+    run = make_config({}, **QWEN3_MOE)
+    assert run.model.architecture is not None
+    architecture = from_section(run.model.architecture)
+    context = initialize_parallel(run.parallel)
+    batches = step_batches(0, num_groups=1, group=0, multiple=4, num_microbatches=1)
+    loss = build_loss("sft", {})
+
+    def policy_with(value: float) -> PolicyEngine:
+        model = run.model.model_copy(update={"moe_aux_loss_coeff": value})
+        return PolicyEngine(architecture, run.model_copy(update={"model": model}), context)
+
+    plain, policy = policy_with(0.0), policy_with(coefficient)
+    assert {type(m) for m in plain.chunks[0].modules() if isinstance(m, TopKRouter)} == {TopKRouter}
+    plain.forward_backward(batches, loss)
+    routers = [module for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
+    inputs: list[Tensor] = []
+    hooks = [
+        router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
+        for router in routers
+    ]
+    balance = policy.forward_backward(batches, loss).metrics["moe/load_balancing_loss"]
+    for hook in hooks:
+        hook.remove()
+    parameters: list[Any] = list(policy.chunks[0].parameters())
+    without: list[Any] = list(plain.chunks[0].parameters())
+    difference = [p.main_grad - q.main_grad for p, q in zip(parameters, without, strict=True)]
+    (last,) = (i for i, p in enumerate(parameters) if p is routers[-1].weight)
+    norm = float(torch.cat([part.flatten() for part in difference]).norm())
+    shifted = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for parameter, part in zip(parameters, difference, strict=True):
+                parameter.add_(part, alpha=sign * STEP / norm)
+        shifted.append(policy.forward_backward(batches, loss).metrics["moe/load_balancing_loss"])
+    with torch.no_grad():
+        for parameter, part in zip(parameters, difference, strict=True):
+            parameter.add_(part, alpha=STEP / norm)
+    parallel_state.destroy_model_parallel()
+    assert batches[0].is_padding is not None
+    assert batches[0].is_padding.any()
+    return BalanceGradients(
+        balance=balance,
+        is_padding=batches[0].is_padding,
+        router_inputs=inputs,
+        routers=[router.weight.detach().clone() for router in routers],
+        router_gradient=difference[last].clone(),
+        gradient_norm=norm,
+        slope=coefficient * architecture.num_layers * (shifted[0] - shifted[1]) / (2 * STEP),
+    )

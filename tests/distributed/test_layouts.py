@@ -90,7 +90,9 @@ def _padded(length: int, multiple: int) -> int:
 
 
 def _pack(share: list, total: int, multiple: int, length: int) -> TokenBatch:
-    columns: dict[str, list] = {"tokens": [], "labels": [], "mask": [], "behavior": [], "positions": []}
+    columns: dict[str, list] = {
+        name: [] for name in ("tokens", "labels", "mask", "behavior", "positions", "is_padding")
+    }
     lengths = []
     for tokens, mask, behavior in share:
         extra = _padded(len(mask), multiple) - len(mask)
@@ -99,11 +101,13 @@ def _pack(share: list, total: int, multiple: int, length: int) -> TokenBatch:
         columns["mask"].append(torch.nn.functional.pad(mask, (0, extra)))
         columns["behavior"].append(torch.nn.functional.pad(behavior, (0, extra)))
         columns["positions"].append(torch.arange(len(mask) + extra))
+        columns["is_padding"].append(torch.arange(len(mask) + extra) >= len(mask))
         lengths.append(len(mask) + extra)
     if (tail := length - sum(lengths)) > 0:
         for name, kind in (("tokens", torch.int64), ("labels", torch.int64), ("mask", torch.bool)):
             columns[name].append(torch.zeros(tail, dtype=kind))
         columns["behavior"].append(torch.zeros(tail))
+        columns["is_padding"].append(torch.ones(tail, dtype=torch.bool))
         columns["positions"].append(torch.arange(tail))
         lengths.append(tail)
     whole = {name: torch.cat(parts) for name, parts in columns.items()}
@@ -115,6 +119,7 @@ def _pack(share: list, total: int, multiple: int, length: int) -> TokenBatch:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         token_weight=whole["mask"].float() / total,
         behavior_logprobs=whole["behavior"],
+        is_padding=whole["is_padding"],
     )
 
 

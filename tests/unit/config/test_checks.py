@@ -98,6 +98,11 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
         ),
         (["parallel.ep=2"], 2, "parallel.ep = 2 is about experts, and the model is no mixture of experts"),
         (["parallel.etp=1"], 1, "or parallel.etp=null on the command line"),
+        (
+            ["model.moe_aux_loss_coeff=0.01"],
+            1,
+            "model.moe_aux_loss_coeff = 0.01 is about experts, and the model",
+        ),
         ([*MIXTURE, "parallel.ep=4"], 4, "6 experts do not divide by parallel.ep = 4: choose ep among the"),
         ([*SPLIT_MIXTURE, "model.architecture.ffn_hidden_size=97"], 2, "parallel.etp = 2 (as tp)"),
         ([*SPLIT_MIXTURE, "parallel.etp=4"], 4, "parallel.etp = 4 does not divide parallel.tp = 2"),

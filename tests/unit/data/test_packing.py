@@ -53,6 +53,8 @@ def test_each_sequence_is_padded_in_its_own_span_and_the_rest_is_a_sequence_of_p
     assert batch.cu_seqlens.tolist() == [0, 4, 12, 16]
     assert batch.positions.tolist() == [*range(4), *range(8), *range(4)]
     real = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
+    assert batch.is_padding is not None
+    assert torch.equal(batch.is_padding, ~real)
     plain = build_token_batch([FIRST, SECOND], normalization=STEP, pad_id=PAD, carried=("behavior_logprobs",))
     for name in ("tokens", "labels", "loss_mask", "token_weight", "behavior_logprobs"):
         padded = getattr(batch, name)

@@ -1,0 +1,124 @@
+"""Mixtures of experts in training: where their parameters live, and the loss that balances the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    get_tokens_per_expert_and_token_count,
+    switch_load_balancing_loss_func,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.types import TokenBatch
+
+BALANCE_METRIC = "moe/load_balancing_loss"
+
+
+class BalancedRouter(TopKRouter):
+    """Megatron's router and its auxiliary loss, which counts by its micro-batch's share of the step's tokens.
+
+    Of each layer and micro-batch m, which tp and cp ranks share (arXiv:2101.03961, eq. 4 to 6, k choices):
+
+        aux_m = E sum_i f_i P_i       f_i: expert i's share of the k T_m choices, P_i: its mean probability
+
+    The step gains coeff * sum_m aux_m T_m / T_step over all micro-batches and replicas; T counts real tokens.
+    Megatron multiplies aux_m by the rank's tokens, for a division that scaling.py takes out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.begin_step(torch.zeros(()))
+
+    def begin_step(self, token_share: Tensor) -> None:
+        """Forget the last step; a real token of this one is `token_share` of it, 1 / T_step."""
+        self._token_share = token_share
+        self.balance = torch.zeros_like(token_share)
+        """This rank's part of sum_m aux_m T_m / T_step so far."""
+
+    def _apply_aux_loss(
+        self,
+        probs: Tensor,  # [T, E]
+        scores_for_aux_loss: Tensor,  # [T, E] fp32, zero rows at padding
+        routing_map: Tensor,  # [T, E] bool, as well
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        choices, _, num_tokens = get_tokens_per_expert_and_token_count(
+            routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=True
+        )
+        aux = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=choices,
+            total_num_tokens=num_tokens.clamp(min=1),  # type: ignore[union-attr]
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,  # type: ignore[arg-type]
+            moe_aux_loss_coeff=1.0,
+        )
+        part = aux * num_tokens * self._token_share
+        # Only where gradients are made: the first of two forwards under recomputation does not come here.
+        self.balance = self.balance + part.detach()
+        return MoEAuxLossAutoScaler.apply(probs, self.get_aux_loss_coeff("aux_loss") * part)  # type: ignore[return-value]
+
+
+class ExpertBalance:
+    """The load-balancing loss of a step, over all layers and ranks.
+
+    Args:
+        chunks: of the policy on this rank, with BalancedRouters.
+        num_layers: of the whole model.
+        parallel: this rank's place.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], num_layers: int, parallel: ParallelContext) -> None:
+        self._routers = [
+            module for chunk in chunks for module in chunk.modules() if isinstance(module, BalancedRouter)
+        ]
+        self._num_layers, self._parallel = num_layers, parallel
+
+    def begin_step(self, batches: Sequence[TokenBatch]) -> None:
+        """Count the step's real tokens; every rank calls it with its micro-batches."""
+        count = sum(
+            batch.num_tokens - (0 if batch.is_padding is None else int(batch.is_padding.sum()))
+            for batch in batches
+        )
+        total = torch.tensor(float(count), device=self._parallel.device)
+        dist.all_reduce(total, group=self._parallel.dp_group)
+        for router in self._routers:
+            router.begin_step(1 / total.clamp(min=1))
+
+    def finish_step(self) -> dict[str, float]:
+        """sum_m aux_m T_m / T_step, averaged over the layers, before its coefficient; on every rank."""
+        total = torch.stack([router.balance for router in self._routers]).sum()
+        dist.all_reduce(total)
+        return {BALANCE_METRIC: float(total) / self._num_layers}
+
+
+def balance_experts(layer: ModuleSpec, config: TransformerConfig) -> None:
+    """Give a block's mixture the router that balances, where a coefficient asks for it."""
+    if config.moe_aux_loss_coeff:
+        submodules: Any = layer.submodules
+        submodules.mlp.submodules.router = BalancedRouter
+
+
+def mark_expert_parameters(chunk: torch.nn.Module) -> None:
+    """Tell Megatron's DDP and optimizer which parameters live on the experts' grid (etp x ep x edp).
+
+    Its layers do so only where ep > 1; at etp < tp and ep = 1 the tensor-parallel ranks hold copies of an
+    expert that saw different tokens, and nobody would add their gradients up. In that grid every rank's part
+    counts in the gradient norm, on whichever tp rank it lies.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            assert isinstance(module.experts, torch.nn.Module)
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
