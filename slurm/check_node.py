@@ -25,7 +25,7 @@ SECONDS_TO_READ = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
-    """What a node has: GPUs (-1 where nobody counts them), and whether it sees the run's directory."""
+    """What a node has: GPUs (-1 where the job asked for none), and whether it sees the run's directory."""
 
     node: str
     gpus: int
@@ -90,10 +90,13 @@ def _report(folder: Path, index: int, *, is_shared: bool) -> int:
 
 def _num_gpus() -> int:
     """GPUs that answer on this node: one that has fallen off the bus is still in Slurm's books."""
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
-        return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return int(os.environ.get("SLURM_GPUS_ON_NODE", "-1"))
+    in_books = int(os.environ.get("SLURM_GPUS_ON_NODE", "-1"))
+    if not shutil.which("nvidia-smi"):
+        return in_books
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    answering = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    # Nodes without GPUs may have the program, too.
+    return answering if answering or "SLURM_GPUS_PER_NODE" in os.environ else in_books
 
 
 def _problems(folder: Path, num_nodes: int, processes: int, shared: Path, logs: Path) -> list[str]:

@@ -96,6 +96,21 @@ def test_a_node_that_has_lost_a_gpu_is_refused_by_name(
     assert "--exclude" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["from_megatron"], "expected to_hf or from_hf, got 'from_megatron'"),
+        (["from_hf", "--hf", "/absent/hf", "--out", "/absent/out"], "refused, see"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused_once(
+    arguments: list[str], message: str, cluster: Cluster
+) -> None:
+    job = cluster.submit("convert.sh", *arguments, SFTRL_PROCESSES="1")
+    assert message in refused(job)
+    assert arguments[0] != "from_hf" or "error: /absent/hf" in job.said()
+
+
 def test_a_container_image_that_is_not_there_is_refused(cluster: Cluster, project: Project) -> None:
     job = cluster.submit(
         "gift_70b.sh",
