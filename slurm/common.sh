@@ -31,9 +31,9 @@ train() {
     launch -m megatron_sftrl "$@"
     code=$?
     [ ! -e "$logs/refused" ] || refuse "the run was refused, see $logs/node-*.log"
-    [ -z "$is_ending" ] || requeue
+    [ "$code" != 0 ] || [ -e "$logs/stopped" ] || { say "finished"; exit 0; }
+    ! must_leave || requeue
     [ ! -e "$logs/stopped" ] || { say "stopped by a signal, the checkpoint is written"; exit 75; }
-    [ "$code" != 0 ] || { say "finished"; exit 0; }
     say "the step ended with code $code: starting again from the last checkpoint"
   done
 }
@@ -157,7 +157,12 @@ end_is_near() {
   fi
 }
 
-stop_or() { [ -z "$is_ending" ] || requeue; refuse "$@"; }
+stop_or() { ! must_leave || requeue; refuse "$@"; }
+
+# Near the time limit, or in the GraceTime of a preemption: a job that only ends in it is not queued again.
+must_leave() {
+  [ -n "$is_ending" ] || scontrol show job "$SLURM_JOB_ID" --oneliner | grep -q 'PreemptTime=[0-9]'
+}
 
 requeue() {
   say "requeueing"

@@ -25,6 +25,7 @@ from tests.ranks import ROOT, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv", "unshare")
 GPUS_PER_NODE = 2
+GRACE_S = 120  # between the notice and the end of a job that one of the partition `urgent` preempts
 TIMEOUT_S = 600.0  # a run takes half a minute; the machine may be shared with other jobs
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -154,7 +155,7 @@ def slurm_cluster(root: Path) -> Iterator[Cluster]:
     (root / "gres.conf").write_text("NodeName=node[0-1] Name=gpu File=/dev/tty[0-1]\n")
     configuration = root / "slurm.conf"
     configuration.write_text(
-        _CONFIGURATION.format(root=root, ports=[free_port() for _ in range(3)], host=_host())
+        _CONFIGURATION.format(root=root, ports=[free_port() for _ in range(3)], host=_host(), grace_s=GRACE_S)
     )
     bind = f"mount --bind {root}/node1_disk {root}/unshared && exec slurmd -D -N node1 -f {configuration}"
     commands = [
@@ -251,5 +252,8 @@ KillWait=30
 MinJobAge=86400
 NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=8000 Gres=gpu:2
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[2]} CPUs=4 RealMemory=8000 Gres=gpu:2
-PartitionName=main Nodes=node[0-1] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=node[0-1] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_s}
+PartitionName=urgent Nodes=node[0-1] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
