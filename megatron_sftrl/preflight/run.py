@@ -18,6 +18,7 @@ from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.prompts import read_prompt
 from megatron_sftrl.data.sources import read_rows
+from megatron_sftrl.preflight.gpu_memory import memory_problem, own_gpu_bytes
 from megatron_sftrl.preflight.network import (
     Meeting,
     all_reduce_rate,
@@ -78,9 +79,9 @@ def _findings(
 
 
 def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
-    """On each node: the configuration and its files, the first rows of the data, space for checkpoints."""
+    """On each node: the configuration and its files, the first rows of the data, memory and disk."""
     plans: list[RunPlan[TrainingConfig]] = []
-    seen = {"space": ""}
+    seen = {"memory": "", "space": ""}
 
     def read_configuration() -> None:
         plan = plan_run(config)
@@ -93,6 +94,14 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
         for plan in plans:
             _read_first_rows(plan)
 
+    def measure_memory() -> None:
+        for plan in plans:
+            seen["memory"], problem = memory_problem(
+                config, plan.architecture, world_size=meeting.size, gpu_bytes=own_gpu_bytes()
+            )
+            if problem:
+                raise ValueError(problem)
+
     def measure_space() -> None:
         for plan in plans:
             seen["space"], problem = space_problem(config, plan.architecture)
@@ -102,6 +111,7 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
     checks = {
         "configuration, model and tokenizer": read_configuration,
         "data": read_data,
+        "memory for the model": measure_memory,
         "space for checkpoints": measure_space,
     }
     findings = []
@@ -111,6 +121,7 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
         details = {
             "configuration, model and tokenizer": f"{type(config).__name__}, loss {config.loss.name}",
             "data": f"first rows of {len(_data_files(config))} file(s)",
+            "memory for the model": seen["memory"],
             "space for checkpoints": seen["space"],
         }
         findings.append(Finding(check=name, detail=details[name], problems=_merged(said)))

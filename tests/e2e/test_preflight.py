@@ -20,7 +20,7 @@ from megatron_sftrl.config.kinds import load_any_config
 from megatron_sftrl.engine.checkpoint import StoredTensors
 from megatron_sftrl.preflight.storage import checkpoint_bytes
 from tests.e2e.grpo_project import GrpoProject
-from tests.e2e.product import Ended, sftrl, sftrl_each
+from tests.e2e.product import Ended, call_main, sftrl, sftrl_each
 from tests.e2e.project import Project
 from tests.ranks import free_port, run_ranks
 
@@ -152,6 +152,16 @@ def test_a_rollout_engine_that_cannot_run_is_told(grpo: GrpoProject, tmp_path: P
     sound, bad = sftrl_each([["preflight", *line], ["preflight", *line, "rollout.offload=true"]])
     assert "GrpoConfig, loss grpo" in sound.expect(0).stderr
     assert "this run has no GPU" in bad.expect(2).stderr
+
+
+def test_a_gpu_that_is_too_small_for_the_model_is_told(line: list[str]) -> None:
+    (done,) = run_ranks(1, on_a_gpu_of, 10_000, ["preflight", *line], free_port(), group=False)
+    assert "its GPU has 0.00 GB: take more GPUs, or cut the model further" in done.expect(2).stderr
+
+
+def on_a_gpu_of(num_bytes: int, line: list[str], port: int) -> Ended:
+    with mock.patch("megatron_sftrl.preflight.run.own_gpu_bytes", return_value=num_bytes):
+        return call_main([line], [port])[0]
 
 
 def test_a_disk_that_is_too_small_is_told(line: list[str]) -> None:

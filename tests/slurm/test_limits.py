@@ -10,7 +10,6 @@ from tests.e2e.project import Project
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.disturbed import (
     EVERY,
-    NUM_STEPS,
     assert_finished,
     command,
     reach,
