@@ -19,7 +19,7 @@ REQUIRED = "SFTRL_TEST_SLURM"
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if os.environ.get(REQUIRED) != "1":
-        pytest.skip(f"a private Slurm and its jobs take some 7 minutes: {REQUIRED}=1 runs them")
+        pytest.skip(f"a private Slurm and its jobs take some 15 minutes: {REQUIRED}=1 runs them")
     missing = missing_programs()
     assert not missing, f"this machine lacks {', '.join(missing)}: bash tests/slurm/install.sh"
     with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:

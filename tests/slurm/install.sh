@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Adds Slurm and munge to a fresh Debian or Ubuntu, for the private cluster of tests/slurm: seconds, as root only.
-# They run, and this installs anything, with SFTRL_TEST_SLURM=1 only: their jobs take some 7 minutes.
+# They run, and this installs anything, with SFTRL_TEST_SLURM=1 only: their jobs take some 15 minutes.
 set -euo pipefail
 if [ "${SFTRL_TEST_SLURM:-}" != 1 ] || command -v slurmctld > /dev/null || [ -x /usr/sbin/slurmctld ]; then
   exit 0

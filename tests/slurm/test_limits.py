@@ -1,4 +1,4 @@
-"""What Slurm itself ends, at a time limit or for a job of more importance, is queued again and goes on."""
+"""What Slurm itself ends, at a time limit, for a more important job or with its node, goes on later."""
 
 from __future__ import annotations
 
@@ -74,3 +74,16 @@ def test_a_preempted_job_stops_with_a_checkpoint_lets_the_other_one_run_and_goes
     assert_finished(job, run_dir, undisturbed)
     assert job.fields()["Restarts"] == "1"
     assert "SIGTERM: stopping after step" in job.said()
+
+
+def test_a_job_whose_node_is_lost_goes_on_when_there_are_nodes_again(
+    cluster: Cluster, project: Project, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(cluster, project, command(project, run_dir))
+    reach(job, run_dir, EVERY + 3)
+    cluster.run("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=lost")
+    # Its slurmd answers, so that Slurm takes it back (ReturnToService); the job is queued again.
+    assert started_again(job, 2) >= EVERY
+    assert_finished(job, run_dir, undisturbed)
+    assert job.fields()["Restarts"] == "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -40,3 +41,28 @@ def test_a_script_that_sbatch_did_not_start_says_so(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "start it with sbatch" in done.stderr
+
+
+def common(commands: str, **variables: str) -> str:
+    """What bash prints behind the shared part of the scripts."""
+    return subprocess.run(
+        ["bash", "-c", f"source slurm/common.sh; {commands}"], capture_output=True, text=True, check=True,
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", **variables},
+    ).stdout  # fmt: skip
+
+
+def chosen_port(job: int) -> int:
+    return int(common("head=127.0.0.1; free_port; echo $port", SLURM_JOB_ID=str(job)))
+
+
+def test_jobs_look_for_ports_at_different_places_and_take_none_that_is_in_use() -> None:
+    first = chosen_port(7)
+    assert abs(chosen_port(8) - first) > 1
+    with socket.create_server(("127.0.0.1", first)):
+        assert first < chosen_port(7) < 32768, "above are the kernel's own choices"
+
+
+def test_hubs_are_not_asked_and_what_the_user_has_set_stays() -> None:
+    said = common("home=/h logs=/l; environment; env", NCCL_IB_TIMEOUT="18", SFTRL_INTERFACE="ib0")
+    for line in ("HF_HUB_OFFLINE=1", "NCCL_IB_TIMEOUT=18", "NCCL_SOCKET_IFNAME=ib0", "UCX_MEMTYPE_CACHE=n"):
+        assert f"\n{line}\n" in f"\n{said}"

@@ -8,7 +8,17 @@ from pathlib import Path
 
 from tests.e2e.project import Project
 from tests.slurm.cluster import Cluster
-from tests.slurm.disturbed import EVERY, assert_finished, command, reach, started_again, starts, stops, submit
+from tests.slurm.disturbed import (
+    EVERY,
+    TWO_NODES,
+    assert_finished,
+    command,
+    reach,
+    started_again,
+    starts,
+    stops,
+    submit,
+)
 
 
 def test_a_job_that_is_requeued_and_meets_its_time_limit_stops_with_a_checkpoint_and_goes_on(
@@ -52,3 +62,23 @@ def test_a_killed_rank_a_killed_agent_and_a_rank_that_stands_still_cost_the_step
     said = job.said()
     assert "nothing was finished for 0.5 minutes (train.hang_minutes)" in said
     assert re.search(r"\[rank 0\] +File .*trainers/sft.py", said), said
+
+
+def test_attempts_that_lead_nowhere_come_to_an_end(
+    cluster: Cluster, project: Project, tmp_path: Path
+) -> None:
+    module = tmp_path / "fatal.py"
+    module.write_text(
+        "import os\n"
+        "from megatron_sftrl import register_loss\n"
+        "from megatron_sftrl.losses.api import LossConfig\n"
+        "register_loss('fatal', config=LossConfig)(lambda inputs, config: os._exit(3))\n"
+    )
+    job = cluster.submit(
+        "gift_70b.sh", f"run_dir={tmp_path / 'run'}", f"loss={{name: fatal, modules: [{module}]}}",
+        "reference=null", options=TWO_NODES, SFTRL_CONFIG=str(project.yaml), SFTRL_RESTARTS="0",
+        SFTRL_ATTEMPTS="2",
+    )  # fmt: skip
+    assert job.ended() == ("FAILED", 1), job.said()
+    assert starts(job) == [0, 0]
+    assert "2 attempts from the beginning ended without another checkpoint" in job.batch_log.read_text()
