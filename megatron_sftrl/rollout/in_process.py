@@ -6,8 +6,10 @@ New tokens go through the training schedule with a cache of keys and values. Whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
+import torch
 import torch.distributed as dist
 
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -42,7 +44,7 @@ class InProcessEngine:
         self._policy, self._version = policy, version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
-        """As in the protocol."""
+        """As in the protocol; not enough memory is a ValueError on the ranks that have too little."""
         assert self._policy is not None, "update() comes first"
         architecture = self._policy.architecture
         check_prompts(
@@ -55,12 +57,9 @@ class InProcessEngine:
         parallel = self._parallel
         mine = range(parallel.dp_rank, len(prompts), parallel.dp_size)
         samples = [(i, number) for i in mine for number in range(sampling.num_samples)]
-        rollouts = generate_in_flight(
-            self._policy,
-            [Wanted(prompt=prompts[i].tokens, stream=(prompts[i].id, number)) for i, number in samples],
-            sampling,
-            max_responses=self._max_responses,
-        )
+        wanted = [Wanted(prompt=prompts[i].tokens, stream=(prompts[i].id, number)) for i, number in samples]
+        with _memory_advice(self._max_responses):
+            rollouts = generate_in_flight(self._policy, wanted, sampling, max_responses=self._max_responses)
         found: dict[int, list[Rollout]] = {i: [] for i in mine}
         for (i, _), rollout in zip(samples, rollouts, strict=True):
             found[i].append(rollout)
@@ -79,6 +78,21 @@ class InProcessEngine:
     def close(self) -> None:
         """Forget the policy."""
         self._policy = None
+
+
+@contextlib.contextmanager
+def _memory_advice(max_responses: int) -> Iterator[None]:
+    """Out of memory, which torch says by another error on the CPU, becomes a ValueError with a way out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ValueError(
+            f"not enough memory to generate up to {max_responses} responses together on each replica: lower "
+            "the length of responses or, for `sftrl grpo`, rollout.max_concurrent; or raise parallel.tp or "
+            f"parallel.pp, or set rollout.offload: true on GPUs (`sftrl plan` counts it). torch said: {error}"
+        ) from error
 
 
 def _of_all_replicas(mine: dict[int, list[Rollout]], parallel: ParallelContext) -> dict[int, list[Rollout]]:
