@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,24 @@ SIZES = {
     "vocab_size": 101,
     "max_position_embeddings": 64,
 }
+
+
+def config_of(rollout: dict[str, Any], **sizes: object) -> GrpoConfig:
+    """A run of 32 + 32 tokens."""
+    return GrpoConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {"architecture": {**SIZES, **sizes}},
+            "tokenizer": {"path": "unused"},
+            "data": {"train": ["unused"], "max_prompt_length": 32},
+            "rollout": {"prompts_per_step": 2, "max_new_tokens": 32, **rollout},
+            "rewards": [{"name": "format", "pattern": "x"}],
+            "batch": {"global_size": 16},
+            "loss": {"name": "grpo"},
+            "optim": {"lr": 0.01},
+            "train": {"steps": 1},
+        }
+    )
 
 
 def refusal(
@@ -42,20 +61,7 @@ def refusal(
 
     found = {"vllm": "0.32.0"} if installed is None else installed
     monkeypatch.setattr(importlib.metadata, "version", version)
-    config = GrpoConfig.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {"architecture": {**SIZES, **sizes}},
-            "tokenizer": {"path": "unused"},
-            "data": {"train": ["unused"], "max_prompt_length": 32},
-            "rollout": {"prompts_per_step": 2, "max_new_tokens": 32, **rollout},
-            "rewards": [{"name": "format", "pattern": "x"}],
-            "batch": {"global_size": 16},
-            "loss": {"name": "grpo"},
-            "optim": {"lr": 0.01},
-            "train": {"steps": 1},
-        }
-    )
+    config = config_of(rollout, **sizes)
     assert config.model.architecture is not None
     architecture = from_section(config.model.architecture)
     try:
@@ -106,3 +112,30 @@ def test_a_qwen2_whose_heads_vllm_would_take_for_others_is_refused(monkeypatch: 
     assert "which is 32 here: use rollout.engine: in_process" in said
     assert refusal(VLLM, monkeypatch, family="qwen2", head_dim=16) == ""
     assert refusal(VLLM, monkeypatch, family="qwen3", head_dim=32) == ""
+
+
+def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sftrl.rollout import build
+    from megatron_sftrl.rollout.vllm_settings import VllmSettings
+
+    policy: Any = SimpleNamespace(parallel=None)
+    monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings: settings)
+    monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, *, max_responses: max_responses)
+    vllm: dict[str, Any] = {
+        "tp": 2,
+        "max_num_seqs": 7,
+        "gpu_memory_utilization": 0.25,
+        "enforce_eager": True,
+        "bucket_mb": 3,
+        "checksums": True,
+    }
+    assert build.build_engine(config_of({**VLLM, "vllm": vllm}), policy) == VllmSettings(
+        tp=2,
+        max_model_len=64,
+        max_num_seqs=7,
+        gpu_memory_utilization=0.25,
+        enforce_eager=True,
+        bucket_bytes=3 * 2**20,
+        has_checksums=True,
+    )
+    assert build.build_engine(config_of({"max_concurrent": 5}), policy) == 5
