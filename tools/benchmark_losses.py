@@ -8,12 +8,14 @@ machine disturbs all alike; figures are medians over the repeats of the ratio to
 
     plain           output layer, Megatron's vocab_parallel_cross_entropy (in place), weight gradient added
                     to its buffer: one [T, V] array in all
-    gift, released  the formula as the authors' trainer has it: softmax, clamp, log, +beta, softmax, product
+    gift, released  the formula as the authors' trainer has it: softmax, clamp, log, +beta, softmax, product;
+                    one process only
     NAME            the registered loss, fused with the output layer; a reference's output layer is included
     NAME, logits    the same loss with the logits of policy and reference in memory
 
 On CUDA it also tells how much of the bandwidth of a copy the elementwise part reaches, with all logits in
-memory and nothing but the loss in the time; that wants many tokens (16384).
+memory and nothing but the loss in the time; that wants many tokens (16384). And how much of the rate of one
+matrix product each contender reaches with the products that it cannot do without.
 
 Memory is the peak of the process beyond what stood before (weights, their gradient buffer, hidden states),
 and on CUDA that of the allocator.
@@ -32,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_bandwidth import bandwidth_fractions
-from loss_contenders import LOSSES, PLAIN, RELEASED, Sizes, make_batch, make_model, make_step
+from loss_bandwidth import bandwidth_fractions, matmul_fractions
+from loss_contenders import LOSSES, PLAIN, Sizes, contenders, make_batch, make_model, make_step
 
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.doctor.ranks import free_port
@@ -60,21 +62,26 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(_measured(arguments.child, sizes)))
         return
-    contenders = [PLAIN, RELEASED, *LOSSES, *(f"{name}, logits" for name in ("sft", "gift", "curiosft"))]
+    names = contenders(sizes.tp)
     if arguments.only:
         wanted = [name.strip() for name in arguments.only.split("+")]
-        contenders = [name for name in contenders if name == PLAIN or name in wanted]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+        if unknown := [name for name in wanted if name not in names]:
+            parser.error(f"--only: not at tp {sizes.tp}: {', '.join(unknown)}; known: {' + '.join(names)}")
+        names = [name for name in names if name == PLAIN or name in wanted]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(arguments.repeats):
-        for name in contenders:
+        for name in names:
             found[name].append(_in_children(name, sizes))
     facts = _facts(found, sizes)
     _print(facts)
     if torch.cuda.is_available():
-        facts["bandwidth"] = bandwidth_fractions(sizes, torch.device("cuda"))
-        rate, *_ = facts["bandwidth"].values()
-        shares = [f"{name} {share:.2f}" for name, share in list(facts["bandwidth"].items())[1:]]
-        print(f"elementwise part, of a copy's {rate / 1e9:.0f} GB/s: {', '.join(shares)}")
+        device = torch.device("cuda")
+        facts["bandwidth"] = bandwidth_fractions(sizes, device)
+        rate, shares = _rate_and_shares(facts["bandwidth"])
+        print(f"elementwise part, of a copy's {rate / 1e9:.0f} GB/s: {shares}")
+        facts["matmul"] = matmul_fractions(_median_seconds(found), sizes, device)
+        rate, shares = _rate_and_shares(facts["matmul"])
+        print(f"output layer and loss, of one product's {rate / 1e12:.0f} TFLOP/s: {shares}")
     if arguments.out:
         arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -146,6 +153,15 @@ def _facts(found: dict[str, list[dict[str, float]]], sizes: Sizes) -> dict[str, 
         "time": {name: ratios(name, "seconds") for name in found},
         "memory": {name: ratios(name, "peak_bytes") for name in found},
     }
+
+
+def _median_seconds(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    return {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in found.items()}
+
+
+def _rate_and_shares(fractions: dict[str, float]) -> tuple[float, str]:
+    rate, *_ = fractions.values()
+    return rate, ", ".join(f"{name} {share:.2f}" for name, share in list(fractions.items())[1:])
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -1,13 +1,18 @@
-"""How much of the memory's bandwidth a loss reaches on logits that exist: the elementwise part alone."""
+"""How much of the machine a loss uses.
+
+Of the memory's bandwidth on logits that exist, the elementwise part alone; with the output layer, of the rate
+of a matrix product.
+"""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
-from loss_contenders import LOSSES, Sizes, make_batch
+from loss_contenders import LOSSES, Sizes, make_batch, num_products
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
@@ -26,7 +31,8 @@ def bandwidth_fractions(sizes: Sizes, device: torch.device, repeats: int = 5) ->
         device: where; bf16 on CUDA, else fp32.
         repeats: of which the fastest counts.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes = replace(sizes, vocab_size=sizes.columns, tp=1)  # one rank's columns are all there is
+    dtype = _dtype(device)
     generator = torch.Generator(device).manual_seed(0)
     logits, reference = (
         3 * torch.randn(sizes.tokens, sizes.columns, generator=generator, device=device, dtype=dtype)
@@ -40,6 +46,32 @@ def bandwidth_fractions(sizes: Sizes, device: torch.device, repeats: int = 5) ->
         step = functools.partial(_forward_and_backward, name, logits, reference, batch)
         fractions[name] = passes * logits.nbytes / _seconds(step, device, repeats) / rate
     return {"copy, bytes per second": rate, **fractions}
+
+
+def matmul_fractions(
+    seconds: Mapping[str, float], sizes: Sizes, device: torch.device, repeats: int = 5
+) -> dict[str, float]:
+    """For each contender: the arithmetic that it cannot do without, over its time, relative to one product.
+
+    Args:
+        seconds: forward and backward of each, output layer included.
+        sizes: of one rank.
+        device: where; bf16 on CUDA, else fp32.
+        repeats: of the product alone, of which the fastest counts.
+    """
+    dtype = _dtype(device)
+    hidden, weight = (
+        torch.randn(rows, sizes.hidden, device=device, dtype=dtype) for rows in (sizes.tokens, sizes.columns)
+    )
+    logits = torch.empty(sizes.tokens, sizes.columns, device=device, dtype=dtype)
+    operations = 2 * sizes.tokens * sizes.columns * sizes.hidden
+    rate = operations / _seconds(functools.partial(torch.mm, hidden, weight.t(), out=logits), device, repeats)
+    fractions = {name: num_products(name) * operations / taken / rate for name, taken in seconds.items()}
+    return {"one product, operations per second": rate, **fractions}
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _forward_and_backward(name: str, logits: Tensor, reference: Tensor, batch: TokenBatch) -> None:

@@ -29,6 +29,18 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
+def contenders(tp: int) -> list[str]:
+    """All of them; the released formula knows one process only."""
+    released = [RELEASED] if tp == 1 else []
+    return [PLAIN, *released, *LOSSES, *(f"{name}, logits" for name in ("sft", "gift", "curiosft"))]
+
+
+def num_products(name: str) -> int:
+    """Of [T, H] with [H, V]: three that training cannot do without, and one of a reference."""
+    has_reference = name == RELEASED or (name != PLAIN and _has_reference(name.removesuffix(", logits")))
+    return 4 if has_reference else 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Of one process's share of the work."""
