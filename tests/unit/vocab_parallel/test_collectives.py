@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sftrl import LossInputs, TokenBatch, build_loss
+from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
+from megatron_sftrl.losses.one_pass import one_pass
+from megatron_sftrl.vocab_parallel import OutputLayer
 from tests.ranks import run_ranks
-from tests.unit.vocab_parallel.dense import LABELS, T, distribution, logits, shard
+from tests.unit.vocab_parallel.dense import LABELS, T, V, distribution, logits, shard, world
 
 BATCH = TokenBatch(
     tokens=LABELS,
@@ -41,8 +46,9 @@ CASES = [
 ]
 
 
-def counted(name: str, options: dict, trained: bool) -> dict[str, int]:
-    """Collectives of one loss forward with the policy's entropy, and of its backward."""
+@contextlib.contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Collectives by kind, while it lasts."""
     counts: Counter[str] = Counter()
     all_reduce, all_gather = dist.all_reduce, dist.all_gather
 
@@ -57,8 +63,13 @@ def counted(name: str, options: dict, trained: bool) -> dict[str, int]:
     with (
         mock.patch.object(dist, "all_reduce", counting_reduce),
         mock.patch.object(dist, "all_gather", counting_gather),
-        torch.set_grad_enabled(trained),
     ):
+        yield counts
+
+
+def counted(name: str, options: dict, trained: bool) -> dict[str, int]:
+    """Collectives of one loss forward with the policy's entropy, and of its backward."""
+    with counting() as counts, torch.set_grad_enabled(trained):
         inputs = LossInputs(
             policy=distribution(shard(logits(1))[0].requires_grad_(trained)),
             batch=BATCH,
@@ -77,6 +88,44 @@ def test_a_loss_with_its_entropy_costs_one_max_and_one_sum(
     name: str, options: dict, expected: dict[str, int], trained: bool
 ):
     assert run_ranks(2, counted, name, options, trained) == [expected, expected]
+
+
+CHUNKS = 3
+
+
+def counted_fused(name: str, options: dict, is_one_pass: bool) -> dict[str, int]:
+    """The same with the output layer, three chunks of tokens."""
+    where = {"vocab_size": V, "group": world()[0]}
+    columns = shard(torch.eye(V, dtype=torch.float64), padding=0.0)[0].t().contiguous()
+    options_of_layer = {"weight": columns, "chunk_bytes": T // CHUNKS * columns.shape[0] * 8}
+    policy = OutputLayer(hidden=logits(1).requires_grad_(), **options_of_layer)
+    reference = OutputLayer(hidden=logits(2), **options_of_layer)
+    loss = build_loss(name, options)
+
+    def of_tokens(policy: TokenDistribution, prior: TokenDistribution | None, batch: TokenBatch):
+        inputs = LossInputs(policy=policy, reference=prior, batch=batch, is_part=is_one_pass)
+        token_loss = loss(inputs).token_loss
+        policy.entropy()
+        return token_loss, {}
+
+    with counting() as counts:
+        if is_one_pass:
+            to_distribution = partial(TokenDistribution.from_logits, is_scratch=True, **where)
+            one_pass(of_tokens, policy, reference, BATCH, to_distribution).total.backward()
+        else:
+            ours, prior = (TokenDistribution.from_output_layer(x, **where) for x in (policy, reference))
+            of_tokens(ours, prior, BATCH)[0].mul(BATCH.token_weight).sum().backward()
+    return dict(counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "gathers"), [("sft", 0), ("gift", 0), ("entropy", 0), ("curiosft", 1), ("pear", 0)]
+)
+def test_a_fused_loss_costs_one_max_and_one_sum_a_chunk_or_for_all_chunks(name: str, gathers: int):
+    for is_one_pass in (True, False) if name != "pear" else (False,):
+        times = CHUNKS if is_one_pass else 1
+        expected = {"MAX": times, "SUM": times} | ({"gather": gathers * times} if gathers else {})
+        assert run_ranks(2, counted_fused, name, {}, is_one_pass) == [expected, expected]
 
 
 def entropy_first() -> dict[str, int]:

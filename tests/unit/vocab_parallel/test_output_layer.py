@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
+from megatron_sftrl.vocab_parallel.output_layer import GradientSums
 
 H = 6
 
@@ -44,3 +45,21 @@ def test_logits_made_by_parts_are_the_product(num_columns: int, monkeypatch: pyt
     chunks = layer.chunks(11, is_alone=True)
     logits = layer.logits(torch.tensor([3, 9, 1]), layer.buffer(chunks))
     torch.testing.assert_close(logits, layer.hidden[[3, 9, 1]] @ layer.weight.T)
+
+
+def test_the_weights_gradient_of_a_bf16_layer_is_summed_in_its_fp32_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(output_layer, "_COLUMNS", 8)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, gradient = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((40, H), (20, H), (40, 20))
+    )
+    buffer = torch.full((20, H), 2.0)
+    layer = OutputLayer(hidden=hidden, weight=weight.requires_grad_(), main_grad=buffer)
+    sums = GradientSums.of(layer)
+    for rows in (slice(0, 24), slice(24, 40)):
+        layer.add_gradients(rows, gradient[rows], sums)
+    expected = 2.0 + gradient.double().t() @ hidden.double()
+    torch.testing.assert_close(buffer.double(), expected, rtol=1e-6, atol=1e-5)  # bf16 is off by 1e-2
+    assert layer.tell_autograd(sums) is None
