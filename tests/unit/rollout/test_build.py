@@ -139,3 +139,17 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
         has_checksums=True,
     )
     assert build.build_engine(config_of({"max_concurrent": 5}), policy) == 5
+
+
+@pytest.mark.parametrize(("offload", "around"), [(True, ["leave", "come_back"]), (False, [])])
+def test_what_will_leave_is_not_in_the_way_when_vllm_measures_the_memory(
+    offload: bool, around: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_sftrl.rollout import build
+
+    calls: list[str] = []
+    state = SimpleNamespace(leave=lambda: calls.append("leave"), come_back=lambda: calls.append("come_back"))
+    policy: Any = SimpleNamespace(training_state=state)
+    monkeypatch.setattr(build, "VllmEngine", lambda *_: calls.append("build"))
+    build.build_engine(config_of({**VLLM, "offload": offload}), policy)
+    assert calls == [*around[:1], "build", *around[1:]]
