@@ -118,7 +118,9 @@ def test_an_engine_that_does_not_agree_ends_the_run(
 
 
 def test_a_difference_at_the_limit_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates_of(Engine(), (LIMIT, -LIMIT, LIMIT, LIMIT), monkeypatch).refresh(0)
+    updates = updates_of(Engine(), (LIMIT, -LIMIT, LIMIT, LIMIT), monkeypatch)
+    updates.refresh(0)
+    assert updates.numbers()["mismatch/probe"] == LIMIT
 
 
 def test_an_engine_that_reads_the_policy_s_own_weights_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
