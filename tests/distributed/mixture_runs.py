@@ -85,7 +85,7 @@ def run_mixture(
         )
         report = policy.forward_backward(batches, loss)
         if step == 0 and not run.parallel.distributed_optimizer:
-            gradients = _main_gradients(policy.chunks)
+            gradients = main_gradients(policy.chunks)
         update = policy.optim_step(step, num_steps=NUM_STEPS)
         curve.append((report.loss, update.grad_norm, report.metrics["entropy"]))
         balance.append(report.metrics.get("moe/load_balancing_loss", math.nan))
@@ -120,7 +120,8 @@ def _watch_routers(chunks: list[Any]) -> tuple[list[float], list[int]]:
     return gaps, counts
 
 
-def _main_gradients(chunks: list[Any]) -> list[tuple[Place, Tensor]]:
+def main_gradients(chunks: list[Any], *, all_copies: bool = False) -> list[tuple[Place, Tensor]]:
+    """main_grad of every shard on this rank, or only of those whose main copy it holds."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     found = []
@@ -135,7 +136,7 @@ def _main_gradients(chunks: list[Any]) -> list[tuple[Place, Tensor]]:
             else:
                 continue
             for shard in shards:
-                if shard.replica_id == (0, 0, 0):
+                if all_copies or shard.replica_id == (0, 0, 0):
                     place = (shard.key, shard.global_shape, shard.global_offset)
                     found.append((place, shard.data.clone()))
     return found
