@@ -163,6 +163,17 @@ STEPS = {
         recompute="full",
         num_tokens=2048,
     ),
+    # The reference keeps [T, H] of four micro-batches, 0.5 MB; logits of one are 16 of the 45 MB planned.
+    "a reference at pp 2": Step(
+        world_size=2,
+        parallel={"pp": 2},
+        dtype="fp32",
+        model={"vocab_size": 8000},
+        loss={"name": "gift", "beta": 4.0, "fused": "on"},
+        reference={"kind": "frozen"},
+        num_tokens=512,
+        num_microbatches=4,
+    ),
     "pp 2, recomputed": Step(world_size=2, parallel={"pp": 2}, recompute="full", num_microbatches=4),
     "pp 2 vp 2": Step(world_size=2, parallel={"pp": 2, "vp": 2}, num_microbatches=4),
     "cp 2": Step(world_size=2, parallel={"cp": 2}, num_tokens=2048, num_sequences=2),
