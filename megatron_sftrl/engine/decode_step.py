@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
 from megatron_sftrl.engine.local_layers import rms_norm
+from megatron_sftrl.vocab_parallel.products import linear
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def _attention(
 ) -> Tensor:
     projection, core = attention.linear_qkv, attention.core_attention
     head_dim = attention.hidden_size_per_attention_head
-    mixed = F.linear(x, projection.weight, projection.bias)
+    mixed = linear(x, projection.weight, projection.bias)
     # [T, groups/tp, heads per group + 2, head_dim]: the query heads of a group, its key, its value.
     mixed = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
     turned, value = mixed[:, :, :-1], mixed[:, :, -1]
@@ -117,7 +118,7 @@ def _attention(
 
 
 def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    gate, up = F.linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
+    gate, up = linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
     return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up), group)
 
 
@@ -129,7 +130,7 @@ def _experts(mlp: MoELayer, x: Tensor, group: dist.ProcessGroup, *, is_split: bo
 
 
 def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    partial = F.linear(x, projection.weight)
+    partial = linear(x, projection.weight)
     if group.size() > 1:
         dist.all_reduce(partial, group=group)
     return partial

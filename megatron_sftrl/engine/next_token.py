@@ -19,6 +19,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
 from megatron_sftrl.types import SamplingParams, TokenBatch
+from megatron_sftrl.vocab_parallel.products import linear
 
 _BLOCK = 128
 """Entries of the vocabulary that are summed together before one of them is drawn."""
@@ -83,7 +84,8 @@ def _decoded_logits(policy: PolicyEngine, tokens: Tensor, rows: Tensor, places: 
     places = places.map(lambda value: value.to(parallel.device))
     hidden_states = new_token_states(model, tokens.to(parallel.device), places)
     with cpu_backend.without_redirection():
-        logits = model.logits(hidden_states)
+        layer = model.output(hidden_states)
+        logits = linear(layer.hidden, layer.weight)
         # V-sized copies are as dear as a small model's layers: none where every row is wanted.
         return _gather_vocabulary(logits[: rows.numel()].float(), parallel)
 
@@ -103,7 +105,7 @@ def _scheduled_logits(
         whole = stage.batch.cu_seqlens * parallel.cp_size
         # Logits of the wanted rows only: those of all tokens of all prompts are the largest tensor by far.
         hidden = _rows_over_cp(layer.hidden, rows, whole, parallel)
-        logits = F.linear(hidden, layer.weight).float()  # [S, V_padded/tp]
+        logits = linear(hidden, layer.weight).float()  # [S, V_padded/tp]
         return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(logits, parallel))
 
     return run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)

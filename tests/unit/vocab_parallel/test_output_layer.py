@@ -1,11 +1,11 @@
-"""How an output layer's tokens fall into chunks, and that logits made by parts are the product."""
+"""How an output layer's tokens fall into chunks, and where its gradients are summed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
+from megatron_sftrl.vocab_parallel import OutputLayer, output_layer, products
 from megatron_sftrl.vocab_parallel.output_layer import GradientSums
 
 H = 6
@@ -38,19 +38,10 @@ def test_a_layer_alone_has_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(layer.chunks(48, is_alone=True)) == 3
 
 
-@pytest.mark.parametrize("num_columns", [1, 7, 8, 9, 31])
-def test_logits_made_by_parts_are_the_product(num_columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_layer, "_CPU_COLUMNS", 8)
-    layer = make_layer(11, num_columns)
-    chunks = layer.chunks(11, is_alone=True)
-    logits = layer.logits(torch.tensor([3, 9, 1]), layer.buffer(chunks))
-    torch.testing.assert_close(logits, layer.hidden[[3, 9, 1]] @ layer.weight.T)
-
-
 def test_the_weights_gradient_of_a_bf16_layer_is_summed_in_its_fp32_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(output_layer, "_COLUMNS", 8)
+    monkeypatch.setattr(products, "_MIXED_COLUMNS", 8)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, gradient = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((40, H), (20, H), (40, 20))
