@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Multiply-adds from which on oneDNN is the faster one, and the preparation of a new shape is worth while.
-_ONEDNN_FROM = 2**22
+_ONEDNN_FROM = 2**20
 
 # Columns that a CPU makes at a time: results that stay in cache until they are where they belong.
 _CPU_COLUMNS = 1024
