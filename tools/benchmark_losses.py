@@ -8,10 +8,19 @@ machine disturbs all alike; figures are medians over the repeats of the ratio to
 
     plain           output layer, Megatron's vocab_parallel_cross_entropy (in place), weight gradient added
                     to its buffer: one [T, V] array in all
-    gift, released  the formula as the authors' trainer has it: softmax, clamp, log, +beta, softmax, product;
-                    one process only
+    megatron linear, liger, cut-cross-entropy, cut-cross-entropy, compiled
+                    cross-entropy fused with the output layer by others: Megatron's where megatron-core has
+                    it (CUDA; 0.16.1 has not), Liger's (CUDA), Apple's kernels (CUDA) and its torch.compile
+                    version, after `pip install liger-kernel cut-cross-entropy`. All but Megatron's know one
+                    process only. The weight gradient that they return is added to its buffer.
+    NAME, released  the formula in the plain dense way, as the authors' trainer has it for gift and curiosft,
+                    transformers for sft, verl for entropy; for pear, which has no release, as in the paper.
+                    One process only; a reference's output layer is included. See released_losses.py
     NAME            the registered loss, fused with the output layer; a reference's output layer is included
     NAME, logits    the same loss with the logits of policy and reference in memory
+
+Who cannot run is named under the table with the reason. When a loss ran with its released formula, its share
+of that one's time and memory is printed, too.
 
 On CUDA it also tells how much of the bandwidth of a copy the elementwise part reaches, with all logits in
 memory and nothing but the loss in the time; that wants many tokens (16384). And how much of the rate of one
@@ -26,23 +35,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from loss_bandwidth import bandwidth_fractions, matmul_fractions
-from loss_contenders import LOSSES, PLAIN, Sizes, contenders, make_batch, make_model, make_step
+from loss_contenders import PLAIN, Sizes, contenders, make_batch, make_model, make_step
+from loss_report import fraction_line, loss_facts, report_lines, write_json
+from other_kernels import KERNELS
 
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.doctor.ranks import free_port
 from megatron_sftrl.engine.parallel import parallel_context
 
-TIME_LIMITS = {"sft": 1.1, "gift": 1.4, "curiosft": 1.5, **{n: 1.5 for n in LOSSES if n.startswith("pear")}}
-MEMORY_LIMITS = {**{name: 0.25 for name in TIME_LIMITS}, "sft": 0.2}
+
+class ContenderError(RuntimeError):
+    """A contender's process failed; the message is what it said."""
 
 
 def main() -> None:
@@ -62,28 +75,48 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(_measured(arguments.child, sizes)))
         return
-    names = contenders(sizes.tp)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    names, left_out = contenders(tp=sizes.tp, device_type=device_type)
     if arguments.only:
         wanted = [name.strip() for name in arguments.only.split("+")]
         if unknown := [name for name in wanted if name not in names]:
-            parser.error(f"--only: not at tp {sizes.tp}: {', '.join(unknown)}; known: {' + '.join(names)}")
-        names = [name for name in names if name == PLAIN or name in wanted]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(arguments.repeats):
-        for name in names:
-            found[name].append(_in_children(name, sizes))
-    facts = _facts(found, sizes)
-    _print(facts)
-    if torch.cuda.is_available():
+            reasons = ", ".join(f"{name} ({left_out.get(name, 'unknown')})" for name in unknown)
+            parser.error(f"--only: not here: {reasons}; known: {' + '.join(names)}")
+        names, left_out = [name for name in names if name == PLAIN or name in wanted], {}
+    turns, failed = _measure_all(names, sizes, arguments.repeats)
+    facts = {
+        **asdict(sizes),
+        "device": torch.cuda.get_device_name() if device_type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **loss_facts(turns, left_out | failed),
+    }
+    print(f"T {sizes.tokens}, V {sizes.vocab_size}, H {sizes.hidden}, tp {sizes.tp}, {facts['device']}")
+    print(*report_lines(facts), sep="\n")
+    if device_type == "cuda":
         device = torch.device("cuda")
         facts["bandwidth"] = bandwidth_fractions(sizes, device)
-        rate, shares = _rate_and_shares(facts["bandwidth"])
-        print(f"elementwise part, of a copy's {rate / 1e9:.0f} GB/s: {shares}")
-        facts["matmul"] = matmul_fractions(_median_seconds(found), sizes, device)
-        rate, shares = _rate_and_shares(facts["matmul"])
-        print(f"output layer and loss, of one product's {rate / 1e12:.0f} TFLOP/s: {shares}")
+        print(fraction_line("elementwise part, of a copy's", "GB/s", 1e9, facts["bandwidth"]))
+        facts["matmul"] = matmul_fractions(facts["seconds"], sizes, device)
+        print(fraction_line("output layer and loss, of one product's", "TFLOP/s", 1e12, facts["matmul"]))
     if arguments.out:
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(facts, arguments.out)
+
+
+def _measure_all(
+    names: list[str], sizes: Sizes, repeats: int
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
+    """Turns by contender, and of other people's kernels that failed the reason."""
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    failed: dict[str, str] = {}
+    for _ in range(repeats):
+        for name in [name for name in names if name not in failed]:
+            try:
+                turns[name].append(_in_children(name, sizes))
+            except ContenderError as error:
+                if name not in KERNELS:
+                    raise SystemExit(f"{name} failed:\n{error}") from error
+                failed[name] = _exception_in(str(error))
+    return {name: found for name, found in turns.items() if name not in failed}, failed
 
 
 def _in_children(name: str, sizes: Sizes) -> dict[str, float]:
@@ -95,21 +128,40 @@ def _in_children(name: str, sizes: Sizes) -> dict[str, float]:
     base = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     base |= {"WORLD_SIZE": str(sizes.tp), "LOCAL_WORLD_SIZE": str(sizes.tp)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    base["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(sizes.tp)]
-    children = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=base | place) for place in places
-    ]
-    lines = [child.communicate()[0] for child in children]
-    if any(child.returncode for child in children):
-        raise SystemExit(f"{name} failed")
-    results = [json.loads(line.splitlines()[-1]) for line in lines]
+    places = [Path(__file__).resolve().parents[1], os.environ.get("PYTHONPATH")]
+    base["PYTHONPATH"] = os.pathsep.join(str(place) for place in places if place)
+    with tempfile.TemporaryFile("w+") as said:
+        children = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(sizes.tp)
+        ]
+        outputs = [child.communicate()[0] for child in children]
+        if any(child.returncode for child in children):
+            said.seek(0)
+            raise ContenderError(said.read())
+    results = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {key: max(result[key] for result in results) for key in ("seconds", "peak_bytes")}
+
+
+def _exception_in(text: str) -> str:
+    """The last line that reads like an exception's, else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return [f"failed: {line[:200]}" for line in exceptions or lines or ["it said nothing"]][-1]
 
 
 def _measured(name: str, sizes: Sizes) -> dict[str, float]:
     with parallel_context(ParallelSection(tp=sizes.tp)) as parallel:
         device = parallel.device
+        if name in KERNELS:  # what they compile takes time and memory once
+            few = replace(sizes, tokens=64)
+            make_step(name, make_model(few, device), make_batch(few, device), few)()
         step = make_step(name, make_model(sizes, device), make_batch(sizes, device), sizes)
         before = _reset_peak(device)
         step()
@@ -138,45 +190,6 @@ def _status_bytes(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise ValueError(f"no {key} in /proc/self/status: this benchmark needs Linux")
-
-
-def _facts(found: dict[str, list[dict[str, float]]], sizes: Sizes) -> dict[str, Any]:
-    def ratios(name: str, key: str) -> float:
-        pairs = zip(found[name], found[PLAIN], strict=True)
-        return statistics.median(turn[key] / plain[key] for turn, plain in pairs)
-
-    return {
-        **{key: getattr(sizes, key) for key in ("tokens", "vocab_size", "hidden", "tp")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "turns": found,
-        "time": {name: ratios(name, "seconds") for name in found},
-        "memory": {name: ratios(name, "peak_bytes") for name in found},
-    }
-
-
-def _median_seconds(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    return {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in found.items()}
-
-
-def _rate_and_shares(fractions: dict[str, float]) -> tuple[float, str]:
-    rate, *_ = fractions.values()
-    return rate, ", ".join(f"{name} {share:.2f}" for name, share in list(fractions.items())[1:])
-
-
-def _print(facts: dict[str, Any]) -> None:
-    print(f"T {facts['tokens']}, V {facts['vocab_size']}, H {facts['hidden']}, tp {facts['tp']}")
-    print(f"{'':18}{'seconds':>9}{'of plain':>10}{'limit':>7}{'peak MB':>10}{'of plain':>10}{'limit':>7}")
-    for name, turns in facts["turns"].items():
-        seconds = statistics.median(turn["seconds"] for turn in turns)
-        peak = statistics.median(turn["peak_bytes"] for turn in turns)
-        print(
-            f"{name:18}{seconds:9.2f}{facts['time'][name]:10.2f}{TIME_LIMITS.get(name, ''):>7}"
-            f"{peak / 1e6:10.0f}{facts['memory'][name]:10.2f}{MEMORY_LIMITS.get(name, ''):>7}"
-        )
-    slow = [name for name, limit in TIME_LIMITS.items() if facts["time"].get(name, 0) > limit]
-    large = [name for name, limit in MEMORY_LIMITS.items() if facts["memory"].get(name, 0) > limit]
-    print(f"above the limit of time: {', '.join(slow) or 'none'}; of memory: {', '.join(large) or 'none'}")
 
 
 if __name__ == "__main__":

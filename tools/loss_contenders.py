@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from other_kernels import KERNELS, why_not
+from released_losses import RELEASED
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
@@ -17,7 +19,7 @@ from megatron_sftrl.losses.one_pass import one_pass
 from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.vocab_parallel import OutputLayer
 
-PLAIN, RELEASED = "plain", "gift, released"
+PLAIN, RELEASED_SUFFIX, LOGITS_SUFFIX = "plain", ", released", ", logits"
 LOSSES: dict[str, dict[str, Any]] = {
     "sft": {},
     "gift": {},
@@ -29,16 +31,21 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def contenders(tp: int) -> list[str]:
-    """All of them; the released formula knows one process only."""
-    released = [RELEASED] if tp == 1 else []
-    return [PLAIN, *released, *LOSSES, *(f"{name}, logits" for name in ("sft", "gift", "curiosft"))]
+def contenders(*, tp: int, device_type: str) -> tuple[list[str], dict[str, str]]:
+    """Who can be tried here, in the order of the table, and of the others the reason why not."""
+    dense = [name + RELEASED_SUFFIX for name in RELEASED]
+    left_out = {} if tp == 1 else dict.fromkeys(dense, "one process only")
+    reasons = {name: why_not(name, device_type=device_type, tp=tp) for name in KERNELS}
+    left_out |= {name: reason for name, reason in reasons.items() if reason}
+    with_logits = [name + LOGITS_SUFFIX for name in ("sft", "gift", "curiosft")]
+    names = [PLAIN, *KERNELS, *dense, *LOSSES, *with_logits]
+    return [name for name in names if name not in left_out], left_out
 
 
 def num_products(name: str) -> int:
     """Of [T, H] with [H, V]: three that training cannot do without, and one of a reference."""
-    has_reference = name == RELEASED or (name != PLAIN and _has_reference(name.removesuffix(", logits")))
-    return 4 if has_reference else 3
+    loss = name.removesuffix(RELEASED_SUFFIX).removesuffix(LOGITS_SUFFIX)
+    return 4 if loss in LOSSES and _has_reference(loss) else 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,21 +112,25 @@ def make_batch(sizes: Sizes, device: torch.device) -> TokenBatch:
     ).to(device)
 
 
-def make_step(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Callable[[], None]:
-    """Forward and backward of one contender."""
+def make_step(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Callable[[], Tensor]:
+    """Forward and backward of one contender; it returns the loss."""
     if name == PLAIN:
         total = functools.partial(_plain, model, batch)
-    elif name == RELEASED:
-        total = functools.partial(_released_gift, model, batch)
-    elif name.endswith(", logits"):
-        total = functools.partial(_with_logits, name.removesuffix(", logits"), model, batch, sizes)
+    elif name in KERNELS:
+        total = functools.partial(_other_kernel, name, model, batch, sizes)
+    elif name.endswith(RELEASED_SUFFIX):
+        total = functools.partial(_released, name.removesuffix(RELEASED_SUFFIX), model, batch)
+    elif name.endswith(LOGITS_SUFFIX):
+        total = functools.partial(_with_logits, name.removesuffix(LOGITS_SUFFIX), model, batch, sizes)
     else:
         total = functools.partial(_fused, name, model, batch, sizes)
 
-    def step() -> None:
+    def step() -> Tensor:
         model.hidden.grad = None
         model.main_grad.zero_()
-        total().backward()
+        loss = total()
+        loss.backward()
+        return loss.detach()
 
     return step
 
@@ -132,16 +143,16 @@ def _plain(model: Model, batch: TokenBatch) -> Tensor:
     return weighted_sum(loss, batch.token_weight)
 
 
-def _released_gift(model: Model, batch: TokenBatch) -> Tensor:
-    """arXiv:2601.09233's trainer, beta 20 and eps 1e-10, on all logits of one process."""
+def _other_kernel(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Tensor:
+    """Weights are equal and sum to 1: a mean, for which Liger forms the gradient on its way forward."""
+    weight = _AddedGradient.apply(model.weight, model.main_grad)
+    return KERNELS[name].token_mean(model.hidden, weight, batch.labels, _group(sizes))
+
+
+def _released(name: str, model: Model, batch: TokenBatch) -> Tensor:
     logits = _Linear.apply(model.hidden, model.weight, model.main_grad)
-    with torch.no_grad():
-        prior = F.softmax(F.linear(model.reference_hidden, model.reference_weight).float(), dim=-1)
-        tilted = torch.log(prior + 1e-10)
-        tilted.scatter_add_(1, batch.labels[:, None], torch.full_like(tilted[:, :1], 20.0))
-        target = F.softmax(tilted, dim=-1)
-    loss = -(target * F.log_softmax(logits.float(), dim=-1)).sum(-1)
-    return weighted_sum(loss, batch.token_weight)
+    reference = F.linear(model.reference_hidden, model.reference_weight) if _has_reference(name) else None
+    return weighted_sum(RELEASED[name](logits, reference, batch), batch.token_weight)
 
 
 def _with_logits(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Tensor:
@@ -196,6 +207,20 @@ class _Linear(torch.autograd.Function):
         return grad @ weight, None, None
 
 
+class _AddedGradient(torch.autograd.Function):
+    """The weight as it is; the gradient that others return for it is added to its buffer."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.main_grad = main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.main_grad.add_(grad)
+        return None, None
+
+
 def _loss(name: str):
     return build_loss(name.split()[0], LOSSES[name])
 
@@ -204,10 +229,13 @@ def _has_reference(name: str) -> bool:
     return "reference" in _loss(name).needs
 
 
+def _group(sizes: Sizes) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if sizes.tp > 1 else None
+
+
 def _where(sizes: Sizes) -> dict[str, Any]:
-    group = dist.group.WORLD if sizes.tp > 1 else None
     return {
         "vocab_size": sizes.vocab_size,
-        "group": group,
+        "group": _group(sizes),
         "padded_vocab_size": sizes.columns * sizes.tp,
     }
