@@ -94,7 +94,7 @@ class _Work:
         total = self.token_loss.new_zeros((), dtype=torch.float64)
         kept = (self._batch.token_weight > 0).nonzero().squeeze(1)
         # At least one chunk, so that every metric has its name.
-        chunks = self.policy.chunks(max(1, kept.numel()), is_alone=self._reference is None)
+        chunks = self.policy.chunks(max(1, kept.numel()))
         layers = [self.policy] if self._reference is None else [self.policy, self._reference]
         buffers = [layer.buffer(chunks) for layer in layers]
         for rows in chunks:

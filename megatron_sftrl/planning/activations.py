@@ -23,10 +23,8 @@ Fused = Literal["auto", "on", "off"]
 _FP32, _INT64 = 4, 8
 _LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
 """vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
-_FUSED_CHUNK = {"torch": 128 * 2**20, "transformer_engine": 512 * 2**20}
-_FUSED_CHUNK_ALONE = {"torch": 200 * 2**20, "transformer_engine": 512 * 2**20}
-"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused, beside
-those of a reference and alone."""
+_FUSED_CHUNK = {"torch": 112 * 2**20, "transformer_engine": 512 * 2**20}
+"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +110,7 @@ def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> 
     return mlp(architecture, grid, batch) - norm + 4 * stream + gathered * grid.sequence_parallel
 
 
-def head_bytes(
-    architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused, *, is_alone: bool
-) -> HeadBytes:
+def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused) -> HeadBytes:
     """What the last stage holds for one micro-batch behind its blocks."""
     columns = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp
     logits = batch.tokens * columns * batch.element
@@ -126,7 +122,7 @@ def head_bytes(
         states = (2 + grid.sequence_parallel) * gathered
         return HeadBytes(
             saved=saved,
-            logits=min(logits, (_FUSED_CHUNK_ALONE if is_alone else _FUSED_CHUNK)[batch.kernels]),
+            logits=min(logits, _FUSED_CHUNK[batch.kernels]),
             is_fused=True,
             forward=chunk + states,
             backward=chunk + states,

@@ -81,7 +81,7 @@ def step_peak(
             reference_states=0,
             reference_forward=(2 * block.input + block.forward) * has_reference,
         )
-    head = head_bytes(architecture, grid, batch, config.loss.fused, is_alone=not has_reference)
+    head = head_bytes(architecture, grid, batch, config.loss.fused)
     num_models = 1 + has_reference
     # The graph of the micro-batch before is let go after this one's forward, and its logits with it.
     held = num_models * head.logits

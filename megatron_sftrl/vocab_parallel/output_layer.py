@@ -15,9 +15,8 @@ from torch import Tensor
 from megatron_sftrl.vocab_parallel import products
 
 # Bytes of one chunk's logits. Each chunk reads the weights and reads and writes their whole gradient once, so
-# it must hold many tokens; where several layers' logits are alive at a time, each has less room.
+# it must hold many tokens.
 CPU_LOGITS_BYTES = 112 * 1024**2
-CPU_LOGITS_BYTES_ALONE = 176 * 1024**2
 CUDA_LOGITS_BYTES = 512 * 1024**2
 
 # Products over tokens are up to a fifth slower where their number is no multiple of what a register holds.
@@ -92,16 +91,9 @@ class OutputLayer:
         longest = max((rows.stop - rows.start for rows in chunks), default=0)
         return torch.empty(longest, self.shape[1], dtype=self.dtype, device=self.device)
 
-    def chunks(self, num_tokens: int, *, is_alone: bool) -> list[slice]:
-        """Slices of about equal size over `num_tokens` tokens, whose logits fit the chunk bytes.
-
-        Args:
-            num_tokens: in all.
-            is_alone: no other layer's logits are alive beside these.
-        """
-        most = tokens_per_chunk(
-            self.shape[1], self.dtype, self.device, chunk_bytes=self.chunk_bytes, is_alone=is_alone
-        )
+    def chunks(self, num_tokens: int) -> list[slice]:
+        """Slices of about equal size over `num_tokens` tokens, whose logits fit the chunk bytes."""
+        most = tokens_per_chunk(self.shape[1], self.dtype, self.device, chunk_bytes=self.chunk_bytes)
         if most > _EVEN_TOKENS:
             most -= most % _EVEN_TOKENS
         num_chunks = max(1, -(-num_tokens // most))
@@ -155,15 +147,9 @@ class GradientSums:
 
 
 def tokens_per_chunk(
-    num_columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    chunk_bytes: int | None = None,
-    is_alone: bool = False,
+    num_columns: int, dtype: torch.dtype, device: torch.device, *, chunk_bytes: int | None = None
 ) -> int:
     """How many tokens' logits exist at a time; micro-batches of no more need no fusion."""
-    cpu_bytes = CPU_LOGITS_BYTES_ALONE if is_alone else CPU_LOGITS_BYTES
-    by_device = CUDA_LOGITS_BYTES if device.type == "cuda" else cpu_bytes
+    by_device = CUDA_LOGITS_BYTES if device.type == "cuda" else CPU_LOGITS_BYTES
     budget = by_device if chunk_bytes is None else chunk_bytes
     return max(1, budget // max(1, num_columns * dtype.itemsize))

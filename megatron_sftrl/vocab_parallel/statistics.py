@@ -84,7 +84,7 @@ class Plan:
             return
         widest = max(layers, key=lambda layer: layer.shape[1] * layer.dtype.itemsize)
         different = {layer.key: layer for layer in layers}
-        chunks = widest.chunks(self.num_tokens, is_alone=len(different) == 1)
+        chunks = widest.chunks(self.num_tokens)
         buffers = {key: layer.buffer(chunks) for key, layer in different.items()}
         for rows in chunks:
             yield rows, self._at(rows, buffers)

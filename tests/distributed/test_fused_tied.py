@@ -52,10 +52,8 @@ def step(parallel: dict[str, Any], loss_name: str, fused: str) -> Step:
         reference.copy_from(policy.chunks)
     batches = step_batches(0, num_groups=1, group=0, multiple=2 * context.tp_size, num_microbatches=2)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("CPU_LOGITS_BYTES", "CPU_LOGITS_BYTES_ALONE"):
-            patch.setattr(
-                output_layer, name, 7 * 4 * padded_vocab_size(VOCAB_SIZE, run.parallel.tp) // run.parallel.tp
-            )
+        columns = padded_vocab_size(VOCAB_SIZE, run.parallel.tp) // run.parallel.tp
+        patch.setattr(output_layer, "CPU_LOGITS_BYTES", 7 * 4 * columns)
         report = policy.forward_backward(batches, loss, reference)
     gradients = main_gradients(policy.chunks, all_copies=True)
     update = policy.optim_step(0, num_steps=1)

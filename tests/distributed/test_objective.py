@@ -77,8 +77,7 @@ def logits_made(loss_name: str) -> tuple[int, int]:
     made: list[str] = []
     states = torch.ones(num_loss_tokens, 1, config.model.architecture.hidden_size)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("CPU_LOGITS_BYTES", "CPU_LOGITS_BYTES_ALONE"):
-            patch.setattr(output_layer, name, 16 * model.output_weight().shape[0] * 4)
+        patch.setattr(output_layer, "CPU_LOGITS_BYTES", 16 * model.output_weight().shape[0] * 4)
         make = OutputLayer.logits
         patch.setattr(OutputLayer, "logits", lambda *args: (made.append("logits"), make(*args))[1])
         objective = Objective(vocab_size=VOCAB_SIZE, parallel=context, fused="on")
@@ -86,7 +85,7 @@ def logits_made(loss_name: str) -> tuple[int, int]:
         loss = build_loss(loss_name)
         prior = OutputHead(model=model, hidden_states=states) if "reference" in loss.needs else None
         with torch.no_grad():
-            num_chunks = len(policy.layer().chunks(num_loss_tokens, is_alone=prior is None))
+            num_chunks = len(policy.layer().chunks(num_loss_tokens))
         objective.values(loss, policy, prior, only_loss).total.backward()
     parallel_state.destroy_model_parallel()
     return len(made), num_chunks

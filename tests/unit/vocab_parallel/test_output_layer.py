@@ -23,19 +23,11 @@ def test_chunks_cover_every_token_once_and_fit(
     num_tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES", most * 10 * 4)
-    chunks = make_layer(num_tokens, 10).chunks(num_tokens, is_alone=False)
+    chunks = make_layer(num_tokens, 10).chunks(num_tokens)
     sizes = [rows.stop - rows.start for rows in chunks]
     assert [token for rows in chunks for token in range(rows.start, rows.stop)] == list(range(num_tokens))
     assert all(0 < size <= most for size in sizes)
     assert all(size % 8 == 0 for size in sizes[:-1]) or most < 8
-
-
-def test_a_layer_alone_has_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES", 8 * 10 * 4)
-    monkeypatch.setattr(output_layer, "CPU_LOGITS_BYTES_ALONE", 16 * 10 * 4)
-    layer = make_layer(48, 10)
-    assert len(layer.chunks(48, is_alone=False)) == 6
-    assert len(layer.chunks(48, is_alone=True)) == 3
 
 
 def test_the_weights_gradient_of_a_bf16_layer_is_summed_in_its_fp32_buffer(
