@@ -2,7 +2,8 @@
 
 The chain rule is finished chunk by chunk in the forward: logits, loss, d loss / d logits, and from it the
 gradients of hidden states [T, H] and output weight. Three matrix products in all, as many as with the logits
-of the whole micro-batch in memory; tokens without weight never meet the vocabulary.
+of the whole micro-batch in memory; tokens without weight never meet the vocabulary. While the ranks reduce
+over one chunk, the policy's logits of the next are made.
 
 In the manner of Liger Kernel's fused linear cross-entropy (arXiv:2410.10989), for any function that looks at
 one token at a time, and on vocabulary-parallel logits.
@@ -19,6 +20,7 @@ from torch import Tensor
 from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+from megatron_sftrl.vocab_parallel.next_logits import NextLogits
 from megatron_sftrl.vocab_parallel.output_layer import GradientSums
 
 TokenFunction = Callable[
@@ -94,21 +96,22 @@ class _Work:
         total = self.token_loss.new_zeros((), dtype=torch.float64)
         kept = (self._batch.token_weight > 0).nonzero().squeeze(1)
         # At least one chunk, so that every metric has its name.
-        chunks = self.policy.chunks(max(1, kept.numel()))
-        layers = [self.policy] if self._reference is None else [self.policy, self._reference]
-        buffers = [layer.buffer(chunks) for layer in layers]
-        for rows in chunks:
-            total += self._chunk(kept[rows], buffers, sums)
+        chunks = [kept[rows] for rows in self.policy.chunks(max(1, kept.numel()))]
+        logits = NextLogits(self.policy, chunks)
+        reference = None if self._reference is None else NextLogits(self._reference, chunks)
+        for tokens in chunks:
+            total += self._chunk(tokens, logits, reference, sums)
         return total.to(self.token_loss.dtype)
 
-    def _chunk(self, tokens: Tensor, buffers: list[Tensor], sums: GradientSums | None) -> Tensor:
+    def _chunk(
+        self, tokens: Tensor, ahead: NextLogits, reference: NextLogits | None, sums: GradientSums | None
+    ) -> Tensor:
         batch = _some_tokens(self._batch, tokens)
-        logits = self.policy.logits(tokens, buffers[0]).detach()
-        prior = None
-        if self._reference is not None:
-            prior = self._distribution(self._reference.logits(tokens, buffers[1]))
+        logits = ahead.take().detach()
+        prior = None if reference is None else self._distribution(reference.take())
         with torch.enable_grad() if self._wants_gradient else torch.no_grad():
             policy = self._distribution(logits.requires_grad_(self._wants_gradient))
+            policy.while_reducing(ahead.advance)
             token_loss, metrics = self._function(policy, prior, batch)
             total = weighted_sum(token_loss, batch.token_weight)
         self.token_loss[tokens] = token_loss.detach().to(self.token_loss.dtype)

@@ -120,13 +120,11 @@ def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused:
     if fused == "on" or (fused == "auto" and logits > _FUSED_CHUNK[batch.kernels]):
         # The gradient takes the place of the chunk's logits; what is left is that of the hidden states.
         states = (2 + grid.sequence_parallel) * gathered
-        return HeadBytes(
-            saved=saved,
-            logits=min(logits, _FUSED_CHUNK[batch.kernels]),
-            is_fused=True,
-            forward=chunk + states,
-            backward=chunk + states,
-        )
+        size = min(logits, _FUSED_CHUNK[batch.kernels])
+        # The policy's logits of the next chunk are made while the ranks reduce over this one.
+        ahead = min(logits - size, size) if grid.tp > 1 else 0
+        at_work = chunk + states + ahead
+        return HeadBytes(saved=saved, logits=size, is_fused=True, forward=at_work, backward=at_work)
     return HeadBytes(
         saved=saved,
         logits=logits,

@@ -8,6 +8,8 @@ of their gradient, in which nothing has to be reduced: what follows a reduction 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,20 +25,22 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def all_reduce_max(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+Meanwhile = Callable[[], None]
+"""Work that needs no result of a reduction, done between its start and the wait for it."""
+
+
+def all_reduce_max(
+    values: Tensor, group: dist.ProcessGroup | None, meanwhile: Meanwhile | None = None
+) -> Tensor:
     """Elementwise maximum over the group, as a new tensor without gradient."""
-    reduced = values.detach().clone(memory_format=torch.contiguous_format)
-    if group_size(group) > 1:
-        dist.all_reduce(reduced, dist.ReduceOp.MAX, group)
-    return reduced
+    return _all_reduce(values, dist.ReduceOp.MAX, group, meanwhile)
 
 
-def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum(
+    values: Tensor, group: dist.ProcessGroup | None, meanwhile: Meanwhile | None = None
+) -> Tensor:
     """Elementwise sum over the group, as a new tensor without gradient."""
-    reduced = values.detach().clone(memory_format=torch.contiguous_format)
-    if group_size(group) > 1:
-        dist.all_reduce(reduced, dist.ReduceOp.SUM, group)
-    return reduced
+    return _all_reduce(values, dist.ReduceOp.SUM, group, meanwhile)
 
 
 def all_gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -58,6 +62,19 @@ def gather_with_gradient(values: Tensor, group: dist.ProcessGroup | None) -> Ten
     if group_size(group) == 1:
         return values.unsqueeze(0)
     return _GatherWithGradient.apply(values, group)
+
+
+def _all_reduce(
+    values: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None, meanwhile: Meanwhile | None
+) -> Tensor:
+    reduced = values.detach().clone(memory_format=torch.contiguous_format)
+    if group_size(group) > 1:
+        work = dist.all_reduce(reduced, op, group, async_op=True)
+        if meanwhile is not None:
+            meanwhile()
+        assert work is not None
+        work.wait()  # on CUDA the stream waits, not the process
+    return reduced
 
 
 class _GatherWithGradient(torch.autograd.Function):

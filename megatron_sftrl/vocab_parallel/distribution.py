@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.vocab_parallel.collectives import Meanwhile
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.questions import Question, Subject, answers
 from megatron_sftrl.vocab_parallel.rows import Scratch, Source
@@ -216,6 +217,13 @@ class TokenDistribution:
         """
         _check_ids(labels, self)
         self._subject.anticipated = labels
+
+    def while_reducing(self, work: Meanwhile) -> None:
+        """Do `work` during every reduction behind an answer, between its start and the wait for it.
+
+        One process reduces nothing and does not do it: whoever needs the work done must be able to do it.
+        """
+        self._subject.meanwhile = work
 
     def _smoothed_cross_entropy(self, target: SmoothedLabels) -> Tensor:
         me = self._subject

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_sftrl.vocab_parallel.collectives import all_reduce_max, all_reduce_sum
+from megatron_sftrl.vocab_parallel.collectives import Meanwhile, all_reduce_max, all_reduce_sum
 from megatron_sftrl.vocab_parallel.gradients import gradient_of_logits
 from megatron_sftrl.vocab_parallel.output_layer import GradientSums, OutputLayer
 from megatron_sftrl.vocab_parallel.rows import Source
@@ -27,14 +27,14 @@ from megatron_sftrl.vocab_parallel.statistics import (
 from megatron_sftrl.vocab_parallel.sums import local_sums, rescaled_sums
 
 
-def evaluate(statistics: Sequence[Statistic]) -> list[Tensor]:
+def evaluate(statistics: Sequence[Statistic], meanwhile: Meanwhile | None = None) -> list[Tensor]:
     """The [T] value of each statistic, differentiable in whatever the sources are made of.
 
     All sources share one tensor-parallel group and one T. Values are float64 when any logits are, else
-    float32.
+    float32. `meanwhile` is done once during each of the two reductions of a group of several ranks.
     """
     plan = plan_of(statistics)
-    values = _Evaluate.apply(plan, *_tensors_of(plan.sources))
+    values = _Evaluate.apply(plan, meanwhile, *_tensors_of(plan.sources))
     assert isinstance(values, tuple)
     return list(values)
 
@@ -50,11 +50,12 @@ def _tensors_of(sources: Sequence[Source]) -> list[Tensor]:
 
 class _Evaluate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, plan: Plan, meanwhile: Meanwhile | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         group = plan.sources[0].shard.group
         local_maxima, local_partitions, sums = local_sums(plan)
-        maxima = all_reduce_max(local_maxima, group)
-        reduced = all_reduce_sum(rescaled_sums(plan, maxima, local_maxima, local_partitions, sums), group)
+        maxima = all_reduce_max(local_maxima, group, meanwhile)
+        moved = rescaled_sums(plan, maxima, local_maxima, local_partitions, sums)
+        reduced = all_reduce_sum(moved, group, meanwhile)
         partitions = reduced[: len(plan.sources)]
         values = []
         for value, statistic in zip(reduced[len(plan.sources) :], plan.statistics, strict=True):
@@ -97,7 +98,7 @@ class _Evaluate(torch.autograd.Function):
         results: list[Tensor | None] = []
         for source, total in zip(plan.sources, totals, strict=True):
             results += total.results() if total is not None else [None] * len(_tensors_of([source]))
-        return None, *results
+        return None, None, *results
 
 
 class _Total:

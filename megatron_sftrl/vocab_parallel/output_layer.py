@@ -6,7 +6,7 @@ states [T, H] are a hundredth of that; a chunk's logits are made of them again w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,19 +77,26 @@ class OutputLayer:
 
     def logits(self, rows: slice | Tensor, buffer: Tensor) -> Tensor:
         """[rows, V_local], without gradient, in the first rows of `buffer`."""
-        with torch.no_grad():
-            hidden = self.hidden[rows]
-            logits = buffer[: hidden.shape[0]]
-            products.write_logits(hidden, self.weight, logits)
-            return logits
+        hidden = self.hidden.detach()[rows]
+        logits = buffer[: hidden.shape[0]]
+        products.write_logits(hidden, self.weight.detach(), logits)
+        return logits
 
-    def buffer(self, chunks: Sequence[slice]) -> Tensor:
-        """Memory for the logits of any of the chunks.
+    def logits_by_parts(self, rows: slice | Tensor, buffer: Tensor, num_parts: int) -> Iterator[None]:
+        """The same into `buffer`; the columns of one part are made with each step of the iterator."""
+        hidden = self.hidden.detach()[rows]
+        weights = self.weight.detach().chunk(num_parts)
+        columns = buffer[: hidden.shape[0]].split(weights[0].shape[0], dim=1)
+        for weight, part in zip(weights, columns, strict=True):
+            products.write_logits(hidden, weight, part)
+            yield
 
-        Used for one after the other: fresh pages for each would cost as much as some of the arithmetic.
+    def buffer(self, num_tokens: int) -> Tensor:
+        """[num_tokens, V_local] memory for the logits of one chunk after the other.
+
+        Fresh pages for each would cost as much as some of the arithmetic.
         """
-        longest = max((rows.stop - rows.start for rows in chunks), default=0)
-        return torch.empty(longest, self.shape[1], dtype=self.dtype, device=self.device)
+        return torch.empty(num_tokens, self.shape[1], dtype=self.dtype, device=self.device)
 
     def chunks(self, num_tokens: int) -> list[slice]:
         """Slices of about equal size over `num_tokens` tokens, whose logits fit the chunk bytes."""

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sftrl.vocab_parallel.collectives import Meanwhile
 from megatron_sftrl.vocab_parallel.evaluation import evaluate
 from megatron_sftrl.vocab_parallel.rows import Source
 from megatron_sftrl.vocab_parallel.statistics import Expectation, LogSumExp, Pick, Statistic, Total
@@ -35,11 +36,13 @@ class Subject:
         source: its logits.
         known: answers so far, by kind and identity of the ids.
         anticipated: labels whose log-probabilities, with the entropy, come along with the first question.
+        meanwhile: work for the time of the reductions behind its answers.
     """
 
     source: Source
     known: dict[tuple[str, int], Answer] = field(default_factory=dict)
     anticipated: Tensor | None = None
+    meanwhile: Meanwhile | None = None
 
     @property
     def needs_grad(self) -> bool:
@@ -104,7 +107,8 @@ def answers(questions: Sequence[Question]) -> list[Tensor]:
     asked = unknown + [question for question in _company(questions) if question.recall() is None]
     asked = list({(id(q.of), q.kind, id(q.about)): q for q in asked}.values())
     found: dict[tuple[int, str, int], Tensor] = {}
-    for question, value in zip(asked, evaluate([q.statistic() for q in asked]), strict=True):
+    meanwhile = next((q.of.meanwhile for q in asked if q.of.meanwhile is not None), None)
+    for question, value in zip(asked, evaluate([q.statistic() for q in asked], meanwhile), strict=True):
         found[id(question.of), question.kind, id(question.about)] = value
         if not isinstance(question.about, Subject):
             question.of.remember(question.kind, value, question.about)

@@ -85,7 +85,8 @@ class Plan:
         widest = max(layers, key=lambda layer: layer.shape[1] * layer.dtype.itemsize)
         different = {layer.key: layer for layer in layers}
         chunks = widest.chunks(self.num_tokens)
-        buffers = {key: layer.buffer(chunks) for key, layer in different.items()}
+        longest = max((rows.stop - rows.start for rows in chunks), default=0)
+        buffers = {key: layer.buffer(longest) for key, layer in different.items()}
         for rows in chunks:
             yield rows, self._at(rows, buffers)
 

@@ -52,9 +52,9 @@ def counting() -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     all_reduce, all_gather = dist.all_reduce, dist.all_gather
 
-    def counting_reduce(tensor, op, group):
+    def counting_reduce(tensor, op, group, async_op):
         counts["MAX" if op == dist.ReduceOp.MAX else "SUM"] += 1
-        return all_reduce(tensor, op, group)
+        return all_reduce(tensor, op, group, async_op)
 
     def counting_gather(tensors, tensor, group):
         counts["gather"] += 1
@@ -132,7 +132,12 @@ def entropy_first() -> dict[str, int]:
     """A loss that asks for the entropy before the log-probabilities."""
     reduced: list[object] = []
     all_reduce = dist.all_reduce
-    with mock.patch.object(dist, "all_reduce", lambda t, op, g: (reduced.append(op), all_reduce(t, op, g))):
+
+    def recording_reduce(tensor, op, group, async_op):
+        reduced.append(op)
+        return all_reduce(tensor, op, group, async_op)
+
+    with mock.patch.object(dist, "all_reduce", recording_reduce):
         inputs = LossInputs(policy=distribution(shard(logits(1))[0].requires_grad_()), batch=BATCH)
         for _ in range(2):
             inputs.policy.entropy()
