@@ -193,9 +193,7 @@ class VllmEngine:
                 # Requests carry seeds of their own; equal here, since the ranks of an engine must not differ.
                 seed=0,
             )
-        for file in Path("/dev/shm").glob(f"{name}*"):
-            # Every rank has it open by now; without its name nothing stays behind a job that is killed.
-            file.unlink(missing_ok=True)
+        _unname_shared_memory(name)
 
     def _temper_logits(self) -> None:
         """Let the model itself divide its logits by the temperature.
@@ -255,6 +253,23 @@ def _cpu_executor(name: str) -> type[Executor]:
             return f"env:{name}", rank, local_rank
 
     return CpuExecutor
+
+
+def _unname_shared_memory(name: str) -> None:
+    """Every rank of the engine has it open by now; without a name nothing stays behind a job that is killed.
+
+    Args:
+        name: of what the executor made.
+    """
+    from vllm.distributed import parallel_state
+
+    for file in Path("/dev/shm").glob(f"{name}*"):
+        file.unlink(missing_ok=True)
+    queue = parallel_state.get_tp_group().mq_broadcaster
+    buffer = None if queue is None else queue.buffer  # none where ranks of no other process share the machine
+    if buffer is not None and buffer.is_creator:
+        buffer.shared_memory.unlink()
+        buffer.is_creator = False  # nothing is left for its end to unlink
 
 
 def _rollout(asked: tuple[Prompt, int], answer: RequestOutput, sampling: SamplingParams) -> Rollout:

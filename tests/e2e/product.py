@@ -101,7 +101,7 @@ class Started:
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            for process in reversed(self._family()):
+            for process in reversed(self.processes()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGABRT)
                 time.sleep(0.5)  # one stack after the other
@@ -109,14 +109,15 @@ class Started:
 
     def kill(self) -> None:
         """SIGKILL to all of its processes at once: torchrun gives each rank a session of its own."""
-        family = self._family()
+        family = self.processes()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(family, timeout=30)
         self._process.wait(30)
 
-    def _family(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Its own and all below, while it runs."""
         try:
             mother = psutil.Process(self._process.pid)
             return [mother, *mother.children(recursive=True)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.curves import unequal_tensors
 from tests.e2e.grpo_project import GrpoProject, assert_no_null, samples_of
-from tests.e2e.product import sftrl, sftrl_each
-from tests.e2e.project import metrics_of, without_timing
+from tests.e2e.product import sftrl, sftrl_each, start_product
+from tests.e2e.project import Metrics, metrics_of, without_timing
 from tests.e2e.test_bad_input import assert_one_message
+from tests.e2e.test_resume import wait_for_step
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it"
@@ -98,16 +100,50 @@ def test_what_vllm_cannot_do_ends_the_run_before_anything_is_built(
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_and_an_engine_over_both_follow_one(
-    grpo: GrpoProject, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    sftrl(*command(grpo, tmp_path / "run", "train.steps=3", "parallel.tp=2", "rollout.vllm.tp=2"), ranks=2)
+@dataclass(frozen=True)
+class Killed:
+    """A run on two ranks that was killed and started again: its directory, and its metrics at the kill."""
+
+    run_dir: Path
+    metrics: Metrics
+
+
+@pytest.fixture(scope="module")
+def killed(grpo: GrpoProject, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """SIGKILL to all processes at once, while shared memory of an engine over both ranks is in use."""
+    root = tmp_path_factory.mktemp("killed")
+    run_dir = root / "run"
+    both = command(grpo, run_dir, "parallel.tp=2", "rollout.vllm.tp=2", "checkpoint.every=4")
+    with start_product(*both, log=root / "log", ranks=2) as started:
+        wait_for_step(1, run_dir, started)
+        maps = {each.path for process in started.processes() for each in process.memory_maps()}
+        wait_for_step(5, run_dir, started)
+        started.kill()
+    shared = {path for path in maps if path.startswith("/dev/shm/")}
+    assert shared, "nothing is shared: the test is blind"
+    assert [path for path in shared if Path(path).exists()] == [], "shared memory stays behind"
+    metrics = metrics_of(run_dir)
+    saved = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+    assert saved < metrics[-1]["step"] < NUM_STEPS, "the kill came at another moment: the test is blind"
+    sftrl(*both, ranks=2)
+    return Killed(run_dir, metrics)
+
+
+def test_a_killed_run_repeats_its_lost_steps_and_writes_each_once(killed: Killed) -> None:
+    metrics = metrics_of(killed.run_dir)
+    assert [row["step"] for row in metrics] == list(range(1, NUM_STEPS + 1))
+    assert sorted({row["step"] for row in samples_of(killed.run_dir)}) == list(range(1, NUM_STEPS + 1))
+    before = without_timing(killed.metrics)
+    assert without_timing(metrics[: len(before)]) == before
+
+
+def test_two_processes_and_an_engine_over_both_follow_one(killed: Killed, runs: dict[str, Path]) -> None:
     fields = ("step", "group", "prompt_tokens", "response_tokens")
     ours, truth = (
         [[row[name] for name in fields] for row in samples_of(run) if row["step"] <= 3]
-        for run in (tmp_path / "run", runs["whole"])
+        for run in (killed.run_dir, runs["whole"])
     )
     assert ours == truth
-    for row in metrics_of(tmp_path / "run"):
+    for row in metrics_of(killed.run_dir):
         assert 0 < row["mismatch/max"] <= SAME_LOGPROBS
         assert row["reshard/received_bytes"] > 0
