@@ -75,6 +75,14 @@ class RolloutSection(Section):
     save_samples: int = Field(default=4, ge=0)
     """Groups written to rollouts.jsonl each step."""
 
+    def in_flight(self, dp: int) -> tuple[int, int]:
+        """Of a training step on one of `dp` replicas: most responses at once, most prompts in one forward."""
+        num_prompts = -(-self.prompts_per_step // dp)
+        if num_prompts * self.group_size <= self.max_concurrent:
+            return num_prompts * self.group_size, num_prompts
+        # Places that come free may begin inside a group and end inside another one.
+        return self.max_concurrent, -(-(self.max_concurrent - 1) // self.group_size) + 1
+
 
 class AdvantagesSection(Section):
     """From the rewards of a group to the advantages of its responses."""

@@ -84,12 +84,10 @@ def _in_process(
 ) -> RolloutMemory:
     """The trainer's own forward: with a cache where there is one, else over whole prefixes.
 
-    Of a training step whose prompts and responses are as long as they may be. Evaluation may have more
-    responses on their way, up to rollout.max_concurrent, of as many prompts.
+    Of a training step whose prompts and responses are as long as they may be; an evaluation keeps to as many.
     """
     rollout, longest = config.rollout, config.max_length
-    share = -(-rollout.prompts_per_step // grid.dp) * rollout.group_size
-    slots = min(rollout.max_concurrent, share)
+    slots, prompts = rollout.in_flight(grid.dp)
     drawing = float(slots * _drawing_bytes(architecture, config, grid))
     if grid.cp > 1 or batch.kernels != "torch":
         work = _prefix_bytes(architecture, grid, batch, prefixes=slots, length=longest)
@@ -105,11 +103,10 @@ def _in_process(
     groups = architecture.num_query_groups // grid.tp
     per_token = 2 * num_layers * groups * architecture.head_dim * batch.element
     cache = float((slots + 1) * longest * per_token)
-    prompts, prompt_length = -(-slots // rollout.group_size), config.data.max_prompt_length
-    missing = cache * max(0.0, 1 - (prompt_length + _CACHE_GROWTH) / longest)
-    if slots < share:
-        # Places that come free may begin inside a group and end inside another one, beside a whole cache.
-        prompts, missing = -(-(slots - 1) // rollout.group_size) + 1, 0.0
+    prompt_length, missing = config.data.max_prompt_length, 0.0
+    if slots * grid.dp >= rollout.prompts_per_step * rollout.group_size and not config.has_validation:
+        # All begin together; else places that come free are taken again beside a whole cache.
+        missing = cache * max(0.0, 1 - (prompt_length + _CACHE_GROWTH) / longest)
     prefill = _prefix_bytes(architecture, grid, batch, prefixes=prompts, length=prompt_length)
     # A layer's keys and values are copied when they need more memory.
     return RolloutMemory(

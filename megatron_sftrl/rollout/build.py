@@ -44,7 +44,9 @@ def build_engine(config: GrpoConfig, policy: PolicyEngine) -> RolloutEngine:
     """
     rollout = config.rollout
     if rollout.engine == "in_process":
-        return InProcessEngine(policy.parallel, max_responses=rollout.max_concurrent)
+        # An evaluation of many prompts keeps to the memory that training steps have, and that `plan` counts.
+        num_responses, num_prompts = rollout.in_flight(policy.parallel.dp_size)
+        return InProcessEngine(policy.parallel, max_responses=num_responses, max_prompts=num_prompts)
     state = policy.training_state if rollout.offload else None
     if state is not None:
         # vLLM measures what it may take: what will leave while it generates must not be in its way now.

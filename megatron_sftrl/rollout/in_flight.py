@@ -50,7 +50,12 @@ class _Response:
 
 
 def generate_in_flight(
-    policy: PolicyEngine, wanted: Sequence[Wanted], sampling: SamplingParams, *, max_responses: int
+    policy: PolicyEngine,
+    wanted: Sequence[Wanted],
+    sampling: SamplingParams,
+    *,
+    max_responses: int,
+    max_prompts: int,
 ) -> list[Rollout]:
     """One response to each; every rank of one data-parallel replica calls it with the same arguments.
 
@@ -59,6 +64,7 @@ def generate_in_flight(
         wanted: those of one prompt stand beside each other.
         sampling: of all.
         max_responses: on their way at once; bounds the memory of cache and forward.
+        max_prompts: computed in one forward.
     """
     flight = _Flight(policy, sampling, num_slots=min(max_responses, len(wanted)), wanted=wanted)
     waiting = list(enumerate(wanted))[::-1]
@@ -66,8 +72,7 @@ def generate_in_flight(
     with policy.evaluation():
         while _anyone(bool(waiting or flight.active), policy.parallel):
             if waiting and flight.has_room:
-                num_new = min(flight.num_free, len(waiting))
-                flight.admit([waiting.pop() for _ in range(num_new)])
+                flight.admit(_next(waiting, flight.num_free, max_prompts))
             else:
                 flight.advance()
             done.update(flight.land())
@@ -157,6 +162,18 @@ class _Flight:
         for each, token, logprob in zip(responses, drawn.ids.tolist(), drawn.logprobs.tolist(), strict=True):
             each.tokens.append(token)
             each.logprobs.append(logprob)
+
+
+def _next(waiting: list[tuple[int, Wanted]], most: int, max_prompts: int) -> list[tuple[int, Wanted]]:
+    """Take up to `most` responses to up to `max_prompts` prompts off the end of `waiting`."""
+    taken: list[tuple[int, Wanted]] = []
+    prompts: set[tuple[int, ...]] = set()
+    while waiting and len(taken) < most:
+        prompts.add(waiting[-1][1].prompt)
+        if len(prompts) > max_prompts:
+            break
+        taken.append(waiting.pop())
+    return taken
 
 
 def _anyone(is_active: bool, parallel: ParallelContext) -> bool:

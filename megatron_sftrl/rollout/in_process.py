@@ -26,11 +26,15 @@ class InProcessEngine:
     Args:
         parallel: this rank's place; each data-parallel replica generates its share of the prompts.
         max_responses: generated together on one replica; bounds the memory of cache and forward.
+        max_prompts: whose keys and values one forward computes; None for as many as responses.
     """
 
-    def __init__(self, parallel: ParallelContext, *, max_responses: int) -> None:
+    def __init__(
+        self, parallel: ParallelContext, *, max_responses: int, max_prompts: int | None = None
+    ) -> None:
         self._parallel = parallel
         self._max_responses = max_responses
+        self._max_prompts = max_prompts or max_responses
         self._policy: PolicyEngine | None = None
         self._version = -1
 
@@ -59,7 +63,13 @@ class InProcessEngine:
         samples = [(i, number) for i in mine for number in range(sampling.num_samples)]
         wanted = [Wanted(prompt=prompts[i].tokens, stream=(prompts[i].id, number)) for i, number in samples]
         with _memory_advice(self._max_responses):
-            rollouts = generate_in_flight(self._policy, wanted, sampling, max_responses=self._max_responses)
+            rollouts = generate_in_flight(
+                self._policy,
+                wanted,
+                sampling,
+                max_responses=self._max_responses,
+                max_prompts=self._max_prompts,
+            )
         found: dict[int, list[Rollout]] = {i: [] for i in mine}
         for (i, _), rollout in zip(samples, rollouts, strict=True):
             found[i].append(rollout)

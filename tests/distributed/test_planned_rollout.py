@@ -33,6 +33,7 @@ class Generation:
     max_prompt_length: int = 48
     max_new_tokens: int = 80
     rollout: dict[str, Any] = field(default_factory=dict)
+    num_held_out: int = 0  # instead of a step's generation: an evaluation of so many prompts
     bound: float = 0.05  # measured: 0.98 to 1.04
 
 
@@ -49,6 +50,8 @@ GENERATIONS = {
     "places that are taken again": Generation(
         rollout={"max_concurrent": 6}, max_prompt_length=256, bound=0.3
     ),
+    # The last ones take their places beside a cache that has grown to its whole length.
+    "an evaluation of many prompts": Generation(num_held_out=20, max_prompt_length=160, max_new_tokens=200),
     "tp 2": Generation(world_size=2, parallel={"tp": 2}),
     "sequence parallelism": Generation(world_size=2, parallel={"tp": 2, "sequence_parallel": True}),
     "pp 2": Generation(world_size=2, parallel={"pp": 2}),
@@ -63,7 +66,11 @@ def make_run(case: Generation) -> GrpoConfig:
     return GrpoConfig.model_validate(
         {
             **{name: tree[name] for name in ("run_dir", "seed", "model", "tokenizer", "parallel")},
-            "data": {"train": ["unused"], "max_prompt_length": case.max_prompt_length},
+            "data": {
+                "train": ["unused"],
+                "valid": ["unused"] if case.num_held_out else [],
+                "max_prompt_length": case.max_prompt_length,
+            },
             "rollout": {
                 "prompts_per_step": 4, "group_size": 4, "max_new_tokens": case.max_new_tokens, **case.rollout
             },
@@ -84,27 +91,30 @@ class Held:
     peak: int
 
 
-def measure(run: GrpoConfig) -> Held:
-    """One step's generation with random weights; on every rank."""
+def measure(run: GrpoConfig, num_held_out: int) -> Held:
+    """One step's generation, or an evaluation, with random weights; on every rank."""
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.rollout import in_flight
-    from megatron_sftrl.rollout.in_process import InProcessEngine
+    from megatron_sftrl.rollout.build import build_engine
 
     assert run.model.architecture is not None
     architecture, rollout = from_section(run.model.architecture), run.rollout
     context = initialize_parallel(run.parallel)
     policy = PolicyEngine(architecture, run, context, with_optimizer=False)
-    engine = InProcessEngine(context, max_responses=rollout.max_concurrent)
+    engine = build_engine(run, policy)
     engine.update(policy, version=0)
     draw = torch.Generator().manual_seed(0)
-    size = (rollout.prompts_per_step, run.data.max_prompt_length)
+    size = (num_held_out or rollout.prompts_per_step, run.data.max_prompt_length)
     ids = torch.randint(architecture.vocab_size, size, generator=draw).tolist()
     prompts = [Prompt(id=i, tokens=tuple(tokens)) for i, tokens in enumerate(ids)]
     sampling = SamplingParams(
-        max_new_tokens=rollout.max_new_tokens, num_samples=rollout.group_size, top_p=rollout.top_p, seed=1
+        max_new_tokens=rollout.max_new_tokens,
+        num_samples=1 if num_held_out else rollout.group_size,
+        top_p=rollout.top_p,
+        seed=1,
     )
     make, caches = in_flight.KvCache, []
 
@@ -127,6 +137,6 @@ def test_the_cache_is_planned_to_the_byte_and_the_fullest_moment_closely(name: s
     architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, case.world_size)
     batch = microbatch_of(run, grid, "torch")
     planned = rollout_memory(architecture, run, grid, batch, Hardware(gpu_memory=80e9))
-    for held in run_ranks(case.world_size, measure, run):
+    for held in run_ranks(case.world_size, measure, run, case.num_held_out):
         assert planned.cache == held.cache
         assert planned.cache + planned.work == pytest.approx(held.peak, rel=case.bound)

@@ -118,9 +118,9 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
     from megatron_sftrl.rollout import build
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
-    policy: Any = SimpleNamespace(parallel=None)
+    policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=2))
     monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings: settings)
-    monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, *, max_responses: max_responses)
+    monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, **most: tuple(most.values()))
     vllm: dict[str, Any] = {
         "tp": 2,
         "max_num_seqs": 7,
@@ -138,7 +138,9 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
         bucket_bytes=3 * 2**20,
         has_checksums=True,
     )
-    assert build.build_engine(config_of({"max_concurrent": 5}), policy) == 5
+    # One prompt of the two a step is a replica's; (responses at once, prompts in a forward).
+    assert build.build_engine(config_of({"group_size": 4}), policy) == (4, 1)
+    assert build.build_engine(config_of({"group_size": 4, "max_concurrent": 3}), policy) == (3, 2)
 
 
 @pytest.mark.parametrize(("offload", "around"), [(True, ["leave", "come_back"]), (False, [])])
