@@ -48,8 +48,10 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A disk that is full when a step is written still is when the files close: the first error says more.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            self.close()
 
 
 class JsonlSink:

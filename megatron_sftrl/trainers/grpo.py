@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes
+from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries, describe_failures
@@ -159,8 +161,7 @@ class GrpoTrainer:
                 follow(self.policy, self.reference, steps_done=self.state.step)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
                 numbers = {**self._step_numbers(collected, scored, reports), **held_out}
-                metrics.write(self.state.step, numbers)
-                self._show(collected)
+                on_rank_zero(partial(self._record, metrics, numbers, collected))
                 is_asked = stop.agreed(self.parallel, step=self.state.step, num_steps=self.num_steps)
                 self._guard(numbers, scored, is_asked=is_asked)
                 if is_asked:
@@ -276,8 +277,9 @@ class GrpoTrainer:
             texts = "; ".join(crossing.text for crossing in crossings if crossing.stops)
             raise ValueError(f"a gate ended the run, its checkpoint is saved: {texts}")
 
-    def _show(self, collected: Collected) -> None:
-        """Tell what verifiers could not do, and append the step's first groups to rollouts.jsonl."""
+    def _record(self, metrics: MetricsWriter, numbers: dict[str, float], collected: Collected) -> None:
+        """Write a step's numbers, tell what verifiers could not do, and append its first groups' samples."""
+        metrics.write(self.state.step, numbers)
         if self.samples is None:
             return
         for failure in describe_failures([each.scored for each in collected.generated]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -103,7 +104,8 @@ class SftTrainer:
                     follow(self.policy, self.reference, steps_done=step + 1)
                 self._advance(data, update)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
-                metrics.write(self.state.step, {**self._step_numbers(data, report, update), **held_out})
+                numbers = {**self._step_numbers(data, report, update), **held_out}
+                on_rank_zero(partial(metrics.write, self.state.step, numbers))
                 self._guard(data, report)
                 is_asked = stop.agreed(self.parallel, step=self.state.step, num_steps=num_steps)
                 if is_asked or self._is_due(self.config.checkpoint.every):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from megatron_sftrl.trainers.grpo import run_grpo
 from megatron_sftrl.trainers.sft import run_sft
 from megatron_sftrl.types import SamplingParams
 from tests.e2e.grpo_project import GrpoProject
-from tests.e2e.project import Project
+from tests.e2e.project import Project, read_rows, write_rows
 from tests.ranks import ROOT, free_port, run_ranks
 
 GREEDY = SamplingParams(
@@ -70,6 +72,37 @@ def begun(run_dir: Path, like: Path, *, taken: str) -> Path:
     text = (like / "resolved.yaml").read_text()
     (run_dir / "resolved.yaml").write_text(text.replace(str(like), str(run_dir)))
     return run_dir
+
+
+def train_with_small_files(
+    yaml: Path, schema: type[RunConfig] | type[GrpoConfig], run_dir: Path, most: int
+) -> None:
+    """`train` where no file may grow beyond `most` bytes, as on a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        train(yaml, schema, run_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_metrics_of_sft_in_the_middle_of_a_run(project: Project, one_process: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(one_process, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step-00000008")
+    metrics = run_dir / "metrics.jsonl"
+    first, *others = read_rows(metrics)
+    write_rows(metrics, [{**first, "large": "x" * 2**16}, *others])
+    most = sum(map(len, metrics.read_text().splitlines(keepends=True)[:4])) + 100  # inside the fifth line
+    message = "the metrics of step 5 cannot be written"
+    assert_both_ranks_say(message, train_with_small_files, project.yaml, RunConfig, run_dir, most)
+
+
+def test_samples_of_grpo_in_the_middle_of_a_run(grpo: GrpoProject, grpo_run: Path, tmp_path: Path) -> None:
+    most = (grpo_run / "rollouts.jsonl").stat().st_size // 2
+    assert most > sum((grpo_run / name).stat().st_size for name in ("metrics.jsonl", "resolved.yaml"))
+    message = "the samples of step 2 cannot be written"
+    assert_both_ranks_say(message, train_with_small_files, grpo.yaml, GrpoConfig, tmp_path / "run", most)
 
 
 def test_metrics_of_sft(project: Project, one_process: Path, tmp_path: Path) -> None:

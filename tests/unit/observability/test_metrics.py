@@ -85,3 +85,10 @@ def test_every_sink_receives_every_step_and_is_closed_even_when_one_fails() -> N
         writer.write(1, {"loss": 1.0})
     assert [sink.steps for sink in sinks] == [[(1, {"loss": 1.0})]] * 3
     assert all(sink.is_closed for sink in sinks)
+
+
+def test_what_ends_a_run_is_told_when_a_sink_cannot_close_either() -> None:
+    sinks = [Recorder(fails=True), Recorder()]
+    with pytest.raises(ValueError, match="the disk is full"), MetricsWriter(sinks):
+        raise ValueError("the disk is full")
+    assert all(sink.is_closed for sink in sinks)
