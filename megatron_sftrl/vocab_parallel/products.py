@@ -60,7 +60,7 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None
     """
     if total.dtype != gradient.dtype:
         _add_mixed(total, gradient, hidden)
-    elif _takes_onednn(gradient, hidden.t()):
+    elif _takes_onednn(gradient.t(), hidden.t()):
         turned = hidden.t().contiguous()
         for some, part in zip(gradient.split(_CPU_COLUMNS, dim=1), total.split(_CPU_COLUMNS), strict=True):
             part.add_(_onednn_linear(some.t(), turned))
