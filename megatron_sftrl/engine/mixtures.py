@@ -69,6 +69,19 @@ class BalancedRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, self.get_aux_loss_coeff("aux_loss") * part)  # type: ignore[return-value]
 
 
+def forget_routing(chunks: Sequence[torch.nn.Module]) -> None:
+    """Let go of what the last micro-batch left in Megatron's token dispatchers.
+
+    Its probabilities carry their graph, which ends in the hooks of the parameters, and so in the model: a
+    cycle through autograd that Python's collector cannot see, and that would keep a model and the threads of
+    its process groups alive for as long as the process.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                module.token_dispatcher.probs = None  # type: ignore[union-attr]
+
+
 class ExpertBalance:
     """The load-balancing loss of a step, over all layers and ranks.
 

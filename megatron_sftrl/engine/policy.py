@@ -18,7 +18,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.gradient_clock import GradientClock
 from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
-from megatron_sftrl.engine.mixtures import ExpertBalance
+from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.objective import Objective, OutputHead
 from megatron_sftrl.engine.offload import TrainingState
@@ -106,12 +106,13 @@ class PolicyEngine:
         model.moe_aux_loss_coeff adds the routers' load-balancing loss to the gradients, not to the loss.
         """
         self.zero_gradients()
-        if self._balance is None:
-            self.clock.start()
-            return self._run(batches, loss, reference, forward_only=False)
-        self._balance.begin_step(batches)
+        if self._balance is not None:
+            self._balance.begin_step(batches)
         self.clock.start()
         report = self._run(batches, loss, reference, forward_only=False)
+        forget_routing(self.chunks)
+        if self._balance is None:
+            return report
         return dataclasses.replace(report, metrics={**report.metrics, **self._balance.finish_step()})
 
     def zero_gradients(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.types import TokenBatch
 from tests.distributed.uncounted_collectives import LABEL, UncountedCollectives
+
+if TYPE_CHECKING:
+    from megatron_sftrl.engine.parallel import ParallelContext
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.reference import ReferenceModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +48,13 @@ def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbat
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.losses.registry import build_loss
 
-    assert run.model.architecture is not None
-    architecture = from_section(run.model.architecture)
     context = initialize_parallel(run.parallel)
-    policy = PolicyEngine(architecture, run, context)
-    reference = None
-    if run.reference is not None:
-        reference = ReferenceModel(architecture, run, run.reference, context)
-        reference.copy_from(policy.chunks)
+    policy, reference = policy_and_reference(run, context)
     loss = build_loss(run.loss.name, run.loss.options)
     batches = [
-        packed(num_tokens, num_sequences, architecture.vocab_size, seed=context.dp_rank * 100 + number)
+        packed(num_tokens, num_sequences, policy.architecture.vocab_size, seed=context.dp_rank * 100 + number)
         for number in range(num_microbatches)
     ]
 
@@ -83,6 +80,23 @@ def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbat
     )
     parallel_state.destroy_model_parallel()
     return held
+
+
+def policy_and_reference(
+    run: RunConfig, context: ParallelContext
+) -> tuple[PolicyEngine, ReferenceModel | None]:
+    """A rank's share of both, with the same random weights."""
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.reference import ReferenceModel
+
+    assert run.model.architecture is not None
+    architecture = from_section(run.model.architecture)
+    policy = PolicyEngine(architecture, run, context)
+    if run.reference is None:
+        return policy, None
+    reference = ReferenceModel(architecture, run, run.reference, context)
+    reference.copy_from(policy.chunks)
+    return policy, reference
 
 
 def packed(num_tokens: int, num_sequences: int, vocab_size: int, *, seed: int) -> TokenBatch:

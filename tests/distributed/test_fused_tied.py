@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import from_section, padded_vocab_size
+from megatron_sftrl.architectures.architecture import padded_vocab_size
 from megatron_sftrl.vocab_parallel import output_layer
+from tests.distributed.memory_runs import policy_and_reference
 from tests.distributed.mixture_runs import Place, main_gradients
 from tests.distributed.test_layouts import LOSSES, VOCAB_SIZE, make_config, step_batches
 from tests.ranks import run_ranks
@@ -35,21 +36,13 @@ def step(parallel: dict[str, Any], loss_name: str, fused: str) -> Step:
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.losses.registry import build_loss
 
     loss = build_loss(loss_name, LOSSES[loss_name])
     section = {"kind": "frozen"} if "reference" in loss.needs else None
     run = make_config(parallel, loss=loss_name, fused=fused, reference=section, tie_embeddings=True)
-    assert run.model.architecture is not None
-    architecture = from_section(run.model.architecture)
     context = initialize_parallel(run.parallel)
-    policy = PolicyEngine(architecture, run, context)
-    reference = None
-    if run.reference is not None:
-        reference = ReferenceModel(architecture, run, run.reference, context)
-        reference.copy_from(policy.chunks)
+    policy, reference = policy_and_reference(run, context)
     batches = step_batches(0, num_groups=1, group=0, multiple=2 * context.tp_size, num_microbatches=2)
     with pytest.MonkeyPatch.context() as patch:
         columns = padded_vocab_size(VOCAB_SIZE, run.parallel.tp) // run.parallel.tp

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from tests.distributed.checkpoint_runs import NUM_STEPS as NUM_SPAN_STEPS
 from tests.distributed.checkpoint_runs import Span, run_span
+from tests.distributed.memory_runs import policy_and_reference
 from tests.distributed.mixture_runs import (
     CLIP_GRAD,
     MIXTRAL,
@@ -28,7 +31,7 @@ from tests.distributed.mixture_runs import (
     whole_gradients,
 )
 from tests.distributed.test_checkpoint_resume import DEFAULT_EPS, assert_same_bits, assert_same_stored
-from tests.distributed.test_layouts import assert_same_curve, one_process, train
+from tests.distributed.test_layouts import assert_same_curve, make_config, one_process, step_batches, train
 from tests.ranks import RankError, run_ranks
 
 FAMILIES: dict[str, dict[str, Any]] = {"qwen3_moe": QWEN3_MOE, "mixtral": MIXTRAL}
@@ -138,6 +141,29 @@ def test_a_grid_of_experts_that_the_processes_cannot_form_is_refused() -> None:
         RankError, match=r"ValueError: 2 processes cannot hold experts at etp 2 x ep 2 x pp 1: "
     ):
         run_ranks(2, run_mixture, {**SPLIT, "ep": 2}, QWEN3_MOE)
+
+
+def is_freed_after_a_step() -> bool:
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.losses.registry import build_loss
+
+    run = make_config({"ep": 2}, **QWEN3_MOE)
+    context = initialize_parallel(run.parallel)
+    policy, _ = policy_and_reference(run, context)
+    batches = step_batches(0, num_groups=2, group=context.dp_rank, multiple=2, num_microbatches=1)
+    policy.forward_backward(batches, build_loss("sft", {}))
+    chunk = weakref.ref(policy.chunks[0])
+    del policy
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    return chunk() is None
+
+
+def test_a_model_that_nobody_holds_is_freed() -> None:
+    """Its process groups' threads poll until then."""
+    assert run_ranks(2, is_freed_after_a_step) == [True, True]
 
 
 def test_recomputing_the_activations_changes_no_bit() -> None:
