@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
@@ -35,7 +37,7 @@ class TokenBatch:
         is_padding: [T] bool, True where no real token stands; none does when not given.
 
     Raises:
-        ValueError: a field whose shape is not [T], or cu_seqlens that do not end at T.
+        UserError: a field whose shape is not [T], or cu_seqlens that do not end at T.
     """
 
     tokens: Tensor
@@ -56,12 +58,12 @@ class TokenBatch:
             if field.name == "cu_seqlens" or value is None:
                 continue
             if value.shape != self.tokens.shape or value.dim() != 1:
-                raise ValueError(
+                raise UserError(
                     f"TokenBatch.{field.name}: expected shape [T] = {list(self.tokens.shape)}, "
                     f"got {list(value.shape)}"
                 )
         if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 2:
-            raise ValueError(
+            raise UserError(
                 f"TokenBatch.cu_seqlens: expected [S + 1] with S >= 1, got {list(self.cu_seqlens.shape)}"
             )
 
@@ -103,7 +105,7 @@ class SamplingParams:
         seed: stream of random numbers; the same seed gives the same tokens on the same layout.
 
     Raises:
-        ValueError: a number outside its range.
+        UserError: a number outside its range.
     """
 
     temperature: float = 1.0
@@ -116,12 +118,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1 or self.top_k < 0 or self.num_samples < 1:
-            raise ValueError(
+            raise UserError(
                 "sampling: expected 0 < top_p <= 1, top_k >= 0 and num_samples >= 1, got "
                 f"{self.top_p}, {self.top_k} and {self.num_samples}"
             )
         if self.temperature < 0 or self.max_new_tokens < 1 or self.seed < 0:
-            raise ValueError(
+            raise UserError(
                 "sampling: expected temperature >= 0, max_new_tokens >= 1 and seed >= 0, got "
                 f"{self.temperature}, {self.max_new_tokens} and {self.seed}"
             )

@@ -17,6 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_sftrl.errors import UserError
+
 SECONDS_TO_SEE = 10.0
 """What a directory shared over NFS may take to show another node's file."""
 SECONDS_TO_READ = 300.0
@@ -74,7 +76,7 @@ def _mark(directory: Path, attempt: str) -> Path:
     try:
         mark.touch()
     except OSError as error:
-        raise ValueError(f"cannot write into {existing}: {error}; choose another run_dir") from error
+        raise UserError(f"cannot write into {existing}: {error}; choose another run_dir") from error
     return mark
 
 

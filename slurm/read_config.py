@@ -23,7 +23,7 @@ def run_directory(kind: str, config: str, *overrides: str) -> Path:
         config: the YAML file.
         overrides: key=value.
     Raises:
-        ValueError: everything that is wrong with the configuration.
+        UserError: everything that is wrong with the configuration.
     """
     loaded = load_config(config, overrides, schema={"sft": RunConfig, "grpo": GrpoConfig}[kind])
     return loaded.run_dir.absolute()

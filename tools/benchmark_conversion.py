@@ -33,6 +33,7 @@ import torch
 from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.output import force_to_disk, plan_files, write_file, write_index
 
 LEAST_SHARE_OF_CP = 0.5
@@ -186,7 +187,7 @@ def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"no {key} in /proc/self/status: this benchmark needs Linux")
+    raise UserError(f"no {key} in /proc/self/status: this benchmark needs Linux")
 
 
 def _to_megatron(folder: Path, _: ParallelContext) -> Callable[[], float]:

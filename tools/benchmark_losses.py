@@ -54,6 +54,7 @@ from other_kernels import KERNELS
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.doctor.ranks import free_port
 from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.errors import UserError
 
 
 class ContenderError(RuntimeError):
@@ -191,7 +192,7 @@ def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"no {key} in /proc/self/status: this benchmark needs Linux")
+    raise UserError(f"no {key} in /proc/self/status: this benchmark needs Linux")
 
 
 if __name__ == "__main__":

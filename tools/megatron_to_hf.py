@@ -18,6 +18,7 @@ from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_assets, verify
 from megatron_sftrl.conversion.to_hf import convert_to_hf
 from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.memory import return_freed_memory
 
 
@@ -40,9 +41,9 @@ def main() -> None:
     def command() -> None:
         return_freed_memory()
         if not arguments.max_file_gb > 0:
-            raise ValueError(f"--max-file-gb: expected a size above 0, got {arguments.max_file_gb}")
+            raise UserError(f"--max-file-gb: expected a size above 0, got {arguments.max_file_gb}")
         if arguments.verify_pp != 1 and not arguments.verify:
-            raise ValueError("--verify-pp has no effect without --verify")
+            raise UserError("--verify-pp has no effect without --verify")
         section = ParallelSection(pp=arguments.verify_pp)
         with parallel_context(section) as parallel:
             with ByteProgress("exporting") as progress:

@@ -29,6 +29,7 @@ from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.plan import batch_layout, plan_model
 from megatron_sftrl.trainers.scoring import score_responses
@@ -54,10 +55,10 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
     """Score every row of `data`; `out` appears when all of it is there.
 
     Raises:
-        ValueError: a row that cannot be used or is longer than the model's positions, an output that exists.
+        UserError: a row that cannot be used or is longer than the model's positions, an output that exists.
     """
     if out.exists():
-        raise ValueError(f"{out} exists already: choose another --out, or remove it")
+        raise UserError(f"{out} exists already: choose another --out, or remove it")
     architecture, tokenizer = plan_model(config)
     rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel) as parallel:
@@ -87,7 +88,7 @@ def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[di
         rows.append(dict(row.values))
         examples.append((source, row.number, example))
     if not rows:
-        raise ValueError(f"{data} holds no row")
+        raise UserError(f"{data} holds no row")
     store = pack_examples(examples, sources=(str(data),), num_dropped=0, num_truncated=0)
     return rows, Dataset(store)
 

@@ -11,7 +11,7 @@ def architecture_of(model: ModelSection) -> Architecture:
     """The architecture that the model section asks for, from config.json or from explicit sizes.
 
     Raises:
-        ValueError: a config.json that cannot be honoured, or sizes that do not fit together.
+        UserError: a config.json that cannot be honoured, or sizes that do not fit together.
     """
     directory = model.hf if model.hf is not None else model.hf_config
     if directory is not None:

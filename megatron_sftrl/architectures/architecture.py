@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_sftrl.architectures.rope import Rope
 from megatron_sftrl.config.model import ArchitectureSection
+from megatron_sftrl.errors import UserError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 MIXTURE_FAMILIES = ("mixtral", "qwen3_moe")
@@ -30,7 +31,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
-            raise ValueError(
+            raise UserError(
                 f"experts_per_token = {self.experts_per_token} must lie between 1 and num_experts = "
                 f"{self.num_experts}"
             )
@@ -60,7 +61,7 @@ class Architecture:
         mixture: None for a dense model.
         init_std: standard deviation of random weights.
     Raises:
-        ValueError: sizes that cannot form a network.
+        UserError: sizes that cannot form a network.
     """
 
     family: Family
@@ -84,14 +85,14 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups = {self.num_query_groups}: every group serves as many query heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim}: rotary positions need an even number")
+            raise UserError(f"head_dim = {self.head_dim}: rotary positions need an even number")
         if self.family == "llama" and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
                 f"{self.num_attention_heads}: transformers refuses such a llama, whatever its head_dim; "
                 "use family mistral, which has the same blocks"
@@ -103,7 +104,7 @@ def from_section(section: ArchitectureSection) -> Architecture:
     """The architecture that explicit sizes describe.
 
     Raises:
-        ValueError: a width that the heads do not divide, heads that the groups do not divide.
+        UserError: a width that the heads do not divide, heads that the groups do not divide.
     """
     head_dim = section.head_dim
     if head_dim is None:
@@ -139,7 +140,7 @@ def from_record(record: Mapping[str, Any]) -> Architecture:
     """The architecture that to_record() wrote.
 
     Raises:
-        ValueError: fields that are missing, unknown or do not fit together.
+        UserError: fields that are missing, unknown or do not fit together.
     """
     fields = dict(record)
     try:
@@ -148,7 +149,7 @@ def from_record(record: Mapping[str, Any]) -> Architecture:
         fields["window_layers"] = tuple(fields["window_layers"])
         return Architecture(**fields)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the record of an architecture is damaged: {error}") from error
+        raise UserError(f"the record of an architecture is damaged: {error}") from error
 
 
 def _mixture(section: ArchitectureSection) -> Mixture | None:
@@ -177,10 +178,10 @@ def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
     """hidden_size / num_attention_heads.
 
     Raises:
-        ValueError: the quotient is not whole.
+        UserError: the quotient is not whole.
     """
     if hidden_size % num_attention_heads:
-        raise ValueError(
+        raise UserError(
             f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_attention_heads}; "
             "change one of them, or give head_dim"
         )

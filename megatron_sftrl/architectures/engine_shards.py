@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.architectures.tensors import MegatronTensor, megatron_tensors
+from megatron_sftrl.errors import UserError
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) of each dimension of a Hugging Face tensor."""
@@ -34,7 +35,7 @@ class EngineLayout:
         tp: tensor parallel size of each replica; 1 gives every rank every tensor whole.
         world_size: ranks of the job.
     Raises:
-        ValueError: the ranks do not form whole replicas.
+        UserError: the ranks do not form whole replicas.
     """
 
     tp: int
@@ -42,7 +43,7 @@ class EngineLayout:
 
     def __post_init__(self) -> None:
         if self.tp < 1 or self.world_size % self.tp:
-            raise ValueError(
+            raise UserError(
                 f"{self.world_size} processes cannot form rollout engines of tp {self.tp}: choose a tp that "
                 "divides the number of processes"
             )
@@ -75,7 +76,7 @@ def engine_boxes(architecture: Architecture, *, tp: int, tp_rank: int) -> dict[s
     Returns:
         One box for each name of `hf_shapes(architecture)`; empty where only padding falls to the rank.
     Raises:
-        ValueError: heads, widths or vocabulary that an engine of this tp cannot cut.
+        UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
     """
     check_cut(architecture, tp)
     boxes: dict[str, Box] = {}
@@ -90,7 +91,7 @@ def check_cut(architecture: Architecture, tp: int) -> None:
     """Refuse a tensor parallel size that does not suit the model.
 
     Raises:
-        ValueError: heads, widths or vocabulary that an engine of this tp cannot cut.
+        UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
     """
     a = architecture
     problems = []
@@ -104,7 +105,7 @@ def check_cut(architecture: Architecture, tp: int) -> None:
     if padded % tp:
         problems.append(f"the vocabulary padded to {padded} is not a multiple of it")
     if problems:
-        raise ValueError(
+        raise UserError(
             f"a rollout engine of tp {tp} cannot hold this model: {'; '.join(problems)}; choose another tp"
         )
 

@@ -19,6 +19,7 @@ from megatron_sftrl.architectures.hf_families import HfFamily, asked_family
 from megatron_sftrl.architectures.hf_rope import read_rope
 from megatron_sftrl.architectures.hf_window import read_window
 from megatron_sftrl.architectures.json_reader import JsonReader, read_json_object
+from megatron_sftrl.errors import UserError
 
 _READ_KEYS = frozenset(
     {
@@ -116,7 +117,7 @@ def from_hf_config(path: Path | str) -> Architecture:
     Args:
         path: the file, or the directory that holds it.
     Raises:
-        ValueError: no such file, not JSON, or every request in it that cannot be honoured.
+        UserError: no such file, not JSON, or every request in it that cannot be honoured.
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
@@ -161,7 +162,7 @@ def from_hf_config(path: Path | str) -> Architecture:
             init_std=init_std,
         )
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _num_query_groups(reader: JsonReader, line: HfFamily, heads: int) -> int:

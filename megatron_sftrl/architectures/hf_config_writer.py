@@ -9,6 +9,7 @@ import torch
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.architectures.hf_families import HfFamily, hf_family
 from megatron_sftrl.architectures.rope import Rope
+from megatron_sftrl.errors import UserError
 
 
 def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         architecture: what to describe.
         dtype: of the weights beside it; None leaves the key out.
     Raises:
-        ValueError: a sliding window in layers for which the family has no key.
+        UserError: a sliding window in layers for which the family has no key.
     """
     a, line = architecture, hf_family(architecture.family)
     values: dict[str, Any] = {
@@ -85,13 +86,13 @@ def _rope_values(rope: Rope) -> dict[str, Any]:
 
 def _window_values(a: Architecture, line: HfFamily) -> dict[str, Any]:
     if line.window != "layers" and len(a.window_layers) not in (0, a.num_layers):
-        raise ValueError(
+        raise UserError(
             f"window_layers {list(a.window_layers)}: {line.architecture} has a sliding window in all of its "
             f"{a.num_layers} layers or in none; use family qwen2 or qwen3 for a window in some"
         )
     if line.window == "none":
         if a.sliding_window is not None:
-            raise ValueError(
+            raise UserError(
                 f"sliding_window {a.sliding_window}: {line.architecture} has none; use family mistral"
             )
         return {}
@@ -122,7 +123,7 @@ def _mixture_values(a: Architecture, line: HfFamily) -> dict[str, Any]:
     }
     if a.family == "mixtral":
         if not a.mixture.normalizes_weights:
-            raise ValueError("normalizes_weights = False: a Mixtral always divides the weights by their sum")
+            raise UserError("normalizes_weights = False: a Mixtral always divides the weights by their sum")
         return {**values, "router_jitter_noise": 0.0}
     return {
         **values,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_sftrl.architectures.architecture import Family
 from megatron_sftrl.architectures.json_reader import JsonReader
+from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,12 +137,12 @@ def asked_family(reader: JsonReader) -> HfFamily:
     """The family that `architectures`, or without it `model_type`, names.
 
     Raises:
-        ValueError: none, several, or one that is not supported.
+        UserError: none, several, or one that is not supported.
     """
     asked, model_type = reader.get("architectures"), reader.get("model_type")
     names = asked if isinstance(asked, list) else []
     if model_type in _GEMMA or any(str(name) in _GEMMA_ARCHITECTURES for name in names):
-        raise ValueError(
+        raise UserError(
             f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}): Gemma 2 and 3 cannot be "
             "built, megatron-core 0.16.1 has no norms after attention and MLP (sandwich norms) in its "
             "TransformerLayer and no logit soft-cap in its attention"
@@ -151,7 +152,7 @@ def asked_family(reader: JsonReader) -> HfFamily:
     else:
         chosen = [line for line in HF_FAMILIES if names == [line.architecture]]
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}); "
             f"supported: {', '.join(line.architecture for line in HF_FAMILIES)}"
         )

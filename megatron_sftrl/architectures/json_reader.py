@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_sftrl.errors import UserError
+
 
 class JsonReader:
     """An object of a file, and what was found wrong with the file so far.
@@ -81,25 +83,25 @@ class JsonReader:
         """End the reading if anything was wrong.
 
         Raises:
-            ValueError: everything that was found wrong, one line each.
+            UserError: everything that was found wrong, one line each.
         """
         if self.problems:
             listed = dict.fromkeys(self.problems)  # each once, in order
-            raise ValueError("\n  ".join([f"{self.file} cannot be used:", *listed]))
+            raise UserError("\n  ".join([f"{self.file} cannot be used:", *listed]))
 
 
 def read_json_object(file: Path) -> JsonReader:
     """A reader of the JSON object in `file`.
 
     Raises:
-        ValueError: no such file, not JSON, or not an object.
+        UserError: no such file, not JSON, or not an object.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"no such file: {file}") from None
+        raise UserError(f"no such file: {file}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+        raise UserError(f"cannot read {file}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, got a {type(values).__name__}")
+        raise UserError(f"{file}: expected a JSON object, got a {type(values).__name__}")
     return JsonReader(file, values)

@@ -12,6 +12,7 @@ from typing import Protocol
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
+from megatron_sftrl.errors import UserError
 
 
 class MixtureSizes(Protocol):
@@ -56,7 +57,7 @@ def check_run(
         world_size: processes in all.
         loss_needs: what the loss declared, for example ("reference",).
     Raises:
-        ValueError: everything that does not fit, one line each.
+        UserError: everything that does not fit, one line each.
     """
     problems = [
         *_world_problems(config, architecture, world_size),
@@ -70,7 +71,7 @@ def check_run(
         *_idle_problems(config),
     ]
     if problems:
-        raise ValueError("\n  ".join([f"the run cannot start, {len(problems)} problem(s)", *problems]))
+        raise UserError("\n  ".join([f"the run cannot start, {len(problems)} problem(s)", *problems]))
 
 
 def _world_problems(config: TrainingConfig, architecture: ModelSizes, world_size: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.section import Section
+from megatron_sftrl.errors import UserError
 
 
 class PromptSection(Section):
@@ -120,7 +121,7 @@ class GateSection(Section):
     @model_validator(mode="after")
     def _one_limit(self) -> GateSection:
         if (self.below is None) == (self.above is None):
-            raise ValueError(f"gate on {self.metric}: give exactly one of below and above")
+            raise UserError(f"gate on {self.metric}: give exactly one of below and above")
         return self
 
 

@@ -17,7 +17,7 @@ def load_any_config(path: Path | str, overrides: Sequence[str] = ()) -> Training
     Args:
         path, overrides: as in load_config.
     Raises:
-        ValueError: as load_config.
+        UserError: as load_config.
     """
     file = Path(path)
     tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(path)).value if file.is_file() else None

@@ -20,6 +20,7 @@ from megatron_sftrl.config.presets import PRESETS, with_preset
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
 from megatron_sftrl.config.yaml_text import dump_yaml, parse_yaml
+from megatron_sftrl.errors import UserError
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -36,7 +37,7 @@ def load_config(
     Returns:
         The validated, immutable configuration.
     Raises:
-        ValueError: everything that is wrong with the file and the overrides, one line each.
+        UserError: everything that is wrong with the file and the overrides, one line each.
     """
     path = Path(path)
     return config_from_text(_read(path), source=str(path), overrides=overrides, schema=schema)
@@ -52,11 +53,11 @@ def config_from_text(
         source: how error messages call it.
         overrides, schema: as in `load_config`.
     Raises:
-        ValueError: everything that is wrong with it, one line each.
+        UserError: everything that is wrong with it, one line each.
     """
     document = parse_yaml(text, source=source)
     if not isinstance(document.value, dict):
-        raise ValueError(
+        raise UserError(
             f"{source}: expected sections such as model, data, loss at the top, got {_kind(document.value)}"
         )
     merged, touched = _with_overrides(document.value, overrides, schema)
@@ -82,9 +83,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"no such configuration file: {path} (current directory: {Path.cwd()})") from None
+        raise UserError(f"no such configuration file: {path} (current directory: {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration file {path}: {error}") from error
+        raise UserError(f"cannot read the configuration file {path}: {error}") from error
 
 
 def _with_overrides(
@@ -97,14 +98,14 @@ def _with_overrides(
         dotted, separator, text = override.partition("=")
         parts = tuple(dotted.strip().split("."))
         if not separator or not dotted.strip() or not all(parts):
-            raise ValueError(f"override '{override}': expected key=value, for example parallel.tp=2")
+            raise UserError(f"override '{override}': expected key=value, for example parallel.tp=2")
         if not text.strip():
-            raise ValueError(f"override '{override}': no value; write {dotted}=null for the default")
+            raise UserError(f"override '{override}': no value; write {dotted}=null for the default")
         value = parse_yaml(text, source=f"override '{override}'").value
         takes_out = value is None and parts[0] != "loss"
         if takes_out and (problem := unknown_key(parts, schema)):
             # Taking out a key that does not exist would pass validation: the misspelt key is gone.
-            raise ValueError(f"unknown key '{dotted}' (override '{override}'): {problem}")
+            raise UserError(f"unknown key '{dotted}' (override '{override}'): {problem}")
         section = _section_to_change(merged, parts[:-1], override)
         touched = {path: by for path, by in touched.items() if path[: len(parts)] != parts}
         touched[parts] = override
@@ -124,9 +125,7 @@ def _section_to_change(merged: dict[str, Any], path: tuple[str, ...], override: 
         section = section[part]
         if not isinstance(section, dict):
             held = ".".join(path[:depth])
-            raise ValueError(
-                f"override '{override}': {held} is {section!r}, not a section; set {held} itself"
-            )
+            raise UserError(f"override '{override}': {held} is {section!r}, not a section; set {held} itself")
     return section
 
 
@@ -143,7 +142,7 @@ def _validated(tree: dict[str, Any], origins: Origins, schema: type[ConfigT]) ->
             return schema.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             problems = explain(error, origins)
-    raise ValueError("\n  ".join([f"{origins.file}: {len(problems)} problem(s)", *problems]))
+    raise UserError("\n  ".join([f"{origins.file}: {len(problems)} problem(s)", *problems]))
 
 
 def _with_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron_sftrl.config.section import Section
+from megatron_sftrl.errors import UserError
 
 
 class ArchitectureSection(Section):
@@ -49,7 +50,7 @@ class ArchitectureSection(Section):
     def _mixtures_need_experts(self) -> ArchitectureSection:
         is_mixture = self.family in ("mixtral", "qwen3_moe")
         if is_mixture != (self.num_experts is not None) or is_mixture != (self.experts_per_token is not None):
-            raise ValueError(
+            raise UserError(
                 "num_experts and experts_per_token belong to the families mixtral and qwen3_moe: "
                 f"set both or neither, for family {self.family} {'both' if is_mixture else 'neither'}"
             )
@@ -80,9 +81,9 @@ class ModelSection(Section):
     def _one_source(self) -> ModelSection:
         sources = (self.hf, self.hf_config, self.architecture)
         if sum(source is not None for source in sources) != 1:
-            raise ValueError("give exactly one of model.hf, model.hf_config and model.architecture")
+            raise UserError("give exactly one of model.hf, model.hf_config and model.architecture")
         if self.hf is not None and self.init_checkpoint is not None:
-            raise ValueError(
+            raise UserError(
                 "model.hf and model.init_checkpoint both name initial weights: for the checkpoint's, give "
                 "the directory as model.hf_config instead of model.hf"
             )

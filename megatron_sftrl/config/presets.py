@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from megatron_sftrl.errors import UserError
+
 Tree = Mapping[str, Any]
 """A part of a run's file: keys to values, or to further trees."""
 
@@ -27,7 +29,7 @@ def with_preset(raw: Tree, presets: Mapping[str, Tree]) -> dict[str, Any]:
     Returns:
         A new tree; `raw` itself, copied, where it names no preset.
     Raises:
-        ValueError: an unknown preset, or one for another loss than the run asks for.
+        UserError: an unknown preset, or one for another loss than the run asks for.
     """
     name = raw.get("preset")
     rest = {key: value for key, value in raw.items() if key != "preset"}
@@ -36,10 +38,10 @@ def with_preset(raw: Tree, presets: Mapping[str, Tree]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in presets:
         near = difflib.get_close_matches(str(name), list(presets), n=1, cutoff=0.4)
         meant = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown preset {name!r}{meant}; there are: {', '.join(sorted(presets))}")
+        raise UserError(f"unknown preset {name!r}{meant}; there are: {', '.join(sorted(presets))}")
     wanted, offered = _loss_name(raw), _loss_name(presets[name])
     if wanted is not None and offered is not None and wanted != offered:
-        raise ValueError(
+        raise UserError(
             f"preset {name!r} sets options of loss {offered!r}, and loss.name is {wanted!r}: remove one of "
             "preset and loss.name"
         )

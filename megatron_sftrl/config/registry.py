@@ -19,6 +19,8 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_sftrl.errors import UserError
+
 EntryT = TypeVar("EntryT", bound="Entry")
 
 
@@ -62,7 +64,7 @@ class FunctionRegistry(Generic[EntryT]):
         """Enter a function; the same function of the same file again (a reload) replaces itself.
 
         Raises:
-            ValueError: the name is taken by another function.
+            UserError: the name is taken by another function.
         """
         old = self._entries.get(entry.name)
         same = old is not None and (old.origin, old.function.__qualname__) == (
@@ -70,7 +72,7 @@ class FunctionRegistry(Generic[EntryT]):
             entry.function.__qualname__,
         )
         if old is not None and not same:
-            raise ValueError(
+            raise UserError(
                 f"{self.kind} {entry.name!r} is registered twice: in {old.origin} and in {entry.origin}; "
                 f"rename one of them"
             )
@@ -79,7 +81,7 @@ class FunctionRegistry(Generic[EntryT]):
     def get(self, name: str) -> EntryT:
         """The entry; ValueError with the nearest name when there is none."""
         if name not in self._entries:
-            raise ValueError(
+            raise UserError(
                 f"unknown {self.kind} {name!r}{nearest(name, self.names())}; "
                 f"registered: {', '.join(self.names())}. "
                 f"A {self.kind} of your own needs its file in {self.modules_key}"
@@ -90,7 +92,7 @@ class FunctionRegistry(Generic[EntryT]):
         """Import the files or modules that register further ones.
 
         Raises:
-            ValueError: one cannot be found, or takes a name twice.
+            UserError: one cannot be found, or takes a name twice.
         """
         for module in modules:
             load_module(module, key=self.modules_key)
@@ -100,7 +102,7 @@ class FunctionRegistry(Generic[EntryT]):
         known = list(entry.config.model_fields)
         for option in options:
             if option not in known:
-                raise ValueError(
+                raise UserError(
                     f"{self.kind} {entry.name!r}: unknown option {option!r}{nearest(option, known)}; "
                     f"its options: {', '.join(known) or 'none'}"
                 )
@@ -112,7 +114,7 @@ class FunctionRegistry(Generic[EntryT]):
                 f"got {problem['input']!r}"
                 for problem in error.errors()
             ]
-            raise ValueError(f"{self.kind} {entry.name!r}: " + "; ".join(problems)) from None
+            raise UserError(f"{self.kind} {entry.name!r}: " + "; ".join(problems)) from None
 
 
 def origin_of(function: Callable[..., Any]) -> str:
@@ -127,7 +129,7 @@ def load_module(module: str | Path, *, key: str = "modules") -> ModuleType:
         module: a path ending in .py, or an importable name.
         key: the setting that lists it, for messages.
     Raises:
-        ValueError: it cannot be found.
+        UserError: it cannot be found.
     """
     text = str(module)
     if not text.endswith(".py"):
@@ -136,13 +138,13 @@ def load_module(module: str | Path, *, key: str = "modules") -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is None or not (text == error.name or text.startswith(error.name + ".")):
                 raise  # the module was found; something that it imports was not
-            raise ValueError(
+            raise UserError(
                 f"{key}: expected a file ending in .py or an importable module, got {text!r}; "
                 "give the path of the file"
             ) from None
     path = Path(text).expanduser().resolve()
     if not path.is_file():
-        raise ValueError(f"{key}: no such file {path}; paths are relative to the working directory")
+        raise UserError(f"{key}: no such file {path}; paths are relative to the working directory")
     name = "megatron_sftrl_user_" + "_".join(path.with_suffix("").parts[1:])
     if name in sys.modules:
         return sys.modules[name]

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from megatron_sftrl.config.section import Section
+from megatron_sftrl.errors import UserError
 
 
 class RewardSection(BaseModel):
@@ -46,18 +47,18 @@ def check_rewards(rewards: list[RewardSection]) -> list[RewardSection]:
     """The list itself, if it says what is to be trained.
 
     Raises:
-        ValueError: it is empty, names a reward twice, or gives none of them a weight.
+        UserError: it is empty, names a reward twice, or gives none of them a weight.
     """
     if not rewards:
-        raise ValueError("rewards: expected at least one, got an empty list; add one, such as {name: math}")
+        raise UserError("rewards: expected at least one, got an empty list; add one, such as {name: math}")
     twice = [name for name, count in Counter(reward.name for reward in rewards).items() if count > 1]
     if twice:
-        raise ValueError(
+        raise UserError(
             f"rewards: expected each name once, got {twice[0]!r} twice; its metrics could not be told apart: "
             "remove one, or register a variant under a name of its own"
         )
     if all(reward.weight == 0 for reward in rewards):
-        raise ValueError(
+        raise UserError(
             "rewards: every weight is 0, so that nothing would be trained; give one of "
             f"{', '.join(reward.name for reward in rewards)} a weight"
         )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_sftrl.config.model import ModelSection
 from megatron_sftrl.config.section import Section
+from megatron_sftrl.errors import UserError
 
 
 class TokenizerSection(Section):
@@ -84,7 +85,7 @@ class BatchSection(Section):
     @model_validator(mode="after")
     def _packing_needs_a_size(self) -> BatchSection:
         if self.packing != (self.max_tokens is not None):
-            raise ValueError("batch.packing and batch.max_tokens go together: set both or neither")
+            raise UserError("batch.packing and batch.max_tokens go together: set both or neither")
         return self
 
 
@@ -167,7 +168,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs")
+            raise UserError("give exactly one of train.steps and train.epochs")
         return self
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from megatron_sftrl.errors import UserError
+
 _CORE_TYPES: tuple[tuple[str, str, str], ...] = (
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),
     ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -77,7 +79,7 @@ def parse_yaml(text: str, *, source: str) -> YamlDocument:
     Returns:
         The plain value and the line of each key.
     Raises:
-        ValueError: text that is not YAML, a key given twice, a key that is not a string, a recursive alias.
+        UserError: text that is not YAML, a key given twice, a key that is not a string, a recursive alias.
     """
     loader = _Loader(text)
     try:
@@ -90,9 +92,9 @@ def parse_yaml(text: str, *, source: str) -> YamlDocument:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
-        raise ValueError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+        raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not valid YAML: {error}") from error
+        raise UserError(f"{source}: not valid YAML: {error}") from error
     finally:
         loader.dispose()
 
@@ -111,7 +113,7 @@ def _walk(
 ) -> None:
     """Record the line of each key below `node`, and refuse what a plain tree cannot hold."""
     if id(node) in open_nodes:
-        raise ValueError(f"{source}, line {node.start_mark.line + 1}: an alias refers to what contains it")
+        raise UserError(f"{source}, line {node.start_mark.line + 1}: an alias refers to what contains it")
     open_nodes = (*open_nodes, id(node))
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
@@ -125,10 +127,10 @@ def _walk(
             _walk(value, path, lines, open_nodes, source)
             continue
         if key.tag != "tag:yaml.org,2002:str":
-            raise ValueError(f"{source}, line {line}: a key must be a name, got {key.value!r}; quote it")
+            raise UserError(f"{source}, line {line}: a key must be a name, got {key.value!r}; quote it")
         if key.value in seen:
             dotted = ".".join((*path, key.value))
-            raise ValueError(
+            raise UserError(
                 f"{source}, line {line}: '{dotted}' is given twice, first on line {seen[key.value]}; keep one"
             )
         seen[key.value] = line

@@ -15,6 +15,7 @@ from megatron_sftrl.architectures.architecture import Architecture, padded_vocab
 from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
 from megatron_sftrl.engine.checkpoint import StoredPart, save_converted
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.assets import has_tokenizer, read_assets
 from megatron_sftrl.hf.exchange import fill_part
 from megatron_sftrl.hf.weights import HfWeights, open_weights
@@ -69,7 +70,7 @@ def convert_from_hf(
     Returns:
         `out`.
     Raises:
-        ValueError: on every rank: a config.json, weights or a layout that cannot be used, an output that
+        UserError: on every rank: a config.json, weights or a layout that cannot be used, an output that
             exists, a disk that is full.
     """
     architecture = from_hf_config(hf)
@@ -95,7 +96,7 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
     """Refuse a layout that no model of this architecture can have.
 
     Raises:
-        ValueError: everything that does not divide.
+        UserError: everything that does not divide.
     """
     problems = []
     counts = [
@@ -111,7 +112,7 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
         if size < 1 or count % size:
             problems.append(f"--{option} {size}: the model's {count} {what} do not divide by it")
     if problems:
-        raise ValueError("\n  ".join(["the layout does not fit the model:", *problems]))
+        raise UserError("\n  ".join(["the layout does not fit the model:", *problems]))
 
 
 def _pieces(architecture: Architecture, layout: Layout) -> Iterator[_Piece]:
@@ -164,7 +165,7 @@ def _dtypes(
     """Dtype of each checkpoint tensor, by key.
 
     Raises:
-        ValueError: dtypes are to be kept, and a stacked tensor would have several.
+        UserError: dtypes are to be kept, and a stacked tensor would have several.
     """
     found: dict[str, set[torch.dtype]] = {}
     for tensor in megatron_tensors(architecture):
@@ -172,7 +173,7 @@ def _dtypes(
     if dtype is not None:
         return dict.fromkeys(found, dtype)
     if mixed := sorted(key for key, dtypes in found.items() if len(dtypes) > 1):
-        raise ValueError(
+        raise UserError(
             f"{', '.join(mixed)}: layers or joined tensors have different dtypes in the Hugging Face files, "
             "and a checkpoint stores them as one tensor; choose one with --dtype"
         )

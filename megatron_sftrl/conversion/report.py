@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.conversion.verify import compare_logits
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.assets import TOKENIZER_FILES
 from megatron_sftrl.observability.memory import peak_memory_bytes
 
@@ -80,7 +81,7 @@ def verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: Paral
         hf: directory of the other side.
         section, parallel: layout of the Megatron model.
     Raises:
-        ValueError: on every rank: the sides differ by more than rounding.
+        UserError: on every rank: the sides differ by more than rounding.
     """
     found = compare_logits(checkpoint, hf, section, parallel)
     if parallel.rank == 0:
@@ -90,7 +91,7 @@ def verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: Paral
             file=sys.stderr,
         )
     if not found.is_acceptable:
-        raise ValueError(
+        raise UserError(
             f"the logits of {checkpoint} and {hf} differ by {found.largest:.3e} at a scale of "
             f"{found.scale:.3e}: more than rounding; do not use the result"
         )

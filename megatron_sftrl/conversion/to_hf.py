@@ -18,6 +18,7 @@ from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
 from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.assets import HfAssets, with_dtype, write_assets
 from megatron_sftrl.hf.exchange import fill_whole
 from megatron_sftrl.hf.output import HfFile, plan_files, write_index
@@ -46,7 +47,7 @@ def convert_to_hf(
     Returns:
         `out`.
     Raises:
-        ValueError: on every rank: no or a damaged checkpoint, an output that exists, a full disk.
+        UserError: on every rank: no or a damaged checkpoint, an output that exists, a full disk.
     """
     verification = find_checkpoint(checkpoint)
     path, architecture = verification.path, from_record(verification.record.architecture)
@@ -78,7 +79,7 @@ def _stored(path: Path, architecture: Architecture) -> StoredTensors:
         ):
             problems.append(f"shape of {key}: expected {expected}, got {found}")
     if problems:
-        raise ValueError("\n  ".join([f"checkpoint {path} does not hold the model it describes:", *problems]))
+        raise UserError("\n  ".join([f"checkpoint {path} does not hold the model it describes:", *problems]))
     return stored
 
 

@@ -56,7 +56,7 @@ def compare_logits(
         hf: a Hugging Face directory.
         section, parallel: layout of the Megatron model.
     Raises:
-        ValueError: on every rank: a checkpoint that cannot be loaded.
+        UserError: on every rank: a checkpoint that cannot be loaded.
     """
     architecture = from_record(find_checkpoint(checkpoint).record.architecture)
     config = transformer_config(

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sftrl.errors import UserError
+
 LOGPROBS_COLUMN = "behavior_logprobs"
 TOKEN_IDS_COLUMN = "behavior_token_ids"
 
@@ -36,7 +38,7 @@ def read_behavior_scores(
     Returns:
         [num_kept] fp32 nats, or None when the row has no scores.
     Raises:
-        ValueError: one column without the other, unequal lengths, ids that differ, or scores that are not
+        UserError: one column without the other, unequal lengths, ids that differ, or scores that are not
             finite or above 0.
     """
     logprobs, ids = values.get(LOGPROBS_COLUMN), values.get(TOKEN_IDS_COLUMN)
@@ -44,11 +46,11 @@ def read_behavior_scores(
         return None
     if logprobs is None or ids is None:
         missing = LOGPROBS_COLUMN if logprobs is None else TOKEN_IDS_COLUMN
-        raise ValueError(f"{missing} is missing; scores and the ids they belong to go together: {_RESCORE}")
+        raise UserError(f"{missing} is missing; scores and the ids they belong to go together: {_RESCORE}")
     scores = _numbers(logprobs, LOGPROBS_COLUMN)
     scored_ids = _numbers(ids, TOKEN_IDS_COLUMN)
     if len(scores) != len(scored_ids):
-        raise ValueError(
+        raise UserError(
             f"{LOGPROBS_COLUMN} has {len(scores)} entries but {TOKEN_IDS_COLUMN} has {len(scored_ids)}; "
             f"{_RESCORE}"
         )
@@ -56,19 +58,19 @@ def read_behavior_scores(
     differs = np.flatnonzero(scored_ids[:common] != loss_token_ids[:common])
     if len(differs):
         at = int(differs[0])
-        raise ValueError(
+        raise UserError(
             f"behaviour scores belong to other tokens: loss token {at} is {loss_token_ids[at]} here, "
             f"{TOKEN_IDS_COLUMN}[{at}] is {scored_ids[at]:g}; {_RESCORE}"
         )
     if len(scored_ids) not in (len(loss_token_ids), num_kept):
-        raise ValueError(
+        raise UserError(
             f"behaviour scores: expected one for each of the {len(loss_token_ids)} loss tokens, "
             f"got {len(scored_ids)} (the first {common} ids agree); {_RESCORE}"
         )
     bad = np.flatnonzero(~np.isfinite(scores) | (scores > _ABOVE_ZERO))
     if len(bad):
         at = int(bad[0])
-        raise ValueError(
+        raise UserError(
             f"{LOGPROBS_COLUMN}[{at}]: expected a finite log-probability of at most 0, got {scores[at]}; "
             f"{_RESCORE}"
         )
@@ -78,8 +80,8 @@ def read_behavior_scores(
 def _numbers(values: object, column: str) -> NDArray[np.float64]:
     """A column's list as an array."""
     if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
-        raise ValueError(f"{column}: expected a list of numbers, got {type(values).__name__}")
+        raise UserError(f"{column}: expected a list of numbers, got {type(values).__name__}")
     try:
         return np.asarray(values, dtype=np.float64).reshape(len(values))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{column}: expected a list of numbers ({error})") from error
+        raise UserError(f"{column}: expected a list of numbers ({error})") from error

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from megatron_sftrl.data.spans import learn_ends, tokenize_spans
 from megatron_sftrl.data.template import ChatTemplate, Message
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.errors import UserError
 
 Row = Mapping[str, object]
 """One row as its file holds it."""
@@ -29,14 +30,14 @@ def tokenize_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]
     Returns:
         Ids [n] and mask [n]; the mask is False at position 0, which no position predicts.
     Raises:
-        ValueError: the row has no or an empty response, a wrong type, or messages that the template cannot
+        UserError: the row has no or an empty response, a wrong type, or messages that the template cannot
             render or whose assistant turns cannot be told apart from the rest exactly.
     """
     messages = read_messages(row)
     template = tokenizer.chat_template
     if template is None:
         if row.get("messages") is not None:
-            raise ValueError(
+            raise UserError(
                 "the row has messages but the tokenizer has no chat template; set tokenizer.chat_template to "
                 "a Jinja file, or write rows with prompt and response"
             )
@@ -47,7 +48,7 @@ def tokenize_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]
         ids, mask = learn_ends(tokenizer, ids, borders)
     mask[0] = False
     if not any(mask):
-        raise ValueError(
+        raise UserError(
             "no token of the row is learned: the chat template prints nothing for its assistant turns"
         )
     return ids, mask
@@ -62,14 +63,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list
     Returns:
         Ids [P].
     Raises:
-        ValueError: messages without a chat template, or messages that the template cannot render.
+        UserError: messages without a chat template, or messages that the template cannot render.
     """
     template = tokenizer.chat_template
     if template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.encode(template.render(messages, add_generation_prompt=True))
     if not isinstance(prompt, str):
-        raise ValueError(
+        raise UserError(
             "a prompt of messages needs a chat template; set tokenizer.chat_template to a Jinja file"
         )
     return _opening(tokenizer) + tokenizer.encode(prompt)
@@ -83,21 +84,21 @@ def read_messages(row: Row) -> list[Message]:
     Returns:
         The turns; keys whose value is null are left out, since columnar files fill them in.
     Raises:
-        ValueError: as in `tokenize_row`.
+        UserError: as in `tokenize_row`.
     """
     if row.get("messages") is not None:
         if row.get("prompt") is not None or row.get("response") is not None:
-            raise ValueError("the row has messages and also prompt or response; keep one of the two forms")
+            raise UserError("the row has messages and also prompt or response; keep one of the two forms")
         return _check_messages(row["messages"])
     for key in ("prompt", "response"):
         if row.get(key) is None:
-            raise ValueError(
+            raise UserError(
                 f"the row has no {key}; expected prompt and response, or messages, got {sorted(row)}"
             )
         if not isinstance(row[key], str):
-            raise ValueError(f"{key}: expected text, got {type(row[key]).__name__}")
+            raise UserError(f"{key}: expected text, got {type(row[key]).__name__}")
     if not str(row["response"]).strip():
-        raise ValueError("the response is empty; remove the row")
+        raise UserError("the response is empty; remove the row")
     return [
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row["response"]},
@@ -117,13 +118,13 @@ def assistant_spans(template: ChatTemplate, messages: Sequence[Message]) -> tupl
     Returns:
         Text and [start, end) of each assistant turn, in order.
     Raises:
-        ValueError: a prefix does not hold, or the blocks are not one per assistant turn.
+        UserError: a prefix does not hold, or the blocks are not one per assistant turn.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if template.has_generation_markers:
         text, spans = template.render_generated_spans(messages)
         if not any(start < end for start, end in spans):
-            raise ValueError(f"{template.origin}: its {{% generation %}} blocks are empty for these messages")
+            raise UserError(f"{template.origin}: its {{% generation %}} blocks are empty for these messages")
         return text, spans
     text = template.render(messages)
     spans = []
@@ -131,7 +132,7 @@ def assistant_spans(template: ChatTemplate, messages: Sequence[Message]) -> tupl
         before = template.render(messages[:turn], add_generation_prompt=True)
         upto = template.render(messages[: turn + 1])
         if not text.startswith(before) or not text.startswith(upto) or len(upto) <= len(before):
-            raise ValueError(
+            raise UserError(
                 f"{template.origin}: the place of message {turn} (assistant) in the conversation is not "
                 "exact, because the template prints earlier turns differently once later ones follow (or "
                 "prints an assistant header that the turn itself does not start with). Put {% generation %} "
@@ -145,22 +146,22 @@ def assistant_spans(template: ChatTemplate, messages: Sequence[Message]) -> tupl
 def _check_messages(messages: object) -> list[Message]:
     """Turns with a role and a text, at least one of them a non-empty assistant turn."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages: expected a list of turns, got {type(messages).__name__}")
+        raise UserError(f"messages: expected a list of turns, got {type(messages).__name__}")
     checked: list[Message] = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(f"messages[{number}]: expected role and content, got {type(message).__name__}")
+            raise UserError(f"messages[{number}]: expected role and content, got {type(message).__name__}")
         kept = {str(key): value for key, value in message.items() if value is not None}
         for key in ("role", "content"):
             if not isinstance(kept.get(key), str):
-                raise ValueError(
+                raise UserError(
                     f"messages[{number}].{key}: expected text, got {type(kept.get(key)).__name__}"
                 )
         if kept["role"] == "assistant" and not kept["content"].strip():
-            raise ValueError(f"messages[{number}]: the assistant's response is empty; remove the turn")
+            raise UserError(f"messages[{number}]: the assistant's response is empty; remove the turn")
         checked.append(kept)
     if not any(message["role"] == "assistant" for message in checked):
-        raise ValueError("the row has no response: none of its messages has the role assistant")
+        raise UserError("the row has no response: none of its messages has the role assistant")
     # Turns behind the last response teach nothing and would only cost tokens.
     last = max(number for number, message in enumerate(checked) if message["role"] == "assistant")
     return checked[: last + 1]

@@ -25,6 +25,7 @@ from megatron_sftrl.data.example import Example, Truncation, truncate
 from megatron_sftrl.data.sources import SourceRow, check_source, describe_row, read_rows
 from megatron_sftrl.data.store import TokenStore, open_store, pack_examples, save_store
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.errors import UserError
 
 
 class Dataset:
@@ -104,7 +105,7 @@ def load_dataset(
     Returns:
         The dataset.
     Raises:
-        ValueError: a source that cannot be read, a row that cannot be used (named by file and line), no row
+        UserError: a source that cannot be read, a row that cannot be used (named by file and line), no row
             left, or a cache that cannot be written.
     """
     for path in paths:
@@ -119,7 +120,7 @@ def load_dataset(
         try:
             save_store(store, place)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"the tokenized rows cannot be kept in {cache_dir}: {error}; free space there, or choose "
                 "another run_dir"
             ) from error
@@ -146,7 +147,7 @@ def tokenize_sources(
     Yields:
         Index of the source, the row, its example (None when dropped), and whether it was cut.
     Raises:
-        ValueError: a row that cannot be read or used, named by file and line.
+        UserError: a row that cannot be read or used, named by file and line.
     """
     first_row = 0
     # Threads: the tokenizers run outside of Python's lock, and results come back in order.
@@ -175,7 +176,7 @@ def _tokenize(tokenizer: Tokenizer, path: Path, row: SourceRow, row_over_all: in
     try:
         ids, mask = tokenize_row(tokenizer, row.values)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     return Example(
         tokens=np.array(ids, np.int32),
         loss_mask=np.array(mask, np.bool_),
@@ -192,7 +193,7 @@ def _with_scores(row: SourceRow, full: Example, cut: Example) -> Example:
             row.values, loss_token_ids=full.loss_token_ids, num_kept=cut.num_loss_tokens
         )
     except ValueError as error:
-        raise ValueError(f"{cut.source}: {error}") from error
+        raise UserError(f"{cut.source}: {error}") from error
     return Example(
         tokens=cut.tokens, loss_mask=cut.loss_mask, behavior_logprobs=scores, row=cut.row, source=cut.source
     )
@@ -212,7 +213,7 @@ def _build_store(
         num_truncated += is_cut
         kept.append((index, row.number, example))
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"data: no row to train on in {[str(path) for path in paths]}"
             + (f"; all {num_dropped} are longer than data.max_length = {max_length}" if num_dropped else "")
         )

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sftrl.errors import UserError
+
 Truncation = Literal["error", "drop", "right", "left_prompt"]
 
 
@@ -59,7 +61,7 @@ def truncate(
     Returns:
         The same example when it fits, a shorter one, or None when it is to be dropped.
     Raises:
-        ValueError: it is too long and truncation is `error`; nothing of the response would remain; or with
+        UserError: it is too long and truncation is `error`; nothing of the response would remain; or with
             left_prompt the response alone does not fit.
     """
     num_tokens = len(example.tokens)
@@ -68,7 +70,7 @@ def truncate(
     if truncation == "drop":
         return None
     if truncation == "error":
-        raise ValueError(
+        raise UserError(
             f"{example.source}: expected at most data.max_length = {max_length} tokens, got {num_tokens}; "
             "raise data.max_length or set data.truncation to drop, right or left_prompt"
         )
@@ -82,7 +84,7 @@ def _cut_right(example: Example, max_length: int) -> Example:
     kept = int(mask.sum())
     if kept == 0:
         first = int(np.argmax(example.loss_mask))
-        raise ValueError(
+        raise UserError(
             f"{example.source}: the response is fully truncated: it starts at token {first} and "
             f"data.max_length is {max_length}; raise data.max_length or set data.truncation to left_prompt "
             "or drop"
@@ -104,7 +106,7 @@ def _cut_prompt(example: Example, max_length: int, *, keep_first: bool) -> Examp
     removable = first_learned - max(start, 1)
     if excess > removable:
         rest = len(example.tokens) - removable
-        raise ValueError(
+        raise UserError(
             f"{example.source}: cutting the prompt is not enough: {rest} tokens remain without it and "
             f"data.max_length is {max_length}; raise data.max_length or set data.truncation to right or drop"
         )

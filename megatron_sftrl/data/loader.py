@@ -80,7 +80,7 @@ class StepLoader:
         Returns:
             This rank's batches.
         Raises:
-            ValueError: a sequence does not fit into batch.max_tokens.
+            UserError: a sequence does not fit into batch.max_tokens.
         """
         rows = self.rows(step)
         normalization = self._normalization(rows)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sftrl.errors import UserError
+
 
 class SampleOrder:
     """An endless sequence of row indices, a new permutation each epoch. Owns one memoised permutation."""
@@ -20,10 +22,10 @@ class SampleOrder:
             seed: the run's seed, at least 0.
             shuffle: False keeps the order of the files in every epoch.
         Raises:
-            ValueError: there is no row, or the seed is negative.
+            UserError: there is no row, or the seed is negative.
         """
         if num_rows < 1 or seed < 0:
-            raise ValueError(f"sample order: expected num_rows >= 1 and seed >= 0, got {num_rows} and {seed}")
+            raise UserError(f"sample order: expected num_rows >= 1 and seed >= 0, got {num_rows} and {seed}")
         self.num_rows = num_rows
         self._seed = seed
         self._shuffle = shuffle
@@ -93,15 +95,15 @@ def num_training_steps(
     Returns:
         Number of steps.
     Raises:
-        ValueError: not exactly one of steps and epochs, or the epochs do not fill one batch.
+        UserError: not exactly one of steps and epochs, or the epochs do not fill one batch.
     """
     if (steps is None) == (epochs is None):
-        raise ValueError("give exactly one of train.steps and train.epochs")
+        raise UserError("give exactly one of train.steps and train.epochs")
     if steps is not None:
         return steps
     total = (epochs or 0) * num_rows
     if total < global_size:
-        raise ValueError(
+        raise UserError(
             f"train.epochs = {epochs} over {num_rows} rows gives {total} sequences, expected at least "
             f"{size_key} = {global_size}; lower {size_key} or raise train.epochs"
         )

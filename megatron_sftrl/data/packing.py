@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.data.example import Example
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.weights import Aggregation, token_weights
 from megatron_sftrl.types import TokenBatch
 
@@ -90,7 +91,7 @@ def build_token_batch(
     Returns:
         The batch, on the CPU.
     Raises:
-        ValueError: the examples do not fit into pad_to_length, or an example lacks a carried value.
+        UserError: the examples do not fit into pad_to_length, or an example lacks a carried value.
     """
     lengths = [predicting_length(len(example.tokens), sequence_multiple_of) for example in examples]
     total = padded_batch_length(
@@ -98,7 +99,7 @@ def build_token_batch(
     )
     if pad_to_length is not None:
         if pad_to_length < total or pad_to_length % math.lcm(sequence_multiple_of, pad_to_multiple_of):
-            raise ValueError(
+            raise UserError(
                 f"pad_to_length: expected at least {total} and a multiple of "
                 f"{math.lcm(sequence_multiple_of, pad_to_multiple_of)}, got {pad_to_length}"
             )
@@ -119,7 +120,7 @@ def build_token_batch(
         for name, target in values.items():
             found = getattr(example, name)
             if found is None:
-                raise ValueError(f"{example.source}: the row has no {name}")
+                raise UserError(f"{example.source}: the row has no {name}")
             target[real][example.loss_mask[1:]] = found
         start += length
     loss_mask, cu_seqlens = torch.from_numpy(mask), _cumulative(spans)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_sftrl.errors import UserError
+
 Assignment = list[list[list[int]]]
 """assignment[dp_rank][microbatch] = positions in the step, possibly none."""
 
@@ -39,14 +41,14 @@ def plan_microbatches(
         Each position of `lengths` exactly once; every rank has the same number of micro-batches, at least
         one, and those that got no sequence are empty.
     Raises:
-        ValueError: a sequence is longer than max_tokens, or packing without max_tokens.
+        UserError: a sequence is longer than max_tokens, or packing without max_tokens.
     """
     assert dp_size >= 1 and micro_size >= 1 and microbatch_multiple >= 1
     longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     wave = dp_size * microbatch_multiple
     if packing:
         if max_tokens is None:
-            raise ValueError("batch.packing needs batch.max_tokens")
+            raise UserError("batch.packing needs batch.max_tokens")
         groups = _pack(lengths, longest_first, capacity=max_tokens, multiple=wave)
     else:
         groups = [longest_first[i : i + micro_size] for i in range(0, len(lengths), micro_size)]
@@ -67,7 +69,7 @@ def _pack(
     """Groups of at most `capacity` tokens, as few as first-fit-decreasing finds, evenly filled."""
     for position in longest_first[:1]:
         if lengths[position] > capacity:
-            raise ValueError(
+            raise UserError(
                 f"batch.max_tokens = {capacity} is smaller than a sequence of {lengths[position]} tokens; "
                 "raise batch.max_tokens to at least data.max_length"
             )

@@ -12,6 +12,7 @@ from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.prompts import read_prompt
 from megatron_sftrl.data.sources import check_source, describe_row, read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ def read_prompt_set(paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_l
     """Read and tokenize every row.
 
     Raises:
-        ValueError: a source or row that cannot be used, a prompt that is too long, no row at all.
+        UserError: a source or row that cannot be used, a prompt that is too long, no row at all.
     """
     rows = []
     digest = hashlib.sha256()
@@ -57,16 +58,16 @@ def read_prompt_set(paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_l
             try:
                 tokens = tuple(encode_prompt(tokenizer, read_prompt(row.values)))
             except ValueError as error:
-                raise ValueError(f"{source}: {error}") from error
+                raise UserError(f"{source}: {error}") from error
             if len(tokens) > max_prompt_length:
-                raise ValueError(
+                raise UserError(
                     f"{source}: expected at most data.max_prompt_length = {max_prompt_length} tokens, got "
                     f"{len(tokens)}; raise it or remove the row"
                 )
             rows.append(PromptRow(tokens=tokens, values=row.values, source=source))
             digest.update(_as_json(tokens, row.values, source))
     if not rows:
-        raise ValueError(f"no prompts in {', '.join(map(str, paths))}")
+        raise UserError(f"no prompts in {', '.join(map(str, paths))}")
     return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest())
 
 
@@ -75,7 +76,7 @@ def _as_json(tokens: tuple[int, ...], values: Mapping[str, object], source: str)
     try:
         return json.dumps([tokens, values], sort_keys=True).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source}: expected text, numbers, lists and objects in every column, which reach the rewards "
             f"as JSON, got {error}; convert or remove the column"
         ) from error

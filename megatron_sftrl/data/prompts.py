@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron_sftrl.data.chat import Row, tokenize_row
 from megatron_sftrl.data.template import Message
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.errors import UserError
 
 
 def read_prompt(row: Row) -> str | Sequence[Message]:
@@ -15,19 +16,19 @@ def read_prompt(row: Row) -> str | Sequence[Message]:
     Args:
         row: `prompt` (text), or `messages` whose last turn is not the assistant's.
     Raises:
-        ValueError: neither is there, or the wrong type.
+        UserError: neither is there, or the wrong type.
     """
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
-        raise ValueError(f"expected either prompt or messages, got {sorted(row)}")
+        raise UserError(f"expected either prompt or messages, got {sorted(row)}")
     if prompt is not None:
         if not isinstance(prompt, str) or not prompt:
-            raise ValueError("prompt: expected a non-empty text")
+            raise UserError("prompt: expected a non-empty text")
         return prompt
     if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("messages: expected a list of turns with role and content")
+        raise UserError("messages: expected a list of turns with role and content")
     if messages[-1].get("role") == "assistant":
-        raise ValueError("messages: the last turn is the assistant's; remove it, it is what is generated")
+        raise UserError("messages: the last turn is the assistant's; remove it, it is what is generated")
     return messages
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sftrl.errors import UserError
+
 _JSON_LINES = (".jsonl", ".json")
 
 
@@ -41,21 +43,21 @@ def check_source(path: Path) -> None:
     Args:
         path: from data.train or data.valid.
     Raises:
-        ValueError: it is not there or of no known kind.
+        UserError: it is not there or of no known kind.
     """
     if not path.exists():
-        raise ValueError(f"data: {path} does not exist; check data.train and data.valid")
+        raise UserError(f"data: {path} does not exist; check data.train and data.valid")
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
             splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").exists())
-            raise ValueError(
+            raise UserError(
                 f"data: {path} holds several splits {splits}; "
                 f"name one, such as {path / (splits or ['train'])[0]}"
             )
         if not (path / "state.json").exists():
-            raise ValueError(f"data: {path} was not written by datasets.save_to_disk (no state.json in it)")
+            raise UserError(f"data: {path} was not written by datasets.save_to_disk (no state.json in it)")
     elif path.suffix not in (*_JSON_LINES, ".parquet"):
-        raise ValueError(
+        raise UserError(
             f"data: expected .jsonl, .parquet or a directory of datasets.save_to_disk, got {path}"
         )
 
@@ -68,7 +70,7 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
     Yields:
         Each row.
     Raises:
-        ValueError: the source is of no known kind, or a row cannot be read; the message names file and line.
+        UserError: the source is of no known kind, or a row cannot be read; the message names file and line.
     """
     check_source(path)
     if path.is_dir():
@@ -88,11 +90,11 @@ def _read_json_lines(path: Path) -> Iterator[SourceRow]:
             try:
                 values = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{source}: not JSON ({error}); expected one JSON object on each line"
                 ) from error
             if not isinstance(values, dict):
-                raise ValueError(f"{source}: expected a JSON object, got {type(values).__name__}")
+                raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}")
             yield SourceRow(values=values, number=number)
 
 
@@ -108,7 +110,7 @@ def _read_parquet(path: Path) -> Iterator[SourceRow]:
                     yield SourceRow(values=values, number=number)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{describe_row(path, number)}: cannot be read as Parquet: {error}") from error
+        raise UserError(f"{describe_row(path, number)}: cannot be read as Parquet: {error}") from error
 
 
 def _read_saved_dataset(path: Path) -> Iterator[SourceRow]:
@@ -117,6 +119,6 @@ def _read_saved_dataset(path: Path) -> Iterator[SourceRow]:
     try:
         rows = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"data: {path} cannot be read by datasets.load_from_disk: {error}") from error
+        raise UserError(f"data: {path} cannot be read by datasets.load_from_disk: {error}") from error
     for number, values in enumerate(rows):
         yield SourceRow(values=dict(values), number=number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.errors import UserError
 
 Span = tuple[int, int]
 """[start, end), in characters or in tokens."""
@@ -25,7 +26,7 @@ def tokenize_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tu
     Returns:
         Ids [n] and each span in tokens.
     Raises:
-        ValueError: the parts, tokenized apart, no longer read as the same text.
+        UserError: the parts, tokenized apart, no longer read as the same text.
     """
     cuts = [cut for span in spans for cut in span]
     whole = tokenizer.encode(text)
@@ -41,7 +42,7 @@ def tokenize_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tu
             ids += tokenizer.encode_continuation(part) if start else tokenizer.encode(part)
         borders.append(len(ids))
     if tokenizer.decode(ids) != tokenizer.decode(whole):
-        raise ValueError(
+        raise UserError(
             "a token crosses the border between prompt and response, and tokenized apart they read as "
             "another text; end the prompt (or the template's assistant header) where a new token starts"
         )
@@ -65,7 +66,7 @@ def learn_ends(
     Returns:
         Ids [m] and mask [m], ending with a learned end token.
     Raises:
-        ValueError: text that nobody learns stands between the last span and the end.
+        UserError: text that nobody learns stands between the last span and the end.
     """
     tail = next((i for i in ids[spans[-1][1] :] if i in tokenizer.special_ids), tokenizer.eos_id)
     ends = {tokenizer.eos_id, tail}
@@ -79,7 +80,7 @@ def learn_ends(
         return list(ids[:stop]), mask[:stop]
     rest = tokenizer.decode(ids[stop:])
     if rest.strip():
-        raise ValueError(
+        raise UserError(
             f"the chat template prints {rest!r} behind the last assistant turn, outside of its generation "
             "block, so that no end would be learned; close the block behind that text"
         )

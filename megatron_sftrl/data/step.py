@@ -84,7 +84,7 @@ def lay_out_step(
         pad_id: any valid id.
         carried: as build_token_batch.
     Raises:
-        ValueError: a sequence does not fit into batch.max_tokens.
+        UserError: a sequence does not fit into batch.max_tokens.
     """
     multiple = layout.sequence_multiple_of
     lengths = [predicting_length(length, multiple) for length in num_tokens]

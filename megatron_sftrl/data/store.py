@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_sftrl.data.example import Example
 from megatron_sftrl.data.sources import describe_row
+from megatron_sftrl.errors import UserError
 
 _ARRAYS = ("tokens", "loss_mask", "offsets", "rows", "files", "numbers", "behavior_logprobs")
 _FORMAT = 1
@@ -93,12 +94,12 @@ def pack_examples(
     Returns:
         The store.
     Raises:
-        ValueError: some rows have behaviour scores and others have none.
+        UserError: some rows have behaviour scores and others have none.
     """
     rows = list(examples)
     unscored = [example.source for _, _, example in rows if example.behavior_logprobs is None]
     if unscored and len(unscored) < len(rows):
-        raise ValueError(
+        raise UserError(
             f"{unscored[0]}: the row has no behaviour scores but others do; score every row with "
             "tools/score_behavior_logprobs.py, or remove the columns behavior_logprobs and behavior_token_ids"
         )

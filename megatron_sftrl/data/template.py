@@ -19,6 +19,8 @@ import jinja2.parser
 import jinja2.runtime
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_sftrl.errors import UserError
+
 Message = Mapping[str, object]
 """One turn: role, content, and whatever else the template reads."""
 
@@ -37,7 +39,7 @@ class ChatTemplate:
             special_tokens: variables of the template, such as bos_token and eos_token.
             origin: where the text came from, for error messages.
         Raises:
-            ValueError: the text is not a Jinja template.
+            UserError: the text is not a Jinja template.
         """
         self.source = source
         self.origin = origin
@@ -46,7 +48,7 @@ class ChatTemplate:
             self._plain = _environment("", "").from_string(source)
             self._marked = _environment(_OPEN, _CLOSE).from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"{origin} is not a Jinja template: {error}") from error
+            raise UserError(f"{origin} is not a Jinja template: {error}") from error
         self.has_generation_markers = _has_generation_markers(source)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -58,7 +60,7 @@ class ChatTemplate:
         Returns:
             The text, special tokens written out.
         Raises:
-            ValueError: the template refuses these messages, or needs something it is not given.
+            UserError: the template refuses these messages, or needs something it is not given.
         """
         return self._render(self._plain, messages, add_generation_prompt)
 
@@ -70,7 +72,7 @@ class ChatTemplate:
         Returns:
             The text and [start, end) of each block in it, in order.
         Raises:
-            ValueError: as in `render`, or the template transforms what a block produced.
+            UserError: as in `render`, or the template transforms what a block produced.
         """
         text = self.render(messages)
         marked = self._render(self._marked, messages, False)
@@ -86,7 +88,7 @@ class ChatTemplate:
                 pieces.append(character_run)
                 length += len(character_run)
         if "".join(pieces) != text:
-            raise ValueError(
+            raise UserError(
                 f"{self.origin}: what a {{% generation %}} block produces is changed afterwards, so its "
                 "place in the text is not known; write the block where its text is printed"
             )
@@ -103,7 +105,7 @@ class ChatTemplate:
             )
         # Templates are user code: whatever they raise (also TypeError on a missing key) is about them.
         except Exception as error:
-            raise ValueError(f"{self.origin} cannot render these messages: {error}") from error
+            raise UserError(f"{self.origin} cannot render these messages: {error}") from error
 
 
 def _has_generation_markers(source: str) -> bool:

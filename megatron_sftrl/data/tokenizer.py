@@ -13,6 +13,7 @@ from typing import Protocol
 
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.template import ChatTemplate
+from megatron_sftrl.errors import UserError
 
 
 class TokenizerBackend(Protocol):
@@ -82,7 +83,7 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     Returns:
         The tokenizer.
     Raises:
-        ValueError: the path is not there, cannot be read as a tokenizer, has no end token, or the template
+        UserError: the path is not there, cannot be read as a tokenizer, has no end token, or the template
             does not compile.
     """
     # Late: transformers and sentencepiece cost seconds, and `import megatron_sftrl` must not need them.
@@ -90,7 +91,7 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
 
     path = Path(section.path)
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path: {path} does not exist; give a Hugging Face tokenizer directory "
             "or a SentencePiece .model file"
         )
@@ -99,12 +100,12 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     elif path.suffix == ".model":
         loaded = load_sentencepiece(path)
     else:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path: expected a directory or a .model file, got {path}; "
             "for a tokenizer.json give the directory that holds it"
         )
     if loaded.eos_id is None:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path: {path} has no end token, so a model could never learn to stop; "
             'set "eos_token" in its tokenizer_config.json'
         )
@@ -135,10 +136,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         tokenizer: source of the ids.
         vocab_size: V of the model, before padding for tensor parallelism.
     Raises:
-        ValueError: the tokenizer can produce an id the model has no row for.
+        UserError: the tokenizer can produce an id the model has no row for.
     """
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model vocabulary: expected at least {tokenizer.vocab_size} (the tokenizer's largest id + 1), "
             f"got {vocab_size}; raise vocab_size in model.architecture or in the config.json, "
             "or use the tokenizer that belongs to the model"
@@ -150,4 +151,4 @@ def _read_template(path: Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer.chat_template: cannot read {path}: {error}") from error
+        raise UserError(f"tokenizer.chat_template: cannot read {path}: {error}") from error

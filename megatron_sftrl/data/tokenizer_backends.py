@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sftrl.data.tokenizer import TokenizerBackend
+from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
     Returns:
         The backend and its facts; `bos_id` only when the tokenizer itself puts it in front of a text.
     Raises:
-        ValueError: the directory is not a tokenizer.
+        UserError: the directory is not a tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -44,13 +45,13 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
             str(path), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}"
         ) from error
     # transformers 5 answers a directory without tokenizer files with an empty tokenizer.
     ids = list(tokenizer.get_vocab().values())
     if not ids:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path: {path} holds no vocabulary; expected tokenizer.json (or the files of a slow "
             "tokenizer) in it"
         )
@@ -84,7 +85,7 @@ def load_sentencepiece(path: Path) -> LoadedTokenizer:
     Returns:
         The backend and its facts; there is no chat template in such a file.
     Raises:
-        ValueError: the file is not a SentencePiece model.
+        UserError: the file is not a SentencePiece model.
     """
     import sentencepiece
 
@@ -93,7 +94,7 @@ def load_sentencepiece(path: Path) -> LoadedTokenizer:
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(data)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"tokenizer.path: {path} is not a SentencePiece model: {error}") from error
+        raise UserError(f"tokenizer.path: {path} is not a SentencePiece model: {error}") from error
     backend = _SentencePieceBackend(processor, hashlib.sha256(data).hexdigest())
     named = {
         "bos_token": processor.bos_id(),

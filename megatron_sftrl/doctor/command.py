@@ -16,6 +16,7 @@ from megatron_sftrl.doctor.checks import CHECKS
 from megatron_sftrl.doctor.evaluation import LossSpec
 from megatron_sftrl.doctor.examination import Check, Examination, Finding, examine
 from megatron_sftrl.doctor.ranks import RankPool
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import DEFAULT_REGISTRY
 
 
@@ -58,7 +59,7 @@ def run_doctor(request: DoctorRequest) -> bool:
     Returns:
         Whether all of them hold.
     Raises:
-        ValueError: an unknown loss, option or check, a module that registers none or several losses.
+        UserError: an unknown loss, option or check, a module that registers none or several losses.
     """
     checks = _checks(request.only)
     spec = LossSpec(
@@ -96,7 +97,7 @@ def _checks(names: Sequence[str]) -> list[Check]:
     known = [check.name for check in CHECKS]
     for name in names:
         if name not in known:
-            raise ValueError(
+            raise UserError(
                 f"--only: unknown property {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
     return [check for check in CHECKS if not names or check.name in names]
@@ -105,11 +106,11 @@ def _checks(names: Sequence[str]) -> list[Check]:
 def _only_loss_of(modules: Sequence[str]) -> str:
     """The one loss that the modules register."""
     if not modules:
-        raise ValueError("doctor loss: expected --loss NAME or --module FILE, got neither")
+        raise UserError("doctor loss: expected --loss NAME or --module FILE, got neither")
     files = [str(Path(load_module(module, key="--module").__file__ or "").resolve()) for module in modules]
     names = [name for name in DEFAULT_REGISTRY.names() if DEFAULT_REGISTRY.get(name).origin in files]
     if len(names) != 1:
-        raise ValueError(
+        raise UserError(
             f"doctor loss: expected one loss registered in {', '.join(modules)}, got "
             f"{', '.join(names) or 'none'}; choose with --loss NAME"
         )
@@ -121,7 +122,7 @@ def _options(words: Sequence[str]) -> dict[str, object]:
     for word in words:
         name, separator, text = word.partition("=")
         if not name or not separator:
-            raise ValueError(f"--option {word!r}: expected key=value, for example --option beta=5.0")
+            raise UserError(f"--option {word!r}: expected key=value, for example --option beta=5.0")
         options[name] = parse_yaml(text, source=f"--option {word!r}").value
     return options
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import LossInputs, build_loss, weighted_sum
 from megatron_sftrl.losses.one_pass import one_pass
 from megatron_sftrl.losses.registry import Loss
@@ -126,7 +127,7 @@ def evaluate(
     """Loss, gradient and metrics of one piece.
 
     Raises:
-        ValueError: what the loss returned is not a [T] loss, or nothing would train.
+        UserError: what the loss returned is not a [T] loss, or nothing would train.
     """
     own = _copy(piece)
     leaf = own.policy.requires_grad_()
@@ -138,7 +139,7 @@ def evaluate(
     inputs.policy.entropy()  # the engine logs it for every loss
     total = weighted_sum(output.token_loss, piece.batch.token_weight)
     if not total.requires_grad:
-        raise ValueError(f"loss {loss.name!r}: expected a token_loss with a gradient, got a constant")
+        raise UserError(f"loss {loss.name!r}: expected a token_loss with a gradient, got a constant")
     (gradient,) = torch.autograd.grad(total, leaf)
     return Outcome(token_loss=output.token_loss.detach(), gradient=gradient, metrics=output.metrics)
 

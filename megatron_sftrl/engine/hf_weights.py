@@ -26,7 +26,7 @@ def load_hf_weights(chunks: Sequence[LanguageModel], weights: HfWeights, archite
         weights: of a model of this architecture.
         architecture: of the chunks.
     Raises:
-        ValueError: every missing, extra or differently shaped tensor, before anything is changed.
+        UserError: every missing, extra or differently shaped tensor, before anything is changed.
     """
     weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
     table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.engine import cpu_backend
+from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
     them the job is this one process.
 
     Raises:
-        ValueError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp.
+        UserError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp.
     """
     cpu_backend.install()
     from megatron.core import parallel_state
@@ -87,14 +88,14 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model_size = section.tp * section.pp * section.cp
     if world_size % model_size != 0:
-        raise ValueError(
+        raise UserError(
             f"{world_size} processes cannot hold tp {section.tp} x pp {section.pp} x cp {section.cp}: "
             f"start a multiple of {model_size} processes"
         )
     etp = section.etp or section.tp
     expert_size = etp * section.ep * section.pp
     if world_size % expert_size != 0:
-        raise ValueError(
+        raise UserError(
             f"{world_size} processes cannot hold experts at etp {etp} x ep {section.ep} x pp {section.pp}: "
             f"start a multiple of {math.lcm(model_size, expert_size)} processes"
         )

@@ -20,6 +20,7 @@ from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.reshard_plan import Holdings, plan_rounds
 from megatron_sftrl.engine.weight_stream import ReshardReport, StreamPlan, WeightStream
+from megatron_sftrl.errors import UserError
 
 
 class Resharder:
@@ -35,7 +36,7 @@ class Resharder:
         is_checked: fill what the engine does not read with NaN, so that a wrong share shows.
         has_checksums: compare the bits of every part at its holder and at its receiver.
     Raises:
-        ValueError: on every rank: an engine that cannot cut the model like this, a part of the model that no
+        UserError: on every rank: an engine that cannot cut the model like this, a part of the model that no
             rank holds or that two hold differently, weights of several dtypes.
     """
 
@@ -51,7 +52,7 @@ class Resharder:
         has_checksums: bool = False,
     ) -> None:
         if bucket_bytes < 1:
-            raise ValueError(f"bucket_bytes = {bucket_bytes}: at least 1, commonly 256 MiB or more")
+            raise UserError(f"bucket_bytes = {bucket_bytes}: at least 1, commonly 256 MiB or more")
         assert layout.world_size == parallel.world_size
         self.layout = layout
         self.last_report: ReshardReport | None = None
@@ -65,7 +66,7 @@ class Resharder:
         dist.all_gather_object(holdings, (mine, weights.dtypes()))
         dtypes = set[torch.dtype]().union(*(kinds for _, kinds in holdings))
         if len(dtypes) != 1:
-            raise ValueError(
+            raise UserError(
                 f"weights of one dtype are expected, got {sorted(map(str, dtypes))}: set model.dtype"
             )
         (dtype,) = dtypes

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_sftrl.architectures.engine_shards import Box
+from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ def plan_rounds(
         element_bytes: size of a weight.
         bucket_bytes: most that a rank packs, and most that it receives, in one round.
     Raises:
-        ValueError: a part of a tensor that no rank holds, or that ranks hold in parts that overlap.
+        UserError: a part of a tensor that no rank holds, or that ranks hold in parts that overlap.
     """
     holders = _holders(shapes, holdings)
     hosts = tuple(each.host for each in holdings)
@@ -178,7 +179,7 @@ def _holders(
         proved.add(pattern)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
+        raise UserError(
             "the ranks' weights do not make up the model that the engine needs:\n  "
             + "\n  ".join(problems[:5])
             + more

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.output import new_directory
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
         action: called once.
         group: of all ranks, for a thread beside the one that uses the default group.
     Raises:
-        ValueError: on every rank, with the text of what rank 0 raised.
+        UserError: on every rank, with the text of what rank 0 raised.
     """
     outcome: list[object] = [None, None]
     cause: BaseException | None = None
@@ -36,7 +37,7 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
             cause, outcome = error, [None, _text(error)]
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
-        raise ValueError(outcome[1]) from cause
+        raise UserError(outcome[1]) from cause
     return outcome[0]  # type: ignore[return-value]
 
 
@@ -46,7 +47,7 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = Non
     Args:
         action, group: as for on_rank_zero.
     Raises:
-        ValueError: on every rank, with the text of each rank that raised.
+        UserError: on every rank, with the text of each rank that raised.
     """
     result, problem, cause = None, None, None
     try:
@@ -58,7 +59,7 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = Non
     dist.all_gather_object(problems, problem, group=group)
     said = list(dict.fromkeys(text for text in problems if text is not None))
     if said:
-        raise ValueError("\n".join(said)) from cause
+        raise UserError("\n".join(said)) from cause
     return result  # type: ignore[return-value]
 
 
@@ -83,7 +84,7 @@ def new_directory_together(out: Path, *, num_bytes: int) -> Iterator[Path]:
     Yields:
         The temporary directory, on every rank.
     Raises:
-        ValueError: on every rank.
+        UserError: on every rank.
     """
     directory = new_directory(out, num_bytes=num_bytes)
     temporary = on_rank_zero(directory.__enter__)

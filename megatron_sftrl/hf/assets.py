@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_sftrl.errors import UserError
+
 CONFIG = "config.json"
 _MODEL_FILES = (CONFIG, "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
@@ -53,13 +55,13 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
     Returns:
         The files.
     Raises:
-        ValueError: a path that is not there, cannot be read, or holds none of these files.
+        UserError: a path that is not there, cannot be read, or holds none of these files.
     """
     files: dict[str, bytes] = {}
     if model is not None:
         files |= _read_named(Path(model), _MODEL_FILES)
         if CONFIG not in files:
-            raise ValueError(f"no {CONFIG} in {model}: expected a Hugging Face model directory")
+            raise UserError(f"no {CONFIG} in {model}: expected a Hugging Face model directory")
     if tokenizer is not None:
         files |= _read_tokenizer(Path(tokenizer))
     if chat_template is not None:
@@ -112,17 +114,17 @@ def write_assets(directory: Path, assets: HfAssets) -> None:
 
 def _read_tokenizer(tokenizer: Path) -> dict[str, bytes]:
     if not tokenizer.exists():
-        raise ValueError(
+        raise UserError(
             f"tokenizer: {tokenizer} does not exist; give a Hugging Face tokenizer directory or a "
             "SentencePiece .model file"
         )
     if not tokenizer.is_dir():
         if tokenizer.suffix != ".model":
-            raise ValueError(f"tokenizer: expected a directory or a .model file, got {tokenizer}")
+            raise UserError(f"tokenizer: expected a directory or a .model file, got {tokenizer}")
         return {"tokenizer.model": _read(tokenizer)}
     files = _read_named(tokenizer, TOKENIZER_FILES)
     if not files:
-        raise ValueError(f"no tokenizer in {tokenizer}: expected tokenizer.json, tokenizer.model or the like")
+        raise UserError(f"no tokenizer in {tokenizer}: expected tokenizer.json, tokenizer.model or the like")
     for path in sorted((tokenizer / _NAMED_TEMPLATES).glob("*.jinja")):
         files[f"{_NAMED_TEMPLATES}/{path.name}"] = _read(path)
     return files
@@ -150,16 +152,16 @@ def _json_object(content: bytes, name: str) -> dict[str, object]:
     try:
         values = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{name} is not valid JSON: {error}") from error
+        raise UserError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected a JSON object, got a {type(values).__name__}")
+        raise UserError(f"{name}: expected a JSON object, got a {type(values).__name__}")
     return values
 
 
 def _read_named(directory: Path, names: Iterable[str]) -> dict[str, bytes]:
     """The files among `names` that the directory has."""
     if not directory.is_dir():
-        raise ValueError(f"no such directory: {directory}")
+        raise UserError(f"no such directory: {directory}")
     return {name: _read(directory / name) for name in sorted(names) if (directory / name).is_file()}
 
 
@@ -167,4 +169,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.stored import StoredTensor
 
 DTYPES = {
@@ -39,22 +40,22 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     Returns:
         Every tensor by its name.
     Raises:
-        ValueError: cut short, no safetensors file, or a dtype that torch has not.
+        UserError: cut short, no safetensors file, or a dtype that torch has not.
     """
     try:
         # The library checks everything: the offsets lie in the file, without gaps, and agree with the shapes.
         with safe_open(file, framework="pt"):
             pass
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+        raise UserError(f"cannot read {file}: {error}") from error
     except SafetensorError as error:
-        raise ValueError(_what_is_wrong(file, error)) from error
+        raise UserError(_what_is_wrong(file, error)) from error
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     if unknown := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
-        raise ValueError(
+        raise UserError(
             f"{file}: tensors of dtype {', '.join(unknown)} cannot be read; expected weights of 16 or 32 "
             "bits (a quantised model must be dequantised first)"
         )
@@ -77,7 +78,7 @@ def read_pickle_header(file: Path) -> dict[str, StoredTensor]:
     Returns:
         Every tensor by its name.
     Raises:
-        ValueError: cut short, not a state dict of torch.save's zip format, anything but tensors in it, or a
+        UserError: cut short, not a state dict of torch.save's zip format, anything but tensors in it, or a
             tensor that is not contiguous.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -88,19 +89,19 @@ def read_pickle_header(file: Path) -> dict[str, StoredTensor]:
         with FakeTensorMode():
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be read with torch.load(weights_only=True): {_reason(error)}; {advice}"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{file}: {advice}, got a {type(state).__name__}")
+        raise UserError(f"{file}: {advice}, got a {type(state).__name__}")
     tensors: dict[str, StoredTensor] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{file}: {advice}, got {name!r}: a {type(value).__name__}")
+            raise UserError(f"{file}: {advice}, got {name!r}: a {type(value).__name__}")
         start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not value.is_contiguous():
             reason = "is not contiguous" if start is not None else "lies in a file of an old format"
-            raise ValueError(
+            raise UserError(
                 f"{file}: tensor {name} {reason}; {advice}: load it and save it again as safetensors"
             )
         tensors[name] = StoredTensor(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.disk import force_to_disk
 from megatron_sftrl.hf.safetensors_writer import write_safetensors
 from megatron_sftrl.hf.weight_files import INDEX_FILE, SINGLE_FILE
@@ -120,7 +121,7 @@ def new_directory(out: Path, *, num_bytes: int) -> Iterator[Path]:
     Yields:
         The temporary directory, empty.
     Raises:
-        ValueError: `out` exists, another process is writing it, or the disk has not the space.
+        UserError: `out` exists, another process is writing it, or the disk has not the space.
     """
     out = Path(os.path.abspath(out))
     refuse_existing(out)
@@ -152,10 +153,10 @@ def refuse_existing(out: Path) -> None:
     """Refuse to write over anything.
 
     Raises:
-        ValueError: something has this name.
+        UserError: something has this name.
     """
     if os.path.lexists(out):
-        raise ValueError(f"{out} exists already: choose another --out, or remove it")
+        raise UserError(f"{out} exists already: choose another --out, or remove it")
 
 
 def _remove_left_over(temporary: Path, out: Path) -> None:
@@ -163,7 +164,7 @@ def _remove_left_over(temporary: Path, out: Path) -> None:
     if not os.path.lexists(temporary):
         return
     if temporary.is_symlink() or not temporary.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{temporary} is in the way: expected no such file, or a directory left by us; remove it"
         )
     try:
@@ -173,7 +174,7 @@ def _remove_left_over(temporary: Path, out: Path) -> None:
         return
     try:
         if not _lock(lock):
-            raise ValueError(
+            raise UserError(
                 f"another process is writing {out} at the moment: wait for it, or choose another --out"
             )
         shutil.rmtree(temporary)
@@ -196,7 +197,7 @@ def _check_space(out: Path, num_bytes: int) -> None:
     disk = shutil.disk_usage(out.parent)
     # Some network file systems report no sizes at all.
     if disk.total > 0 and disk.free < num_bytes:
-        raise ValueError(
+        raise UserError(
             f"the disk is too full: {out} needs about {num_bytes / 1e9:.3f} GB and {out.parent} has "
             f"{disk.free / 1e9:.3f} GB left; free space or choose an --out on another disk"
         )

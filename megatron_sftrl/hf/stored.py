@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
@@ -48,7 +50,7 @@ def read_part(
     Returns:
         `out`, or without it a [*part] CPU tensor of the stored dtype, contiguous, of its own memory.
     Raises:
-        ValueError: the file ends before the tensor does.
+        UserError: the file ends before the tensor does.
     """
     whole_part = (*part, *[slice(None)] * (len(stored.shape) - len(part)))
     bounds = [range(size)[piece] for size, piece in zip(stored.shape, whole_part, strict=True)]
@@ -93,7 +95,7 @@ def _read_into(descriptor: int, buffer: memoryview, offset: int, *, file: Path) 
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:
-            raise ValueError(
+            raise UserError(
                 f"{file} ends at byte {os.fstat(descriptor).st_size}, inside a tensor: it was cut short "
                 "while it was open; copy or download it again"
             )

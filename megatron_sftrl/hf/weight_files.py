@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.headers import read_pickle_header, read_safetensors_header
 from megatron_sftrl.hf.stored import StoredTensor
 
@@ -46,11 +47,11 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
     Returns:
         Where the tensors are.
     Raises:
-        ValueError: no directory, no weights, pickled weights that are not allowed, broken files, or an index
+        UserError: no directory, no weights, pickled weights that are not allowed, broken files, or an index
             that does not agree with its shards.
     """
     if not directory.is_dir():
-        raise ValueError(
+        raise UserError(
             f"no such directory: {directory}; expected a Hugging Face model directory with config.json and "
             f"{SINGLE_FILE} or {INDEX_FILE}"
         )
@@ -76,13 +77,13 @@ def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...
     pickled = next((name for name in (_PICKLE_FILE, _PICKLE_INDEX) if (directory / name).is_file()), None)
     if pickled is None:
         found = sorted(path.name for path in directory.iterdir() if path.suffix in _LOOKS_LIKE_WEIGHTS)
-        raise ValueError(
+        raise UserError(
             f"no weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found "
             f"{', '.join(found) if found else 'no weight file at all'}; give the directory of a whole model, "
             "as save_pretrained writes it"
         )
     if not allow_pickle:
-        raise ValueError(
+        raise UserError(
             f"{directory} holds only pickled weights ({pickled}), expected safetensors: pickled files can "
             "run code when loaded. Convert them to safetensors, or allow it with --allow-pickle "
             "(model.allow_pickle: true in a run's YAML), which reads tensors only (torch's weights_only)"
@@ -103,14 +104,12 @@ def _named_in_config(directory: Path) -> str | None:
     if name is None:
         return None
     if not _is_plain_name(name) or not str(name).endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(
+        raise UserError(
             f"{directory / 'config.json'}: transformers_weights: expected the name of a .safetensors file or "
             f"of its .index.json in the same directory, got {name!r}"
         )
     if not (directory / name).is_file():
-        raise ValueError(
-            f"{directory / 'config.json'}: transformers_weights names {name}, which is not there"
-        )
+        raise UserError(f"{directory / 'config.json'}: transformers_weights names {name}, which is not there")
     return name
 
 
@@ -123,13 +122,13 @@ def _read_sharded(index: Path, *, is_pickled: bool) -> dict[str, StoredTensor]:
     placement = _read_index(index)
     names = sorted(set(placement.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
-        raise ValueError(
+        raise UserError(
             f"{index} names {len(absent)} of {len(names)} shards that are not there: {', '.join(absent)}; "
             "copy or download the missing files"
         )
     shards = {name: _read_header(index.parent / name, is_pickled=is_pickled) for name in names}
     if problems := list(_disagreements(placement, shards)):
-        raise ValueError("\n  ".join([f"{index} does not agree with its shards:", *problems]))
+        raise UserError("\n  ".join([f"{index} does not agree with its shards:", *problems]))
     return {name: shards[shard][name] for name, shard in placement.items()}
 
 
@@ -140,12 +139,12 @@ def _read_index(index: Path) -> dict[str, str]:
         if not placement or not all(isinstance(name, str) for name in placement.values()):
             raise TypeError("weight_map is not a table of file names")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f'{index} is no index of shards: expected {{"weight_map": {{tensor: file, ...}}}}, '
             f"got {type(error).__name__}: {error}"
         ) from error
     if foreign := sorted({name for name in placement.values() if not _is_plain_name(name)}):
-        raise ValueError(
+        raise UserError(
             f"{index} names shards by paths, which is refused: {', '.join(foreign)}; expected names of files "
             "beside it"
         )

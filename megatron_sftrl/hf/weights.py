@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.stored import StoredTensor, read_part
 from megatron_sftrl.hf.weight_files import find_weights, is_old_rope_buffer
 
@@ -51,7 +52,7 @@ class HfWeights:
         Returns:
             CPU tensor of the stored dtype, contiguous, of its own memory.
         Raises:
-            ValueError: the file was cut short after it was opened.
+            UserError: the file was cut short after it was opened.
         """
         stored = self._tensors[name]
         return read_part(self._descriptors[stored.file], stored, part or ())
@@ -63,7 +64,7 @@ class HfWeights:
             target: filled.
             name, part: as in read().
         Raises:
-            ValueError: the file was cut short after it was opened.
+            UserError: the file was cut short after it was opened.
         """
         stored = self._tensors[name]
         is_direct = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
@@ -83,7 +84,7 @@ class HfWeights:
             expected: shape of each tensor of the model.
             tied: the output layer is the embedding.
         Raises:
-            ValueError: every tensor that is missing, not expected, of another shape or of another kind of
+            UserError: every tensor that is missing, not expected, of another shape or of another kind of
                 dtype, one line each.
         """
         problems = [*self._missing(expected), *self._unexpected(expected, tied=tied)]
@@ -99,7 +100,7 @@ class HfWeights:
                     "a quantised model must be dequantised first"
                 )
         if problems:
-            raise ValueError(
+            raise UserError(
                 "\n  ".join(
                     [
                         f"{self.directory}: the weights are not those of its config.json ({len(problems)} "
@@ -169,7 +170,7 @@ def open_weights(directory: Path, *, allow_pickle: bool = False) -> HfWeights:
     Returns:
         The open weights.
     Raises:
-        ValueError: nothing there that can be read, files that are broken or do not agree; the message says
+        UserError: nothing there that can be read, files that are broken or do not agree; the message says
             which, and what to do.
     """
     found = find_weights(Path(directory), allow_pickle=allow_pickle)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.sequences import Sequences, sequences_of
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import TokenDistribution
@@ -37,7 +38,7 @@ class LossInputs:
         is_part: some tokens of a micro-batch, whose sequences are torn; for token-local losses.
 
     Raises:
-        ValueError: a distribution whose T is not the batch's.
+        UserError: a distribution whose T is not the batch's.
     """
 
     policy: TokenDistribution
@@ -49,7 +50,7 @@ class LossInputs:
     def __post_init__(self) -> None:
         for name, distribution in (("policy", self.policy), ("reference", self.reference)):
             if distribution is not None and distribution.num_tokens != self.batch.num_tokens:
-                raise ValueError(
+                raise UserError(
                     f"LossInputs.{name}: expected T = {self.batch.num_tokens} tokens like the batch, got "
                     f"{distribution.num_tokens}; flatten the logits in the order of batch.tokens"
                 )
@@ -60,10 +61,10 @@ class LossInputs:
         """Sums along each packed sequence, over its loss tokens.
 
         Raises:
-            ValueError: a loss that is registered as token-local asks for them.
+            UserError: a loss that is registered as token-local asks for them.
         """
         if self.is_part:
-            raise ValueError(
+            raise UserError(
                 "a loss registered with token_local=True asked for inputs.sequences, got some tokens only: "
                 "register it without token_local"
             )

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
 from megatron_sftrl.losses.registry import register_loss
 from megatron_sftrl.vocab_parallel import TopLogits, logprobs_together
@@ -42,7 +43,7 @@ class CurioSftConfig(LossConfig):
     @model_validator(mode="after")
     def _temperatures_are_ordered(self) -> CurioSftConfig:
         if self.tau_min > self.tau_max:
-            raise ValueError(f"tau_min {self.tau_min} is above tau_max {self.tau_max}")
+            raise UserError(f"tau_min {self.tau_min} is above tau_max {self.tau_max}")
         return self
 
 

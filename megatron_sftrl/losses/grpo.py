@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
 from megatron_sftrl.losses.kl_estimators import KlEstimator, kl_estimates, kl_loss
 from megatron_sftrl.losses.policy_ratio import (
@@ -55,14 +56,12 @@ class GrpoConfig(LossConfig):
     @model_validator(mode="after")
     def _nothing_is_written_in_vain(self) -> GrpoConfig:
         if self.dual_clip is not None and self.objective != "clip":
-            raise ValueError(f"dual_clip belongs to objective clip, got {self.objective}: remove dual_clip")
+            raise UserError(f"dual_clip belongs to objective clip, got {self.objective}: remove dual_clip")
         written = self.model_fields_set
         if "kl_estimator" in written and self.kl_coefficient == 0:
-            raise ValueError(
-                "kl_estimator has no effect while kl_coefficient is 0: set one, remove the other"
-            )
+            raise UserError("kl_estimator has no effect while kl_coefficient is 0: set one, remove the other")
         if "correction_cap" in written and self.correction == "none":
-            raise ValueError("correction_cap has no effect while correction is none: set tis or icepop")
+            raise UserError("correction_cap has no effect while correction is none: set tis or icepop")
         return self
 
     def extra_needs(self) -> tuple[str, ...]:

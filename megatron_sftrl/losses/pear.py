@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
 from megatron_sftrl.losses.registry import Loss, build_loss, register_loss
 from megatron_sftrl.losses.sequences import Sequences
@@ -42,14 +43,14 @@ class PearConfig(LossConfig):
         for name in ("clip_ratio", "clip_log_weight"):
             low, high = getattr(self, name)
             if not low <= high:
-                raise ValueError(f"{name}: expected low <= high, got ({low}, {high})")
+                raise UserError(f"{name}: expected low <= high, got ({low}, {high})")
         self.base_loss()
         return self
 
     def base_loss(self) -> Loss:
         """The loss that is weighted."""
         if self.base == "pear":
-            raise ValueError("base: expected another loss, got 'pear' itself")
+            raise UserError("base: expected another loss, got 'pear' itself")
         return build_loss(self.base, self.base_options)
 
     def extra_needs(self) -> tuple[str, ...]:

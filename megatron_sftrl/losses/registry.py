@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from megatron_sftrl.config.registry import Entry, FunctionRegistry, load_module, nearest, origin_of
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
 
 __all__ = ["DEFAULT_REGISTRY", "NEEDS", "Loss", "Registry", "build_loss", "load_module", "register_loss"]
@@ -45,12 +46,12 @@ class Loss:
         """The loss of every token.
 
         Raises:
-            ValueError: the inputs lack something the loss needs, or what it returned is not a [T] loss.
+            UserError: the inputs lack something the loss needs, or what it returned is not a [T] loss.
         """
         for need in self.needs:
             holder = inputs if need == "reference" else inputs.batch
             if getattr(holder, need) is None:
-                raise ValueError(f"loss {self.name!r} needs {need}, got none: {_how_to_get(need)}")
+                raise UserError(f"loss {self.name!r} needs {need}, got none: {_how_to_get(need)}")
         output = self.function(inputs, self.config)
         _check_output(self.name, output, inputs)
         return output
@@ -101,11 +102,11 @@ def register_loss(
             tokens are left out. A function of the options where they decide.
         registry: where it is entered.
     Raises:
-        ValueError: the name is taken by another function, or a need is unknown.
+        UserError: the name is taken by another function, or a need is unknown.
     """
     for need in needs:
         if need not in NEEDS:
-            raise ValueError(f"loss {name!r}: unknown need {need!r}{nearest(need, NEEDS)}; known: {NEEDS}")
+            raise UserError(f"loss {name!r}: unknown need {need!r}{nearest(need, NEEDS)}; known: {NEEDS}")
 
     def register(function: FunctionT) -> FunctionT:
         registry.add(
@@ -138,7 +139,7 @@ def build_loss(
         modules: Python files (a path ending in .py) or importable names, imported first.
         registry: where the name is looked up.
     Raises:
-        ValueError: unknown name, unknown or invalid option, a module that cannot be found, a name taken
+        UserError: unknown name, unknown or invalid option, a module that cannot be found, a name taken
             twice.
     """
     registry.load(modules)
@@ -156,17 +157,17 @@ def build_loss(
 
 def _check_output(name: str, output: object, inputs: LossInputs) -> None:
     if not isinstance(output, LossOutput):
-        raise ValueError(f"loss {name!r}: expected it to return a LossOutput, got {type(output).__name__}")
+        raise UserError(f"loss {name!r}: expected it to return a LossOutput, got {type(output).__name__}")
     expected = (inputs.batch.num_tokens,)
     for what, value in {"token_loss": output.token_loss, **output.metrics}.items():
         if value.shape != expected or not value.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"loss {name!r}: expected {what} to be floating point [T] = {list(expected)}, got "
                 f"{value.dtype} "
                 f"{list(value.shape)}; return one value per token, token_weight does the averaging"
             )
         if what != "token_loss" and value.requires_grad:
-            raise ValueError(f"loss {name!r}: expected metric {what} to be detached; call .detach()")
+            raise UserError(f"loss {name!r}: expected metric {what} to be detached; call .detach()")
 
 
 def _how_to_get(need: str) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.vocab_parallel.collectives import (
     all_gather,
     gather_with_gradient,
@@ -78,7 +79,7 @@ class Sequences:
         loss tokens strictly after this one. At a token without loss the value has no meaning, but is finite.
         """
         if block_size < 1:
-            raise ValueError(f"suffix_sum: expected block_size >= 1, got {block_size}")
+            raise UserError(f"suffix_sum: expected block_size >= 1, got {block_size}")
         values = self._in_order(x)
         # slot of a block: any place inside its sequence that no other block takes, in the order of the blocks
         slot = self._first()[self.owner] + self._index() // block_size
@@ -90,7 +91,7 @@ class Sequences:
     def _in_order(self, x: Tensor) -> Tensor:
         """[N] float64, 0 where there is no loss, whatever stood there."""
         if x.shape != self.local.shape:
-            raise ValueError(f"sequences: expected [T] = {list(self.local.shape)}, got {list(x.shape)}")
+            raise UserError(f"sequences: expected [T] = {list(self.local.shape)}, got {list(x.shape)}")
         values = gather_with_gradient(x.double(), self.cp_group).flatten()
         values = values if self.order is None else values[self.order]
         return torch.where(self.is_loss, values, 0.0)

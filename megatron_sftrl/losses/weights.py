@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
+
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
@@ -41,10 +43,10 @@ def token_weights(
     Returns:
         [T] fp32, 0 where masked.
     Raises:
-        ValueError: the step has no loss token or no sequence, or the aggregation is unknown.
+        UserError: the step has no loss token or no sequence, or the aggregation is unknown.
     """
     if num_loss_tokens < 1 or num_sequences < 1 or max_length < 1:
-        raise ValueError(
+        raise UserError(
             "token_weights: expected a step with at least one loss token, one sequence and max_length "
             ">= 1, got "
             f"{num_loss_tokens}, {num_sequences}, {max_length}; check the data's loss masks"
@@ -59,7 +61,7 @@ def token_weights(
         counts = torch.zeros_like(lengths).index_add(0, owner, loss_mask.long())
         per_token = (1.0 / (num_sequences * counts.clamp(min=1).double()))[owner].float()
     else:
-        raise ValueError(
+        raise UserError(
             f"aggregation: expected token_mean, sequence_mean or constant_length, got {aggregation!r}"
         )
     return torch.where(loss_mask, per_token, 0.0)

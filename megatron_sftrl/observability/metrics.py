@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 
 
@@ -63,7 +64,7 @@ class JsonlSink:
         path: the file; created, or continued.
         resume_step: last step that the resumed checkpoint holds; later lines are removed. 0 starts anew.
     Raises:
-        ValueError: a line in the middle of the file that is not a JSON object with a step, or a file that
+        UserError: a line in the middle of the file that is not a JSON object with a step, or a file that
             cannot be read or written.
     """
 
@@ -72,20 +73,20 @@ class JsonlSink:
             _keep_steps_up_to(path, resume_step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"the metrics cannot be written to {path}: {error}") from error
+            raise UserError(f"the metrics cannot be written to {path}: {error}") from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and flush it.
 
         Raises:
-            ValueError: it cannot be written; a disk is full, say.
+            UserError: it cannot be written; a disk is full, say.
         """
         numbers = {name: _plain(value) for name, value in metrics.items()}
         try:
             self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"the metrics of step {step} cannot be written: {error}; free space and start the run again, "
                 "it goes on from its last checkpoint"
             ) from error
@@ -99,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """Every complete line of a metrics.jsonl; a last line torn by a crash is left out.
 
     Raises:
-        ValueError: any other line that is not a JSON object with a step.
+        UserError: any other line that is not a JSON object with a step.
     """
     rows = []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -112,7 +113,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
         if is_row and line.endswith("\n"):
             rows.append(row)
         elif number < len(lines) or line.endswith("\n"):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}")
+            raise UserError(f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}")
     return rows
 
 

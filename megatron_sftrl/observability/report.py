@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
@@ -72,7 +73,7 @@ class Table:
     """Rows of ready-made text; the first column is left-aligned, the others right.
 
     Raises:
-        ValueError: a row that does not have one cell per column.
+        UserError: a row that does not have one cell per column.
     """
 
     title: str
@@ -83,7 +84,7 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(
+                raise UserError(
                     f"table '{self.title}': expected {len(self.columns)} cells in each row, got {row}"
                 )
 
@@ -93,7 +94,7 @@ class Series:
     """One line of a curve; x and y have the same length.
 
     Raises:
-        ValueError: lengths that differ, or no point.
+        UserError: lengths that differ, or no point.
     """
 
     label: str
@@ -102,7 +103,7 @@ class Series:
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y) or not self.x:
-            raise ValueError(
+            raise UserError(
                 f"series '{self.label}': expected as many x as y and at least one, "
                 f"got {len(self.x)} and {len(self.y)}"
             )

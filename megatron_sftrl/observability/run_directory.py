@@ -10,6 +10,7 @@ from typing import Any
 from megatron_sftrl.config.load import config_from_text, resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
+from megatron_sftrl.errors import UserError
 
 # A resumed run may change these: none of them changes which numbers training computes, beyond the order
 # of fp32 sums (layouts, micro-batches) or where the run ends. train.steps and train.epochs join them only
@@ -77,16 +78,16 @@ def open_run_directory(config: TrainingConfig, *, is_writer: bool) -> RunDirecto
         config: the run.
         is_writer: this process creates the directory and writes resolved.yaml (rank 0).
     Raises:
-        ValueError: the directory belongs to another configuration (each differing key is named), or
+        UserError: the directory belongs to another configuration (each differing key is named), or
             holds a run without its configuration, or cannot be created.
     """
     directory = RunDirectory(path=config.run_dir)
     if directory.path.exists() and not directory.path.is_dir():
-        raise ValueError(f"run_dir {directory.path} is a file: choose a directory")
+        raise UserError(f"run_dir {directory.path} is a file: choose a directory")
     if directory.resolved.exists():
         _refuse_another_run(directory, config)
     elif directory.metrics.exists() or directory.checkpoints.exists():
-        raise ValueError(
+        raise UserError(
             f"run_dir {directory.path} holds metrics or checkpoints but no resolved.yaml, so it cannot be "
             "told whose they are: choose another run_dir, or move them away"
         )
@@ -95,7 +96,7 @@ def open_run_directory(config: TrainingConfig, *, is_writer: bool) -> RunDirecto
             directory.path.mkdir(parents=True, exist_ok=True)
             write_atomically(directory.resolved, resolved_yaml(config))
         except OSError as error:
-            raise ValueError(f"cannot write into run_dir {directory.path}: {error}") from error
+            raise UserError(f"cannot write into run_dir {directory.path}: {error}") from error
     return directory
 
 
@@ -126,7 +127,7 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
     ]
     if differing:
         rows = [f"{key}: {_text(before, key)} there, {_text(now, key)} now" for key in differing]
-        raise ValueError(
+        raise UserError(
             "\n  ".join(
                 [
                     f"run_dir {directory.path} belongs to a run with another configuration: choose another "

@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_sftrl.config.load import resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.metrics import JsonlSink, MetricsSink, MetricsWriter
 from megatron_sftrl.observability.progress import ProgressSink
 from megatron_sftrl.observability.run_directory import RunDirectory, write_atomically
@@ -26,7 +27,7 @@ def open_metrics(
         resume_step: last step of the resumed checkpoint, 0 for a new run.
         total_steps: optimizer steps of the whole run.
     Raises:
-        ValueError: a package that a sink needs is not installed, a damaged metrics.jsonl.
+        UserError: a package that a sink needs is not installed, a damaged metrics.jsonl.
     """
     if config.log.tensorboard:
         _need_package("tensorboard", key="log.tensorboard")
@@ -85,7 +86,7 @@ class TensorBoardSink:
     """Scalar events under <run_dir>/tensorboard; on resume the points after the checkpoint are hidden.
 
     Raises:
-        ValueError: the package tensorboard is not installed.
+        UserError: the package tensorboard is not installed.
     """
 
     def __init__(self, directory: RunDirectory, *, resume_step: int) -> None:
@@ -106,6 +107,6 @@ class TensorBoardSink:
 
 def _need_package(name: str, *, key: str) -> None:
     if importlib.util.find_spec(name) is None:
-        raise ValueError(
+        raise UserError(
             f"{key} needs the package {name}, which is not installed: pip install {name}, or {key}=null"
         )

@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.config.kinds import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import build_loss
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.planning.advice import advice
@@ -50,7 +51,7 @@ def request_of(parsed: argparse.Namespace) -> PlanRequest:
     """The request that a command line makes (planning/arguments.py).
 
     Raises:
-        ValueError: a size without a unit, a rate that is not positive.
+        UserError: a size without a unit, a rate that is not positive.
     """
     hardware = Hardware(
         gpu_memory=parse_bytes(parsed.gpu_memory),
@@ -81,7 +82,7 @@ def run_plan(request: PlanRequest) -> None:
     """Print the plan, and with is_search the layouts that fit.
 
     Raises:
-        ValueError: settings that the run itself would refuse, or a run that does not fit; then with changes
+        UserError: settings that the run itself would refuse, or a run that does not fit; then with changes
             that were tried and do.
     """
     console = Console(width=None if Console().is_terminal else 160)
@@ -98,7 +99,7 @@ def run_plan(request: PlanRequest) -> None:
         write_atomically(request.json, json.dumps(values, indent=2) + "\n")
     if plan.problems:
         changes = advice(config, request.num_gpus, attempt=planner.attempt, search=planner.search)
-        raise ValueError(
+        raise UserError(
             "\n  ".join(
                 [
                     f"{request.config} does not fit on {request.num_gpus} GPUs:",

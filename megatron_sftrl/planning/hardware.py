@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, fields
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.planning.activations import Kernels
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -27,7 +28,7 @@ class Hardware:
         link_efficiency: share of the links' rates that collectives reach.
         kernels: whose layers run.
     Raises:
-        ValueError: a rate or size that is not positive, an efficiency above 1.
+        UserError: a rate or size that is not positive, an efficiency above 1.
     """
 
     gpu_memory: float
@@ -50,7 +51,7 @@ class Hardware:
             most = 1.0 if "efficiency" in field.name else math.inf
             if not 0 < value <= most:
                 limits = "between 0 and 1" if most == 1 else "above 0"
-                raise ValueError(f"{field.name.replace('_', ' ')}: expected a number {limits}, got {value}")
+                raise UserError(f"{field.name.replace('_', ' ')}: expected a number {limits}, got {value}")
 
     def link(self, *, stride: int, size: int) -> float:
         """Bytes per second in a group of `size` ranks that stand `stride` apart: of its slowest link."""
@@ -62,9 +63,9 @@ def parse_bytes(text: str) -> float:
     """Bytes of "80GB" (10^9 each) or "80GiB" (2^30 each).
 
     Raises:
-        ValueError: no number with a unit, or nothing at all.
+        UserError: no number with a unit, or nothing at all.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)", text.strip())
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"expected a size such as 80GB or 80GiB, got {text!r}")
+        raise UserError(f"expected a size such as 80GB or 80GiB, got {text!r}")
     return float(match[1]) * _UNITS[match[2]]

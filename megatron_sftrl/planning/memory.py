@@ -77,7 +77,7 @@ def plan_memory(
     """What the ranks of every stage need, when micro-batches are as large as the batch section allows.
 
     Raises:
-        ValueError: a rollout engine that cannot cut the model.
+        UserError: a rollout engine that cannot cut the model.
     """
     batch = microbatch_of(config, grid, hardware.kernels)
     num_microbatches = workload_of(config, grid).num_microbatches

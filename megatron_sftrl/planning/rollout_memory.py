@@ -50,7 +50,7 @@ def rollout_memory(
     """Of the engine that rollout.engine names.
 
     Raises:
-        ValueError: a model that an engine of rollout.vllm.tp cannot cut.
+        UserError: a model that an engine of rollout.vllm.tp cannot cut.
     """
     if config.rollout.engine == "in_process":
         return _in_process(architecture, config, grid, batch)

@@ -57,7 +57,7 @@ def plan_run(
     """What the run needs as it is written.
 
     Raises:
-        ValueError: settings that the run itself would refuse.
+        UserError: settings that the run itself would refuse.
     """
     check_run(config, architecture, num_gpus, loss_needs=loss_needs)
     grid = grid_of(config.parallel, num_gpus)

@@ -18,6 +18,7 @@ from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.prompts import read_prompt
 from megatron_sftrl.data.sources import read_rows
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.preflight.gpu_memory import memory_problem, own_gpu_bytes
 from megatron_sftrl.preflight.network import (
     Meeting,
@@ -46,7 +47,7 @@ def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float
         timeout_s: how long to wait for a process that does not answer.
         least_rate: bytes per second that all-reduce must reach; None only reports it.
     Raises:
-        ValueError: on every process: all that is wrong, with the names of the nodes.
+        UserError: on every process: all that is wrong, with the names of the nodes.
     """
     with Meeting(timeout_s) as meeting:
         findings = _findings(meeting, config, timeout_s=timeout_s, least_rate=least_rate)
@@ -54,7 +55,7 @@ def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float
         Console(stderr=True).print(_table(findings))
     problems = [problem for finding in findings for problem in finding.problems]
     if problems:
-        raise ValueError("\n  ".join([f"preflight found {len(problems)} problem(s)", *problems]))
+        raise UserError("\n  ".join([f"preflight found {len(problems)} problem(s)", *problems]))
     if meeting.rank == 0:
         print("preflight: all is well", file=sys.stderr)
 
@@ -100,13 +101,13 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
                 config, plan.architecture, world_size=meeting.size, gpu_bytes=own_gpu_bytes()
             )
             if problem:
-                raise ValueError(problem)
+                raise UserError(problem)
 
     def measure_space() -> None:
         for plan in plans:
             seen["space"], problem = space_problem(config, plan.architecture)
             if problem:
-                raise ValueError(problem)
+                raise UserError(problem)
 
     checks = {
         "configuration, model and tokenizer": read_configuration,
@@ -155,14 +156,14 @@ def _read_first_rows(plan: RunPlan[TrainingConfig]) -> None:
     for path in _data_files(plan.config):
         row = next(iter(read_rows(path)), None)
         if row is None:
-            raise ValueError(f"{path} holds no row: expected at least one")
+            raise UserError(f"{path} holds no row: expected at least one")
         try:
             if isinstance(plan.config, GrpoConfig):
                 encode_prompt(plan.tokenizer, read_prompt(row.values))
             else:
                 tokenize_row(plan.tokenizer, row.values)
         except ValueError as error:
-            raise ValueError(f"{path}, first row: {error}") from error
+            raise UserError(f"{path}, first row: {error}") from error
 
 
 def _shared_directory(meeting: Meeting, config: TrainingConfig, leaders: dict[str, int]) -> Finding:

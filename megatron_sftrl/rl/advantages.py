@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal, TypeVar
 
+from megatron_sftrl.errors import UserError
+
 GroupT = TypeVar("GroupT", bound=Hashable)
 AdvantageEstimator = Literal["group_normalized", "dr_grpo", "leave_one_out"]
 
@@ -30,7 +32,7 @@ def group_advantages(
         As `groups`; zeros for a group whose rewards are all equal and for a group of one response, which
         has nothing to be compared with.
     Raises:
-        ValueError: no groups, a group without responses, a reward that is not finite, an unknown estimator.
+        UserError: no groups, a group without responses, a reward that is not finite, an unknown estimator.
     """
     functions: dict[str, Callable[[Sequence[float]], list[float]]] = {
         "group_normalized": group_normalized,
@@ -38,7 +40,7 @@ def group_advantages(
         "leave_one_out": leave_one_out,
     }
     if estimator not in functions:
-        raise ValueError(f"advantages: expected one of {', '.join(functions)}, got {estimator!r}")
+        raise UserError(f"advantages: expected one of {', '.join(functions)}, got {estimator!r}")
     check_rewards(groups)
     return {group: functions[estimator](rewards) for group, rewards in groups.items()}
 
@@ -85,19 +87,19 @@ def check_rewards(groups: Mapping[GroupT, Sequence[float]]) -> None:
     """Refuse what no estimator can use.
 
     Raises:
-        ValueError: no groups, a group without responses, or a reward that is not finite, by its place.
+        UserError: no groups, a group without responses, or a reward that is not finite, by its place.
     """
     if not groups:
-        raise ValueError("advantages: expected at least one group of responses, got none; check the prompts")
+        raise UserError("advantages: expected at least one group of responses, got none; check the prompts")
     for group, rewards in groups.items():
         if not rewards:
-            raise ValueError(
+            raise UserError(
                 f"advantages: group {group!r} has no responses; leave it out, or generate for its prompt "
                 "again"
             )
         for sample, reward in enumerate(rewards):
             if not math.isfinite(reward):
-                raise ValueError(
+                raise UserError(
                     f"advantages: group {group!r}, sample {sample}: expected a finite reward, got {reward}; "
                     "give a failed verifier's sample a number (0, say) where the reward is made"
                 )

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.advantages import check_rewards, is_uninformative
 
 GroupT = TypeVar("GroupT", bound=Hashable)
@@ -23,10 +24,10 @@ def by_group(group_ids: Sequence[GroupT], values: Sequence[ValueT]) -> dict[Grou
         group_ids: of each response.
         values: of each response: rewards, or places in a list.
     Raises:
-        ValueError: not one value per id.
+        UserError: not one value per id.
     """
     if len(group_ids) != len(values):
-        raise ValueError(
+        raise UserError(
             f"by_group: expected one value per id, got {len(group_ids)} ids, {len(values)} values"
         )
     groups: dict[GroupT, list[ValueT]] = {}
@@ -59,7 +60,7 @@ def informative_groups(groups: Mapping[GroupT, Sequence[float]]) -> GroupSelecti
     Args:
         groups: rewards by group id.
     Raises:
-        ValueError: no groups, an empty group, a reward that is not finite.
+        UserError: no groups, an empty group, a reward that is not finite.
     """
     check_rewards(groups)
     kept = tuple(group for group, rewards in groups.items() if not is_uninformative(rewards))

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.advantages import check_rewards, is_uninformative
 
 GroupT = TypeVar("GroupT", bound=Hashable)
@@ -27,10 +28,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         num_correct: c, in 0..n.
         k: in 1..n.
     Raises:
-        ValueError: k or c out of range.
+        UserError: k or c out of range.
     """
     if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
-        raise ValueError(
+        raise UserError(
             "pass_at_k: expected 0 <= correct <= samples and 1 <= k <= samples, got "
             f"{num_correct} correct of {num_samples}, k = {k}; generate at least k responses per prompt"
         )
@@ -60,7 +61,7 @@ def reward_statistics(groups: Mapping[GroupT, Sequence[float]]) -> RewardStatist
     Args:
         groups: rewards by group id.
     Raises:
-        ValueError: no groups, an empty group, a reward that is not finite.
+        UserError: no groups, an empty group, a reward that is not finite.
     """
     check_rewards(groups)
     rewards = [reward for group in groups.values() for reward in group]
@@ -81,10 +82,10 @@ def mean_pass_at_k(groups: Mapping[GroupT, Sequence[bool]], k: int) -> float:
         groups: by group id, whether each response is right.
         k: at most the size of the smallest group.
     Raises:
-        ValueError: no groups, or a group of fewer than k responses.
+        UserError: no groups, or a group of fewer than k responses.
     """
     if not groups:
-        raise ValueError("mean_pass_at_k: expected at least one group, got none")
+        raise UserError("mean_pass_at_k: expected at least one group, got none")
     values = [pass_at_k(len(group), sum(map(bool, group)), k) for group in groups.values()]
     return math.fsum(values) / len(values)
 
@@ -120,16 +121,16 @@ def logprob_mismatch(first: Tensor, second: Tensor, loss_mask: Tensor) -> Logpro
         first, second: [T] floating point; the order does not matter.
         loss_mask: [T] bool.
     Raises:
-        ValueError: shapes that differ, or no loss token.
+        UserError: shapes that differ, or no loss token.
     """
     if not first.shape == second.shape == loss_mask.shape:
-        raise ValueError(
+        raise UserError(
             f"logprob_mismatch: expected three vectors of one shape, got {list(first.shape)}, "
             f"{list(second.shape)} and {list(loss_mask.shape)}"
         )
     apart = (first.detach().double() - second.detach().double()).abs()[loss_mask.bool()]
     if apart.numel() == 0:
-        raise ValueError("logprob_mismatch: expected at least one loss token, got none; check the loss masks")
+        raise UserError("logprob_mismatch: expected at least one loss token, got none; check the loss masks")
     apart = apart.nan_to_num(nan=torch.inf, posinf=torch.inf).sort().values
     rank = math.ceil(0.999 * apart.numel()) - 1  # not torch.quantile: it refuses 2^24 values and more
     return LogprobMismatch(

@@ -34,7 +34,7 @@ class RolloutEngine(Protocol):
             policy: between two steps, after gather_parameters.
             version: optimizer steps behind these weights; groups generated from now on carry it.
         Raises:
-            ValueError: on every rank, before anything is generated: a parameter of the engine that was not
+            UserError: on every rank, before anything is generated: a parameter of the engine that was not
                 received exactly once.
         """
         ...
@@ -43,7 +43,7 @@ class RolloutEngine(Protocol):
         """`sampling.num_samples` responses for each prompt, in order, on every rank.
 
         Raises:
-            ValueError: on every rank: a prompt that is empty or too long for the engine.
+            UserError: on every rank: a prompt that is empty or too long for the engine.
         """
         ...
 

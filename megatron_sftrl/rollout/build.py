@@ -7,6 +7,7 @@ import torch
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.rollout.vllm_colocated import VllmEngine
@@ -24,11 +25,11 @@ def check_engine(
         device: of this process.
         world_size: processes in all.
     Raises:
-        ValueError: on every rank: an engine that is not installed or does not fit ranks or model, or an
+        UserError: on every rank: an engine that is not installed or does not fit ranks or model, or an
             offload without a GPU.
     """
     if config.rollout.offload and device.type != "cuda":
-        raise ValueError(
+        raise UserError(
             "rollout.offload takes gradients and optimizer state off the GPU while responses are generated, "
             "and this run has no GPU: remove it, or rollout.offload=null on the command line"
         )
@@ -40,7 +41,7 @@ def build_engine(config: GrpoConfig, policy: PolicyEngine) -> RolloutEngine:
     """The engine that rollout.engine names, asleep; every rank calls it.
 
     Raises:
-        ValueError: on every rank: what check_engine refuses, or not enough memory.
+        UserError: on every rank: what check_engine refuses, or not enough memory.
     """
     rollout = config.rollout
     if rollout.engine == "in_process":

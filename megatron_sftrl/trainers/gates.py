@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sftrl.config.grpo import GateSection
+from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Gates:
         sections: the run's gates.
         held_out: metrics of an evaluation, which only some steps have.
     Raises:
-        ValueError: a gate on a held-out metric that no evaluation has.
+        UserError: a gate on a held-out metric that no evaluation has.
     """
 
     def __init__(self, sections: Sequence[GateSection], *, held_out: Sequence[str] = ()) -> None:
@@ -39,7 +40,7 @@ class Gates:
         for gate in self._sections:
             if gate.metric.startswith("valid/") and gate.metric not in self._held_out:
                 known = f"are {', '.join(held_out)}" if held_out else "need data.valid"
-                raise ValueError(f"gates: there is no metric {gate.metric!r}; held-out metrics {known}")
+                raise UserError(f"gates: there is no metric {gate.metric!r}; held-out metrics {known}")
         self._streaks = [0] * len(self._sections)
 
     def check(self, step: int, metrics: Mapping[str, float], *, is_whole: bool) -> list[Crossing]:
@@ -51,13 +52,13 @@ class Gates:
             is_whole: the policy was updated, so that every metric of training is there. A gate on one that is
                 not there waits for a step that has it.
         Raises:
-            ValueError: a gate on a metric that a whole step does not have, with those it has.
+            UserError: a gate on a metric that a whole step does not have, with those it has.
         """
         crossed = []
         for index, gate in enumerate(self._sections):
             if gate.metric not in metrics:
                 if is_whole and gate.metric not in self._held_out:
-                    raise ValueError(_unknown(gate.metric, metrics))
+                    raise UserError(_unknown(gate.metric, metrics))
                 continue
             value = metrics[gate.metric]
             is_below = gate.below is not None and value < gate.below

@@ -17,6 +17,7 @@ from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.trainers.plan import plan_model
@@ -52,12 +53,12 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
     """Generate and write; the output appears only when it is complete.
 
     Raises:
-        ValueError: a prompt that cannot be used, no checkpoint, an output that exists.
+        UserError: a prompt that cannot be used, no checkpoint, an output that exists.
     """
     if request.num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, got {request.num_samples}")
+        raise UserError(f"num_samples: expected at least 1, got {request.num_samples}")
     if request.out.exists():
-        raise ValueError(f"{request.out} exists already: choose another --out, or remove it")
+        raise UserError(f"{request.out} exists already: choose another --out, or remove it")
     architecture, tokenizer = plan_model(config)
     rows, prompts = _read_prompts(request.prompts, tokenizer)
     with parallel_context(config.parallel) as parallel:
@@ -78,10 +79,10 @@ def _read_prompts(path: Path, tokenizer: Tokenizer) -> tuple[list[Mapping[str, A
         try:
             prompts.append(tuple(encode_prompt(tokenizer, read_prompt(row.values))))
         except ValueError as error:
-            raise ValueError(f"{describe_row(path, row.number)}: {error}") from error
+            raise UserError(f"{describe_row(path, row.number)}: {error}") from error
         rows.append(row.values)
     if not rows:
-        raise ValueError(f"{path} holds no prompt")
+        raise UserError(f"{path} holds no prompt")
     return rows, prompts
 
 

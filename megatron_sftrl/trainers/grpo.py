@@ -17,6 +17,7 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.metrics import MetricsWriter
@@ -49,7 +50,7 @@ def run_grpo(config: GrpoConfig) -> bool:
     Returns:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
-        ValueError: something that the user can fix, found before anything is built or overwritten; later
+        UserError: something that the user can fix, found before anything is built or overwritten; later
             only a full disk, a gate that stops, or too many steps in a row without a finite gradient.
     """
     plan = plan_run(config)
@@ -275,7 +276,7 @@ class GrpoTrainer:
         if is_last:
             self.store.finish()
             texts = "; ".join(crossing.text for crossing in crossings if crossing.stops)
-            raise ValueError(f"a gate ended the run, its checkpoint is saved: {texts}")
+            raise UserError(f"a gate ended the run, its checkpoint is saved: {texts}")
 
     def _record(self, metrics: MetricsWriter, numbers: dict[str, float], collected: Collected) -> None:
         """Write a step's numbers, tell what verifiers could not do, and append its first groups' samples."""

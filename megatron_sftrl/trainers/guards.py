@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_sftrl.errors import UserError
+
 _NAMED_AT_MOST = 16
 
 
@@ -20,13 +22,13 @@ def stop_on_nonfinite_streak(
             gradient was.
         directory: where the last checkpoint lies.
     Raises:
-        ValueError: the streak has reached the limit.
+        UserError: the streak has reached the limit.
     """
     if streak < limit:
         return
     named = ", ".join(suspects[:_NAMED_AT_MOST])
     more = f" and {len(suspects) - _NAMED_AT_MOST} more" if len(suspects) > _NAMED_AT_MOST else ""
-    raise ValueError(
+    raise UserError(
         f"{streak} steps in a row had a non-finite gradient, the last of them step {step}; its samples: "
         f"{named}{more}. Their updates were skipped; the last checkpoint in {directory} is from before or "
         "within the streak. Look at these samples, lower optim.lr, or raise train.max_nonfinite_steps"

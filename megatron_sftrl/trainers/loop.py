@@ -13,6 +13,7 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_every_rank
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory
 from megatron_sftrl.observability.sinks import open_metrics
@@ -34,14 +35,14 @@ def resume_or_start(
         fingerprint: of the training data.
         columns: what it covers, for the message.
     Raises:
-        ValueError: the checkpoint was trained on other data.
+        UserError: the checkpoint was trained on other data.
     """
     latest = store.latest()
     if latest is None:
         return TrainerState(data_fingerprint=fingerprint)
     state = store.load(latest, policy, reference)
     if state.data_fingerprint != fingerprint:
-        raise ValueError(
+        raise UserError(
             f"data.train is not what {latest} was trained on: its {columns} changed, so the run would go on "
             "with other samples; restore the data, or choose another run_dir"
         )
@@ -59,7 +60,7 @@ def save_numbers(store: CheckpointStore) -> dict[str, float]:
     """How fast the last checkpoint was written, in the numbers of the first step after its end.
 
     Raises:
-        ValueError: on every rank, when it could not be written beside the training.
+        UserError: on every rank, when it could not be written beside the training.
     """
     written = store.written()
     if written is None:
@@ -82,7 +83,7 @@ def metrics_on_rank_zero(
     """Rank 0 writes; the others hand their numbers to nobody, and wait at the end.
 
     Raises:
-        ValueError: on every rank, when rank 0 cannot open what it shall write to.
+        UserError: on every rank, when rank 0 cannot open what it shall write to.
     """
 
     def open_sinks() -> MetricsWriter:

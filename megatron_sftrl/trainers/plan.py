@@ -17,6 +17,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.step import BatchLayout
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.assets import HfAssets, read_assets
 from megatron_sftrl.hf.weights import open_weights
 from megatron_sftrl.losses.registry import Loss, build_loss
@@ -45,7 +46,7 @@ def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
     """Check sections against each other, the model, the loss, the tokenizer and the number of processes.
 
     Raises:
-        ValueError: what is wrong, and what to do.
+        UserError: what is wrong, and what to do.
     """
     architecture = architecture_of(config.model)
     if config.model.hf is not None:
@@ -62,7 +63,7 @@ def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     """What generation and scoring need: the model's sizes and its tokenizer, checked against the layout.
 
     Raises:
-        ValueError: what is wrong, and what to do.
+        UserError: what is wrong, and what to do.
     """
     architecture = architecture_of(config.model)
     needs = ("reference",) if config.reference is not None else ()
@@ -76,17 +77,17 @@ def _loss(config: TrainingConfig) -> Loss:
     """The run's loss; in GRPO at the temperature that responses are sampled at, which has one place.
 
     Raises:
-        ValueError: what build_loss refuses, a loss for another kind of run, or a temperature of its own.
+        UserError: what build_loss refuses, a loss for another kind of run, or a temperature of its own.
     """
     loss = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules)
     if not isinstance(config, GrpoConfig):
         if "advantages" in loss.needs:
-            raise ValueError(f"loss '{loss.name}' needs advantages, which `sftrl grpo` makes of rewards")
+            raise UserError(f"loss '{loss.name}' needs advantages, which `sftrl grpo` makes of rewards")
         return loss
     if "advantages" not in loss.needs:
-        raise ValueError(f"loss '{loss.name}' does not use advantages: `sftrl sft` trains with it")
+        raise UserError(f"loss '{loss.name}' does not use advantages: `sftrl sft` trains with it")
     if "temperature" in config.loss.options:
-        raise ValueError("loss.temperature follows rollout.temperature: set that one, and remove this one")
+        raise UserError("loss.temperature follows rollout.temperature: set that one, and remove this one")
     if "temperature" not in type(loss.config).model_fields:
         return loss
     options = {**config.loss.options, "temperature": config.rollout.temperature}

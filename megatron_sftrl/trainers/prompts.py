@@ -8,6 +8,7 @@ from typing import cast
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.data.order import num_training_steps
 from megatron_sftrl.data.prompt_set import PromptSet, read_prompt_set
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards import Reward
 from megatron_sftrl.rl.rewards.api import Json
 from megatron_sftrl.trainers.plan import RunPlan
@@ -17,7 +18,7 @@ def open_prompts(plan: RunPlan[GrpoConfig]) -> tuple[PromptSet, PromptSet | None
     """Prompts to train on, and held-out ones where the run has some.
 
     Raises:
-        ValueError: as read_prompt_set, or epochs that do not fill a step.
+        UserError: as read_prompt_set, or epochs that do not fill a step.
     """
     data = plan.config.data
     limit = data.max_prompt_length
@@ -32,7 +33,7 @@ def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
     """Steps of the whole run; under dynamic sampling an epoch counts the prompts of full groups.
 
     Raises:
-        ValueError: epochs that do not fill a step.
+        UserError: epochs that do not fill a step.
     """
     return num_training_steps(
         steps=config.train.steps,
@@ -47,11 +48,11 @@ def check_rows(rewards: Sequence[Reward], *prompts: PromptSet) -> None:
     """Every row holds what the rewards look at.
 
     Raises:
-        ValueError: names the first row that does not.
+        UserError: names the first row that does not.
     """
     for row in (row for each in prompts for row in each.rows):
         for reward in rewards:
             try:
                 reward.check_row(cast(dict[str, Json], row.values))
             except ValueError as error:
-                raise ValueError(f"{row.source}: {error}") from error
+                raise UserError(f"{row.source}: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.experience import Response, grouped
 
@@ -21,7 +22,7 @@ class SampleLog:
         resume_step: last step that the resumed checkpoint holds; lines of later steps, which will be taken
             again, are removed.
     Raises:
-        ValueError: a line that is not a JSON object with a step, or a file that cannot be read or written.
+        UserError: a line that is not a JSON object with a step, or a file that cannot be read or written.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, *, num_groups: int, resume_step: int) -> None:
@@ -31,13 +32,13 @@ class SampleLog:
                 _keep_steps_up_to(path, resume_step)
             path.open("a").close()  # what cannot be written shall not come out after the first step
         except OSError as error:
-            raise ValueError(f"the samples cannot be written to {path}: {error}") from error
+            raise UserError(f"the samples cannot be written to {path}: {error}") from error
 
     def write(self, step: int, responses: Sequence[Response]) -> None:
         """One step's responses, group by group.
 
         Raises:
-            ValueError: they cannot be written; a disk is full, say.
+            UserError: they cannot be written; a disk is full, say.
         """
         groups = list(grouped(responses).values())[: self._num_groups]
         lines = [
@@ -49,7 +50,7 @@ class SampleLog:
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(lines)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"the samples of step {step} cannot be written to {self._path}: {error}; free space and "
                 "start the run again, it goes on from its last checkpoint"
             ) from error
@@ -80,7 +81,7 @@ def _keep_steps_up_to(path: Path, last_step: int) -> None:
         try:
             step = json.loads(line)["step"]
         except (json.JSONDecodeError, TypeError, KeyError):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}; repair or "
                 "remove the file"
             ) from None

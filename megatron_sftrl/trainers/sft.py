@@ -33,7 +33,7 @@ def run_sft(config: RunConfig) -> bool:
     Returns:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
-        ValueError: something that the user can fix, found before anything is built or overwritten; later
+        UserError: something that the user can fix, found before anything is built or overwritten; later
             only a full disk, or too many steps in a row without a finite gradient.
     """
     plan = plan_run(config)

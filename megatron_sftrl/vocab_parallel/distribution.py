@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.vocab_parallel.collectives import Meanwhile
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.questions import Question, Subject, answers
@@ -61,10 +62,10 @@ class TokenDistribution:
                 overwrites them where that is possible.
 
         Raises:
-            ValueError: the widths do not cover the vocabulary, or look like gathered logits.
+            UserError: the widths do not cover the vocabulary, or look like gathered logits.
         """
         if logits.dim() != 2 or not logits.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"logits: expected floating point [T, V_local], got {logits.dtype} {list(logits.shape)}; "
                 "flatten batch and sequence into T"
             )
@@ -167,11 +168,11 @@ class TokenDistribution:
         if isinstance(tau, Tensor) and tau.shape == (self.num_tokens,):
             inverse = 1.0 / tau.detach().to(**options)
         elif isinstance(tau, Tensor):
-            raise ValueError(f"tau: expected a number or [T] = [{self.num_tokens}], got {list(tau.shape)}")
+            raise UserError(f"tau: expected a number or [T] = [{self.num_tokens}], got {list(tau.shape)}")
         elif tau > 0:
             inverse = torch.full((self.num_tokens,), 1.0 / tau, **options)
         else:
-            raise ValueError(f"tau: expected a positive temperature, got {tau}")
+            raise UserError(f"tau: expected a positive temperature, got {tau}")
         if source.inverse_tau is not None:
             inverse = inverse * source.inverse_tau
         hotter = replace(source, inverse_tau=inverse)
@@ -184,7 +185,7 @@ class TokenDistribution:
         costs no collective afterwards.
         """
         if k < 1:
-            raise ValueError(f"top_k: expected k >= 1, got {k}")
+            raise UserError(f"top_k: expected k >= 1, got {k}")
         top, log_sum, mean = gather_top_k(self._subject.source, min(k, self.vocab_size))
         if not self._subject.needs_grad:
             self._subject.remember("log_sum", log_sum)
@@ -267,7 +268,7 @@ def logprobs_together(distributions: Sequence[TokenDistribution], ids: Tensor) -
 def _check_ids(ids: Tensor, distribution: TokenDistribution) -> None:
     """Shape and dtype everywhere; the range on the CPU only, where looking at it does not stop a device."""
     if ids.shape != (distribution.num_tokens,) or ids.dtype != torch.int64:
-        raise ValueError(
+        raise UserError(
             f"ids: expected int64 [T] = [{distribution.num_tokens}], got {ids.dtype} {list(ids.shape)}"
         )
     if (
@@ -275,7 +276,7 @@ def _check_ids(ids: Tensor, distribution: TokenDistribution) -> None:
         and ids.numel()
         and not 0 <= int(ids.min()) <= int(ids.max()) < distribution.vocab_size
     ):
-        raise ValueError(
+        raise UserError(
             f"ids: expected 0 <= id < vocab_size = {distribution.vocab_size}, got "
             f"{int(ids.min())}..{int(ids.max())}; "
             "put any valid id where loss_mask is False"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.vocab_parallel.collectives import group_rank, group_size
 
 
@@ -42,7 +43,7 @@ def shard_of(
     and the unpadded one of torch.chunk, where the last rank holds what is left.
 
     Raises:
-        ValueError: the widths cannot cover the vocabulary, or they look like gathered logits.
+        UserError: the widths cannot cover the vocabulary, or they look like gathered logits.
     """
     size, rank = group_size(group), group_rank(group)
     full_width = -(-vocab_size // size)
@@ -51,17 +52,17 @@ def shard_of(
         return VocabShard(vocab_size=vocab_size, start=rank * full_width, num_columns=width, group=group)
     where = f"logits [T, {width}] on rank {rank} of {size} with vocab_size {vocab_size}"
     if padded_vocab_size is not None and width * size != padded_vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected padded_vocab_size = width * ranks = {width * size}, got {padded_vocab_size}; "
             "give the padded size of the whole vocabulary"
         )
     if width * size < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected a width of at least {full_width} (last rank of an unpadded split: "
             f"{last_width}), got {width}; check vocab_size and the group"
         )
     if size > 1 and (size - 1) * width >= vocab_size and padded_vocab_size is None:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected one shard of the vocabulary, got a width with which the first "
             f"{size - 1} ranks already cover it. Pass local logits (parallel_output=True), "
             "pass group=None for gathered logits, "

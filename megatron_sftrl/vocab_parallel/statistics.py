@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 from megatron_sftrl.vocab_parallel.rows import Source
 
@@ -118,7 +119,7 @@ def plan_of(statistics: Sequence[Statistic]) -> Plan:
 def _check_alike(first: Source, other: Source) -> None:
     expected, got = first.shard, other.shard
     if got.group is not expected.group or first.num_tokens != other.num_tokens:
-        raise ValueError(
+        raise UserError(
             f"distributions compared with each other: expected the same group and T = {first.num_tokens}, "
             f"got T = {other.num_tokens}; run both models on the same batch and layout"
         )
@@ -127,7 +128,7 @@ def _check_alike(first: Source, other: Source) -> None:
         expected.start,
         expected.num_columns,
     ):
-        raise ValueError(
+        raise UserError(
             f"distributions compared with each other: expected columns {expected.start} + "
             f"{expected.num_columns} "
             f"of {expected.vocab_size}, got {got.start} + {got.num_columns} of {got.vocab_size}; "

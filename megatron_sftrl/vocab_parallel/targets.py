@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_sftrl.vocab_parallel.distribution import TokenDistribution
 
@@ -41,7 +43,7 @@ class TiltedTarget:
 
     def __post_init__(self) -> None:
         if not (self.beta >= 0 and 0 <= self.smoothing <= 1 and self.eps >= 0):
-            raise ValueError(
+            raise UserError(
                 "tilted target: expected beta >= 0, 0 <= smoothing <= 1 and eps >= 0, "
                 f"got beta={self.beta}, smoothing={self.smoothing}, eps={self.eps}"
             )
@@ -89,7 +91,7 @@ class SmoothedLabels:
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing <= 1:
-            raise ValueError(f"smoothed labels: expected 0 <= smoothing <= 1, got {self.smoothing}")
+            raise UserError(f"smoothed labels: expected 0 <= smoothing <= 1, got {self.smoothing}")
 
 
 def _log(x: float) -> float:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_sftrl"
 
 LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
     frozenset({"types", "config", "vocab_parallel", "architectures"}),
     frozenset({"hf"}),
     frozenset({"losses", "data", "rl", "observability"}),
@@ -27,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__main__"}),
 )
 VLLM_FILES = {PACKAGE / "rollout" / name for name in ("vllm_colocated.py", "vllm_weights.py")}
-LONGEST_FILE = 320
+LONGEST_FILE = 600
 LONGEST_FUNCTION = 80
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -37,7 +37,7 @@ def save_converted(
     Returns:
         `out`.
     Raises:
-        ValueError: on every rank: `out` exists, a full disk, a part that could not be read.
+        UserError: on every rank: `out` exists, a full disk, a part that could not be read.
     """
     total = sum_over_ranks(sum(part.num_bytes for part in parts))
     with new_directory_together(out, num_bytes=total) as temporary:

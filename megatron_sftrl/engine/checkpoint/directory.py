@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.disk import force_to_disk
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -36,16 +37,16 @@ def checkpoint_at(path: Path) -> Path:
     """The checkpoint that a user's path means: a step directory, a run directory, or its checkpoints/.
 
     Raises:
-        ValueError: nothing there.
+        UserError: nothing there.
     """
     if (path / FILE_NAME).exists() or _COMPLETE.fullmatch(path.name):
         if not path.is_dir():
-            raise ValueError(f"checkpoint {path} does not exist")
+            raise UserError(f"checkpoint {path} does not exist")
         return path
     for directory in (path / "checkpoints", path):
         if found := complete_checkpoints(directory):
             return found[-1]
-    raise ValueError(
+    raise UserError(
         f"no complete checkpoint in {path}: expected a step directory (step-00000123), or a run directory "
         "with checkpoints/step-*"
     )
@@ -59,7 +60,7 @@ def begin(directory: Path, step: int, *, num_bytes: int) -> Path:
         step: of the new checkpoint.
         num_bytes: about as much as will be written.
     Raises:
-        ValueError: not enough space on the disk.
+        UserError: not enough space on the disk.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.iterdir():
@@ -68,7 +69,7 @@ def begin(directory: Path, step: int, *, num_bytes: int) -> Path:
     disk = shutil.disk_usage(directory)
     # Some network file systems report no sizes at all.
     if disk.total > 0 and disk.free < num_bytes:
-        raise ValueError(
+        raise UserError(
             f"the disk is full: a checkpoint of step {step} needs about {_size(num_bytes)} and {directory} "
             f"has {_size(disk.free)} left. Earlier checkpoints are untouched; free space and resume"
         )

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_sftrl.engine.checkpoint.directory import file_problem, file_record
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, FileRecord, read_record
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError
 
 
 def hashed_files(directory: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
@@ -23,7 +24,7 @@ def hashed_files(directory: Path, group: dist.ProcessGroup | None = None) -> dic
         directory: whose files do not change any more.
         group: of all ranks; the default one when not given.
     Raises:
-        ValueError: on every rank, when any rank could not read.
+        UserError: on every rank, when any rank could not read.
     """
     names = on_rank_zero(
         lambda: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()),
@@ -42,7 +43,7 @@ class Verification:
     Args:
         path: of the checkpoint; every rank makes a Verification of it.
     Raises:
-        ValueError: on every rank: no checkpoint.json that can be read.
+        UserError: on every rank: no checkpoint.json that can be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,13 +57,13 @@ class Verification:
         """Wait for all ranks; every rank calls it before anything made of the checkpoint counts.
 
         Raises:
-            ValueError: on every rank, naming every file that is missing or has another size or content.
+            UserError: on every rank, naming every file that is missing or has another size or content.
         """
         mine = on_every_rank(self._mine.result)
         everyone: list[list[str | None]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         if problems := sorted(text for each in everyone for text in each if text is not None):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.path} is damaged: {'; '.join(problems)}. Nothing was loaded; delete this "
                 "directory to go back to the checkpoint before it"
             )
@@ -77,7 +78,7 @@ def verified_record(path: Path) -> CheckpointRecord:
     """The record of a checkpoint whose files all are what was written.
 
     Raises:
-        ValueError: on every rank, naming every file that is missing or has another size or content.
+        UserError: on every rank, naming every file that is missing or has another size or content.
     """
     return Verification(path).finish()
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sftrl.engine.checkpoint.metadata import IndexReader, read_index
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError
 
 
 def write_tensors(
@@ -37,7 +38,7 @@ def write_tensors(
         directory: empty.
         group: of all ranks; the default one when not given.
     Raises:
-        ValueError: on every rank, when any rank could not write.
+        UserError: on every rank, when any rank could not write.
     """
     state = mcore_to_pyt_state_dict(_by_key(stored_here(tensors)), False)  # type: ignore[arg-type]
     # Planning also checks that the boxes of all ranks cover every tensor once, without overlap.
@@ -57,7 +58,7 @@ def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
     """Fill the tensors' data in place from `directory`; every rank calls it.
 
     Raises:
-        ValueError: on every rank, when any rank could not read. The tensors are then undefined.
+        UserError: on every rank, when any rank could not read. The tensors are then undefined.
     """
     state = mcore_to_pyt_state_dict(_by_key(tensors), True)  # type: ignore[arg-type]
     planner = MCoreLoadPlanner(
@@ -93,7 +94,7 @@ def check_tensors(
         stored: shapes of the tensors that should all be wanted by some rank.
         directory: for the message.
     Raises:
-        ValueError: on every rank, listing every missing, unexpected and differently shaped tensor.
+        UserError: on every rank, listing every missing, unexpected and differently shaped tensor.
     """
     wanted = {tensor.key: (tuple(tensor.global_shape), tensor.allow_shape_mismatch) for tensor in tensors}
     everyone: list[dict[str, tuple[tuple[int, ...], bool]]] = [{}] * dist.get_world_size()
@@ -108,7 +109,7 @@ def check_tensors(
         if shape[skip:] != stored[key][skip:] or len(shape) != len(stored[key]):
             problems.append(f"shape of {key}: expected {list(shape)}, got {list(stored[key])}")
     if problems:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {directory} does not fit this run; nothing was loaded:\n  " + "\n  ".join(problems)
         )
 
@@ -134,7 +135,7 @@ def finish_format(directory: Path) -> None:
     """Write metadata.json and common.pt (empty: what is not a tensor is in checkpoint.json)."""
     written = {info.relative_path for info in (read_index(directory).storage_data or {}).values()}
     if lost := sorted(name for name in written if not (directory / name).is_file()):
-        raise ValueError(
+        raise UserError(
             f"rank 0 does not see {', '.join(lost)} that other ranks wrote to {directory}: run_dir must be "
             "on a file system that all nodes share"
         )

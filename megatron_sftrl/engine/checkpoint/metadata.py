@@ -15,6 +15,8 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
+from megatron_sftrl.errors import UserError
+
 _ALLOWED = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "torch": {"Size", "float32", "bfloat16", "float16", "float64", "uint8", "int64", "int32", "bool"},
@@ -47,7 +49,7 @@ def read_index(directory: Path) -> Metadata:
     """The index of the checkpoint in `directory`.
 
     Raises:
-        ValueError: it cannot be read, or holds something that no index needs.
+        UserError: it cannot be read, or holds something that no index needs.
     """
     file = directory / ".metadata"
     try:
@@ -55,11 +57,11 @@ def read_index(directory: Path) -> Metadata:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {directory} is damaged: .metadata cannot be read ({type(error).__name__}: {error})"
         ) from error
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"checkpoint {directory} is damaged: .metadata is no index of tensors")
+        raise UserError(f"checkpoint {directory} is damaged: .metadata is no index of tensors")
     return metadata
 
 
@@ -68,7 +70,7 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):
             return _memory_format
         if name not in _ALLOWED.get(module, ()):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's .metadata names {module}.{name}, which no index of tensors needs: it "
                 "may be malicious, nothing was loaded"
             )
@@ -78,7 +80,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def _memory_format(kind: object, name: str) -> object:
     """Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(its class, its name)."""
     if kind is not _MEM_FORMAT_ENCODING:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint's .metadata asks for {name} of {kind!r}, which no index of tensors needs: it "
             "may be malicious, nothing was loaded"
         )

@@ -65,7 +65,7 @@ def write_parts(parts: Sequence[StoredPart], directory: Path) -> dict[str, FileR
         Size and hash of the files that this process wrote and forced to the disk, by name. The index is
         none of them.
     Raises:
-        ValueError: on every rank, when any rank could not make or write a part.
+        UserError: on every rank, when any rank could not make or write a part.
     """
     by_key: dict[str, list[Any]] = {}
     for part in parts:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sftrl.errors import UserError
+
 FILE_NAME = "checkpoint.json"
 FORMAT = 2
 
@@ -83,26 +85,24 @@ def read_record(path: Path) -> CheckpointRecord:
     """The record of the checkpoint directory `path`.
 
     Raises:
-        ValueError: no checkpoint.json there, or one that this version cannot read.
+        UserError: no checkpoint.json there, or one that this version cannot read.
     """
     file = path / FILE_NAME
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"{path} has no {FILE_NAME}: it is not a complete checkpoint. Choose another one, or delete it"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {path} is damaged: {FILE_NAME} cannot be read ({error})") from error
+        raise UserError(f"checkpoint {path} is damaged: {FILE_NAME} cannot be read ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
-        raise ValueError(
-            f"{file}: expected format {FORMAT}, got {found!r}; it was written by another version"
-        )
+        raise UserError(f"{file}: expected format {FORMAT}, got {found!r}; it was written by another version")
     try:
         return _from_json(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"checkpoint {path} is damaged: {FILE_NAME} lacks or misnames {error}") from error
+        raise UserError(f"checkpoint {path} is damaged: {FILE_NAME} lacks or misnames {error}") from error
 
 
 def differences(

@@ -14,6 +14,7 @@ from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerSta
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.errors import UserError
 
 # They change no parameter's shape and no number that the network computes from given weights.
 _FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")
@@ -48,7 +49,7 @@ def check_record(
     """Refuse a checkpoint whose state is not that of this run; every rank has the same record.
 
     Raises:
-        ValueError: on every rank, naming each difference.
+        UserError: on every rank, naming each difference.
     """
     problems = _architecture_differences(record, policy.architecture)
     problems += differences(
@@ -66,7 +67,7 @@ def check_architecture(record: CheckpointRecord, architecture: Architecture, pat
     """Refuse a checkpoint of a model of other sizes.
 
     Raises:
-        ValueError: on every rank, naming each difference.
+        UserError: on every rank, naming each difference.
     """
     _raise_if_different(_architecture_differences(record, architecture), path)
 
@@ -101,7 +102,7 @@ def _architecture_differences(record: CheckpointRecord, architecture: Architectu
 
 def _raise_if_different(problems: list[str], path: Path) -> None:
     if problems:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} belongs to another run; nothing was loaded:\n  " + "\n  ".join(problems)
         )
 

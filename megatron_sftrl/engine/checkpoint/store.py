@@ -100,7 +100,7 @@ class CheckpointStore:
             The checkpoint's path, which an asynchronous save gives it later. One of this step that exists
             already is kept and returned.
         Raises:
-            ValueError: on every rank, when it or, asynchronously, the one before could not be written (a full
+            UserError: on every rank, when it or, asynchronously, the one before could not be written (a full
                 disk, say).
         """
         assert policy.optimizer is not None
@@ -123,7 +123,7 @@ class CheckpointStore:
         """What the last save wrote, once, as soon as it is complete; for every step boundary.
 
         Raises:
-            ValueError: on every rank, when an asynchronous save has failed.
+            UserError: on every rank, when an asynchronous save has failed.
         """
         if self._background is not None:
             self._written = self._background.take(wait=False) or self._written
@@ -134,7 +134,7 @@ class CheckpointStore:
         """Wait until an asynchronous save is complete.
 
         Raises:
-            ValueError: on every rank, when it has failed.
+            UserError: on every rank, when it has failed.
         """
         if self._background is not None:
             self._written = self._background.take(wait=True) or self._written
@@ -180,7 +180,7 @@ class CheckpointStore:
             policy: with an optimizer, before its first step.
             reference: built as in the run that saved. A frozen one is not touched.
         Raises:
-            ValueError: on every rank and before anything is changed: a damaged checkpoint, another
+            UserError: on every rank and before anything is changed: a damaged checkpoint, another
                 architecture, dtype, optimizer or reference, tensors that do not fit.
         """
         assert policy.optimizer is not None
@@ -204,7 +204,7 @@ def find_checkpoint(path: Path) -> Verification:
     Args:
         path: a checkpoint directory, or a run directory for its latest complete checkpoint.
     Raises:
-        ValueError: on every rank: nothing there.
+        UserError: on every rank: nothing there.
     """
     return Verification(on_rank_zero(lambda: checkpoint_directory.checkpoint_at(path)))
 
@@ -220,7 +220,7 @@ def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: A
         path: a step directory, or a run directory for its latest complete checkpoint.
         architecture: of the chunks.
     Raises:
-        ValueError: on every rank and before anything is changed: no or a damaged checkpoint, differing
+        UserError: on every rank and before anything is changed: no or a damaged checkpoint, differing
             sizes (all of them), missing or unexpected tensors (all of them).
     """
     verification = find_checkpoint(path)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sftrl.engine.checkpoint.metadata import read_index
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.stored import StoredTensor, read_part
 
 
@@ -28,7 +29,7 @@ class StoredTensors:
     Args:
         directory: of the checkpoint.
     Raises:
-        ValueError: the index cannot be read.
+        UserError: the index cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -54,7 +55,7 @@ class StoredTensors:
             key: of the tensor.
             offset: one number a dimension, stacked axes first.
         Raises:
-            ValueError: the files do not hold all of the box.
+            UserError: the files do not hold all of the box.
         """
         read = 0
         for chunk in self._entries[key].chunks:
@@ -69,7 +70,7 @@ class StoredTensors:
                 part.copy_(found)
             read += part.numel()
         if read != target.numel():
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self._directory} is damaged: its index has {read} of {target.numel()} values "
                 f"of a part of {key}; use another checkpoint"
             )
@@ -97,7 +98,7 @@ class StoredTensors:
                 found = torch.load(view, map_location="cpu", weights_only=True)
             start = getattr(found.untyped_storage(), "_checkpoint_offset", None)
             if start is None or not found.is_contiguous() or found.numel() != math.prod(chunk.sizes):
-                raise ValueError(f"{file}: {key} is not stored as the contiguous tensor that the index names")
+                raise UserError(f"{file}: {key} is not stored as the contiguous tensor that the index names")
             self._places[index] = StoredTensor(
                 file=file,
                 offset=info.offset + start + found.storage_offset() * found.element_size(),

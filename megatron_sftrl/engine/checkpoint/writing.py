@@ -17,6 +17,7 @@ from megatron_sftrl.engine.checkpoint.integrity import hashed_files
 from megatron_sftrl.engine.checkpoint.io import num_bytes, write_tensors
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord
 from megatron_sftrl.engine.together import on_rank_zero, sum_over_ranks
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.assets import HfAssets
 
 
@@ -52,7 +53,7 @@ def write_checkpoint(
         keep_last: complete checkpoints that stay.
         group: of all ranks; the default one when not given.
     Raises:
-        ValueError: on every rank, when it could not be written; earlier checkpoints are as they were.
+        UserError: on every rank, when it could not be written; earlier checkpoints are as they were.
     """
     began, step = time.monotonic(), record.trainer.step
     total = sum_over_ranks(num_bytes(tensors), group)
@@ -64,7 +65,7 @@ def write_checkpoint(
         on_rank_zero(lambda: checkpoint_directory.complete(temporary, whole, keep_last=keep_last), group)
     except ValueError as error:
         on_rank_zero(lambda: checkpoint_directory.discard(temporary), group)
-        raise ValueError(
+        raise UserError(
             f"the checkpoint of step {step} could not be written to {directory}; earlier checkpoints are "
             f"untouched. {error}"
         ) from error

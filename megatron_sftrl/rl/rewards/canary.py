@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import Canary
 from megatron_sftrl.rl.rewards.pool import RewardPool
 from megatron_sftrl.rl.rewards.scored import Part
@@ -17,7 +18,7 @@ def check_canaries(pool: RewardPool) -> None:
     """Score every reward's examples in the workers.
 
     Raises:
-        ValueError: a reward fails on an example, or gives some wrong one as much as some right one; it names
+        UserError: a reward fails on an example, or gives some wrong one as much as some right one; it names
             both.
     """
     for index, reward in enumerate(pool.rewards):
@@ -29,7 +30,7 @@ def check_canaries(pool: RewardPool) -> None:
 def _check(name: str, canaries: Sequence[Canary], parts: Sequence[Part]) -> None:
     for canary, part in zip(canaries, parts, strict=True):
         if part.outcome != "ok":
-            raise ValueError(
+            raise UserError(
                 f"reward {name!r} failed on its own example {_shown(canary)}: {part.outcome}: {part.detail}; "
                 "the run would train on zeros"
             )
@@ -37,11 +38,11 @@ def _check(name: str, canaries: Sequence[Canary], parts: Sequence[Part]) -> None
     right = [pair for pair in scores if pair[1].is_right]
     wrong = [pair for pair in scores if not pair[1].is_right]
     if not right or not wrong:
-        raise ValueError(f"reward {name!r}: expected right and wrong examples, got one kind; add the other")
+        raise UserError(f"reward {name!r}: expected right and wrong examples, got one kind; add the other")
     lowest = min(right, key=lambda pair: pair[0])
     highest = max(wrong, key=lambda pair: pair[0])
     if lowest[0] <= highest[0]:
-        raise ValueError(
+        raise UserError(
             f"reward {name!r} does not tell right from wrong: it gave {lowest[0]:g} to the right example "
             f"{_shown(lowest[1])} and {highest[0]:g} to the wrong example {_shown(highest[1])}; expected "
             "more for every right one. Correct the reward, its options or its examples"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from pydantic import model_validator
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import Canary, RewardConfig, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.registry import register_reward
 
@@ -31,9 +32,9 @@ class FormatConfig(RewardConfig):
         try:
             pattern = re.compile(self.pattern, re.DOTALL)
         except re.error as error:
-            raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
+            raise UserError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
         if not pattern.fullmatch(self.example):
-            raise ValueError(
+            raise UserError(
                 f"pattern {self.pattern!r} does not match the example {self.example!r}; give as `example` "
                 "a response that it should match, or correct the pattern"
             )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import Canary, RewardConfig, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.registry import register_reward
 
@@ -27,7 +28,7 @@ class LengthConfig(RewardConfig):
     @model_validator(mode="after")
     def _cache_fits(self) -> LengthConfig:
         if self.cache > self.max_tokens:
-            raise ValueError(f"cache {self.cache} is above max_tokens {self.max_tokens}; lower cache")
+            raise UserError(f"cache {self.cache} is above max_tokens {self.max_tokens}; lower cache")
         return self
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import RewardInputs
 from megatron_sftrl.rl.rewards.process import WorkerProcess
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, portable
@@ -46,7 +47,7 @@ class RewardPool:
         sections: the run's rewards.
         workers: how many processes, and the limits of one job.
     Raises:
-        ValueError: as build_rewards.
+        UserError: as build_rewards.
     """
 
     def __init__(self, sections: Sequence[RewardSection], workers: RewardWorkersSection) -> None:
@@ -77,7 +78,7 @@ class RewardPool:
         """The reward of each sample, in order.
 
         Raises:
-            ValueError: a row that lacks what a reward needs or is no JSON; a module that does not load in the
+            UserError: a row that lacks what a reward needs or is no JSON; a module that does not load in the
                 workers.
             RuntimeError: workers do not start.
         """
@@ -179,7 +180,7 @@ class RewardPool:
             return
         if not worker.is_ready:
             if "failed" in reply:
-                raise ValueError(f"rewards do not load in a worker process: {reply['failed']}")
+                raise UserError(f"rewards do not load in a worker process: {reply['failed']}")
             worker.is_ready, self._failed_starts = True, 0
             return
         task = self._workers[worker]
@@ -242,7 +243,7 @@ def _as_json(sample: RewardInputs, place: int) -> str:
             }
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"sample {place}: expected its row to hold JSON (text, numbers, lists, objects), got {error}; "
             "convert it when the data is written"
         ) from None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.registry import register_reward
 
@@ -56,7 +57,7 @@ def reasoning_gym(inputs: RewardInputs, config: ReasoningGymConfig) -> RewardOut
 
     metadata = inputs.row["metadata"]
     if not isinstance(metadata, dict) or "source_dataset" not in metadata:
-        raise ValueError("reasoning_gym: expected row.metadata.source_dataset to name the task")
+        raise UserError("reasoning_gym: expected row.metadata.source_dataset to name the task")
     task = str(metadata["source_dataset"])
     entry = {"question": inputs.prompt, **inputs.row}
     if task in TUPLE_TASKS:

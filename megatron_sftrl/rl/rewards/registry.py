@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from megatron_sftrl.config.registry import Entry, FunctionRegistry, origin_of
 from megatron_sftrl.config.rewards import RewardSection, check_rewards
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
 
 RewardFunction = Callable[[RewardInputs, Any], RewardOutput]
@@ -67,7 +68,7 @@ class Reward:
         """Raise ValueError when the row lacks what the reward needs."""
         for need in self.entry.needs:
             if row.get(need) is None:
-                raise ValueError(
+                raise UserError(
                     f"reward {self.name!r} needs {need!r} in every row of the data, got a row with "
                     f"{sorted(key for key, value in row.items() if value is not None)}; add it to the data, "
                     "or choose another reward"
@@ -109,7 +110,7 @@ def register_reward(
             a program or asks a service needs False.
         registry: where it is entered.
     Raises:
-        ValueError: the name is taken by another function.
+        UserError: the name is taken by another function.
     """
 
     def register(function: FunctionT) -> FunctionT:
@@ -139,7 +140,7 @@ def build_rewards(
         sections: the run's list, in order.
         registry: where the names are looked up, after every section's modules were imported.
     Raises:
-        ValueError: an empty list or one without a weight, an unknown name, an unknown or invalid option, a
+        UserError: an empty list or one without a weight, an unknown name, an unknown or invalid option, a
             module that cannot be found.
     """
     sections = check_rewards(list(sections))

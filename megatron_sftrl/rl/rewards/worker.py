@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from megatron_sftrl.config.rewards import RewardSection
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.confinement import Confinement
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards
@@ -89,7 +90,7 @@ def _score(reward: Reward, inputs: Mapping[str, Any], confinement: Confinement) 
 
 def _reply(output: object) -> dict[str, Any]:
     if not isinstance(output, RewardOutput):
-        raise ValueError(f"expected the reward to return a RewardOutput, got {type(output).__name__}")
+        raise UserError(f"expected the reward to return a RewardOutput, got {type(output).__name__}")
     reward = float(output.reward)
     lenient = reward if output.lenient is None else float(output.lenient)
     metrics = {str(name): float(value) for name, value in output.metrics.items()}
