@@ -106,8 +106,9 @@ def register_reward(
         needs: keys that each row of the data must hold.
         canaries: from the options to examples, right ones and wrong ones, which are tried before the run.
         imports: libraries that the function imports, so that their loading is not counted as a sample's time.
-        is_confined: refuse processes, the network and changes to files while it runs; a reward that compiles
-            a program or asks a service needs False.
+        is_confined: refuse processes, the network, changes to files and what /proc says about other processes
+            while it runs; one that compiles a program or asks a service needs False, and takes the kernel's
+            part of it from the run's other rewards as well.
         registry: where it is entered.
     Raises:
         UserError: the name is taken by another function.

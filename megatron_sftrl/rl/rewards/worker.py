@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from megatron_sftrl.config.rewards import RewardSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import RewardInputs, RewardOutput
-from megatron_sftrl.rl.rewards.confinement import Confinement
+from megatron_sftrl.rl.rewards.confinement import Confinement, enter_kernel_domain
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards
 
 # Larger than any log of a verifier; what a sample writes to files must not fill the disk.
@@ -41,6 +41,8 @@ def main() -> None:
     logging.disable(logging.WARNING)  # sympy's and math-verify's remarks would hide why a worker died
     try:
         rewards = build_rewards([RewardSection(**section) for section in setup["rewards"]])
+        if all(reward.entry.is_confined for reward in rewards):
+            enter_kernel_domain()
         for name in dict.fromkeys(name for reward in rewards for name in reward.entry.imports):
             importlib.import_module(name)
     except Exception as error:

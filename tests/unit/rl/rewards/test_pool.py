@@ -215,9 +215,63 @@ def test_a_response_that_is_a_program_gets_neither_process_nor_network_nor_file(
     assert existing.read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        *(f"open('/proc/TRAINER/{name}', 'rb').read(1)" for name in ("cmdline", "environ", "status", "comm")),
+        "__import__('pathlib').Path('/proc/TRAINER/cmdline').read_bytes()",
+        "__import__('os').open('/proc/TRAINER/cmdline', 0)",
+        "__import__('os').open(b'/proc/TRAINER/cmdline', 0)",
+        "__import__('os').listdir('/proc/TRAINER')",
+        "list(__import__('os').scandir('/proc/TRAINER/fd'))",
+        "__import__('os').listdir('/proc')",
+        "__import__('os').chdir('/proc')",
+        "__import__('os').open('/proc', 0)",
+        "open('/proc/self/../TRAINER/cmdline')",
+        "open('/proc/self/net/unix')",
+        "open('FOLDER/link/cmdline')",
+    ],
+)
+def test_a_response_that_is_a_program_reads_nothing_about_the_trainer_in_proc(
+    program: str, evaluating: RewardPool, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(f"/proc/{os.getpid()}")
+    program = program.replace("TRAINER", str(os.getpid())).replace("FOLDER", str(tmp_path))
+    (one,) = evaluating.score([sample(program)])
+    assert one.outcome == "error"
+    assert "PermissionError: a reward may not look at other processes" in one.parts[0].detail
+
+
+def test_the_kernel_hides_the_trainers_files_and_environment_where_no_audit_event_tells() -> None:
+    script = (
+        "import os\nfrom megatron_sftrl.rl.rewards.confinement import enter_kernel_domain\n"
+        "print(enter_kernel_domain())\n"
+        "for look in (lambda path: os.readlink(path + 'cwd'), lambda path: open(path + 'environ').close()):\n"
+        "    look('/proc/self/')\n"
+        "    try:\n        look(f'/proc/{os.getppid()}/')\n"
+        "    except PermissionError:\n        print('refused')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    offered, *refused = ran.stdout.split()
+    if offered == "False":
+        pytest.skip("this kernel has no Landlock")
+    assert refused == ["refused", "refused"]
+
+
 def test_what_is_harmless_is_not_refused(evaluating: RewardPool) -> None:
-    harmless = ("open('/proc/self/status').read()", "__import__('decimal').Decimal(1) / 3", "print('x')")
-    assert [one.reward for one in evaluating.score([sample(text) for text in harmless])] == [1.0] * 3
+    own = ("status", "environ", "limits", "stat", "maps")
+    machine = ("cpuinfo", "meminfo", "stat", "loadavg", "sys/vm/swappiness")
+    harmless = (
+        f"[open('/proc/self/' + name).read() for name in {own}]",
+        f"[open('/proc/' + name).read() for name in {machine}]",
+        "__import__('os').listdir('/proc/self/fd')",
+        "__import__('os').listdir()",
+        "__import__('multiprocessing').cpu_count()",
+        "__import__('decimal').Decimal(1) / 3",
+        "print('x')",
+    )
+    for text, one in zip(harmless, evaluating.score([sample(text) for text in harmless]), strict=True):
+        assert (one.outcome, one.reward) == ("ok", 1.0), (text, one.parts[0].detail)
 
 
 def is_running(pid: int) -> bool:
