@@ -18,7 +18,7 @@ class RewardSection(BaseModel):
 
     name: str
     """A registered reward: math, exact_match, reasoning_gym, format, length, or one of your own."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, ge=-1e15, le=1e15, allow_inf_nan=False)
     """Factor of this reward in the sum that is trained; 0: measured and logged only."""
     modules: list[str] = []
     """Python files or importable modules that register rewards, imported before the name is looked up, here

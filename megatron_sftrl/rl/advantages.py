@@ -19,6 +19,9 @@ AdvantageEstimator = Literal["group_normalized", "dr_grpo", "leave_one_out"]
 STD_EPS = 1e-6
 """Added to a group's standard deviation, in units of reward (METHODS: arXiv:2402.03300 leaves it open)."""
 
+LARGEST_REWARD = 1e32
+"""Sums and squares of such rewards are finite, and so are advantages in fp32."""
+
 
 def group_advantages(
     groups: Mapping[GroupT, Sequence[float]], estimator: AdvantageEstimator
@@ -87,7 +90,8 @@ def check_rewards(groups: Mapping[GroupT, Sequence[float]]) -> None:
     """Refuse what no estimator can use.
 
     Raises:
-        UserError: no groups, a group without responses, or a reward that is not finite, by its place.
+        UserError: no groups, a group without responses, or a reward that is not finite or so large that its
+            square is not, by its place.
     """
     if not groups:
         raise UserError("advantages: expected at least one group of responses, got none; check the prompts")
@@ -98,8 +102,9 @@ def check_rewards(groups: Mapping[GroupT, Sequence[float]]) -> None:
                 "again"
             )
         for sample, reward in enumerate(rewards):
-            if not math.isfinite(reward):
+            if not abs(reward) <= LARGEST_REWARD:
                 raise UserError(
-                    f"advantages: group {group!r}, sample {sample}: expected a finite reward, got {reward}; "
-                    "give a failed verifier's sample a number (0, say) where the reward is made"
+                    f"advantages: group {group!r}, sample {sample}: expected a finite reward of at most "
+                    f"{LARGEST_REWARD:g} in size, got {reward}; give a failed verifier's sample a number (0, "
+                    "say) where the reward is made"
                 )

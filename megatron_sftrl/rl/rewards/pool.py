@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards.api import RewardInputs
+from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs
 from megatron_sftrl.rl.rewards.process import WorkerProcess
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, portable
 from megatron_sftrl.rl.rewards.scored import Outcome, Part, Scored
@@ -260,6 +260,6 @@ def _part_of(reply: Mapping[str, Any], *, number: int, name: str) -> Part | None
         )
     numbers = list(metrics.values()) if isinstance(metrics, dict) else [None]
     values = [reply.get("reward"), reply.get("lenient"), *numbers]
-    if not all(isinstance(value, float) and math.isfinite(value) for value in values):
+    if not all(isinstance(value, float) and abs(value) <= LARGEST for value in values):
         return None
     return Part(name=name, outcome="ok", reward=reply["reward"], lenient=reply["lenient"], metrics=metrics)

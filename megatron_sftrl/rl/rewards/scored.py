@@ -18,7 +18,7 @@ class Part:
     Args:
         name: the reward.
         outcome: ok, or what went wrong: out of time (wall clock or processor), the worker died, the reward
-            raised an exception, a number was not finite.
+            raised an exception, a number was not finite or above 1e15 in size.
         reward: strict, before its weight; 0 unless ok.
         lenient: by the lenient reading; 0 unless ok.
         metrics: the reward's own numbers; empty unless ok.

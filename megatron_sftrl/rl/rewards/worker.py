@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from megatron_sftrl.config.rewards import RewardSection
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards.api import RewardInputs, RewardOutput
+from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.confinement import Confinement, enter_kernel_domain
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards
 
@@ -97,8 +97,9 @@ def _reply(output: object) -> dict[str, Any]:
     lenient = reward if output.lenient is None else float(output.lenient)
     metrics = {str(name): float(value) for name, value in output.metrics.items()}
     for name, value in {"reward": reward, "lenient": lenient, **metrics}.items():
-        if not math.isfinite(value):
-            return {"outcome": "nonfinite", "detail": f"{name} is {value}"}
+        if not abs(value) <= LARGEST:
+            detail = f"{name} is {value}, expected a finite number of at most {LARGEST:g} in size"
+            return {"outcome": "nonfinite", "detail": detail}
     return {"outcome": "ok", "reward": reward, "lenient": lenient, "metrics": metrics}
 
 

@@ -32,6 +32,7 @@ def test_keys_of_its_own_are_the_reward_s_options() -> None:
             r"every weight is 0.*of math, format",
         ),
         ([{"name": "math", "weight": float("nan")}], r"finite number"),
+        ([{"name": "math", "weight": 1e308}], r"less than or equal to 1000000000000000"),
         ([{"weight": 1.0}], r"name\n  Field required"),
     ],
 )

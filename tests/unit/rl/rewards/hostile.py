@@ -100,6 +100,7 @@ ACTS = {
 
 VALUES = {
     "nan": RewardOutput(reward=float("nan")),
+    "huge": RewardOutput(reward=-1e308),
     "infinite": RewardOutput(reward=float("-inf")),
     "lenient nan": RewardOutput(reward=1.0, lenient=float("nan")),
     "metric nan": RewardOutput(reward=1.0, metrics={"m": float("nan")}),

@@ -54,6 +54,7 @@ OUTCOMES = {
     "recursion": ("error", "RecursionError"),
     "raise": ("error", "KeyError: 'no such key'"),
     "nan": ("nonfinite", "reward is nan"),
+    "huge": ("nonfinite", "reward is -1e+308, expected a finite number of at most 1e+15 in size"),
     "infinite": ("nonfinite", "reward is -inf"),
     "lenient nan": ("nonfinite", "lenient is nan"),
     "metric nan": ("nonfinite", "m is nan"),
