@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -23,7 +24,8 @@ from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
-from megatron_sftrl.rl.rewards import RewardPool, check_canaries, describe_failures
+from megatron_sftrl.rl.rewards import RewardPool, check_canaries, constant_answers, describe_failures
+from megatron_sftrl.rl.rewards.api import Json
 from megatron_sftrl.rollout.build import build_engine, check_engine
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
@@ -64,10 +66,18 @@ def run_grpo(config: GrpoConfig) -> bool:
         directory = open_run_directory(config, is_writer=False)
         check_rows(rewards.rewards, prompts, *([valid] if valid else []))
         on_every_rank(lambda: check_canaries(rewards))
+        on_rank_zero(lambda: note_constant_answers(rewards, prompts))
         trainer = GrpoTrainer(plan, directory, prompts, valid, rewards, parallel)
         with contextlib.closing(trainer.engine):
             on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
             return trainer.train(stop)
+
+
+def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:
+    """Say on stderr which of the run's tasks reward an answer that is always the same."""
+    line = constant_answers(rewards, (cast(dict[str, Json], row.values) for row in prompts.rows))
+    if line:
+        print(line, file=sys.stderr)
 
 
 class GrpoTrainer:

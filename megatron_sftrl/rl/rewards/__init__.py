@@ -5,7 +5,7 @@ Importing this folder registers the rewards below; it loads neither torch nor a 
 
 from megatron_sftrl.rl.rewards import exact_match, format, length, math, reasoning_gym
 from megatron_sftrl.rl.rewards.api import Canary, RewardConfig, RewardInputs, RewardOutput
-from megatron_sftrl.rl.rewards.canary import check_canaries
+from megatron_sftrl.rl.rewards.canary import check_canaries, constant_answers
 from megatron_sftrl.rl.rewards.pool import RewardPool
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, register_reward
 from megatron_sftrl.rl.rewards.scored import Part, Scored, describe_failures, reward_metrics
@@ -24,6 +24,7 @@ __all__ = [
     "Scored",
     "build_rewards",
     "check_canaries",
+    "constant_answers",
     "describe_failures",
     "register_reward",
     "reward_metrics",

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 from megatron_sftrl.config.section import Section
 
-# The largest number that a reward may return: times a weight that is no larger it is still one in fp32, and so
-# are sums and squares of it in float64.
+# The largest number that a reward may return: times a weight that is no larger, it is still one in fp32, and
+# so are sums and squares of it in float64.
 LARGEST = 1e15
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"

@@ -1,4 +1,5 @@
-"""The check before a run: each reward tells its known right answers from its known wrong ones.
+"""The checks before a run: each reward tells its known right answers from its known wrong ones, and tasks that
+an answer solves which is always the same are named.
 
 A verifier that gives everybody 0 (a library of another version, an answer format that it does not read)
 trains nothing and looks like a hard task.
@@ -6,12 +7,18 @@ trains nothing and looks like a hard task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards.api import Canary
+from megatron_sftrl.rl.rewards.api import Canary, Json, RewardInputs
 from megatron_sftrl.rl.rewards.pool import RewardPool
+from megatron_sftrl.rl.rewards.reasoning_gym import ReasoningGymConfig
 from megatron_sftrl.rl.rewards.scored import Part
+
+# Rows per task, and answers tried on each: enough to tell a share above MOST_BY_CONSTANT from a coin's.
+NUM_ROWS, NUM_CONSTANTS = 32, 2
+MOST_BY_CONSTANT = 0.7
 
 
 def check_canaries(pool: RewardPool) -> None:
@@ -25,6 +32,62 @@ def check_canaries(pool: RewardPool) -> None:
         canaries = tuple(reward.entry.canaries(reward.config))
         if canaries:
             _check(reward.name, canaries, pool.score_with(index, [canary.inputs for canary in canaries]))
+
+
+def constant_answers(pool: RewardPool, rows: Iterable[Mapping[str, Json]]) -> str | None:
+    """Which tasks of reasoning_gym one answer solves in most of the run's own rows.
+
+    Args:
+        pool: of the run.
+        rows: of its data; of each task the first 32 are tried with the two answers most frequent among them.
+    Returns:
+        One line that names the tasks with the answer and its share, where it solves more than 70 %; None
+        where there are none.
+    """
+    (index, config), *_ = *_tasks_of(pool), (-1, None)
+    if config is None:
+        return None
+    by_task: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+    for row in rows:
+        metadata = row.get("metadata")
+        task = str(metadata.get("source_dataset")) if isinstance(metadata, dict) else ""
+        if len(by_task[task]) < NUM_ROWS:
+            by_task[task].append(row)
+    write = "<answer>%s</answer>" if config.extraction == "tags" else "%s"
+    tried = [
+        (task, answer, row)
+        for task, of_task in by_task.items()
+        if len(of_task) > 1
+        for answer, _ in Counter(str(row["answer"]) for row in of_task if row.get("answer")).most_common(
+            NUM_CONSTANTS
+        )
+        for row in of_task
+    ]
+    parts = pool.score_with(index, [_answering(row, write % answer) for _, answer, row in tried])
+    shares: dict[tuple[str, str], float] = defaultdict(float)
+    for (task, answer, _), part in zip(tried, parts, strict=True):
+        shares[task, answer] += part.metrics.get("solved", 0.0) / len(by_task[task])
+    named = {
+        task: (share, answer) for (task, answer), share in sorted(shares.items(), key=lambda one: one[1])
+    }
+    lines = [
+        f"{task} ({answer if len(answer) <= 20 else answer[:17] + '...'!r} solves {share:.0%})"
+        for task, (share, answer) in named.items()
+        if share > MOST_BY_CONSTANT
+    ]
+    return f"reasoning_gym: tasks solved by a constant answer: {', '.join(lines)}" if lines else None
+
+
+def _tasks_of(pool: RewardPool) -> list[tuple[int, ReasoningGymConfig]]:
+    return [
+        (index, reward.config)
+        for index, reward in enumerate(pool.rewards)
+        if isinstance(reward.config, ReasoningGymConfig)
+    ]
+
+
+def _answering(row: Mapping[str, Json], response: str) -> RewardInputs:
+    return RewardInputs(prompt="", response=response, row=row, num_response_tokens=1, is_finished=True)
 
 
 def _check(name: str, canaries: Sequence[Canary], parts: Sequence[Part]) -> None:

@@ -3,13 +3,13 @@
     reward  = score(text in the last <answer>...</answer>), 0 without one
     lenient = score(the same, or the whole response without one)
 
-Scores are those of the library, from 0 to 1, with the partial credit that a task gives. The row is an entry
-of the library as JSON: question, answer, and metadata with source_dataset, the task's name.
+The row is an entry of the library as JSON: question, answer, and metadata with source_dataset, the task's
+name. The answer may be null, as it is in tasks that many answers solve: their verifiers read the metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Literal
 
@@ -20,12 +20,21 @@ from megatron_sftrl.rl.rewards.registry import register_reward
 # These compare grids of numbers, which are tuples in the library and lists once they went through JSON: the
 # right answer would get 0.05.
 TUPLE_TASKS = ("arc_agi", "rearc")
+# Their entries have no answer of their own: many are right, and the metadata tells.
+TASKS_WITHOUT_ANSWER = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
+# Below 1 by less than rounding in a verifier's own arithmetic.
+SOLVED = 1 - 1e-6
 
 
 class ReasoningGymConfig(RewardConfig):
     extraction: Literal["tags", "whole"] = "tags"
     """What the strict reading takes for the answer: the text in the last <answer> tags, or the whole
     response."""
+    score: Literal["solved", "graded"] = "solved"
+    """solved: 1 where the library's score is 1, else 0. graded: the library's own number, from 0 to 1, which
+    holds a floor of 0.01 to 0.05 in most tasks for any text at all. Solved is the default because advantages
+    are divided by the group's spread: among wrong answers, one that earned 0.01 for being readable would be
+    reinforced as strongly as a right one."""
 
 
 def examples(config: ReasoningGymConfig) -> Sequence[Canary]:
@@ -46,12 +55,12 @@ def examples(config: ReasoningGymConfig) -> Sequence[Canary]:
 @register_reward(
     "reasoning_gym",
     config=ReasoningGymConfig,
-    needs=("answer", "metadata"),
+    needs=("metadata",),
     canaries=examples,
     imports=("reasoning_gym",),
 )
 def reasoning_gym(inputs: RewardInputs, config: ReasoningGymConfig) -> RewardOutput:
-    """What the task's verifier gives for the answer, in [0, 1]."""
+    """1 for an answer that the task's verifier takes for right, or what it gives for it, in [0, 1]."""
     # Late, here and below: the trainer, which registers rewards as well, does not need the library.
     from reasoning_gym.utils import extract_answer
 
@@ -59,20 +68,36 @@ def reasoning_gym(inputs: RewardInputs, config: ReasoningGymConfig) -> RewardOut
     if not isinstance(metadata, dict) or "source_dataset" not in metadata:
         raise UserError("reasoning_gym: expected row.metadata.source_dataset to name the task")
     task = str(metadata["source_dataset"])
-    entry = {"question": inputs.prompt, **inputs.row}
+    entry = {"question": inputs.prompt, "answer": None, **inputs.row}
+    if entry["answer"] is None and task not in TASKS_WITHOUT_ANSWER:
+        raise UserError(f"reasoning_gym: expected a row of task {task!r} to hold its answer, got none")
     if task in TUPLE_TASKS:
         entry["metadata"] = {key: _as_tuples(value) for key, value in metadata.items()}
-    score = _verifier(task)
     tagged = extract_answer(inputs.response)
     whole = inputs.response.strip()
     answer = tagged if config.extraction == "tags" else whole
     forgiven = whole if tagged is None else tagged
-    reward = 0.0 if answer is None else float(score(answer=answer, entry=entry))
+    grade = 0.0 if answer is None else _grade(task, answer, entry)
+    forgiven_grade = grade if answer == forgiven else max(grade, _grade(task, forgiven, entry))
+    is_graded = config.score == "graded"
     return RewardOutput(
-        reward=reward,
-        lenient=reward if answer == forgiven else max(reward, float(score(answer=forgiven, entry=entry))),
-        metrics={"solved": float(reward >= 1), "answered": float(bool(answer))},
+        reward=grade if is_graded else float(grade >= SOLVED),
+        lenient=forgiven_grade if is_graded else float(forgiven_grade >= SOLVED),
+        metrics={"solved": float(grade >= SOLVED), "grade": grade, "answered": float(bool(answer))},
     )
+
+
+def _grade(task: str, answer: str, entry: Mapping[str, object]) -> float:
+    """The library's score; 0 for an answer on which its verifier breaks though it can read the row."""
+    score = _verifier(task)
+    try:
+        return float(score(answer=answer, entry=entry))
+    except MemoryError:
+        raise
+    except Exception:
+        # A response must not become unjudged by being unreadable; a row that is wrong must.
+        score(answer="{}" if entry["answer"] is None else entry["answer"], entry=entry)
+        return 0.0
 
 
 @cache

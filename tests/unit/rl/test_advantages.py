@@ -64,7 +64,7 @@ def test_the_order_of_groups_and_of_responses_changes_nothing(estimator: str):
         ({"p7": [1.0, math.nan]}, "group 'p7', sample 1: expected a finite reward .*, got nan"),
         (
             {"p": [0.0, 1e308]},
-            "group 'p', sample 1: expected a finite reward of at most 1e\\+32 in size, got 1e",
+            "group 'p', sample 1: expected a finite reward of at most 1e\\+32 in",
         ),
         ({3: [math.inf, 0.0]}, "group 3, sample 0: expected a finite reward .*, got inf"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
-from megatron_sftrl.rl.rewards import RewardOutput, RewardPool, build_rewards
+from megatron_sftrl.rl.rewards import RewardOutput, RewardPool, build_rewards, constant_answers
 from megatron_sftrl.rl.rewards.api import Json
 from tests.unit.rl.rewards.samples import sample
 
@@ -204,6 +204,77 @@ def test_reasoning_gym_compares_grids_that_json_has_made_lists(task: str) -> Non
     }
     assert output("reasoning_gym", "<answer>1 0\n0 2</answer>", **row).reward == 1
     assert output("reasoning_gym", "<answer>1 0\n0 1</answer>", **row).reward < 0.1
+
+
+NULL_ANSWERS: dict[str, tuple[dict[str, Json], str, str]] = {
+    "graph_color": (
+        {
+            "puzzle": {"vertices": [0, 1], "edges": [[0, 1]], "num_colors": 2, "color_options": [1, 2]},
+        },
+        '{"0": 1, "1": 2}',
+        '{"0": 1, "1": 1}',
+    ),
+    "rubiks_cube": ({"cube_size": 3, "scramble_moves": "F R"}, "R' F'", "F R"),
+    "propositional_logic": (
+        {"variables": ["P", "Q"], "premises": ["P", "(P \u2192 Q)"]},
+        "(P \u2227 Q)",
+        "\u00acQ",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", NULL_ANSWERS)
+@pytest.mark.parametrize("held", [{"answer": None}, {}], ids=["null", "absent"])
+def test_reasoning_gym_judges_tasks_whose_rows_have_no_answer(task: str, held: dict[str, Json]) -> None:
+    metadata, right, wrong = NULL_ANSWERS[task]
+    row: dict[str, Json] = {**held, "metadata": {"source_dataset": task, **metadata}}
+    assert output("reasoning_gym", f"<answer>{right}</answer>", **row).reward == 1
+    assert output("reasoning_gym", f"<answer>{wrong}</answer>", **row).reward == 0
+
+
+def test_reasoning_gym_gives_nothing_for_effort_unless_asked_to_grade() -> None:
+    row: dict[str, Json] = {
+        "answer": "1 + 2",
+        "metadata": {"source_dataset": "countdown", "numbers": [1, 2], "target": 3},
+    }
+    response = "<answer>1 + 1</answer>"
+    solved = output("reasoning_gym", response, **row)
+    graded = output("reasoning_gym", response, options={"score": "graded"}, **row)
+    assert (solved.reward, solved.lenient) == (0, 0)
+    assert 0 < graded.reward == solved.metrics["grade"] < 0.1
+
+
+def test_an_answer_that_breaks_the_tasks_verifier_is_wrong_and_a_row_that_does_is_an_error() -> None:
+    row: dict[str, Json] = {
+        "answer": "2 \u00d7 3",
+        "metadata": {"source_dataset": "prime_factorization", "number": 6, "factors": [2, 3]},
+    }
+    assert output("reasoning_gym", "<answer>two times three</answer>", **row).reward == 0
+    assert output("reasoning_gym", "<answer>2 \u00d7 3</answer>", **row).reward == 1
+    broken: dict[str, Json] = {"answer": "1 2", "metadata": {"source_dataset": "sudoku"}}
+    with pytest.raises(KeyError, match="solution"):
+        output("reasoning_gym", "<answer>1 2</answer>", **broken)
+    unanswered: dict[str, Json] = {"answer": None, "metadata": {"source_dataset": "chain_sum"}}
+    with pytest.raises(ValueError, match="expected a row of task 'chain_sum' to hold its answer"):
+        output("reasoning_gym", "<answer>7</answer>", **unanswered)
+
+
+def test_tasks_that_a_constant_answer_solves_are_named_in_one_line() -> None:
+    import reasoning_gym
+
+    rows = [
+        json.loads(json.dumps(entry))
+        for task in ("chain_sum", "puzzle24")
+        for entry in reasoning_gym.create_dataset(task, size=4, seed=5)
+    ]
+    with RewardPool([RewardSection(name="reasoning_gym")], RewardWorkersSection(num_workers=1)) as pool:
+        line = constant_answers(pool, rows)
+        assert constant_answers(pool, rows[:4]) is None
+    assert line is not None
+    assert line.startswith("reasoning_gym: tasks solved by a constant answer: puzzle24 (")
+    assert line.endswith("solves 100%)")
+    with RewardPool([RewardSection(name="math")], RewardWorkersSection(num_workers=1)) as pool:
+        assert constant_answers(pool, rows) is None
 
 
 def test_an_answer_that_is_a_program_does_not_run_in_reasoning_gym(tmp_path: Path) -> None:
