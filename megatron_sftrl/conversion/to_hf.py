@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sftrl.architectures.architecture import Architecture, from_record
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
+from megatron_sftrl.conversion.exported_tokenizer import with_ids_of_tokenizer_json
 from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
@@ -63,7 +64,7 @@ def convert_to_hf(
             verification.finish()
         on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
         assets = _with_config(stored_assets(path), architecture, _main_dtype(stored, dtype))
-        on_rank_zero(lambda: write_assets(temporary, assets))
+        on_rank_zero(lambda: write_assets(temporary, with_ids_of_tokenizer_json(assets)))
     return out
 
 

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_sftrl.config.schema import TokenizerSection
+from megatron_sftrl.data.round_trip import examine
 from megatron_sftrl.data.template import ChatTemplate
 from megatron_sftrl.errors import UserError
 
 
 class TokenizerBackend(Protocol):
-    """What a library must offer to stand behind a `Tokenizer`."""
+    """What a library must offer to stand behind a `Tokenizer`.
+
+    Args:
+        unknown_ids: ids that stand for text the vocabulary does not have.
+    """
+
+    unknown_ids: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` at the start of a sequence, special tokens in the text recognised, none added."""
@@ -29,6 +36,10 @@ class TokenizerBackend(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included, without any cleaning up."""
+        ...
+
+    def normalize(self, text: str) -> str:
+        """`text` as the tokenizer's normalizer leaves it."""
         ...
 
     def identity(self) -> str:
@@ -49,6 +60,8 @@ class Tokenizer:
         special_ids: ids that stand for control tokens (end of turn, end of text, ...).
         chat_template: renders messages; None when the tokenizer has no template.
         fingerprint: hash of vocabulary, rules and template; equal means the same ids for the same rows.
+        drops_text: some characters have no token, so that every text is compared with its tokens.
+        notes: what a user should know about these files, for a command to print.
     """
 
     backend: TokenizerBackend
@@ -59,10 +72,24 @@ class Tokenizer:
     special_ids: frozenset[int]
     chat_template: ChatTemplate | None
     fingerprint: str
+    drops_text: bool
+    notes: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` at the start of a sequence, nothing added."""
-        return self.backend.encode(text)
+        """Ids of `text` at the start of a sequence, nothing added.
+
+        Raises:
+            UserError: characters of the text have no token, not even an unknown one.
+        """
+        ids = self.backend.encode(text)
+        if self.drops_text and not self.backend.unknown_ids & set(ids):
+            back = self.backend.decode(ids)
+            if back != text:
+                raise UserError(
+                    f"the tokenizer has no tokens for a part of this text: {text!r} would be learned as "
+                    f"{back!r}; use a tokenizer that knows these characters, or remove them"
+                )
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of `text` that continues earlier tokens, nothing added."""
@@ -83,8 +110,8 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     Returns:
         The tokenizer.
     Raises:
-        UserError: the path is not there, cannot be read as a tokenizer, has no end token, or the template
-            does not compile.
+        UserError: the path is not there, cannot be read as a tokenizer, does not give texts back, has no end
+            token, or the template does not compile.
     """
     # Late: transformers and sentencepiece cost seconds, and `import megatron_sftrl` must not need them.
     from megatron_sftrl.data.tokenizer_backends import load_hugging_face, load_sentencepiece
@@ -109,16 +136,24 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
             f"tokenizer.path: {path} has no end token, so a model could never learn to stop; "
             'set "eos_token" in its tokenizer_config.json'
         )
+    backend = loaded.backend
+    trip = examine(
+        backend.encode,
+        backend.decode,
+        normalize=backend.normalize,
+        unknown_ids=backend.unknown_ids,
+        origin=str(path),
+    )
     source, origin = loaded.template_source, f"the chat template of {path}"
     if section.chat_template is not None:
         source, origin = _read_template(section.chat_template), str(section.chat_template)
     template = None
     if source is not None:
         template = ChatTemplate(source, special_tokens=loaded.special_tokens, origin=origin)
-    digest = hashlib.sha256(loaded.backend.identity().encode())
+    digest = hashlib.sha256(backend.identity().encode())
     digest.update(b"\0" + (source or "").encode())
     return Tokenizer(
-        backend=loaded.backend,
+        backend=backend,
         vocab_size=loaded.vocab_size,
         bos_id=loaded.bos_id,
         eos_id=loaded.eos_id,
@@ -126,6 +161,8 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         special_ids=loaded.special_ids,
         chat_template=template,
         fingerprint=digest.hexdigest(),
+        drops_text=trip.drops_text,
+        notes=(*loaded.notes, *trip.notes),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sftrl.data.round_trip import PROBES
 from megatron_sftrl.data.tokenizer import TokenizerBackend
 from megatron_sftrl.errors import UserError
 
@@ -26,28 +27,28 @@ class LoadedTokenizer:
     special_ids: frozenset[int]
     special_tokens: Mapping[str, str]
     template_source: str | None
+    notes: tuple[str, ...] = ()
 
 
 def load_hugging_face(path: Path) -> LoadedTokenizer:
     """Read a tokenizer directory without the network and without executing code from it.
+
+    With a tokenizer.json the ids are the ones that this file itself gives: transformers' AutoTokenizer
+    builds another tokenizer out of its vocabulary where `tokenizer_class` names one.
 
     Args:
         path: directory with tokenizer.json or the files of a slow tokenizer.
     Returns:
         The backend and its facts; `bos_id` only when the tokenizer itself puts it in front of a text.
     Raises:
-        UserError: the directory is not a tokenizer.
+        UserError: the directory is not a tokenizer, or its files contradict each other.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise UserError(
-            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}"
-        ) from error
+    notes: list[str] = []
+    tokenizer: Any
+    if (path / "tokenizer.json").is_file():
+        tokenizer = _read_tokenizer_json(path, notes)
+    else:
+        tokenizer = _auto_tokenizer(path)
     # transformers 5 answers a directory without tokenizer files with an empty tokenizer.
     ids = list(tokenizer.get_vocab().values())
     if not ids:
@@ -71,7 +72,112 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
         special_ids=frozenset((added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}),
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         template_source=template,
+        notes=tuple(notes),
     )
+
+
+def class_defaults(path: Path, named: Collection[str], vocabulary: Mapping[str, int]) -> dict[str, str]:
+    """Special tokens that no file names and that transformers takes from the class of the tokenizer.
+
+    Args:
+        path: tokenizer directory.
+        named: what the files name, also as null: it is left alone.
+        vocabulary: of the tokenizer; a default that it does not know belongs to another one.
+    Returns:
+        Token by name (bos_token, eos_token, unk_token, pad_token).
+    """
+    missing = [name for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name not in named]
+    if "bos_token" not in missing and "eos_token" not in missing:
+        return {}
+    try:
+        own_class = _auto_tokenizer(path)
+    except UserError:
+        return {}
+    tokens = {name: getattr(own_class, name) for name in missing}
+    return {name: str(token) for name, token in tokens.items() if token and str(token) in vocabulary}
+
+
+def _auto_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}"
+        ) from error
+
+
+def _read_tokenizer_json(path: Path, notes: list[str]) -> Any:
+    """transformers' wrapper around tokenizer.json as it is, with the names and tokens of its other files."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        own = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        raise UserError(
+            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}"
+        ) from error
+    config = _optional_object(path / "tokenizer_config.json")
+    named = {*config, *(name for name, token in tokenizer.special_tokens_map.items() if token)}
+    for name, token in class_defaults(path, named, tokenizer.get_vocab()).items():
+        setattr(tokenizer, name, token)
+    # A chat template writes its special tokens out. transformers sets the second from the first in each call.
+    tokenizer.split_special_tokens = False
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    added = [f"jq {token.content} zx" for token in own.get_added_tokens_decoder().values()]
+    for text in (*PROBES.values(), *added):
+        expected = own.encode(text, add_special_tokens=False).ids
+        found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if expected != found:
+            raise UserError(
+                f"tokenizer.path: {path}: the other files change what tokenizer.json makes of {text!r}: "
+                f"expected {expected}, got {found}; write the tokens that tokenizer_config.json adds into "
+                "tokenizer.json, or remove them"
+            )
+    _check_added_tokens(path, config, tokenizer)
+    puts_bos = tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+    if isinstance(asked := config.get("add_bos_token"), bool) and asked != puts_bos and tokenizer.bos_token:
+        notes.append(
+            f"{path}: tokenizer_config.json says add_bos_token: {str(asked).lower()}, but tokenizer.json "
+            f"puts {tokenizer.bos_token if puts_bos else 'nothing'} in front of a text; rows without a chat "
+            "template follow tokenizer.json, as transformers 5 does"
+        )
+    return tokenizer
+
+
+def _check_added_tokens(path: Path, config: Mapping[str, object], tokenizer: Any) -> None:
+    """A token that a file gives an id has that id: transformers appends it under the next free one."""
+    wanted: dict[str, object] = {}
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        for i, token in decoder.items():
+            content = token.get("content") if isinstance(token, dict) else token
+            wanted[str(content)] = int(i)
+    wanted = _optional_object(path / "added_tokens.json") | wanted
+    vocabulary = tokenizer.get_vocab()
+    for content, i in wanted.items():
+        if vocabulary.get(content) != i:
+            raise UserError(
+                f"tokenizer.path: {path} gives the token {content!r} the id {i}, but with its tokenizer.json "
+                f"it has {vocabulary.get(content)}; add it to the added_tokens of tokenizer.json under the "
+                "id that the model was trained with"
+            )
+
+
+def _optional_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that need not be there."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"tokenizer.path: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"tokenizer.path: {path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def load_sentencepiece(path: Path) -> LoadedTokenizer:
@@ -125,6 +231,9 @@ class _HuggingFaceBackend:
             # A tokenizer.json may carry the settings of whoever saved it; data.max_length alone cuts here.
             self._fast.no_truncation()
             self._fast.no_padding()
+        named = None if self._fast is None else getattr(self._fast.model, "unk_token", None)
+        unknown = {tokenizer.unk_token_id, tokenizer.get_vocab().get(named)}
+        self.unknown_ids = frozenset(i for i in unknown if i is not None)
 
     def encode(self, text: str) -> list[int]:
         if self._fast is not None:
@@ -144,6 +253,10 @@ class _HuggingFaceBackend:
         return self._tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+    def normalize(self, text: str) -> str:
+        normalizer = None if self._fast is None else self._fast.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text).replace(_SPACE, " ")
 
     def identity(self) -> str:
         if self._fast is None:
@@ -174,6 +287,7 @@ class _SentencePieceBackend:
         # A private-use character: no vocabulary merges it with what follows.
         self._anchor = "\ue000"
         self._anchor_ids = processor.encode(self._anchor)
+        self.unknown_ids = frozenset({processor.unk_id()})
         self._has_dummy_prefix = processor.id_to_piece(self._anchor_ids)[0].startswith(_SPACE)
 
     def encode(self, text: str) -> list[int]:
@@ -194,6 +308,9 @@ class _SentencePieceBackend:
                 is_at_start, piece = False, piece.removeprefix(_SPACE)
             text += piece.replace(_SPACE, " ").encode()
         return text.decode(errors="replace")
+
+    def normalize(self, text: str) -> str:
+        return self._processor.normalize(text).replace(_SPACE, " ")
 
     def identity(self) -> str:
         return self._digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -54,8 +55,7 @@ def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
             weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
     loss = _loss(config)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
-    tokenizer = load_tokenizer(config.tokenizer)
-    check_vocabulary(tokenizer, architecture.vocab_size)
+    tokenizer = _tokenizer(config, architecture)
     return RunPlan(config=config, architecture=architecture, loss=loss, tokenizer=tokenizer)
 
 
@@ -68,9 +68,17 @@ def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     architecture = architecture_of(config.model)
     needs = ("reference",) if config.reference is not None else ()
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=needs)
+    tokenizer = _tokenizer(config, architecture)
+    return architecture, tokenizer
+
+
+def _tokenizer(config: TrainingConfig, architecture: Architecture) -> Tokenizer:
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, architecture.vocab_size)
-    return architecture, tokenizer
+    if os.environ.get("RANK", "0") == "0":
+        for note in tokenizer.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return tokenizer
 
 
 def _loss(config: TrainingConfig) -> Loss:

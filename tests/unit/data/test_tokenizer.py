@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_sftrl.data.round_trip import PROBES
+from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from tests.unit.data.tokenizers_for_tests import SENTENCEPIECE_MODEL, template_path, write_byte_level
 
 
@@ -123,3 +126,108 @@ def test_truncation_and_padding_that_a_tokenizer_file_carries_are_not_applied(tm
     }
     (path / "tokenizer.json").write_text(json.dumps(rules))
     assert load_tokenizer(TokenizerSection(path=path)).encode("Hello there, how are you?") == expected
+
+
+def change_config(directory: Path, **changes: object) -> Path:
+    """Keys of tokenizer_config.json set; None removes one."""
+    file = directory / "tokenizer_config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return directory
+
+
+def change_rules(directory: Path, **changes: object) -> Path:
+    """Sections of tokenizer.json replaced."""
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return directory
+
+
+def load(path: Path) -> Tokenizer:
+    return load_tokenizer(TokenizerSection(path=path))
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "Qwen2Tokenizer", "GemmaTokenizer", "T5Tokenizer"])
+def test_the_ids_are_those_of_tokenizer_json_whatever_class_is_named(tmp_path, name, model_type) -> None:
+    path = change_config(write_byte_level(tmp_path), tokenizer_class=name)
+    if model_type is not None:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer, own = load(path), tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    for text in (*PROBES.values(), "<|im_start|>user\njq <s> zx<|im_end|>"):
+        assert tokenizer.encode(text) == own.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.notes == ()
+
+
+def test_special_tokens_that_only_the_class_knows_are_kept(tmp_path) -> None:
+    path = write_byte_level(tmp_path, template="inst")
+    change_config(path, tokenizer_class="LlamaTokenizerFast", bos_token=None, eos_token=None, unk_token=None)
+    tokenizer = load(path)
+    assert tokenizer.decode([tokenizer.eos_id]) == "</s>"
+    assert tokenizer.chat_template is not None
+    rendered = tokenizer.chat_template.render([{"role": "user", "content": "a"}])
+    assert rendered == "<s>[INST] a [/INST]"
+
+
+def test_control_tokens_in_a_template_stay_tokens_when_a_file_asks_to_split_them(tmp_path) -> None:
+    path = change_config(write_byte_level(tmp_path), split_special_tokens=True)
+    assert len(load(path).encode("<|im_end|>")) == 1
+
+
+def test_a_token_that_two_files_number_differently_is_refused(tmp_path) -> None:
+    token = {"content": "<|far|>", "special": True, "lstrip": False, "rstrip": False}
+    path = change_config(write_byte_level(tmp_path / "a"), added_tokens_decoder={"500": token})
+    with pytest.raises(ValueError, match=r"<\|far\|>' the id 500, but with its tokenizer.json it has 377"):
+        load(path)
+    path = change_config(write_byte_level(tmp_path / "b"), added_tokens_decoder={"377": token})
+    assert load(path).encode("a<|far|>")[-1] == 377
+
+
+def test_a_first_token_that_two_files_disagree_about_is_said(tmp_path) -> None:
+    path = change_config(write_byte_level(tmp_path), add_bos_token=True)
+    (note,) = load(path).notes
+    assert "add_bos_token: true, but tokenizer.json puts nothing in front" in note
+
+
+def test_a_tokenizer_that_does_not_give_a_text_back_is_refused_with_the_text(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"single spaces.*'jq zx' becomes tokens that read 'j q .* z x'"):
+        load(change_rules(write_byte_level(tmp_path / "a"), decoder=None))
+    with pytest.raises(ValueError, match=r"single spaces.*'jq zx' becomes tokens that read 'jqzx'"):
+        load(
+            change_rules(
+                write_byte_level(tmp_path / "b"),
+                normalizer=None,
+                pre_tokenizer={
+                    "type": "Split",
+                    "pattern": {"String": " "},
+                    "behavior": "Removed",
+                    "invert": False,
+                },
+            )
+        )
+
+
+def test_what_the_normalizer_rewrites_is_said(tmp_path) -> None:
+    (note,) = load(change_rules(write_byte_level(tmp_path), normalizer={"type": "Lowercase"})).notes
+    assert "'JQzx' as 'jqzx'" in note
+
+
+def test_characters_without_any_token_are_said_and_refused_where_they_stand(tmp_path) -> None:
+    path = write_byte_level(tmp_path)
+    rules = json.loads((path / "tokenizer.json").read_text())
+    letters = {letter: i for i, letter in enumerate("jqzx ")}
+    model = {**rules["model"], "vocab": letters, "merges": [], "unk_token": None}
+    end = {**rules["added_tokens"][0], "content": "</s>", "id": len(letters), "special": True}
+    change_rules(path, model=model, added_tokens=[end], pre_tokenizer=None, decoder={"type": "Fuse"})
+    tokenizer = load(change_config(path, bos_token=None, unk_token=None))
+    assert "no token for: newlines, tabs, digits" in tokenizer.notes[0]
+    assert tokenizer.decode(tokenizer.encode("jq zx</s>")) == "jq zx</s>"
+    with pytest.raises(ValueError, match=r"'jq 7' would be learned as 'jq '"):
+        tokenizer.encode("jq 7")
+
+
+def test_characters_that_a_sentencepiece_model_does_not_know_are_said() -> None:
+    (note,) = load(SENTENCEPIECE_MODEL).notes
+    assert "only the unknown token for: " in note
+    assert "Greek" in note
