@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of, hub_hint
 
 
 class JsonReader:
@@ -86,7 +86,7 @@ class JsonReader:
             UserError: everything that was found wrong, one line each.
         """
         if self.problems:
-            listed = dict.fromkeys(self.problems)  # each once, in order
+            listed = first_of(list(dict.fromkeys(self.problems)), 12)  # each once, in order
             raise UserError("\n  ".join([f"{self.file} cannot be used:", *listed]))
 
 
@@ -99,7 +99,7 @@ def read_json_object(file: Path) -> JsonReader:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no such file: {file}") from None
+        raise UserError(f"no such file: {file}{hub_hint(file)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     if not isinstance(values, dict):

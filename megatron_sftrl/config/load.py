@@ -20,7 +20,7 @@ from megatron_sftrl.config.presets import PRESETS, with_preset
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
 from megatron_sftrl.config.yaml_text import dump_yaml, parse_yaml
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -142,7 +142,7 @@ def _validated(tree: dict[str, Any], origins: Origins, schema: type[ConfigT]) ->
             return schema.model_validate_json(json.dumps(tree), strict=True)
         except ValidationError as error:
             problems = explain(error, origins)
-    raise UserError("\n  ".join([f"{origins.file}: {len(problems)} problem(s)", *problems]))
+    raise UserError("\n  ".join([f"{origins.file}: {len(problems)} problem(s)", *first_of(problems, 12)]))
 
 
 def _with_tokenizer_of_model(tree: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, mega
 from megatron_sftrl.conversion.exported_tokenizer import with_ids_of_tokenizer_json
 from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of
 from megatron_sftrl.hf.assets import HfAssets, with_dtype, write_assets
 from megatron_sftrl.hf.exchange import fill_whole
 from megatron_sftrl.hf.output import HfFile, plan_files, write_index
@@ -80,7 +80,8 @@ def _stored(path: Path, architecture: Architecture) -> StoredTensors:
         ):
             problems.append(f"shape of {key}: expected {expected}, got {found}")
     if problems:
-        raise UserError("\n  ".join([f"checkpoint {path} does not hold the model it describes:", *problems]))
+        heading = f"checkpoint {path} does not hold the model it describes:"
+        raise UserError("\n  ".join([heading, *first_of(problems)]))
     return stored
 
 

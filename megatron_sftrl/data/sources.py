@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, hub_hint
 
 _JSON_LINES = (".jsonl", ".json")
 
@@ -46,7 +46,7 @@ def check_source(path: Path) -> None:
         UserError: it is not there or of no known kind.
     """
     if not path.exists():
-        raise UserError(f"data: {path} does not exist; check data.train and data.valid")
+        raise UserError(f"data: {path} does not exist; check data.train and data.valid{hub_hint(path)}")
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
             splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").exists())

@@ -14,7 +14,7 @@ from typing import Protocol
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.round_trip import examine
 from megatron_sftrl.data.template import ChatTemplate
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, hub_hint
 
 
 class TokenizerBackend(Protocol):
@@ -120,7 +120,7 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     if not path.exists():
         raise UserError(
             f"tokenizer.path: {path} does not exist; give a Hugging Face tokenizer directory "
-            "or a SentencePiece .model file"
+            f"or a SentencePiece .model file{hub_hint(path)}"
         )
     if path.is_dir():
         loaded = load_hugging_face(path)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_sftrl.architectures.engine_shards import Box
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +178,8 @@ def _holders(
             problems.append(f"{name} {list(shape)}: {problem}")
         proved.add(pattern)
     if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            "the ranks' weights do not make up the model that the engine needs:\n  "
-            + "\n  ".join(problems[:5])
-            + more
-        )
+        heading = "the ranks' weights do not make up the model that the engine needs:"
+        raise UserError("\n  ".join([heading, *first_of(problems)]))
     return {
         name: {box: tuple(ranks) for box, ranks in sorted(parts.items())} for name, parts in holders.items()
     }

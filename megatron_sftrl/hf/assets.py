@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, hub_hint
 
 CONFIG = "config.json"
 _MODEL_FILES = (CONFIG, "generation_config.json")
@@ -116,7 +116,7 @@ def _read_tokenizer(tokenizer: Path) -> dict[str, bytes]:
     if not tokenizer.exists():
         raise UserError(
             f"tokenizer: {tokenizer} does not exist; give a Hugging Face tokenizer directory or a "
-            "SentencePiece .model file"
+            f"SentencePiece .model file{hub_hint(tokenizer)}"
         )
     if not tokenizer.is_dir():
         if tokenizer.suffix != ".model":
@@ -161,7 +161,7 @@ def _json_object(content: bytes, name: str) -> dict[str, object]:
 def _read_named(directory: Path, names: Iterable[str]) -> dict[str, bytes]:
     """The files among `names` that the directory has."""
     if not directory.is_dir():
-        raise UserError(f"no such directory: {directory}")
+        raise UserError(f"no such directory: {directory}{hub_hint(directory)}")
     return {name: _read(directory / name) for name in sorted(names) if (directory / name).is_file()}
 
 

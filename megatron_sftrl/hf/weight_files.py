@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of, hub_hint
 from megatron_sftrl.hf.headers import read_pickle_header, read_safetensors_header
 from megatron_sftrl.hf.stored import StoredTensor
 
@@ -53,7 +53,7 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
     if not directory.is_dir():
         raise UserError(
             f"no such directory: {directory}; expected a Hugging Face model directory with config.json and "
-            f"{SINGLE_FILE} or {INDEX_FILE}"
+            f"{SINGLE_FILE} or {INDEX_FILE}{hub_hint(directory)}"
         )
     name, notes = _choose(directory, allow_pickle=allow_pickle)
     path = directory / name
@@ -123,12 +123,12 @@ def _read_sharded(index: Path, *, is_pickled: bool) -> dict[str, StoredTensor]:
     names = sorted(set(placement.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(
-            f"{index} names {len(absent)} of {len(names)} shards that are not there: {', '.join(absent)}; "
-            "copy or download the missing files"
+            f"{index} names {len(absent)} of {len(names)} shards that are not there: "
+            f"{', '.join(first_of(absent))}; copy or download the missing files"
         )
     shards = {name: _read_header(index.parent / name, is_pickled=is_pickled) for name in names}
     if problems := list(_disagreements(placement, shards)):
-        raise UserError("\n  ".join([f"{index} does not agree with its shards:", *problems]))
+        raise UserError("\n  ".join([f"{index} does not agree with its shards:", *first_of(problems)]))
     return {name: shards[shard][name] for name, shard in placement.items()}
 
 
@@ -145,8 +145,8 @@ def _read_index(index: Path) -> dict[str, str]:
         ) from error
     if foreign := sorted({name for name in placement.values() if not _is_plain_name(name)}):
         raise UserError(
-            f"{index} names shards by paths, which is refused: {', '.join(foreign)}; expected names of files "
-            "beside it"
+            f"{index} names shards by paths, which is refused: {', '.join(first_of(foreign))}; expected "
+            "names of files beside it"
         )
     return placement
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.hf.mismatch import mismatch_lines
 from megatron_sftrl.hf.stored import StoredTensor, read_part
 from megatron_sftrl.hf.weight_files import find_weights, is_old_rope_buffer
 
@@ -84,28 +85,29 @@ class HfWeights:
             expected: shape of each tensor of the model.
             tied: the output layer is the embedding.
         Raises:
-            UserError: every tensor that is missing, not expected, of another shape or of another kind of
-                dtype, one line each.
+            UserError: tensors that are missing, not expected, of another shape or of another kind of dtype:
+                up to four one by one; of more, the number of each kind, its first ones and what they share.
         """
-        problems = [*self._missing(expected), *self._unexpected(expected, tied=tied)]
+        other = []
         for name in expected:
             if name not in self.shapes:
                 continue
             shape, dtype = self.shapes[name], self.dtypes[name]
             if shape != tuple(expected[name]):
-                problems.append(f"wrong shape: {name}: expected {list(expected[name])}, got {list(shape)}")
+                other.append(f"wrong shape: {name}: expected {list(expected[name])}, got {list(shape)}")
             if dtype not in _READABLE:
-                problems.append(
+                other.append(
                     f"wrong dtype: {name}: expected a float of 16, 32 or 64 bits, got {str(dtype)[6:]}: "
                     "a quantised model must be dequantised first"
                 )
-        if problems:
+        missing, unexpected = list(self._missing(expected)), list(self._unexpected(expected, tied=tied))
+        if count := len(missing) + len(unexpected) + len(other):
             raise UserError(
                 "\n  ".join(
                     [
-                        f"{self.directory}: the weights are not those of its config.json ({len(problems)} "
-                        "problems); give a directory whose config.json and weights belong together:",
-                        *problems,
+                        f"{self.directory}: the weights are not those of its config.json ({count} "
+                        "problem(s)); give a directory whose config.json and weights belong together:",
+                        *mismatch_lines(missing=missing, unexpected=unexpected, other=other),
                     ]
                 )
             )
@@ -130,7 +132,7 @@ class HfWeights:
                     if name == _OUTPUT
                     else ""
                 )
-                yield f"missing: {name} {list(shape)}{hint}"
+                yield f"{name} {list(shape)}{hint}"
 
     def _unexpected(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> Iterator[str]:
         for name, shape in self.shapes.items():
@@ -139,11 +141,11 @@ class HfWeights:
             if tied and name == _OUTPUT and _EMBEDDING in self.shapes:
                 if not self._are_equal(_OUTPUT, _EMBEDDING):
                     yield (
-                        f"not expected: {name} {list(shape)}: config.json ties it to {_EMBEDDING}, but they "
+                        f"{name} {list(shape)}: config.json ties it to {_EMBEDDING}, but they "
                         "differ; set tie_word_embeddings to false if the two are meant to differ"
                     )
                 continue
-            yield f"not expected: {name} {list(shape)}"
+            yield f"{name} {list(shape)}"
 
     def _are_equal(self, one: str, other: str) -> bool:
         """Two matrices are the same bits."""

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sftrl.config.load import config_from_text, resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of
 
 # A resumed run may change these: none of them changes which numbers training computes, beyond the order
 # of fp32 sums (layouts, micro-batches) or where the run ends. train.steps and train.epochs join them only
@@ -132,7 +132,7 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
                 [
                     f"run_dir {directory.path} belongs to a run with another configuration: choose another "
                     "run_dir, or set these back",
-                    *rows,
+                    *first_of(rows, 12),
                 ]
             )
         )

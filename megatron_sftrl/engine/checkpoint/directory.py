@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, hub_hint
 from megatron_sftrl.hf.disk import force_to_disk
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -48,7 +48,7 @@ def checkpoint_at(path: Path) -> Path:
             return found[-1]
     raise UserError(
         f"no complete checkpoint in {path}: expected a step directory (step-00000123), or a run directory "
-        "with checkpoints/step-*"
+        f"with checkpoints/step-*{hub_hint(path)}"
     )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_sftrl.engine.checkpoint.directory import file_problem, file_record
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, FileRecord, read_record
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of
 
 
 def hashed_files(directory: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
@@ -57,15 +57,15 @@ class Verification:
         """Wait for all ranks; every rank calls it before anything made of the checkpoint counts.
 
         Raises:
-            UserError: on every rank, naming every file that is missing or has another size or content.
+            UserError: on every rank, naming the first files that are missing or have another size or content.
         """
         mine = on_every_rank(self._mine.result)
         everyone: list[list[str | None]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         if problems := sorted(text for each in everyone for text in each if text is not None):
             raise UserError(
-                f"checkpoint {self.path} is damaged: {'; '.join(problems)}. Nothing was loaded; delete this "
-                "directory to go back to the checkpoint before it"
+                f"checkpoint {self.path} is damaged: {'; '.join(first_of(problems))}. Nothing was loaded; "
+                "delete this directory to go back to the checkpoint before it"
             )
         return self.record
 
@@ -78,7 +78,7 @@ def verified_record(path: Path) -> CheckpointRecord:
     """The record of a checkpoint whose files all are what was written.
 
     Raises:
-        UserError: on every rank, naming every file that is missing or has another size or content.
+        UserError: on every rank, naming the first files that are missing or have another size or content.
     """
     return Verification(path).finish()
 

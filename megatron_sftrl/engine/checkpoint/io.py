@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sftrl.engine.checkpoint.metadata import IndexReader, read_index
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, first_of
 
 
 def write_tensors(
@@ -94,7 +94,7 @@ def check_tensors(
         stored: shapes of the tensors that should all be wanted by some rank.
         directory: for the message.
     Raises:
-        UserError: on every rank, listing every missing, unexpected and differently shaped tensor.
+        UserError: on every rank, naming the first missing, unexpected and differently shaped tensors.
     """
     wanted = {tensor.key: (tuple(tensor.global_shape), tensor.allow_shape_mismatch) for tensor in tensors}
     everyone: list[dict[str, tuple[tuple[int, ...], bool]]] = [{}] * dist.get_world_size()
@@ -109,9 +109,8 @@ def check_tensors(
         if shape[skip:] != stored[key][skip:] or len(shape) != len(stored[key]):
             problems.append(f"shape of {key}: expected {list(shape)}, got {list(stored[key])}")
     if problems:
-        raise UserError(
-            f"checkpoint {directory} does not fit this run; nothing was loaded:\n  " + "\n  ".join(problems)
-        )
+        heading = f"checkpoint {directory} does not fit this run; nothing was loaded:"
+        raise UserError("\n  ".join([heading, *first_of(problems)]))
 
 
 def num_bytes(tensors: Iterable[ShardedTensor]) -> int:

@@ -157,21 +157,78 @@ def test_weights_that_fit_pass(directory: Path) -> None:
     assert refusal(directory, shapes_of(some_tensors())) == ""
 
 
-def test_every_problem_is_listed(tmp_path: Path) -> None:
-    write_single(tmp_path, some_tensors() | {"extra.one": torch.zeros(2), "extra.two": torch.zeros(3)})
+def test_a_few_problems_are_listed_one_by_one(tmp_path: Path) -> None:
+    write_single(tmp_path, some_tensors() | {"extra.one": torch.zeros(2)})
     expected = shapes_of(some_tensors()) | {"new.one": (1,), "new.two": (2, 3)}
-    expected["model.norm.weight"] = (7,)
     expected["model.layers.0.mlp.up_proj.weight"] = (6, 8)
     first, *problems = refusal(tmp_path, expected).splitlines()
-    assert "not those of its config" in first
+    assert "not those of its config.json (4 problem(s))" in first
     assert problems == [
         "  missing: new.one [1]",
         "  missing: new.two [2, 3]",
         "  not expected: extra.one [2]",
-        "  not expected: extra.two [3]",
         "  wrong shape: model.layers.0.mlp.up_proj.weight: expected [6, 8], got [8, 6]",
-        "  wrong shape: model.norm.weight: expected [7], got [6]",
     ]
+
+
+def test_of_many_problems_each_kind_is_counted_and_its_first_ones_are_shown(tmp_path: Path) -> None:
+    write_single(tmp_path, some_tensors() | {f"extra.{i}": torch.zeros(2) for i in range(50)})
+    expected = shapes_of(some_tensors()) | {f"new.{i}": (i,) for i in range(9000)}
+    expected["model.norm.weight"] = (7,)
+    first, *problems = refusal(tmp_path, expected).splitlines()
+    assert "(9051 problem(s))" in first
+    assert problems == [
+        "  9000 missing: new.0 [0]; new.1 [1]; ...",
+        "  50 not expected: extra.0 [2]; extra.1 [2]; ...",
+        "  1 of another shape or dtype: wrong shape: model.norm.weight: expected [7], got [6]",
+    ]
+
+
+BODY = {f"layers.{i}.mlp.{name}.weight": (2, 2) for i in range(30) for name in ("up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize(
+    ("stored", "hint"),
+    [
+        (
+            {f"model.language_model.{name}": shape for name, shape in BODY.items()},
+            "every name not expected would fit with 'model.' in front instead of 'model.language_model.'",
+        ),
+        (
+            {f"{name}": shape for name, shape in BODY.items()} | {"score.weight": (1, 2)},
+            "60 of 61 names not expected would fit with 'model.' in front instead of ''",
+        ),
+        (
+            {"model.layers.0.mlp.experts.gate_up_proj": (8, 2, 2)},
+            "all experts of a layer are one fused tensor here (model.layers.0.mlp.experts.gate_up_proj)",
+        ),
+        (
+            {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (2, 2)},
+            "these are adapters (base_model.model.model.layers.0.mlp.up_proj.lora_A.weight): merge them",
+        ),
+        (
+            {f"model.{name}_scale_inv": (1, 1) for name in BODY},
+            "these weights are quantised (model.layers.0.mlp.down_proj.weight_scale_inv): give the",
+        ),
+        ({"model.layers.0.self_attn.qkv_proj.weight": (6, 2)}, "projections are fused into one tensor here"),
+    ],
+)
+def test_names_of_another_kind_of_file_get_five_lines_and_what_to_do(
+    tmp_path: Path, stored: dict[str, tuple[int, ...]], hint: str
+) -> None:
+    write_single(tmp_path, {name: torch.zeros(shape) for name, shape in stored.items()})
+    message = refusal(tmp_path, {f"model.{name}": shape for name, shape in BODY.items()})
+    assert len(message.splitlines()) <= 5
+    assert message.splitlines()[-1].startswith(f"  {hint}")
+    assert f"{len(BODY)} missing: model.layers.0.mlp.up_proj.weight [2, 2]" in message
+
+
+def test_names_that_share_nothing_get_no_advice(tmp_path: Path) -> None:
+    stored = {f"h.{i}.mlp.weight": torch.zeros(2, 2) for i in range(9)}
+    message = refusal(
+        write_single(tmp_path, stored), {f"model.{name}": shape for name, shape in BODY.items()}
+    )
+    assert len(message.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
