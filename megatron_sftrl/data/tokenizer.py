@@ -96,8 +96,11 @@ class Tokenizer:
         return self.backend.encode_continuation(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens included."""
-        return self.backend.decode([int(i) for i in ids])
+        """Text of `ids`, special tokens included.
+
+        An id without a token has no text: a model's rows may be padded past its tokenizer, and be drawn.
+        """
+        return self.backend.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:

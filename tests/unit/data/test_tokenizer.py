@@ -51,6 +51,14 @@ def test_text_survives_a_round_trip_through_ids(tmp_path) -> None:
         assert sentencepiece.decode(sentencepiece.encode(text)) == text
 
 
+def test_an_id_that_no_token_has_is_decoded_to_nothing(tmp_path) -> None:
+    for path in (write_byte_level(tmp_path), SENTENCEPIECE_MODEL):
+        tokenizer = load_tokenizer(TokenizerSection(path=path))
+        ids = tokenizer.encode("the answer")
+        beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 1000, 2**40, -1]
+        assert tokenizer.decode([*ids[:1], *beyond, *ids[1:]]) == tokenizer.decode(ids)
+
+
 def test_a_sentencepiece_continuation_keeps_an_unknown_first_character() -> None:
     tokenizer = load_tokenizer(TokenizerSection(path=SENTENCEPIECE_MODEL))
     unknown = tokenizer.encode("[")[-1]
