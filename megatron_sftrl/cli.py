@@ -176,6 +176,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=256, help="end token included (256)")
     generate.add_argument("--seed", type=int, default=0, help="of the random streams (0)")
     generate.add_argument(
+        "--stop-id", type=int, action="append", default=[], metavar="ID", help="another end token; repeatable"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a text that ends a response; repeatable"
+    )
+    generate.add_argument(
         "--logprobs", action="store_true", help="add `logprobs`: of each response token, in nats"
     )
 
@@ -188,7 +194,11 @@ def _generate(parsed: argparse.Namespace) -> None:
     from megatron_sftrl.types import SamplingParams
 
     sampling = SamplingParams(
-        temperature=parsed.temperature, max_new_tokens=parsed.max_new_tokens, seed=parsed.seed
+        temperature=parsed.temperature,
+        max_new_tokens=parsed.max_new_tokens,
+        seed=parsed.seed,
+        stop_ids=frozenset(parsed.stop_id),
+        stop=tuple(parsed.stop),
     )
     run_generate(
         config,

@@ -102,6 +102,7 @@ class SamplingParams:
         max_new_tokens: tokens generated at most, the end token included.
         num_samples: responses per prompt.
         stop_ids: a response ends with the first of them.
+        stop: a response ends with the token that completes one of these texts, special tokens written out.
         seed: stream of random numbers; the same seed gives the same tokens on the same layout.
 
     Raises:
@@ -114,6 +115,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     num_samples: int = 1
     stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class SamplingParams:
                 "sampling: expected 0 < top_p <= 1, top_k >= 0 and num_samples >= 1, got "
                 f"{self.top_p}, {self.top_k} and {self.num_samples}"
             )
+        if "" in self.stop:
+            raise UserError("sampling: expected a text to stop at, got an empty one, which stands everywhere")
         if self.temperature < 0 or self.max_new_tokens < 1 or self.seed < 0:
             raise UserError(
                 "sampling: expected temperature >= 0, max_new_tokens >= 1 and seed >= 0, got "
@@ -149,10 +153,10 @@ class Rollout:
 
     Args:
         prompt_tokens: ids the response continues.
-        response_tokens: ids generated, the end token included when it was reached.
+        response_tokens: ids generated, the end token (or the one that completes a stop text) included.
         logprobs: nats, of each response token over the whole vocabulary at the sampling temperature (1 when
             greedy), before top_k and top_p cut it.
-        is_finished: the end token was reached.
+        is_finished: an end token or a stop text was reached.
     """
 
     prompt_tokens: tuple[int, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,6 +66,13 @@ class RolloutSection(Section):
     """The smallest set of likeliest tokens that holds at least this probability is sampled from."""
     top_k: int = Field(default=0, ge=0)
     """The k likeliest tokens are sampled from; 0 for all."""
+    stop_ids: list[int] = Field(default=[])
+    """Token ids that end a response, beside those of the tokenizer, of its chat template and of the model's
+    generation_config.json. An export ends at all of them."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Texts that end a response, special tokens written out. The token that completes one is the last of the
+    response and is trained on like an end token; rewards read the text in front of it. An export does not
+    know them: give them to vLLM or transformers again."""
     max_concurrent: int = Field(default=512, ge=1)
     """in_process: responses generated together on one replica; bounds the memory of the cache."""
     passes: int = Field(default=1, ge=1)

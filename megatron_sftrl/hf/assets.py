@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import torch
 from megatron_sftrl.errors import UserError, hub_hint
 
 CONFIG = "config.json"
-_MODEL_FILES = (CONFIG, "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+_MODEL_FILES = (CONFIG, GENERATION_CONFIG)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEMPLATE = "chat_template.jinja"
 _NAMED_TEMPLATES = "additional_chat_templates"
 TOKENIZER_FILES = frozenset(
@@ -97,6 +99,53 @@ def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
         # No such key yet, or one that belongs to something nested.
         edited = json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
     return HfAssets(files={**assets.files, CONFIG: edited.encode("utf-8")})
+
+
+def end_ids(assets: HfAssets) -> tuple[int, ...]:
+    """The ids at which transformers and vLLM end a response of these files' model, in their order.
+
+    They are those of generation_config.json; where there is no such file, config.json's.
+
+    Raises:
+        UserError: an eos_token_id that is neither an id nor a list of ids.
+    """
+    name = GENERATION_CONFIG if GENERATION_CONFIG in assets.files else CONFIG
+    if name not in assets.files:
+        return ()
+    value = _json_object(assets.files[name], name).get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    ids = tuple(each for each in values if isinstance(each, int) and not isinstance(each, bool))
+    if len(ids) < len(values):
+        raise UserError(f"{name}: eos_token_id: expected an id or a list of ids, got {value!r}")
+    return ids
+
+
+def with_end_ids(assets: HfAssets, ends: Collection[int]) -> HfAssets:
+    """The same files with a generation_config.json and a config.json that end at all of `ends` as well.
+
+    Args:
+        assets: with a config.json.
+        ends: ids. Those that are missing come first: a reader of one id alone takes what was trained.
+    Returns:
+        The same object when nothing is missing.
+    """
+    present = end_ids(assets)
+    missing = sorted(set(ends) - set(present))
+    if not missing:
+        return assets
+    config = _json_object(assets.files[CONFIG], CONFIG)
+    # Readers take a generation_config.json as a whole, so a new one says what config.json has said so far.
+    made = {name: config[name] for name in _TOKEN_IDS if name in config}
+    generation = assets.files.get(GENERATION_CONFIG)
+    values = {
+        CONFIG: config,
+        GENERATION_CONFIG: made if generation is None else _json_object(generation, GENERATION_CONFIG),
+    }
+    changed = {
+        name: json.dumps(each | {"eos_token_id": [*missing, *present]}, indent=2, ensure_ascii=False) + "\n"
+        for name, each in values.items()
+    }
+    return HfAssets(files={**assets.files, **{name: text.encode() for name, text in changed.items()}})
 
 
 def write_assets(directory: Path, assets: HfAssets) -> None:

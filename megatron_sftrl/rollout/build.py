@@ -10,6 +10,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
+from megatron_sftrl.rollout.stops import Decode
 from megatron_sftrl.rollout.vllm_colocated import VllmEngine
 from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
 
@@ -37,9 +38,13 @@ def check_engine(
         check_vllm(_vllm_settings(config), architecture, world_size=world_size)
 
 
-def build_engine(config: GrpoConfig, policy: PolicyEngine) -> RolloutEngine:
+def build_engine(config: GrpoConfig, policy: PolicyEngine, decode: Decode) -> RolloutEngine:
     """The engine that rollout.engine names, asleep; every rank calls it.
 
+    Args:
+        config: of the run.
+        policy: whose weights will be generated with.
+        decode: text of tokens.
     Raises:
         UserError: on every rank: what check_engine refuses, or not enough memory.
     """
@@ -47,12 +52,14 @@ def build_engine(config: GrpoConfig, policy: PolicyEngine) -> RolloutEngine:
     if rollout.engine == "in_process":
         # An evaluation of many prompts keeps to the memory that training steps have, and that `plan` counts.
         num_responses, num_prompts = rollout.in_flight(policy.parallel.dp_size)
-        return InProcessEngine(policy.parallel, max_responses=num_responses, max_prompts=num_prompts)
+        return InProcessEngine(
+            policy.parallel, max_responses=num_responses, max_prompts=num_prompts, decode=decode
+        )
     state = policy.training_state if rollout.offload else None
     if state is not None:
         # vLLM measures what it may take: what will leave while it generates must not be in its way now.
         state.leave()
-    engine = VllmEngine(policy, _vllm_settings(config))
+    engine = VllmEngine(policy, _vllm_settings(config), decode)
     if state is not None:
         state.come_back()
     return engine

@@ -17,6 +17,7 @@ from megatron_sftrl.engine.next_token import next_tokens
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.rollout.packing import Packed, pack_new_tokens, pack_prefixes
+from megatron_sftrl.rollout.stops import Stops
 from megatron_sftrl.types import Rollout, SamplingParams
 
 _SMALLEST_REFILL = 0.25
@@ -53,6 +54,7 @@ def generate_in_flight(
     policy: PolicyEngine,
     wanted: Sequence[Wanted],
     sampling: SamplingParams,
+    stops: Stops,
     *,
     max_responses: int,
     max_prompts: int,
@@ -63,10 +65,11 @@ def generate_in_flight(
         policy: its weights are only read.
         wanted: those of one prompt stand beside each other.
         sampling: of all.
+        stops: of `sampling`.
         max_responses: on their way at once; bounds the memory of cache and forward.
         max_prompts: computed in one forward.
     """
-    flight = _Flight(policy, sampling, num_slots=min(max_responses, len(wanted)), wanted=wanted)
+    flight = _Flight(policy, sampling, stops, num_slots=min(max_responses, len(wanted)), wanted=wanted)
     waiting = list(enumerate(wanted))[::-1]
     done: dict[int, Rollout] = {}
     with policy.evaluation():
@@ -83,10 +86,17 @@ class _Flight:
     """The responses on their way, in the order of their slots in the cache."""
 
     def __init__(
-        self, policy: PolicyEngine, sampling: SamplingParams, *, num_slots: int, wanted: Sequence[Wanted]
+        self,
+        policy: PolicyEngine,
+        sampling: SamplingParams,
+        stops: Stops,
+        *,
+        num_slots: int,
+        wanted: Sequence[Wanted],
     ) -> None:
         self._policy = policy
         self._sampling = sampling
+        self._stops = stops
         self._num_slots = num_slots
         self._cache = None
         if policy.parallel.cp_size == 1 and not uses_transformer_engine():
@@ -139,7 +149,7 @@ class _Flight:
         landed = {}
         for slot in range(len(self.active) - 1, -1, -1):
             response = self.active[slot]
-            is_finished = response.tokens[-1] in self._sampling.stop_ids
+            is_finished = self._stops(response.tokens)
             if not is_finished and len(response.tokens) < self._sampling.max_new_tokens:
                 continue
             landed[response.number] = Rollout(

@@ -18,6 +18,7 @@ from megatron_sftrl.engine.weight_stream import ReshardReport
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rollout.in_flight import Wanted, generate_in_flight
 from megatron_sftrl.rollout.requests import check_prompts
+from megatron_sftrl.rollout.stops import Decode, Stops
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 
@@ -28,14 +29,21 @@ class InProcessEngine:
         parallel: this rank's place; each data-parallel replica generates its share of the prompts.
         max_responses: generated together on one replica; bounds the memory of cache and forward.
         max_prompts: whose keys and values one forward computes; None for as many as responses.
+        decode: text of tokens; needed where sampling stops at texts.
     """
 
     def __init__(
-        self, parallel: ParallelContext, *, max_responses: int, max_prompts: int | None = None
+        self,
+        parallel: ParallelContext,
+        *,
+        max_responses: int,
+        max_prompts: int | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._parallel = parallel
         self._max_responses = max_responses
         self._max_prompts = max_prompts or max_responses
+        self._decode = decode
         self._policy: PolicyEngine | None = None
         self._version = -1
 
@@ -68,6 +76,7 @@ class InProcessEngine:
                 self._policy,
                 wanted,
                 sampling,
+                Stops(sampling, self._decode),
                 max_responses=self._max_responses,
                 max_prompts=self._max_prompts,
             )

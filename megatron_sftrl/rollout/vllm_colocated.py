@@ -11,6 +11,7 @@ import json
 import secrets
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from megatron_sftrl.rollout.engine_memory import EngineMemory, Part
 from megatron_sftrl.rollout.process_state import Guest
 from megatron_sftrl.rollout.replicas import all_rollouts, share_of
 from megatron_sftrl.rollout.requests import check_prompts, response_seed
+from megatron_sftrl.rollout.stops import Decode, Stops
 from megatron_sftrl.rollout.vllm_settings import (
     VllmSettings,
     check_vllm,
@@ -38,6 +40,7 @@ from megatron_sftrl.rollout.vllm_weights import load_weights
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams as VllmSamplingParams
     from vllm.outputs import RequestOutput
     from vllm.v1.executor import Executor
 
@@ -48,12 +51,13 @@ class VllmEngine:
     Args:
         policy: whose weights will be generated with; its architecture, dtype and ranks are the engine's.
         settings: of the engine.
+        decode: text of tokens; needed where sampling stops at texts.
     Raises:
         UserError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
             vLLM cannot cut like this, not enough memory.
     """
 
-    def __init__(self, policy: PolicyEngine, settings: VllmSettings) -> None:
+    def __init__(self, policy: PolicyEngine, settings: VllmSettings, decode: Decode | None = None) -> None:
         parallel = policy.parallel
         check_vllm(settings, policy.architecture, world_size=parallel.world_size)
         self._settings, self._parallel, self._architecture = settings, parallel, policy.architecture
@@ -69,7 +73,7 @@ class VllmEngine:
             is_checked=settings.is_checked,
             has_checksums=settings.has_checksums,
         )
-        self._policy = policy
+        self._policy, self._decode = policy, decode
         self._version: int | None = None
         self._temperature = 1.0
         dtype = policy.config.params_dtype
@@ -114,8 +118,7 @@ class VllmEngine:
         )
         mine = share_of(len(prompts), self._layout, self._parallel.rank)
         asked = [(prompts[i], number) for i in mine for number in range(sampling.num_samples)]
-        answers = self._guest.run(lambda: on_every_rank(lambda: self._answers(asked, sampling)))
-        rollouts = [_rollout(*each, sampling) for each in zip(asked, answers, strict=True)]
+        rollouts = self._guest.run(lambda: on_every_rank(lambda: self._answer(asked, sampling)))
         groups = all_rollouts(
             rollouts,
             self._layout,
@@ -215,28 +218,76 @@ class VllmEngine:
         with self._resharder.stream() as stream, memory_advice(self._settings):
             load_weights(self._llm, self._model, stream, is_cuda=self._is_cuda)
 
-    def _answers(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[RequestOutput]:
-        from vllm import SamplingParams as VllmSamplingParams
+    def _answer(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+        """vLLM's own loop, step by step: a response that stops at a text is taken out by us.
+
+        vLLM's stop strings need its tokenizer, which reads some files otherwise than the trainer's. The ranks
+        of an engine stay in step: they see equal tokens and take the same responses out.
+        """
         from vllm import TokensPrompt
 
-        is_greedy = sampling.temperature == 0
-        self._temperature = 1.0 if is_greedy else sampling.temperature
-        params = [
-            VllmSamplingParams(
-                temperature=0.0 if is_greedy else 1.0,
-                top_p=1.0 if is_greedy else sampling.top_p,
-                top_k=0 if is_greedy else sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=sorted(sampling.stop_ids),
-                seed=response_seed(sampling.seed, prompt.id, number),
-                logprobs=0,  # of the sampled token alone
-                detokenize=False,
-            )
-            for prompt, number in asked
-        ]
-        requests = [TokensPrompt(prompt_token_ids=list(prompt.tokens)) for prompt, _ in asked]
+        self._temperature = sampling.temperature or 1.0
+        engine, stops = self._llm.llm_engine, Stops(sampling, self._decode)
+        answers = [_Answer() for _ in asked]
         with memory_advice(self._settings):
-            return self._llm.generate(requests, params, use_tqdm=False) if requests else []
+            for place, (prompt, number) in enumerate(asked):
+                request = TokensPrompt(prompt_token_ids=list(prompt.tokens))
+                seed = response_seed(sampling.seed, prompt.id, number)
+                engine.add_request(str(place), request, _vllm_sampling(sampling, seed))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    answers[int(output.request_id)].take(output, stops)  # type: ignore[arg-type]
+                    if answers[int(output.request_id)].is_finished and not output.finished:
+                        engine.abort_request([output.request_id])
+        return [
+            Rollout(
+                prompt_tokens=prompt.tokens,
+                response_tokens=tuple(answer.tokens),
+                logprobs=tuple(answer.logprobs),
+                is_finished=answer.is_finished,
+            )
+            for (prompt, _), answer in zip(asked, answers, strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """A response on its way."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    is_finished: bool = False
+
+    def take(self, output: RequestOutput, stops: Stops) -> None:
+        """Append new tokens up to the one that ends the response."""
+        completion = output.outputs[0]
+        if self.is_finished or not completion.token_ids:
+            return
+        assert completion.logprobs is not None and completion.finish_reason in (None, "stop", "length")
+        for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True):
+            self.tokens.append(token)
+            self.logprobs.append(logprobs[token].logprob)  # type: ignore[index]
+            self.is_finished = stops(self.tokens)
+            if self.is_finished:
+                return
+
+
+def _vllm_sampling(sampling: SamplingParams, seed: int) -> VllmSamplingParams:
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    is_greedy = sampling.temperature == 0
+    return VllmSamplingParams(
+        temperature=0.0 if is_greedy else 1.0,
+        top_p=1.0 if is_greedy else sampling.top_p,
+        top_k=0 if is_greedy else sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        stop_token_ids=sorted(sampling.stop_ids),
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
 
 
 def _cpu_executor(name: str) -> type[Executor]:
@@ -270,15 +321,3 @@ def _unname_shared_memory(name: str) -> None:
     if buffer is not None and buffer.is_creator:
         buffer.shared_memory.unlink()
         buffer.is_creator = False  # nothing is left for its end to unlink
-
-
-def _rollout(asked: tuple[Prompt, int], answer: RequestOutput, sampling: SamplingParams) -> Rollout:
-    completion = answer.outputs[0]
-    tokens = tuple(completion.token_ids)
-    assert completion.finish_reason in ("stop", "length") and completion.logprobs is not None
-    return Rollout(
-        prompt_tokens=asked[0].tokens,
-        response_tokens=tokens,
-        logprobs=tuple(each[token].logprob for token, each in zip(tokens, completion.logprobs, strict=True)),  # type: ignore[index]
-        is_finished=tokens[-1] in sampling.stop_ids,
-    )

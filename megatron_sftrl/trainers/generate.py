@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
-from megatron_sftrl.data.prompts import end_token_ids, read_prompt
+from megatron_sftrl.data.prompts import read_prompt
 from megatron_sftrl.data.sources import describe_row, read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
@@ -20,6 +21,7 @@ from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
+from megatron_sftrl.trainers.ends import check_stop_ids, response_text, stop_ids
 from megatron_sftrl.trainers.plan import plan_model
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
@@ -37,7 +39,7 @@ class GenerateRequest:
             end token included) and `is_finished` added.
         checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.
         num_samples: responses per prompt.
-        sampling: temperature, length and seed.
+        sampling: temperature, length, seed, and ends beside those of the run, its model and the checkpoint.
         with_logprobs: add `logprobs` as well: of each response token, nats at the temperature (greedy: at 1).
     """
 
@@ -60,17 +62,23 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
     if request.out.exists():
         raise UserError(f"{request.out} exists already: choose another --out, or remove it")
     architecture, tokenizer = plan_model(config)
+    check_stop_ids("--stop-id", sorted(request.sampling.stop_ids), architecture.vocab_size)
     rows, prompts = _read_prompts(request.prompts, tokenizer)
+    checkpoint = request.checkpoint or config.run_dir
+    sampling = replace(
+        request.sampling,
+        num_samples=request.num_samples,
+        stop_ids=request.sampling.stop_ids
+        | stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint),
+        stop=(*request.sampling.stop, *(config.rollout.stop if isinstance(config, GrpoConfig) else ())),
+    )
     with parallel_context(config.parallel) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        load_weights(policy.chunks, request.checkpoint or config.run_dir, architecture=architecture)
-        engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE)
+        load_weights(policy.chunks, checkpoint, architecture=architecture)
+        engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE, decode=tokenizer.decode)
         engine.update(policy, version=0)
-        sampling = replace(
-            request.sampling, num_samples=request.num_samples, stop_ids=end_token_ids(tokenizer)
-        )
         groups = engine.generate([Prompt(id=i, tokens=tokens) for i, tokens in enumerate(prompts)], sampling)
-        on_rank_zero(lambda: _write(request, rows, groups, tokenizer))
+        on_rank_zero(lambda: _write(request, rows, groups, tokenizer, sampling))
 
 
 def _read_prompts(path: Path, tokenizer: Tokenizer) -> tuple[list[Mapping[str, Any]], list[tuple[int, ...]]]:
@@ -91,16 +99,13 @@ def _write(
     rows: list[Mapping[str, Any]],
     groups: list[RolloutGroup],
     tokenizer: Tokenizer,
+    sampling: SamplingParams,
 ) -> None:
-    stops = end_token_ids(tokenizer)
     lines = []
     for row, group in zip(rows, groups, strict=True):
         answers = group.rollouts
         added: dict[str, list] = {
-            "responses": [
-                tokenizer.decode([token for token in answer.response_tokens if token not in stops])
-                for answer in answers
-            ],
+            "responses": [response_text(tokenizer, answer.response_tokens, sampling) for answer in answers],
             "num_tokens": [len(answer.response_tokens) for answer in answers],
             "is_finished": [answer.is_finished for answer in answers],
         }

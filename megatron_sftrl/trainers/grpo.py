@@ -13,7 +13,6 @@ import torch
 
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.data.prompt_set import PromptSet
-from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
@@ -97,7 +96,7 @@ class GrpoTrainer:
         self.prompts, self.valid, self.rewards, self.tokenizer = prompts, valid, rewards, plan.tokenizer
         self.num_steps = num_rollout_steps(config, prompts)
         self.policy, self.reference = build_models(plan, parallel)
-        self.engine = build_engine(config, self.policy)
+        self.engine = build_engine(config, self.policy, plan.tokenizer.decode)
         self.store = CheckpointStore(
             directory.checkpoints,
             parallel,
@@ -124,7 +123,8 @@ class GrpoTrainer:
             top_k=config.rollout.top_k,
             max_new_tokens=config.rollout.max_new_tokens,
             num_samples=config.rollout.group_size,
-            stop_ids=end_token_ids(plan.tokenizer),
+            stop_ids=plan.stop_ids,
+            stop=tuple(config.rollout.stop),
             seed=config.seed,
         )
         self.collector = RolloutCollector(

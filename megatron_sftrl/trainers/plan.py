@@ -15,13 +15,13 @@ from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.step import BatchLayout
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.assets import HfAssets, read_assets
+from megatron_sftrl.hf.assets import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
 from megatron_sftrl.hf.weights import open_weights
 from megatron_sftrl.losses.registry import Loss, build_loss
+from megatron_sftrl.trainers.ends import model_directory, stop_ids
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -35,12 +35,14 @@ class RunPlan(Generic[ConfigT]):
         architecture: sizes of the model.
         loss: the objective.
         tokenizer: text to ids.
+        stop_ids: a response ends with the first of them.
     """
 
     config: ConfigT
     architecture: Architecture
     loss: Loss
     tokenizer: Tokenizer
+    stop_ids: frozenset[int]
 
 
 def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
@@ -56,7 +58,13 @@ def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
     loss = _loss(config)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
     tokenizer = _tokenizer(config, architecture)
-    return RunPlan(config=config, architecture=architecture, loss=loss, tokenizer=tokenizer)
+    return RunPlan(
+        config=config,
+        architecture=architecture,
+        loss=loss,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(config, tokenizer, vocab_size=architecture.vocab_size),
+    )
 
 
 def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
@@ -103,16 +111,27 @@ def _loss(config: TrainingConfig) -> Loss:
 
 
 def export_assets(plan: RunPlan[ConfigT]) -> HfAssets:
-    """What a checkpoint carries for an export to Hugging Face: configuration and tokenizer files."""
+    """What a checkpoint carries for an export to Hugging Face: configuration and tokenizer files.
+
+    generation_config.json ends at everything that the run's responses end with; where the model's own does
+    not, rank 0 says so.
+    """
     config, tokenizer = plan.config, plan.tokenizer
-    model = config.model.hf or config.model.hf_config
-    if model is not None and model.is_file():
-        model = model.parent
+    model = model_directory(config)
     assets = read_assets(
         model=model, tokenizer=config.tokenizer.path, chat_template=config.tokenizer.chat_template
     )
     if model is not None:
-        return assets
+        missing = sorted(plan.stop_ids - set(end_ids(assets)))
+        if missing and int(os.environ.get("RANK", "0")) == 0:
+            named = ", ".join(f"{each} ({tokenizer.decode([each])!r})" for each in missing)
+            print(
+                f"note: responses of this run end with {named}, too; the {GENERATION_CONFIG} of {model} ends "
+                f"at {list(end_ids(assets))}: checkpoints and their exports end at all of them",
+                file=sys.stderr,
+                flush=True,
+            )
+        return with_end_ids(assets, plan.stop_ids)
     ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -120,10 +139,10 @@ def export_assets(plan: RunPlan[ConfigT]) -> HfAssets:
     }
     made = {
         "config.json": {**hf_config_values(plan.architecture, dtype=None), **ids},
-        "generation_config.json": {**ids, "eos_token_id": sorted(end_token_ids(tokenizer))},
+        GENERATION_CONFIG: ids,
     }
     texts = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in made.items()}
-    return HfAssets(files={**assets.files, **texts})
+    return with_end_ids(HfAssets(files={**assets.files, **texts}), plan.stop_ids)
 
 
 def batch_layout(config: TrainingConfig, *, dp_rank: int, dp_size: int) -> BatchLayout:

@@ -19,6 +19,7 @@ from megatron_sftrl.rl.advantages import group_advantages
 from megatron_sftrl.rl.group_filters import informative_groups
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool
 from megatron_sftrl.rollout.api import RolloutEngine
+from megatron_sftrl.trainers.ends import response_text
 from megatron_sftrl.trainers.experience import Response, grouped, with_advantages
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
@@ -127,7 +128,7 @@ class RolloutCollector:
         mine = [
             RewardInputs(
                 prompt=self._tokenizer.decode(rollout.prompt_tokens),
-                response=self._text(rollout.response_tokens),
+                response=response_text(self._tokenizer, rollout.response_tokens, self._sampling),
                 row=rows[number].values,  # type: ignore[arg-type]
                 num_response_tokens=len(rollout.response_tokens),
                 is_finished=rollout.is_finished,
@@ -139,9 +140,6 @@ class RolloutCollector:
         for place, (number, rollout) in enumerate(flat):
             share, index = place % self._parallel.world_size, place // self._parallel.world_size
             yield Response(group=number, row=rows[number], rollout=rollout, scored=shares[share][index])
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode([token for token in tokens if token not in self._sampling.stop_ids])
 
     def _informative(self, responses: Sequence[Response]) -> list[Response]:
         """By the first reward: a group that is all right or all wrong would teach nothing but its length."""

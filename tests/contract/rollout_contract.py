@@ -57,7 +57,13 @@ SAMPLINGS = {
     "top_k": replace(PLAIN, temperature=1.2, top_k=5),
     "top_k_and_p": replace(PLAIN, temperature=1.3, top_k=12, top_p=0.7),
     "stop": replace(PLAIN, stop_ids=frozenset(range(0, VOCAB_SIZE, 8)), max_new_tokens=10),
+    "stop_text": replace(PLAIN, stop=("bb", "bcb", "a"), stop_ids=frozenset({8}), max_new_tokens=10),
 }
+
+
+def decode(ids: Sequence[int]) -> str:
+    """A text in which stop texts are frequent, most of them over several tokens."""
+    return "".join("a" if i % 16 == 0 else "b" if i % 3 else "c" for i in ids)
 
 
 @dataclass(frozen=True)
@@ -382,6 +388,23 @@ class RolloutContract:
         assert not any(
             rollout.is_finished for group in observed.first.groups["plain"] for rollout in group.rollouts
         )
+
+    def test_a_response_ends_with_the_token_that_completes_a_stop_text(self, observed: Observed) -> None:
+        """The tokens are those of the same seed without ends, up to that one."""
+        sampling, ends = SAMPLINGS["stop_text"], []
+        for group, whole in zip(observed.first.groups["stop_text"], observed.tokens("plain"), strict=True):
+            for rollout, tokens in zip(group.rollouts, whole, strict=True):
+                found = rollout.response_tokens
+                shared = min(len(found), len(tokens))
+                assert found[:shared] == tokens[:shared]
+                assert len(rollout.logprobs) == len(found)
+                text, before = decode(found), decode(found[:-1])
+                assert not any(each in before for each in sampling.stop)
+                is_end = any(each in text for each in sampling.stop) or found[-1] in sampling.stop_ids
+                assert rollout.is_finished == is_end
+                assert is_end or len(found) == sampling.max_new_tokens
+                ends.append(next((each for each in sampling.stop if each in text), ""))
+        assert any(len(each) > 1 for each in ends)
 
     @pytest.mark.parametrize(
         ("name", "said"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.contract.models import save_versions
-from tests.contract.rollout_contract import Observed, RolloutContract, observe
+from tests.contract.rollout_contract import Observed, RolloutContract, decode, observe
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def make_engine(policy: PolicyEngine) -> InProcessEngine:
     """Seven responses at once: fewer than there are, and no multiple of a group."""
     from megatron_sftrl.rollout.in_process import InProcessEngine
 
-    return InProcessEngine(policy.parallel, max_responses=7)
+    return InProcessEngine(policy.parallel, max_responses=7, decode=decode)
 
 
 @pytest.fixture(scope="module", params=SCENARIOS)

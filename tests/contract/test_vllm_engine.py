@@ -26,6 +26,7 @@ from tests.contract.rollout_contract import (
     PROMPTS,
     Observed,
     RolloutContract,
+    decode,
     load,
     observe,
 )
@@ -70,7 +71,7 @@ def make_engine(policy: PolicyEngine, *, tp: int) -> VllmEngine:
     settings = VllmSettings(
         tp=tp, max_model_len=MAX_LENGTH, max_num_seqs=7, bucket_bytes=2**14, is_checked=True
     )
-    return VllmEngine(policy, settings)
+    return VllmEngine(policy, settings, decode)
 
 
 @pytest.fixture(scope="module", params=SCENARIOS)

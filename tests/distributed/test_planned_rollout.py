@@ -104,7 +104,7 @@ def measure(run: GrpoConfig, num_held_out: int) -> Held:
     architecture, rollout = from_section(run.model.architecture), run.rollout
     context = initialize_parallel(run.parallel)
     policy = PolicyEngine(architecture, run, context, with_optimizer=False)
-    engine = build_engine(run, policy)
+    engine = build_engine(run, policy, str)
     engine.update(policy, version=0)
     draw = torch.Generator().manual_seed(0)
     size = (num_held_out or rollout.prompts_per_step, run.data.max_prompt_length)

@@ -62,6 +62,36 @@ def test_a_seed_repeats_its_samples_and_another_seed_draws_others(
     assert first != other
 
 
+def test_a_response_ends_at_the_ids_and_texts_that_are_asked_for(
+    project: Project, two_processes: Path, tmp_path: Path
+) -> None:
+    """The same responses as without them, up to the first; the text stops in front of it."""
+    plain, texts, ids, foreign = (tmp_path / f"{name}.jsonl" for name in ("plain", "texts", "ids", "foreign"))
+    digits = range(20, 30)  # one id a character, four special ones in front of the space
+    *ended, refused = sftrl_each(
+        [
+            command(project, two_processes, plain, *SAMPLED),
+            command(project, two_processes, texts, *SAMPLED, *(f"--stop={each}" for each in "0123456789")),
+            command(project, two_processes, ids, *SAMPLED, *(f"--stop-id={each}" for each in digits)),
+            command(project, two_processes, foreign, "--stop-id=101"),
+        ]
+    )
+    for done in ended:
+        done.expect(0)
+    assert "--stop-id: expected ids from 0 to 100, got [101]" in refused.expect(2).stderr
+    assert texts.read_text() == ids.read_text()
+    shortened = 0
+    for whole, cut in zip(read_rows(plain), read_rows(texts), strict=True):
+        for long, short, is_finished in zip(
+            whole["responses"], cut["responses"], cut["is_finished"], strict=True
+        ):
+            head = long.partition(next((each for each in long if each.isdigit()), "\0"))[0]
+            assert short == head
+            assert is_finished or short == long
+            shortened += short != long
+    assert shortened > 0
+
+
 def test_an_output_that_exists_and_a_missing_checkpoint_are_refused(
     project: Project, two_processes: Path, tmp_path: Path
 ) -> None:

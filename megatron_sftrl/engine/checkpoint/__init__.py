@@ -7,6 +7,7 @@ model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and 
 """
 
 from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets
+from megatron_sftrl.engine.checkpoint.directory import checkpoint_at
 from megatron_sftrl.engine.checkpoint.parts import StoredPart
 from megatron_sftrl.engine.checkpoint.record import TrainerState
 from megatron_sftrl.engine.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
@@ -17,6 +18,7 @@ __all__ = [
     "StoredPart",
     "StoredTensors",
     "TrainerState",
+    "checkpoint_at",
     "find_checkpoint",
     "load_weights",
     "save_converted",

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl.hf.assets import HfAssets, read_assets, with_dtype, write_assets
+from megatron_sftrl.hf.assets import (
+    HfAssets,
+    end_ids,
+    read_assets,
+    with_dtype,
+    with_end_ids,
+    write_assets,
+)
 from tests.unit.data.tokenizers_for_tests import SENTENCEPIECE_MODEL, template_path, write_byte_level
 
 CONFIG = """{
@@ -136,3 +143,53 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, arguments: dict[str, str
     paths = {"model": None, "tokenizer": None, "chat_template": None}
     with pytest.raises(ValueError, match=message):
         read_assets(**(paths | {name: tmp_path / value for name, value in arguments.items()}))
+
+
+def model_files(config: object, generation: object = None) -> HfAssets:
+    files = {"config.json": config} | ({} if generation is None else {"generation_config.json": generation})
+    return HfAssets(files={name: json.dumps(values).encode() for name, values in files.items()})
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": [3, 2]}, None, (3, 2)),
+        ({}, None, ()),
+        ({"eos_token_id": 2}, {"eos_token_id": [7, 5]}, (7, 5)),
+        # transformers and vLLM read no config.json then.
+        ({"eos_token_id": 2}, {"top_p": 0.9}, ()),
+        ({"eos_token_id": 2}, {"eos_token_id": None}, ()),
+    ],
+)
+def test_ends_are_those_that_transformers_reads(
+    config: dict, generation: dict | None, ends: tuple[int, ...]
+) -> None:
+    assert end_ids(model_files(config, generation)) == ends
+
+
+@pytest.mark.parametrize("value", ["2", [2, None], {"a": 1}, 2.0, True])
+def test_an_end_that_is_no_id_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id: expected an id or a list"):
+        end_ids(model_files({}, {"eos_token_id": value}))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"a": 1.5, "eos_token_id": 2}, {"top_p": 0.9, "eos_token_id": 2}, {"top_p": 0.9}),
+        ({"a": 1.5, "eos_token_id": [2]}, None, {}),
+        ({"bos_token_id": 1, "eos_token_id": 2}, None, {"bos_token_id": 1}),
+    ],
+)
+def test_missing_ends_are_put_in_front_in_both_files(
+    config: dict, generation: dict | None, expected: dict
+) -> None:
+    files = with_end_ids(model_files(config, generation), {2, 9, 4}).files
+    assert json.loads(files["generation_config.json"]) == expected | {"eos_token_id": [4, 9, 2]}
+    assert json.loads(files["config.json"]) == config | {"eos_token_id": [4, 9, 2]}
+
+
+def test_files_that_end_at_everything_stay_as_they_are() -> None:
+    assets = model_files({"eos_token_id": 2}, {"eos_token_id": [4, 2]})
+    assert with_end_ids(assets, {4}) is assets

@@ -119,7 +119,7 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=2))
-    monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings: settings)
+    monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings, decode: (settings, decode))
     monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, **most: tuple(most.values()))
     vllm: dict[str, Any] = {
         "tp": 2,
@@ -129,18 +129,21 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
         "bucket_mb": 3,
         "checksums": True,
     }
-    assert build.build_engine(config_of({**VLLM, "vllm": vllm}), policy) == VllmSettings(
-        tp=2,
-        max_model_len=64,
-        max_num_seqs=7,
-        gpu_memory_utilization=0.25,
-        enforce_eager=True,
-        bucket_bytes=3 * 2**20,
-        has_checksums=True,
+    assert build.build_engine(config_of({**VLLM, "vllm": vllm}), policy, str) == (
+        VllmSettings(
+            tp=2,
+            max_model_len=64,
+            max_num_seqs=7,
+            gpu_memory_utilization=0.25,
+            enforce_eager=True,
+            bucket_bytes=3 * 2**20,
+            has_checksums=True,
+        ),
+        str,
     )
     # One prompt of the two a step is a replica's; (responses at once, prompts in a forward).
-    assert build.build_engine(config_of({"group_size": 4}), policy) == (4, 1)
-    assert build.build_engine(config_of({"group_size": 4, "max_concurrent": 3}), policy) == (3, 2)
+    assert build.build_engine(config_of({"group_size": 4}), policy, str) == (4, 1, str)
+    assert build.build_engine(config_of({"group_size": 4, "max_concurrent": 3}), policy, str) == (3, 2, str)
 
 
 @pytest.mark.parametrize(("offload", "around"), [(True, ["leave", "come_back"]), (False, [])])
@@ -153,5 +156,5 @@ def test_what_will_leave_is_not_in_the_way_when_vllm_measures_the_memory(
     state = SimpleNamespace(leave=lambda: calls.append("leave"), come_back=lambda: calls.append("come_back"))
     policy: Any = SimpleNamespace(training_state=state)
     monkeypatch.setattr(build, "VllmEngine", lambda *_: calls.append("build"))
-    build.build_engine(config_of({**VLLM, "offload": offload}), policy)
+    build.build_engine(config_of({**VLLM, "offload": offload}), policy, str)
     assert calls == [*around[:1], "build", *around[1:]]
