@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_sftrl.architectures.architecture import Architecture, from_section
-from megatron_sftrl.architectures.hf_config import from_hf_config
+from megatron_sftrl.architectures.hf_config import from_hf_config, read_hf_config
 from megatron_sftrl.config.model import ModelSection
 
 
@@ -18,3 +18,9 @@ def architecture_of(model: ModelSection) -> Architecture:
         return from_hf_config(directory)
     assert model.architecture is not None, "ModelSection holds exactly one source"
     return from_section(model.architecture)
+
+
+def notes_on(model: ModelSection) -> tuple[str, ...]:
+    """A line on each key of the model's config.json that asks for something and yet changes nothing."""
+    directory = model.hf if model.hf is not None else model.hf_config
+    return () if directory is None else read_hf_config(directory)[1]

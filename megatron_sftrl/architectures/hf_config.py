@@ -16,6 +16,7 @@ from megatron_sftrl.architectures.architecture import (
     has_qkv_bias,
 )
 from megatron_sftrl.architectures.hf_families import HfFamily, asked_family
+from megatron_sftrl.architectures.hf_other_keys import judge_other_keys
 from megatron_sftrl.architectures.hf_rope import read_rope
 from megatron_sftrl.architectures.hf_window import read_window
 from megatron_sftrl.architectures.json_reader import JsonReader, read_json_object
@@ -76,38 +77,18 @@ _MIXTURE_KEYS = frozenset(
 # They concern storage, generation, labels or caches, never the logits of a forward with the full context;
 # pretraining_tp only split the same products into slices.
 _KEYS_WITHOUT_EFFECT = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "do_sample",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "max_length",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "repetition_penalty",
-        "return_dict",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "transformers_version",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-    }
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path attn_implementation
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label label2id length_penalty max_length min_length
+    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version transformers_weights typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
 )
 
 
@@ -119,6 +100,11 @@ def from_hf_config(path: Path | str) -> Architecture:
     Raises:
         UserError: no such file, not JSON, or every request in it that cannot be honoured.
     """
+    return read_hf_config(path)[0]
+
+
+def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
+    """As from_hf_config, and a line on each key that asks for something and yet changes nothing."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     reader = read_json_object(file)
@@ -141,7 +127,7 @@ def from_hf_config(path: Path | str) -> Architecture:
     mixture = _mixture_values(reader, line)
     reader.raise_problems()
     try:
-        return Architecture(
+        architecture = Architecture(
             family=line.family,
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -163,6 +149,7 @@ def from_hf_config(path: Path | str) -> Architecture:
         )
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
+    return architecture, tuple(f"{file}: {note}" for note in dict.fromkeys(reader.notes))
 
 
 def _num_query_groups(reader: JsonReader, line: HfFamily, heads: int) -> int:
@@ -234,10 +221,7 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     if line.mixture is not None:
         known |= _MIXTURE_KEYS
         _refuse_other_mixtures(reader, line)
-    for key in sorted(reader.values.keys() - known):
-        # null, false, 0 and empty ask for nothing.
-        if reader.get(key):
-            say(f"{key}: not known here; remove it if it does not change what the network computes")
+    judge_other_keys(reader, line, reader.values.keys() - known)
 
 
 def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sftrl.architectures.json_reader import JsonReader
+from megatron_sftrl.architectures.json_reader import JsonReader, shown
 from megatron_sftrl.architectures.rope import Rope, yarn_attention_factor
 
 _COMMON_KEYS = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
@@ -32,6 +32,25 @@ _OWN_KEYS = {
     ),
 }
 
+# Keys of other types; some of them vLLM also reads where transformers does not.
+_READ_SOMEWHERE = frozenset.union(*_OWN_KEYS.values()) | {
+    "alpha",
+    "fope_init_factor",
+    "fope_sep_head",
+    "long_factor",
+    "long_mscale",
+    "max_trained_positions",
+    "mixed_b",
+    "mrope_interleaved",
+    "mrope_section",
+    "num_inv_freq",
+    "rope_dim",
+    "short_factor",
+    "short_mscale",
+    "use_fope",
+    "xdrope_section",
+}
+
 
 def read_rope(reader: JsonReader, *, default_theta: float, max_position_embeddings: int) -> Rope:
     """The rotary positions that a config.json asks for; problems are added to the reader.
@@ -48,7 +67,7 @@ def read_rope(reader: JsonReader, *, default_theta: float, max_position_embeddin
         if not value:
             continue
         if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
-            reader.say(name, f": expected one flat set of values for all layers, got {value!r}")
+            reader.say(name, f": expected one flat set of values for all layers, got {shown(value)}")
             return Rope(kind="default", theta=default_theta)
         sets.append(value)
     ropes = [_read_set(reader, values, default_theta, max_position_embeddings) for values in sets or [{}]]
@@ -70,8 +89,12 @@ def _read_set(
         return Rope(kind="default", theta=theta)
     _refuse_partial_rotary(rope)
     for key in sorted(values.keys() - _COMMON_KEYS - _OWN_KEYS[kind]):
-        if values[key] is not None:
-            rope.say(key, f" {values[key]!r}: not supported with rope_type {kind!r}")
+        if values[key] is None:
+            continue
+        if key in _READ_SOMEWHERE:
+            rope.say(key, f" {shown(values[key])}: not supported with rope_type {kind!r}")
+        else:
+            rope.note(key, ": neither transformers nor vLLM reads it; it changes no number")
     if kind in ("default", "linear"):
         if reader.get("original_max_position_embeddings") is not None:
             reader.say("original_max_position_embeddings", f": rope_type {kind!r} does not use it, remove it")

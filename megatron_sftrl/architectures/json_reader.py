@@ -21,19 +21,27 @@ class JsonReader:
         values: the object.
         prefix: said before each key in messages, for an object inside another one.
         problems: list to add to; a new one by default.
+        notes: likewise, what a user should know though nothing is wrong.
     """
 
     def __init__(
-        self, file: Path, values: dict[str, Any], *, prefix: str = "", problems: list[str] | None = None
+        self,
+        file: Path,
+        values: dict[str, Any],
+        *,
+        prefix: str = "",
+        problems: list[str] | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         self.file = file
         self.values = values
         self.prefix = prefix
         self.problems: list[str] = [] if problems is None else problems
+        self.notes: list[str] = [] if notes is None else notes
 
     def part(self, values: dict[str, Any], prefix: str) -> JsonReader:
-        """A reader of an object inside this one, that adds to the same problems."""
-        return JsonReader(self.file, values, prefix=prefix, problems=self.problems)
+        """A reader of an object inside this one, that adds to the same problems and notes."""
+        return JsonReader(self.file, values, prefix=prefix, problems=self.problems, notes=self.notes)
 
     def get(self, key: str) -> Any:
         """The value, or None when absent."""
@@ -46,6 +54,10 @@ class JsonReader:
     def say(self, key: str, problem: str) -> None:
         """Add a problem with one key."""
         self.problems.append(f"{self.prefix}{key}{problem}")
+
+    def note(self, key: str, remark: str) -> None:
+        """Add a remark on one key."""
+        self.notes.append(f"{self.prefix}{key}{remark}")
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A count of at least 1; a default of None means that the key must be there."""
@@ -88,6 +100,12 @@ class JsonReader:
         if self.problems:
             listed = first_of(list(dict.fromkeys(self.problems)), 12)  # each once, in order
             raise UserError("\n  ".join([f"{self.file} cannot be used:", *listed]))
+
+
+def shown(value: object) -> str:
+    """A value in a message, a long one cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_json_object(file: Path) -> JsonReader:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.architectures.hf_config import from_hf_config
+from megatron_sftrl.architectures.hf_config import read_hf_config
 from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
 from megatron_sftrl.engine.checkpoint import StoredPart, save_converted
 from megatron_sftrl.errors import UserError
@@ -73,12 +73,12 @@ def convert_from_hf(
         UserError: on every rank: a config.json, weights or a layout that cannot be used, an output that
             exists, a disk that is full.
     """
-    architecture = from_hf_config(hf)
+    architecture, notes = read_hf_config(hf)
     check_layout(layout, architecture)
     with open_weights(hf, allow_pickle=allow_pickle) as weights:
         weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
         if dist.get_rank() == 0:
-            for note in weights.notes:
+            for note in (*notes, *weights.notes):
                 print(f"note: {note}", file=sys.stderr)
         stored_dtypes = _dtypes(architecture, weights, dtype)
         pieces = sorted(_pieces(architecture, layout), key=lambda piece: piece.owner)

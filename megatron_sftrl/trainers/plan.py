@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from megatron_sftrl.architectures import architecture_of
+from megatron_sftrl.architectures import architecture_of, notes_on
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.architectures.tensors import hf_shapes
@@ -51,10 +52,12 @@ def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
     Raises:
         UserError: what is wrong, and what to do.
     """
-    architecture = architecture_of(config.model)
+    architecture, notes = architecture_of(config.model), notes_on(config.model)
     if config.model.hf is not None:
         with open_weights(config.model.hf, allow_pickle=config.model.allow_pickle) as weights:
             weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+            notes += weights.notes
+    say_notes(notes)
     loss = _loss(config)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
     tokenizer = _tokenizer(config, architecture)
@@ -74,6 +77,7 @@ def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
         UserError: what is wrong, and what to do.
     """
     architecture = architecture_of(config.model)
+    say_notes(notes_on(config.model))
     needs = ("reference",) if config.reference is not None else ()
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=needs)
     tokenizer = _tokenizer(config, architecture)
@@ -87,6 +91,13 @@ def _tokenizer(config: TrainingConfig, architecture: Architecture) -> Tokenizer:
         for note in tokenizer.notes:
             print(f"note: {note}", file=sys.stderr)
     return tokenizer
+
+
+def say_notes(notes: Sequence[str]) -> None:
+    """What a user should know about the model's files, once for all ranks."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _loss(config: TrainingConfig) -> Loss:
