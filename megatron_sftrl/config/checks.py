@@ -214,6 +214,11 @@ def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
             f"optim.warmup_steps = {config.optim.warmup_steps} is more than train.steps = {steps}: "
             "the peak learning rate would never be reached; lower warmup_steps"
         )
+    if (end := config.optim.schedule_steps) is not None and config.optim.warmup_steps >= end:
+        yield (
+            f"optim.schedule_steps = {end} leaves nothing after optim.warmup_steps = "
+            f"{config.optim.warmup_steps}: it counts the warm-up, too; raise it"
+        )
 
 
 def _rollout_problems(config: TrainingConfig) -> Iterator[str]:

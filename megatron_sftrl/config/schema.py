@@ -134,6 +134,9 @@ class OptimSection(Section):
     """Shape after the warm-up."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Final learning rate / peak, for cosine and linear."""
+    schedule_steps: int | None = Field(default=None, ge=1)
+    """Steps, warm-up included, after which cosine and linear end at min_lr_ratio; train.steps when not given.
+    A run that ends before stops on the way down."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps, as in train.steps, over which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -143,7 +146,9 @@ class OptimSection(Section):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """SGD momentum."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled decay of matrices (not of norms and biases)."""
+    """Decoupled decay of matrices, and with decay_all of everything."""
+    decay_all: bool = False
+    """Decay norms and biases, too, as a plain torch.optim.AdamW over all parameters does."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
 

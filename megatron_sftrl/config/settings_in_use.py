@@ -41,7 +41,7 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
     else:
         add("optim", ("momentum",), "optim.name is adamw")
     if config.optim.schedule == "constant":
-        add("optim", ("min_lr_ratio",), "optim.schedule is constant")
+        add("optim", ("min_lr_ratio", "schedule_steps"), "optim.schedule is constant")
     if config.batch.packing:
         add("batch", ("micro_size",), "batch.packing fills micro-batches by tokens (batch.max_tokens)")
     if isinstance(config, GrpoConfig):

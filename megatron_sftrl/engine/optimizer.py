@@ -58,7 +58,7 @@ def wrap_with_ddp(
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimSection, *, is_bf16: bool, is_distributed: bool
 ) -> MegatronOptimizer:
-    """Megatron's optimizer; biases and norms are not decayed (Megatron's default)."""
+    """Megatron's optimizer; step_if_finite decides what is decayed."""
     config = OptimizerConfig(
         optimizer={"adamw": "adam", "sgd": "sgd"}[optim.name],
         lr=optim.lr,
@@ -75,16 +75,24 @@ def build_optimizer(
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
 
 
-def step_if_finite(optimizer: MegatronOptimizer, *, lr: float, is_loss_finite: bool) -> OptimStep:
+def step_if_finite(
+    optimizer: MegatronOptimizer, *, lr: float, is_loss_finite: bool, decays_all: bool = False
+) -> OptimStep:
     """Clip and apply the accumulated gradients, unless their norm or the loss is not finite.
 
     Megatron's own step() checks for non-finite gradients only with an fp16 loss scale, so its parts
     are called one by one.
+
+    Args:
+        optimizer: with the gradients of this step.
+        lr: learning rate.
+        is_loss_finite: on every rank.
+        decays_all: norms and biases decay, too.
     """
     for group in optimizer.param_groups:
-        # Megatron leaves the multipliers to its scheduler: without this, norms and biases would decay too.
+        # Megatron leaves the multipliers to its scheduler; wd_mult is 0 for norms and biases.
         group["lr"] = lr * group["lr_mult"]
-        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+        group["weight_decay"] = optimizer.config.weight_decay * (1.0 if decays_all else group["wd_mult"])
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not (is_loss_finite and math.isfinite(grad_norm)):
@@ -113,7 +121,7 @@ def learning_rate(step: int, optim: OptimSection, *, num_steps: int) -> float:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    span = max(1, num_steps - optim.warmup_steps)
+    span = max(1, (optim.schedule_steps or num_steps) - optim.warmup_steps)
     progress = min(1.0, (step - optim.warmup_steps) / span)
     shape = 1.0 - progress if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * shape)

@@ -164,7 +164,9 @@ class PolicyEngine:
         """
         assert self.optimizer is not None
         lr = learning_rate(step, self.optim, num_steps=num_steps)
-        return step_if_finite(self.optimizer, lr=lr, is_loss_finite=math.isfinite(loss))
+        return step_if_finite(
+            self.optimizer, lr=lr, is_loss_finite=math.isfinite(loss), decays_all=self.optim.decay_all
+        )
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

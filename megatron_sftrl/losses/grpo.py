@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -37,8 +38,9 @@ class GrpoConfig(LossConfig):
     that every token keeps a gradient."""
     clip_low: float = Field(default=0.2, ge=0, le=1)
     """The ratio counts down to 1 - clip_low; 1 leaves it without a lower bound."""
-    clip_high: float = Field(default=0.2, ge=0)
-    """The ratio counts up to 1 + clip_high; DAPO's clip-higher is 0.28."""
+    clip_high: float | None = Field(default=0.2, ge=0)
+    """The ratio counts up to 1 + clip_high; DAPO's clip-higher is 0.28; null leaves it without an upper
+    bound."""
     dual_clip: float | None = Field(default=None, gt=1)
     """c: where the advantage is negative the loss is at most c |A|; 3 is usual. For objective clip."""
     kl_coefficient: float = Field(default=0.0, ge=0)
@@ -139,7 +141,7 @@ def _at_temperature(distribution: TokenDistribution, temperature: float) -> Toke
 
 def _policy_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
     """[T] l_t, before correction."""
-    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    clipped = ratio.clamp(1.0 - config.clip_low, _upper_bound(config))
     if config.objective == "cispo":
         return -(clipped.detach() * advantages) * logprobs
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
@@ -149,9 +151,14 @@ def _policy_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: Gr
     return loss
 
 
+def _upper_bound(config: GrpoConfig) -> float:
+    """Largest ratio that counts."""
+    return math.inf if config.clip_high is None else 1.0 + config.clip_high
+
+
 def _clip_metrics(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> dict[str, Tensor]:
     """Which tokens a bound acted on: under clip a bound acts only where it lowers the objective."""
-    is_low, is_high = ratio < 1.0 - config.clip_low, ratio > 1.0 + config.clip_high
+    is_low, is_high = ratio < 1.0 - config.clip_low, ratio > _upper_bound(config)
     metrics: dict[str, Tensor] = {}
     if config.objective == "clip":
         is_low, is_high = is_low & (advantages < 0), is_high & (advantages > 0)

@@ -119,7 +119,7 @@ def test_each_epoch_draws_every_prompt_once(grpo: GrpoProject, tmp_path: Path) -
 
 PRESETS = {
     "dapo": (
-        (),
+        ("optim.warmup_steps=0",),
         {"filters.dynamic_sampling": True, "loss.clip_high": 0.28, "batch.aggregation": "token_mean"},
     ),
     "dr_grpo": ((), {"advantages.estimator": "dr_grpo", "batch.aggregation": "constant_length"}),

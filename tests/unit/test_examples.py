@@ -26,6 +26,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GRPO = EXAMPLES / "grpo.yaml"
 GRPO_VLLM = EXAMPLES / "grpo_vllm.yaml"
 CLUSTER = [EXAMPLES / f"{name}.yaml" for name in ("curiosft", "gift", "pear")]
+AS_RELEASED = [EXAMPLES / f"{name}_as_released.yaml" for name in ("curiosft", "gift")]
 SEVERAL_NODES = [
     EXAMPLES / f"{name}.yaml"
     for name in ("curiosft_70b", "gift_70b", "gift_72b_qwen", "gift_moe", "grpo_70b", "pear_70b")
@@ -63,16 +64,16 @@ def qwen_7b() -> Architecture:
 
 
 def test_there_is_an_example_for_each_method() -> None:
-    assert {*CLUSTER, *SEVERAL_NODES, GRPO, GRPO_VLLM} == {*EXAMPLES.glob("*.yaml")}
+    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, GRPO, GRPO_VLLM} == {*EXAMPLES.glob("*.yaml")}
     assert [path.stem for path in QUICKSTART] == ["base", "gift", "grpo"]
 
 
-@pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CLUSTER, *AS_RELEASED], ids=lambda path: path.stem)
 def test_a_cluster_example_fits_a_7b_model_on_eight_gpus(path: Path) -> None:
     config = load_config(path)
     loss = build_loss(config.loss.name, config.loss.options)
     check_run(config, qwen_7b(), 8, loss_needs=loss.needs)
-    assert config.loss.name == path.stem
+    assert config.loss.name == path.stem.removesuffix("_as_released")
 
 
 def test_the_grpo_example_fits_a_7b_model_on_eight_gpus_and_its_rewards_know_right_from_wrong() -> None:
@@ -95,6 +96,43 @@ def test_the_vllm_example_is_the_grpo_example_with_another_engine_that_fits_too(
     assert EngineLayout(tp=ours.rollout.vllm.tp, world_size=8).num_replicas == 4
     changed = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(other, name)}
     assert changed == {"run_dir", "rollout"}
+
+
+def test_a_recipe_as_released_differs_from_the_papers_in_what_it_says_and_in_nothing_else() -> None:
+    """GIFT sums the gradients of 128 / 8 / 2 micro-batches undivided before it clips at 1.0."""
+    everyday = ("run_dir", "checkpoint.every", "checkpoint.keep_last", "train.eval_every")
+    expected = {
+        "gift": {
+            "data.truncation": "right",
+            "batch.aggregation": "sequence_mean",
+            "optim.decay_all": True,
+            "optim.clip_grad": 1.0 / (128 / 8 / 2),
+        },
+        "curiosft": {
+            "batch.aggregation": "sequence_mean",
+            "optim.schedule_steps": 4 * 3 * 178,
+            "optim.betas": [0.9, 0.999],
+            "optim.decay_all": True,
+        },
+    }
+    for name, differing in expected.items():
+        paper, released = (
+            flat(load_config(EXAMPLES / f"{name}{suffix}.yaml").model_dump(mode="json"))
+            for suffix in ("", "_as_released")
+        )
+        changed = {key: value for key, value in released.items() if paper[key] != value}
+        if name == "curiosft":
+            assert released["reference.decay"] == 0.01
+            changed.pop("reference.decay", None)
+        assert {key: value for key, value in changed.items() if key not in everyday} == differing
+
+
+def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Every setting by its dotted key."""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 @pytest.mark.parametrize("path", CLUSTER, ids=lambda path: path.stem)

@@ -79,6 +79,12 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
         ),
         (["data.max_length=257"], 1, "data.max_length = 257 is more than the model's"),
         (["reference=null"], 1, "loss 'gift' needs a reference model: add `reference: {kind: frozen}`"),
+        (["optim.schedule_steps=40"], 1, "optim.schedule_steps has no effect: optim.schedule is constant"),
+        (
+            ["optim.schedule=cosine", "optim.warmup_steps=20", "optim.schedule_steps=20"],
+            1,
+            "optim.schedule_steps = 20 leaves nothing after optim.warmup_steps = 20",
+        ),
         (["optim.warmup_steps=21"], 1, "optim.warmup_steps = 21 is more than train.steps = 20"),
         (["reference.decay=0.5"], 1, "reference.decay has no effect: reference.kind is frozen"),
         (["reference.sync_every=5"], 1, "reference.sync_every has no effect"),

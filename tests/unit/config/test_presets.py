@@ -92,7 +92,7 @@ def test_the_loss_accepts_the_options_of_every_preset(name: str):
 @pytest.mark.parametrize(
     ("name", "group_size", "lr", "kl", "clip"),
     [
-        ("luffy", 8, 1e-6, 0, (0.2, 0.2)),
+        ("luffy", 8, 1e-6, 0, (1.0, None)),
         ("srft", 8, 1e-6, 0, (0.2, 0.2)),
         ("dapo", 16, 1e-6, 0, (0.2, 0.28)),
         ("curiosft_rl", 8, 1e-6, 0, (0.2, 0.2)),
@@ -102,7 +102,7 @@ def test_the_loss_accepts_the_options_of_every_preset(name: str):
     ],
 )
 def test_presets_hold_the_published_numbers(
-    name: str, group_size: int | None, lr: float | None, kl: float, clip: tuple[float, float]
+    name: str, group_size: int | None, lr: float | None, kl: float, clip: tuple[float, float | None]
 ):
     preset = PRESETS[name]
     assert preset["rollout"].get("group_size") == group_size
@@ -112,17 +112,46 @@ def test_presets_hold_the_published_numbers(
     assert (preset["loss"]["clip_low"], preset["loss"]["clip_high"]) == clip
 
 
-def test_only_curiosft_rl_has_a_published_batch_and_it_counts_responses():
-    """METHODS.md, section 4: batch 128, mini-batch 32, n = 8; both are prompts, as in verl."""
-    batches = {
-        name: (preset["rollout"].get("prompts_per_step"), preset.get("batch", {}).get("global_size"))
-        for name, preset in PRESETS.items()
-    }
-    assert batches == {name: (None, None) for name in PRESETS} | {"curiosft_rl": (128, 256)}
+@pytest.mark.parametrize(
+    ("name", "prompts", "responses_per_update", "estimator", "aggregation"),
+    [
+        ("luffy", 128, 64 * 8, "dr_grpo", "constant_length"),
+        ("srft", None, None, "group_normalized", None),
+        ("dapo", 512, 512, "group_normalized", "token_mean"),
+        ("curiosft_rl", 128, 32 * 8, "group_normalized", "constant_length"),
+        ("deepseekmath", 16, 16 * 64, "group_normalized", "sequence_mean"),
+        ("dr_grpo", 128, 128, "dr_grpo", "constant_length"),
+        ("gspo", None, None, "group_normalized", "sequence_mean"),
+    ],
+)
+def test_presets_hold_the_published_batches_and_normalisations(
+    name: str, prompts: int | None, responses_per_update: int | None, estimator: str, aggregation: str | None
+):
+    """A mini-batch is given in prompts in verl's scripts, in responses in DAPO's paper and in oat."""
+    preset = PRESETS[name]
+    batch = preset.get("batch", {})
+    assert (preset["rollout"].get("prompts_per_step"), batch.get("global_size")) == (
+        prompts,
+        responses_per_update,
+    )
+    assert (preset["advantages"]["estimator"], batch.get("aggregation")) == (estimator, aggregation)
+
+
+def test_only_luffy_has_an_entropy_bonus_and_only_dapo_a_warm_up_and_dynamic_sampling():
+    entropy = {name: preset["loss"].get("entropy_coefficient", 0) for name, preset in PRESETS.items()}
+    assert entropy == {name: 0 for name in PRESETS} | {"luffy": 0.01}
+    warmup = {name: preset.get("optim", {}).get("warmup_steps", 0) for name, preset in PRESETS.items()}
+    assert warmup == {name: 0 for name in PRESETS} | {"dapo": 20}
+    assert [name for name, preset in PRESETS.items() if "filters" in preset] == ["dapo"]
 
 
 def test_a_batch_of_the_run_wins_over_the_presets():
     raw = {"preset": "curiosft_rl", "rollout": {"prompts_per_step": 64}, "batch": {"global_size": 512}}
     found = with_preset(raw, PRESETS)
     assert found["rollout"] == {"group_size": 8, "temperature": 1.0, "prompts_per_step": 64}
-    assert found["batch"] == {"global_size": 512}
+    assert found["batch"] == {"global_size": 512, "aggregation": "constant_length"}
+
+
+def test_the_upper_clip_of_a_preset_is_taken_back_by_a_number_or_a_null_of_the_run():
+    assert with_preset({"preset": "luffy", "loss": {"clip_high": 0.2}}, PRESETS)["loss"]["clip_high"] == 0.2
+    assert with_preset({"preset": "dapo", "loss": {"clip_high": None}}, PRESETS)["loss"]["clip_high"] is None

@@ -40,14 +40,18 @@ def test_decay_goes_from_the_peak_to_the_minimum_ratio(schedule: str) -> None:
     assert curve[7] == pytest.approx(middle)
 
 
-def decayed_parameters() -> dict[str, tuple[float, float]]:
+def decayed_parameters(
+    parallel: dict[str, object], decays_all: bool = False
+) -> dict[str, tuple[float, float]]:
     from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from tests.distributed.test_layouts import make_config
 
-    config = make_config({}, family="qwen2")
-    optim = config.optim.model_copy(update={"lr": 0.5, "weight_decay": 0.5, "warmup_steps": 0})
+    config = make_config(parallel, family="qwen2")
+    optim = config.optim.model_copy(
+        update={"lr": 0.5, "weight_decay": 0.5, "warmup_steps": 0, "decay_all": decays_all}
+    )
     config = config.model_copy(update={"optim": optim})
     assert config.model.architecture is not None
     policy = PolicyEngine(
@@ -69,8 +73,29 @@ def decayed_parameters() -> dict[str, tuple[float, float]]:
 
 def test_matrices_decay_and_norms_and_biases_do_not() -> None:
     # Gradients are zero, so a parameter moves by its decay alone: factor 1 - lr * weight_decay = 0.75.
-    for name, (before, after) in run_ranks(1, decayed_parameters)[0].items():
+    for name, (before, after) in run_ranks(1, decayed_parameters, {})[0].items():
         is_decayed = not name.endswith("bias") and "norm" not in name
         expected = 0.75 * before if is_decayed else before
         # fp32 sums over a few thousand elements: 1e-6 is rounding, a missing decay is 0.25.
         assert after == pytest.approx(expected, rel=1e-6), name
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_everything_decays_when_it_is_asked_for_on_one_process_and_sharded_over_two(
+    is_distributed: bool,
+) -> None:
+    parallel = {"distributed_optimizer": True} if is_distributed else {}
+    for found in run_ranks(2 if is_distributed else 1, decayed_parameters, parallel, True):
+        assert any("norm" in name for name in found)
+        for name, (before, after) in found.items():
+            assert after == pytest.approx(0.75 * before, rel=1e-6), name
+
+
+def test_a_cosine_over_more_steps_than_the_run_ends_on_the_way_down() -> None:
+    """Four times the steps, 60 of them warm-up: after 534 of 2136 steps 0.877 of the peak is left."""
+    settings = {"schedule": "cosine", "min_lr_ratio": 1e-4, "warmup_steps": 60, "schedule_steps": 2136}
+    curve = run_ranks(1, rates, settings, 534)[0]
+    progress = (533 - 60) / (2136 - 60)
+    expected = 1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * progress))
+    assert curve[533] / max(curve) == pytest.approx(expected)
+    assert expected == pytest.approx(0.877, abs=5e-4)

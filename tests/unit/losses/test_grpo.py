@@ -24,6 +24,7 @@ VARIANTS = [
     {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.08, "temperature": 1.3},
     {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.3, "correction": "tis"},
     {"objective": "cispo", "ratio": "sequence", "kl_coefficient": 0.1, "kl_estimator": "k1"},
+    {"clip_low": 1.0, "clip_high": None},
     {"correction": "icepop", "correction_cap": 1.4, "kl_coefficient": 0.2, "kl_estimator": "k2"},
 ]
 EXACT = 1e-12  # float64 sums of a dozen terms
@@ -60,7 +61,8 @@ def dense_loss(z: Tensor, u: Tensor, batch: TokenBatch, options: dict) -> Tensor
     assert batch.old_logprobs is not None
     assert batch.rollout_logprobs is not None
     assert batch.advantages is not None
-    low, high = 1 - options.get("clip_low", 0.2), 1 + options.get("clip_high", 0.2)
+    low, high = 1 - options.get("clip_low", 0.2), options.get("clip_high", 0.2)
+    high = math.inf if high is None else 1 + high
     cap, loss = options.get("correction_cap", 2.0), torch.zeros_like(lp)
     for start, stop in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
         here = [t for t in range(start, stop) if batch.loss_mask[t]]
@@ -300,6 +302,19 @@ def test_clip_metrics_count_a_bound_only_where_it_acts():
     either = build_loss("grpo", {"objective": "cispo"})(inputs).metrics
     assert either["grpo/clip_low"].tolist() == [1, 1, 0, 0, 0, 0]
     assert either["grpo/clip_high"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_without_bounds_the_loss_is_the_ratio_times_the_advantage() -> None:
+    z, _, batch = data()
+    policy = TokenDistribution.from_logits(z, vocab_size=V)
+    output = build_loss("grpo", {"clip_low": 1.0, "clip_high": None})(LossInputs(policy=policy, batch=batch))
+    lp = z.log_softmax(1).gather(1, batch.labels[:, None]).squeeze(1)
+    assert batch.old_logprobs is not None
+    assert batch.advantages is not None
+    expected = -(lp - batch.old_logprobs).exp() * batch.advantages
+    mask = batch.loss_mask
+    torch.testing.assert_close(output.token_loss[mask], expected[mask], rtol=0, atol=EXACT)
+    assert not output.metrics["grpo/clip_high"].any()
 
 
 def test_dual_clip_bounds_the_loss_of_a_negative_advantage_and_no_other():
