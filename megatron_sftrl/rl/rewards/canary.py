@@ -1,5 +1,5 @@
-"""The checks before a run: each reward tells its known right answers from its known wrong ones, and tasks that
-an answer solves which is always the same are named.
+"""The checks before a run: each reward tells its known right answers from its known wrong ones, and tasks
+that a constant answer solves are named.
 
 A verifier that gives everybody 0 (a library of another version, an answer format that it does not read)
 trains nothing and looks like a hard task.

@@ -36,7 +36,7 @@ GSM8K = "She sells 9 * 137.11 = 1,234 eggs.\n#### 1,234"
         (GSM8K, "#### 234", 0, 0),
         (GSM8K, "The answer is 1,234 eggs.", 0, 1),
         (GSM8K, "The answer is 1,234 eggs, not 7.", 0, 0),
-        (GSM8K, "#### 1,234 eggs", 0, 1),
+        (GSM8K, "#### 1,234 eggs", 1, 1),
         (GSM8K, "#### 5\nno, wait\n#### 1,234", 1, 1),
         (GSM8K, "#### 1,234\nno, wait\n#### 5", 0, 0),
         (GSM8K, "", 0, 0),
@@ -93,14 +93,17 @@ def math_pool() -> Iterator[RewardPool]:
 TOWERS = {
     "power tower": r"\boxed{9^{9^{9^{9}}}}",
     "factorial": r"\boxed{10^{10^{10}}!}",
+    "powers of powers": r"\boxed{((x^{9999})^{9999})^{9999}}",
+    "sum": r"\boxed{\sum_{k=1}^{999999999} \frac{\sin k}{k!}}",
 }
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_latex_that_no_computer_evaluates_costs_its_sample(name: str, math_pool: RewardPool) -> None:
+def test_latex_that_no_computer_evaluates_is_a_wrong_answer_and_not_an_unjudged_one(
+    name: str, math_pool: RewardPool
+) -> None:
     tower, right = math_pool.score([sample(TOWERS[name], answer="4"), sample(r"\boxed{4}", answer="4")])
-    # Out of time, or out of memory on a fast machine.
-    assert (tower.reward, tower.outcome) in {(0.0, "timeout"), (0.0, "error"), (0.0, "crashed")}
+    assert (tower.reward, tower.outcome) == (0.0, "ok")
     assert (right.reward, right.outcome) == (1.0, "ok")
 
 
