@@ -143,9 +143,9 @@ PRESETS: Mapping[str, Tree] = _frozen(
             # AdamW, "1e-6", linear warm-up over "20 rollout steps"
             "optim": {"lr": 1e-6, "warmup_steps": 20},
         },
-        # DeepSeekMath, arXiv:2402.03300, section 4.2; the run adds `reference: {kind: frozen}`. Clip range and
-        # temperature are not stated there (PPO's 0.2 and 1 here). A single update follows each exploration,
-        # with a training batch of 1024, here 1024 responses.
+        # DeepSeekMath, arXiv:2402.03300, section 4.2; the run adds `reference: {kind: frozen}`. Clip range
+        # and temperature are not stated there (PPO's 0.2 and 1 here). A single update follows each
+        # exploration, with a training batch of 1024, here 1024 responses.
         "deepseekmath": {
             "rollout": {"group_size": 64, "temperature": 1.0, "prompts_per_step": 16},
             "advantages": _NORMALIZED,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 
 from megatron_sftrl import build_loss
+from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.load import config_from_text, load_config, resolved_yaml
 from megatron_sftrl.config.presets import PRESETS, with_preset
 
 SMALL = {
@@ -155,3 +158,12 @@ def test_a_batch_of_the_run_wins_over_the_presets():
 def test_the_upper_clip_of_a_preset_is_taken_back_by_a_number_or_a_null_of_the_run():
     assert with_preset({"preset": "luffy", "loss": {"clip_high": 0.2}}, PRESETS)["loss"]["clip_high"] == 0.2
     assert with_preset({"preset": "dapo", "loss": {"clip_high": None}}, PRESETS)["loss"]["clip_high"] is None
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_run_with_a_preset_is_written_out_and_read_back_the_same(name: str):
+    file = Path(__file__).resolve().parents[3] / "examples" / "grpo.yaml"
+    config = load_config(file, [f"preset={name}", "optim.lr=1e-6"], schema=GrpoConfig)
+    assert config.loss.options["clip_high"] == PRESETS[name]["loss"]["clip_high"]
+    text = resolved_yaml(config)
+    assert resolved_yaml(config_from_text(text, source="resolved.yaml", schema=GrpoConfig)) == text
