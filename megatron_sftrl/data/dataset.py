@@ -27,6 +27,9 @@ from megatron_sftrl.data.store import TokenStore, open_store, pack_examples, sav
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 
+_READING = 2
+"""Raised when the same rows become other tokens or masks, so that no cache of an earlier version is used."""
+
 
 class Dataset:
     """Examples by index, 0 <= index < len. Owns the arrays they are views of."""
@@ -92,6 +95,7 @@ def load_dataset(
     max_length: int,
     truncation: Truncation,
     cache_dir: Path | None = None,
+    key: str = "data.train",
 ) -> Dataset:
     """Read, tokenize and check every row.
 
@@ -102,6 +106,7 @@ def load_dataset(
         truncation: what happens to longer ones.
         cache_dir: where the tokenized rows are kept and looked for; memory only when None. Let one rank
             come first, and the others after a barrier, so that the work is done once.
+        key: where the paths stand in the configuration, for messages.
     Returns:
         The dataset.
     Raises:
@@ -109,13 +114,13 @@ def load_dataset(
             left, or a cache that cannot be written.
     """
     for path in paths:
-        check_source(path)
+        check_source(path, key)
     place = None
     if cache_dir is not None:
         place = cache_dir / _cache_key(paths, tokenizer, max_length=max_length, truncation=truncation)
         if (store := open_store(place)) is not None:
             return Dataset(store)
-    store = _build_store(paths, tokenizer, max_length=max_length, truncation=truncation)
+    store = _build_store(paths, tokenizer, max_length=max_length, truncation=truncation, key=key)
     if place is not None:
         try:
             save_store(store, place)
@@ -200,22 +205,29 @@ def _with_scores(row: SourceRow, full: Example, cut: Example) -> Example:
 
 
 def _build_store(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation, key: str
 ) -> TokenStore:
     kept: list[tuple[int, int, Example]] = []
     num_dropped = num_truncated = 0
+    empty = set(range(len(paths)))
     for index, row, example, is_cut in tokenize_sources(
         paths, tokenizer, max_length=max_length, truncation=truncation
     ):
+        empty.discard(index)
         if example is None:
             num_dropped += 1
             continue
         num_truncated += is_cut
         kept.append((index, row.number, example))
+    purpose = "train" if key == "data.train" else "evaluate"
+    if empty:
+        raise UserError(
+            f"{key}: no row to {purpose} on in {paths[min(empty)]}; remove it from {key}, or write it again"
+        )
     if not kept:
         raise UserError(
-            f"data: no row to train on in {[str(path) for path in paths]}"
-            + (f"; all {num_dropped} are longer than data.max_length = {max_length}" if num_dropped else "")
+            f"{key}: no row to {purpose} on in {[str(path) for path in paths]}; all {num_dropped} are longer "
+            f"than data.max_length = {max_length}"
         )
     return pack_examples(
         kept, sources=tuple(str(path) for path in paths), num_dropped=num_dropped, num_truncated=num_truncated
@@ -231,5 +243,5 @@ def _cache_key(
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             stat = file.stat()
             files.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
-    facts = [files, [str(path) for path in paths], tokenizer.fingerprint, max_length, truncation]
+    facts = [_READING, files, [str(path) for path in paths], tokenizer.fingerprint, max_length, truncation]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sftrl.data.chat import encode_prompt
-from megatron_sftrl.data.prompts import read_prompt
+from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.sources import check_source, describe_row, read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
@@ -43,16 +43,19 @@ class PromptSet:
     fingerprint: str
 
 
-def read_prompt_set(paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_length: int) -> PromptSet:
-    """Read and tokenize every row.
+def read_prompt_set(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_length: int, key: str = "data.train"
+) -> PromptSet:
+    """Read and tokenize every row; `key` is where the paths stand in the configuration.
 
     Raises:
-        UserError: a source or row that cannot be used, a prompt that is too long, no row at all.
+        UserError: a source or row that cannot be used, a prompt that is too long, a source without rows.
     """
     rows = []
     digest = hashlib.sha256()
     for path in paths:
-        check_source(path)
+        check_source(path, key)
+        before = len(rows)
         for row in read_rows(path):
             source = describe_row(path, row.number)
             try:
@@ -66,8 +69,8 @@ def read_prompt_set(paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_l
                 )
             rows.append(PromptRow(tokens=tokens, values=row.values, source=source))
             digest.update(_as_json(tokens, row.values, source))
-    if not rows:
-        raise UserError(f"no prompts in {', '.join(map(str, paths))}")
+        if len(rows) == before:
+            raise UserError(f"{key}: no prompts in {path}; remove it from {key}, or write it again")
     return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest())
 
 

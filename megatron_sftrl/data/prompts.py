@@ -1,36 +1,12 @@
-"""Rows of prompts for generation, and the tokens that end a response."""
+"""The tokens that end a response."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import takewhile
 
-from megatron_sftrl.data.chat import Row, tokenize_row
-from megatron_sftrl.data.template import Message
+from megatron_sftrl.data.chat import tokenize_row
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
-
-
-def read_prompt(row: Row) -> str | Sequence[Message]:
-    """The prompt that a row asks to be answered; a reference answer beside it is left alone.
-
-    Args:
-        row: `prompt` (text), or `messages` whose last turn is not the assistant's.
-    Raises:
-        UserError: neither is there, or the wrong type.
-    """
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if (prompt is None) == (messages is None):
-        raise UserError(f"expected either prompt or messages, got {sorted(row)}")
-    if prompt is not None:
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError("prompt: expected a non-empty text")
-        return prompt
-    if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) for turn in messages):
-        raise UserError("messages: expected a list of turns with role and content")
-    if messages[-1].get("role") == "assistant":
-        raise UserError("messages: the last turn is the assistant's; remove it, it is what is generated")
-    return messages
 
 
 def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:

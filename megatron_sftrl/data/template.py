@@ -51,31 +51,41 @@ class ChatTemplate:
             raise UserError(f"{origin} is not a Jinja template: {error}") from error
         self.has_generation_markers = _has_generation_markers(source)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        given: Mapping[str, object] | None = None,
+    ) -> str:
         """The conversation as one text.
 
         Args:
             messages: turns in order.
             add_generation_prompt: end with the header of an assistant turn.
+            given: tools and documents, where there are any.
         Returns:
             The text, special tokens written out.
         Raises:
             UserError: the template refuses these messages, or needs something it is not given.
         """
-        return self._render(self._plain, messages, add_generation_prompt)
+        return self._render(self._plain, messages, add_generation_prompt, given or {})
 
-    def render_generated_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def render_generated_spans(
+        self, messages: Sequence[Message], *, given: Mapping[str, object] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation, and which characters stood inside `{% generation %}` blocks.
 
         Args:
             messages: turns in order.
+            given: tools and documents, where there are any.
         Returns:
             The text and [start, end) of each block in it, in order.
         Raises:
             UserError: as in `render`, or the template transforms what a block produced.
         """
-        text = self.render(messages)
-        marked = self._render(self._marked, messages, False)
+        text = self.render(messages, given=given)
+        marked = self._render(self._marked, messages, False, given or {})
         pieces: list[str] = []
         spans: list[tuple[int, int]] = []
         length = start = 0
@@ -94,15 +104,28 @@ class ChatTemplate:
             )
         return text, spans
 
-    def _render(self, template: jinja2.Template, messages: Sequence[Message], generate: bool) -> str:
+    def _render(
+        self,
+        template: jinja2.Template,
+        messages: Sequence[Message],
+        generate: bool,
+        given: Mapping[str, object],
+    ) -> str:
         try:
             return template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=generate,
-                tools=None,
-                documents=None,
+                **{"tools": None, "documents": None, **given},
                 **self._variables,
             )
+        except jinja2.UndefinedError as error:
+            if "strftime_now" not in str(error):
+                raise UserError(f"{self.origin} cannot render these messages: {error}") from error
+            raise UserError(
+                f"{self.origin} asks for today's date (strftime_now), and the tokens of a row must not "
+                "depend on the day; copy the template into a file, write a date in place of "
+                "strftime_now(...) and name the file as tokenizer.chat_template"
+            ) from error
         # Templates are user code: whatever they raise (also TypeError on a missing key) is about them.
         except Exception as error:
             raise UserError(f"{self.origin} cannot render these messages: {error}") from error

@@ -16,8 +16,8 @@ from rich.table import Table
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
-from megatron_sftrl.data.prompts import read_prompt
-from megatron_sftrl.data.sources import read_rows
+from megatron_sftrl.data.conversation import read_prompt
+from megatron_sftrl.data.sources import check_source, read_rows
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.preflight.gpu_memory import memory_problem, own_gpu_bytes
 from megatron_sftrl.preflight.network import (
@@ -153,10 +153,12 @@ def _data_files(config: TrainingConfig) -> list:
 
 def _read_first_rows(plan: RunPlan[TrainingConfig]) -> None:
     """The first row of each file becomes tokens; the run itself reads all of them."""
-    for path in _data_files(plan.config):
+    data = cast(RunConfig | GrpoConfig, plan.config).data
+    for key, path in [("train", path) for path in data.train] + [("valid", path) for path in data.valid]:
+        check_source(path, f"data.{key}")
         row = next(iter(read_rows(path)), None)
         if row is None:
-            raise UserError(f"{path} holds no row: expected at least one")
+            raise UserError(f"data.{key}: {path} holds no row: expected at least one")
         try:
             if isinstance(plan.config, GrpoConfig):
                 encode_prompt(plan.tokenizer, read_prompt(row.values))

@@ -88,6 +88,7 @@ def _load(plan: RunPlan[RunConfig], directory: RunDirectory, *, is_train: bool) 
         max_length=data.max_length,
         truncation=data.truncation,
         cache_dir=directory.path / "tokens",
+        key="data.train" if is_train else "data.valid",
     )
 
 

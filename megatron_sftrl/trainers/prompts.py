@@ -26,7 +26,7 @@ def open_prompts(plan: RunPlan[GrpoConfig]) -> tuple[PromptSet, PromptSet | None
     num_rollout_steps(plan.config, train)
     if not data.valid:
         return train, None
-    return train, read_prompt_set(data.valid, plan.tokenizer, max_prompt_length=limit)
+    return train, read_prompt_set(data.valid, plan.tokenizer, max_prompt_length=limit, key="data.valid")
 
 
 def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.chat import encode_prompt, read_messages, tokenize_row
+from megatron_sftrl.data.chat import encode_prompt, tokenize_row
+from megatron_sftrl.data.conversation import read_demonstration, read_prompt
 from megatron_sftrl.data.template import ChatTemplate
-from megatron_sftrl.data.tokenizer import load_tokenizer
-from tests.unit.data.tokenizers_for_tests import CHAT, load_by_name, reading, write_byte_level
+from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
+from tests.unit.data.tokenizers_for_tests import CHAT, load_by_name, reading, template_path, write_byte_level
 
 CASES = json.loads((CHAT / "cases.json").read_text())
 
@@ -37,7 +38,7 @@ def test_the_prompt_of_generation_is_exactly_what_stands_in_front_of_the_first_r
 ) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind=case["tokenizer"], template=case["template"])
     ids, mask = tokenize_row(tokenizer, case["row"])
-    messages = read_messages(case["row"])
+    messages = read_demonstration(case["row"]).messages
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = messages[:first] if tokenizer.chat_template else case["row"]["prompt"]
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, prompt)
@@ -175,3 +176,306 @@ def test_rendering_equals_hugging_faces_own(tmp_path: Path) -> None:
         template = load_tokenizer(TokenizerSection(path=path)).chat_template
         assert template is not None
         assert template.render(messages, add_generation_prompt=True) == theirs
+
+
+def tokenizer_with(directory: Path, source: str) -> Tokenizer:
+    """The byte-level tokenizer with this template."""
+    file = directory / "own.jinja"
+    file.write_text(source)
+    return load_tokenizer(TokenizerSection(path=write_byte_level(directory / "t"), chat_template=file))
+
+
+def learned(tokenizer: Tokenizer, row: dict) -> str:
+    """The text of the learned tokens."""
+    ids, mask = tokenize_row(tokenizer, row)
+    return tokenizer.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
+
+
+HEADER = "<|im_start|>{{ m.role }}\n"
+FULL = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if documents %}{{ documents | tojson }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}{{ '\\n' }}"
+    "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Prints every key there is, and the thinking of the last turn alone, as when a model is served."""
+TOOL = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    "flag", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"trainable": False}, {"train": False}]
+)
+@pytest.mark.parametrize("template", ["chatml", "generation"])
+def test_a_turn_that_says_so_is_not_learned_and_the_others_are_as_generation_asks(
+    flag, template, tmp_path
+) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template=template)
+    turns = [turn("user", "Hello"), {**turn("assistant", "WRONG"), **flag}, turn("user", "again")]
+    last = {**turn("assistant", "Blue"), **dict.fromkeys(flag, 1)}
+    behind = [turn("user", "more"), {**turn("assistant", "WRONG"), **flag}]
+    row = {"messages": [*turns, last, *behind]}
+    assert learned(tokenizer, row) == "Blue<|im_end|>"
+    ids, mask = tokenize_row(tokenizer, row)
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, turns)
+    assert "more" not in tokenizer.decode(ids)
+
+
+def test_a_turn_that_is_not_learned_may_lose_its_thoughts_as_when_served(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="forgets_thoughts")
+    first = {**turn("assistant", "<think>red</think>fine"), "weight": 0}
+    row = {"messages": [turn("user", "Hello"), first, turn("user", "Name"), turn("assistant", "Blue")]}
+    assert learned(tokenizer, row) == "Blue<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": 0.5}, r"messages\[1\]\.weight: expected 0 or 1 .*got 0\.5"),
+        ({"weight": "0"}, r"messages\[1\]\.weight: expected 0 or 1"),
+        ({"weight": 0}, "none of its assistant turns is learned"),
+        ({"weight": 0, "train": True}, r"messages\[1\]: weight and train contradict"),
+        ({"reasoning_content": "why"}, r"messages\[1\]\.reasoning_content: .*does not print it"),
+        ({"thinking": "why"}, r"messages\[1\]\.thinking: .*does not print it"),
+        ({"tool_calls": [TOOL]}, r"messages\[1\]\.tool_calls: .*does not print it"),
+        ({"name": "bob"}, r"messages\[1\]\.name: .*does not print it"),
+    ],
+)
+def test_a_key_of_a_turn_that_is_not_honoured_is_refused(changes, message, tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    row = {"messages": [turn("user", "Hello"), {**turn("assistant", "Blue"), **changes}]}
+    with pytest.raises(ValueError, match=message):
+        tokenize_row(tokenizer, row)
+
+
+def test_only_assistant_turns_can_ask_to_be_learned(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    row = {"messages": [{**turn("user", "Hello"), "weight": 1}, turn("assistant", "Blue")]}
+    with pytest.raises(ValueError, match=r"messages\[0\]\.weight: only assistant turns"):
+        tokenize_row(tokenizer, row)
+    row["messages"][0]["weight"] = 0
+    assert learned(tokenizer, row) == "Blue<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tools": [TOOL]}, "^tools: .*does not print them"),
+        ({"documents": [{"title": "a"}]}, "^documents: .*does not print them"),
+        ({"tools": "[]"}, "^tools: expected a list of objects, got str"),
+        ({"functions": [TOOL]}, "^functions: nothing reads this column.*write them as tools"),
+        ({"system_prompt": "Be brief."}, "^system_prompt: nothing reads this column.*name the column system"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "^chat_template_kwargs: nothing reads"),
+        ({"images": ["a.png"]}, "^images: nothing reads this column.*only text"),
+        ({"system": 3}, "^system: expected text"),
+    ],
+)
+def test_a_column_that_would_be_lost_is_refused_in_demonstrations_and_prompts(
+    columns, message, tmp_path
+) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    with pytest.raises(ValueError, match=message):
+        tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue", **columns})
+    with pytest.raises(ValueError, match=message):
+        encode_prompt(tokenizer, read_prompt({"prompt": "Hello", **columns}))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"reasoning_content": "why"}, "^reasoning_content: nothing reads this column"),
+        ({"thinking": "why"}, "^thinking: nothing reads this column"),
+        ({"weight": 0}, "^weight: expected 1"),
+        ({"train": False}, "^train: expected 1"),
+    ],
+)
+def test_a_column_about_the_response_is_refused(columns, message, tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    with pytest.raises(ValueError, match=message):
+        tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue", **columns})
+
+
+def test_columns_of_the_users_own_and_empty_keys_change_nothing(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    plain = {"messages": [turn("user", "Hello"), turn("assistant", "Blue")]}
+    more = {"id": 7, "source": "web", "weight": "75 kg", "tools": [], "system": "", "thinking": None}
+    nulls = {"tool_calls": [], "name": "", "weight": None, "reasoning_content": None}
+    row = {"messages": [{**message, **nulls} for message in plain["messages"]], **more}
+    assert tokenize_row(tokenizer, row) == tokenize_row(tokenizer, plain)
+
+
+def test_a_column_system_is_the_first_turn(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    turns = [turn("user", "Hello"), turn("assistant", "Blue")]
+    expected = tokenize_row(tokenizer, {"messages": [turn("system", "Be brief."), *turns]})
+    for row in ({"messages": turns}, {"prompt": "Hello", "response": "Blue"}):
+        assert tokenize_row(tokenizer, {**row, "system": "Be brief."}) == expected
+    prompt = encode_prompt(tokenizer, read_prompt({"prompt": "Hello", "system": "Be brief."}))
+    assert prompt == expected[0][: expected[1].index(True)]
+    with pytest.raises(ValueError, match="a column system and also a system turn"):
+        tokenize_row(tokenizer, {"messages": [turn("system", "a"), *turns], "system": "b"})
+    without = load_by_name(tmp_path / "u", kind="byte_level", template=None)
+    with pytest.raises(ValueError, match="the row has system but the tokenizer has no chat template"):
+        tokenize_row(without, {"prompt": "Hello", "response": "Blue", "system": "a"})
+    with pytest.raises(ValueError, match="the row has tools but the tokenizer has no chat template"):
+        encode_prompt(without, read_prompt({"prompt": "Hello", "tools": [TOOL]}))
+
+
+def test_tools_and_keys_that_the_template_prints_are_honoured(tmp_path) -> None:
+    tokenizer = tokenizer_with(tmp_path, FULL)
+    call = {"id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {**turn("user", "Hello"), "name": "bob"},
+        {**turn("assistant", "calling"), "tool_calls": [call], "reasoning_content": "sum", "weight": 0},
+        {**turn("tool", "4"), "tool_call_id": "c1"},
+        {**turn("assistant", "Blue"), "reasoning_content": "why"},
+    ]
+    row = {"messages": turns, "tools": [TOOL], "documents": [{"title": "a"}]}
+    assert learned(tokenizer, row) == "<think>why</think>Blue<|im_end|>"
+    ids, mask = tokenize_row(tokenizer, row)
+    prompt = {**row, "messages": turns[:3]}
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, read_prompt(prompt))
+    assert '"name": "add"' in tokenizer.decode(ids)
+    turns[2]["tool_call_id"] = "c2"
+    with pytest.raises(ValueError, match=r"messages\[2\]\.tool_call_id"):
+        tokenize_row(tokenizer, row)
+    with pytest.raises(ValueError, match=r"messages\[2\]\.tool_call_id"):
+        encode_prompt(tokenizer, read_prompt(prompt))
+
+
+@pytest.mark.parametrize(
+    ("printed", "content"),
+    [
+        ("m.content.split('</think>')[-1]", "<think>why</think>Blue"),
+        ("m.content[:4]", "Blue and red"),
+        ("m.content.replace('  ', ' ')", "a  b"),
+        ("m.content | upper", "Blue"),
+    ],
+)
+@pytest.mark.parametrize("blocks", [("", ""), ("{% generation %}", "{% endgeneration %}")])
+def test_a_template_that_cuts_or_changes_what_is_learned_is_refused(
+    printed, content, blocks, tmp_path
+) -> None:
+    source = (
+        f"{{% for m in messages %}}{HEADER}{{% if m.role == 'assistant' %}}{blocks[0]}{{{{ {printed} }}}}"
+        f"<|im_end|>{blocks[1]}{{% else %}}{{{{ m.content }}}}<|im_end|>{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tokenizer_with(tmp_path, source)
+    with pytest.raises(ValueError, match=r"^response: .*prints another text than the row has"):
+        tokenize_row(tokenizer, {"prompt": "Hello", "response": content})
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_a_turn_that_the_template_leaves_out_is_refused(role, tmp_path) -> None:
+    source = f"{{% for m in messages %}}{{% if m.content != 'lost' %}}{HEADER}{{{{ m.content }}}}<|im_end|>"
+    source += "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = tokenizer_with(
+        tmp_path, source.replace("m.content != 'lost'", f"not (m.role == '{role}' and loop.first)")
+    )
+    turns = [{**turn(role, "lost"), **({"weight": 0} if role == "assistant" else {})}, turn("user", "Hello")]
+    with pytest.raises(ValueError, match=rf"messages\[0\]: .*does not print the text of this {role} turn"):
+        tokenize_row(tokenizer, {"messages": [*turns, turn("assistant", "Blue")]})
+    with pytest.raises(ValueError, match=rf"messages\[0\]: .*does not print the text of this {role} turn"):
+        encode_prompt(tokenizer, read_prompt({"messages": turns}))
+
+
+def test_a_system_text_printed_behind_the_first_question_is_not_lost(tmp_path) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last or loop.index == 2 %}"
+        "{{ m.content }}\n{{ messages[0].content }}{% endif %} [/INST]{% elif m.role == 'assistant' %}"
+        "{{ m.content }}</s>{% elif m.role == 'tool' %}{{ m.content | tojson }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_with(tmp_path, source)
+    turns = [
+        turn("system", "Be brief."),
+        turn("user", "Hello"),
+        turn("tool", 'a "b"'),
+        turn("assistant", "Blue"),
+    ]
+    assert learned(tokenizer, {"messages": turns}) == "Blue</s>"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "<think>\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}",
+            r"does not start where generation does.*ends in '.*assistant\\n', the block starts behind "
+            r"'.*assistant\\n<think>\\n'",
+        ),
+        (
+            "{{ m.content[:1] }}{% generation %}{{ m.content[1:] }}<|im_end|>{% endgeneration %}",
+            "does not start where generation does",
+        ),
+        (
+            "{% generation %}{{ m.content }}{% endgeneration %}, {% generation %}x{% endgeneration %}",
+            "does not start where generation does",
+        ),
+        ("{% generation %}{{ m.content }}{% endgeneration %} END<|im_end|>", "no end would be learned"),
+    ],
+)
+@pytest.mark.parametrize("num_turns", [1, 2])
+def test_a_generation_block_that_is_not_what_generation_is_asked_for_is_refused(
+    body, message, num_turns, tmp_path
+) -> None:
+    source = (
+        f"{{% for m in messages %}}{HEADER}"
+        f"{{% if m.role == 'assistant' and loop.index == {2 * num_turns} %}}{body}"
+        "{% elif m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tokenizer_with(tmp_path, source)
+    turns = [turn("user", "Hello"), turn("assistant", "Blue")] * 2
+    with pytest.raises(ValueError, match=message):
+        tokenize_row(tokenizer, {"messages": turns})
+
+
+def test_a_generation_prompt_that_no_block_follows_is_refused(tmp_path) -> None:
+    source = (
+        template_path("generation")
+        .read_text()
+        .replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    )
+    tokenizer = tokenizer_with(tmp_path, source)
+    with pytest.raises(ValueError, match=r"given a text that ends in .*<think>.*, the block starts behind"):
+        tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue"})
+
+
+def test_a_turn_that_asks_to_be_learned_needs_a_block(tmp_path) -> None:
+    source = (
+        template_path("generation")
+        .read_text()
+        .replace("'assistant' %}{% gen", "'assistant' and loop.last %}{% gen")
+    )
+    tokenizer = tokenizer_with(tmp_path, source)
+    turns = [turn("user", "Hello"), turn("assistant", "red"), turn("user", "Name"), turn("assistant", "Blue")]
+    assert learned(tokenizer, {"messages": turns}) == "Blue<|im_end|>"
+    turns[1] = {**turns[1], "weight": 1}
+    with pytest.raises(ValueError, match=r"messages\[1\] says that it is learned"):
+        tokenize_row(tokenizer, {"messages": turns})
+
+
+def test_a_template_that_asks_the_clock_names_the_way_out() -> None:
+    template = ChatTemplate("{{ strftime_now('%Y') }}", special_tokens={}, origin="t.jinja")
+    with pytest.raises(ValueError, match=r"^t\.jinja asks for today's date .*tokenizer\.chat_template"):
+        template.render([turn("user", "Hello")])
+    other = ChatTemplate("{{ other_name() }}", special_tokens={}, origin="t.jinja")
+    with pytest.raises(ValueError, match="'other_name' is undefined"):
+        other.render([turn("user", "Hello")])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, r"\[0\]\.content"),
+        ({"messages": [{"content": "a"}]}, r"messages\[0\]\.role"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b")]}, "the last turn is the assistant's"),
+        ({"prompt": ""}, "non-empty text"),
+        ({"answer": "4"}, "expected either prompt or messages"),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_refused(row, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_prompt(row)

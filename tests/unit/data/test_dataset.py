@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.prompt_set import read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 
@@ -106,7 +107,60 @@ def test_sources_that_are_none_are_refused(tokenizer, tmp_path) -> None:
         ("a.jsonl", "no row to train on"),
         ("splits", "splits/train"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        for key in ("data.train", "data.valid"):
+            purpose = message.replace("train on", "evaluate on") if key == "data.valid" else message
+            with pytest.raises(ValueError, match=purpose) as error:
+                load(tokenizer, tmp_path / name, key=key)
+            assert name == "a.parquet" or str(error.value).startswith(f"{key}: ")
+
+
+def test_an_empty_file_beside_others_is_refused_by_name(tokenizer, tmp_path) -> None:
+    full = write_lines(tmp_path / "full.jsonl", ROWS)
+    empty = write_lines(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"^data\.valid: no row to evaluate on in .*empty\.jsonl"):
+        load(tokenizer, full, empty, key="data.valid")
+    with pytest.raises(ValueError, match=r"^data\.valid: no prompts in .*empty\.jsonl"):
+        read_prompt_set([full, empty], tokenizer, max_prompt_length=64, key="data.valid")
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"prompt": "broken \ud83d", "response": "x"}, "prompt"),
+        ({"prompt": "a", "response": "\udc00"}, "response"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, r"messages\[0\]\.content"),
+        ({"prompt": "a", "response": "x", "meta": {"\ud83d": 1}}, "a key in meta"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named_by_line_and_column(row, place, tokenizer, tmp_path) -> None:
+    path = write_lines(tmp_path / "bad.jsonl", [ROWS[0], row])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:2: {place} holds half of a surrogate pair"):
+        load(tokenizer, path)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:2: {place} holds half of a surrogate pair"):
+        read_prompt_set([path], tokenizer, max_prompt_length=64)
+
+
+def test_whole_pairs_are_read_and_halves_in_the_bytes_are_not(tokenizer, tmp_path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "\\ud83d", "response": "\U0001f600"}])
+    assert rb"\ud83d\ude00" in path.read_bytes()
+    assert tokenizer.decode(load(tokenizer, path)[0].tokens.tolist()) == "<s>\\ud83d\U0001f600</s>"
+    path.write_bytes(b'{"prompt": "a", "response": "\xed\xa0\xbd"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: not JSON"):
+        load(tokenizer, path)
+
+
+def test_text_of_a_columnar_file_that_is_not_utf8_is_named_by_row(tokenizer, tmp_path) -> None:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    data = pyarrow.array([b"a", b"b", b"\xed\xa0\xbd", b"c"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), len(data), data.buffers())
+    table = pyarrow.table({"prompt": texts, "response": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for name in ("a.parquet", "saved"):
+        with pytest.raises(ValueError, match=rf"{name} row 2: a text of this row is not UTF-8"):
             load(tokenizer, tmp_path / name)
 
 

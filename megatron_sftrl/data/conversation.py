@@ -1,0 +1,236 @@
+"""What a row says: its turns, which of them are learned, its system text and its tools.
+
+Every instruction of a row is honoured or refused by name. A column that is none of them is the user's own
+(an id, a source, an answer for a reward) and is left alone; a key of a turn is an instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_sftrl.data.template import Message
+from megatron_sftrl.errors import UserError
+
+Row = Mapping[str, object]
+"""One row as its file holds it."""
+
+_FLAGS = ("weight", "loss", "trainable", "train", "training")
+"""Names under which the common formats say whether a turn is learned."""
+
+_GIVEN = ("tools", "documents")
+"""Columns that a chat template is given beside the turns."""
+
+_OF_A_PROMPT = {
+    "functions": "write them as tools",
+    "tool_choice": "write the choice into a turn, or remove the column",
+    "parallel_tool_calls": "remove the column",
+    "system_prompt": "name the column system",
+    "system_message": "name the column system",
+    "history": "write the earlier turns into messages",
+    "chat_template_kwargs": "write the values into a template file that tokenizer.chat_template names",
+    "image": "only text is read",
+    "images": "only text is read",
+    "video": "only text is read",
+    "videos": "only text is read",
+    "audio": "only text is read",
+    "audios": "only text is read",
+}
+_OF_A_RESPONSE = {
+    "reasoning_content": "write it into the response, or into an assistant turn of messages",
+    "reasoning": "write it into the response, or into an assistant turn of messages",
+    "thinking": "write it into the response, or into an assistant turn of messages",
+    "tool_calls": "write them into an assistant turn of messages",
+    "function_call": "write it into an assistant turn of messages",
+}
+"""Columns that say what a model is to be asked or to answer, and that nothing reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Turns in order, checked: each has a role and a text.
+
+    Args:
+        messages: the turns; keys whose value is null are left out, since columnar files fill them in.
+        names: where each of them stands in the row, such as `response` or `messages[3]`.
+        learned: indices of the assistant turns that are learned; none in a prompt.
+        asked: those of them whose own keys say so.
+        given: tools and documents of the row, where it has some.
+        is_plain: the row is {prompt, response} or {prompt}, without anything that needs a chat template.
+    """
+
+    messages: tuple[Message, ...]
+    names: tuple[str, ...]
+    learned: tuple[int, ...]
+    asked: tuple[int, ...]
+    given: Mapping[str, object]
+    is_plain: bool
+
+
+def read_demonstration(row: Row) -> Conversation:
+    """The conversation of a row of demonstrations, up to its last learned turn.
+
+    Args:
+        row: `prompt` and `response`, or `messages`; `system`, `tools` and `documents` beside them. An
+            assistant turn with `weight: 0` (or `loss`, `trainable`, `train` or `training: false`) is not
+            learned.
+    Returns:
+        The conversation.
+    Raises:
+        UserError: no or an empty response, a wrong type, no turn to learn, or an instruction that nothing
+            reads.
+    """
+    _refuse_columns(row, {**_OF_A_PROMPT, **_OF_A_RESPONSE})
+    if row.get("messages") is not None:
+        if row.get("prompt") is not None or row.get("response") is not None:
+            raise UserError("the row has messages and also prompt or response; keep one of the two forms")
+        turns = _turns(row["messages"])
+        flags = [_flag(turn, f"messages[{number}]") for number, turn in enumerate(turns)]
+        answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers:
+            raise UserError("the row has no response: none of its messages has the role assistant")
+        learned = [number for number in answers if flags[number] is not False]
+        if not learned:
+            raise UserError("the row teaches nothing: none of its assistant turns is learned; remove the row")
+        for number in learned:
+            if not str(turns[number]["content"]).strip():
+                raise UserError(f"messages[{number}]: the assistant's response is empty; remove the turn")
+        # Turns behind the last learned one teach nothing and would only cost tokens.
+        turns = turns[: learned[-1] + 1]
+        asked = [number for number in learned if flags[number]]
+        return _conversation(row, turns, _numbered(turns), learned, asked)
+    for key in ("prompt", "response"):
+        if row.get(key) is None:
+            raise UserError(
+                f"the row has no {key}; expected prompt and response, or messages, got {sorted(row)}"
+            )
+        if not isinstance(row[key], str):
+            raise UserError(f"{key}: expected text, got {type(row[key]).__name__}")
+    if not str(row["response"]).strip():
+        raise UserError("the response is empty; remove the row")
+    turns = [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["response"]},
+    ]
+    return _conversation(row, turns, ["prompt", "response"], [1])
+
+
+def read_prompt(row: Row) -> Conversation:
+    """The prompt that a row asks to be answered; a reference answer beside it is left alone.
+
+    Args:
+        row: `prompt` (text), or `messages` whose last turn is not the assistant's; `system`, `tools` and
+            `documents` beside them.
+    Returns:
+        The conversation, in which nothing is learned.
+    Raises:
+        UserError: neither is there, a wrong type, or an instruction that is not read.
+    """
+    _refuse_columns(row, _OF_A_PROMPT)
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if (prompt is None) == (messages is None):
+        raise UserError(f"expected either prompt or messages, got {sorted(row)}")
+    if prompt is not None:
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError("prompt: expected a non-empty text")
+        return _conversation(row, [{"role": "user", "content": prompt}], ["prompt"])
+    turns = _turns(messages)
+    if turns[-1]["role"] == "assistant":
+        raise UserError("messages: the last turn is the assistant's; remove it, it is what is generated")
+    return _conversation(row, turns, _numbered(turns))
+
+
+def _conversation(
+    row: Row,
+    turns: Sequence[Message],
+    names: Sequence[str],
+    learned: Sequence[int] = (),
+    asked: Sequence[int] = (),
+) -> Conversation:
+    """The turns behind the row's system text, and what a template is given beside them."""
+    given = {key: row[key] for key in _GIVEN if not is_empty(row.get(key))}
+    for key, value in given.items():
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise UserError(f"{key}: expected a list of objects, got {type(value).__name__}")
+    system = row.get("system")
+    is_plain = row.get("messages") is None and not given and is_empty(system)
+    if not is_empty(system):
+        if not isinstance(system, str):
+            raise UserError(f"system: expected text, got {type(system).__name__}")
+        if turns[0]["role"] == "system":
+            raise UserError("the row has a column system and also a system turn; keep one of the two")
+        turns, names = [{"role": "system", "content": system}, *turns], ["system", *names]
+        learned, asked = [number + 1 for number in learned], [number + 1 for number in asked]
+    return Conversation(
+        messages=tuple({key: value for key, value in turn.items() if key not in _FLAGS} for turn in turns),
+        names=tuple(names),
+        learned=tuple(learned),
+        asked=tuple(asked),
+        given=given,
+        is_plain=is_plain,
+    )
+
+
+def is_empty(value: object) -> bool:
+    """Whether a key says nothing: null, or a text, list or object without content."""
+    return value is None or (isinstance(value, str | Sequence | Mapping) and len(value) == 0)
+
+
+def _numbered(turns: Sequence[Message]) -> list[str]:
+    return [f"messages[{number}]" for number in range(len(turns))]
+
+
+def _refuse_columns(row: Row, columns: Mapping[str, str]) -> None:
+    for key, advice in columns.items():
+        if not is_empty(row.get(key)):
+            raise UserError(f"{key}: nothing reads this column, and it would be lost; {advice}")
+    for key in _FLAGS:
+        # A text or a list under such a name is the user's own.
+        if isinstance(value := row.get(key), bool | int | float) and value != 1:
+            raise UserError(
+                f"{key}: expected 1 (or true), got {value!r}: rows have no weights; remove the row, or write "
+                "the key into a turn of messages"
+            )
+
+
+def _turns(messages: object) -> list[Message]:
+    """Turns with a role and a text."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"messages: expected a list of turns, got {type(messages).__name__}")
+    checked: list[Message] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"messages[{number}]: expected role and content, got {type(message).__name__}")
+        kept = {str(key): value for key, value in message.items() if value is not None}
+        for key in ("role", "content"):
+            if not isinstance(kept.get(key), str):
+                raise UserError(
+                    f"messages[{number}].{key}: expected text, got {type(kept.get(key)).__name__}"
+                )
+        checked.append(kept)
+    return checked
+
+
+def _flag(turn: Message, name: str) -> bool | None:
+    """Whether a turn says that it is learned; None when it says nothing."""
+    said: dict[str, bool] = {}
+    for key in _FLAGS:
+        if key not in turn:
+            continue
+        value = turn[key]
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(
+                f"{name}.{key}: expected 0 or 1 (or false or true), got {value!r}: a turn is learned as a "
+                "whole or not at all"
+            )
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise UserError(f"{name}: {' and '.join(said)} contradict each other; keep one of them")
+    if not said:
+        return None
+    if turn["role"] != "assistant" and True in said.values():
+        raise UserError(
+            f"{name}.{next(iter(said))}: only assistant turns are learned, and this one has the role "
+            f"{turn['role']!r}; remove the key"
+        )
+    return next(iter(said.values()))
