@@ -131,7 +131,7 @@ def _read_saved_dataset(path: Path) -> Iterator[SourceRow]:
     import datasets
 
     try:
-        rows = datasets.load_from_disk(str(path))
+        rows: Any = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"data: {path} cannot be read by datasets.load_from_disk: {error}") from error
     number = 0
