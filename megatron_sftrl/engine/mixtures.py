@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,8 +119,10 @@ class ExpertBalance:
 def balance_experts(layer: ModuleSpec, config: TransformerConfig) -> None:
     """Give a block's mixture the router that balances, where a coefficient asks for it."""
     if config.moe_aux_loss_coeff:
-        submodules: Any = layer.submodules
-        submodules.mlp.submodules.router = BalancedRouter
+        mlp: Any = layer.submodules.mlp  # type: ignore[union-attr]
+        # A ModuleSpec (megatron-core 0.16.1), or the class with its arguments bound (0.19.2).
+        submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        submodules.router = BalancedRouter
 
 
 def mark_expert_parameters(chunk: torch.nn.Module) -> None:

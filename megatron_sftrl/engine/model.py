@@ -42,6 +42,7 @@ from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_o
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.weight_gathers import WeightGathers
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer
 
@@ -51,6 +52,9 @@ class LanguageModel(GPTModel):
 
     The loss then decides when logits exist, and a reference model can keep [T, H] instead of [T, V].
     """
+
+    gathers: WeightGathers | None = None
+    """Of a chunk whose weights arrive during the forward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Megatron's, but new tokens of cached sequences take the short way through the same weights."""
@@ -62,7 +66,12 @@ class LanguageModel(GPTModel):
                 group = self.pg_collection.tp
                 kwargs["padding_mask"] = scatter_to_sequence_parallel_region(padding.T, group=group).T
             return super().forward(*args, **kwargs)
-        return new_token_states(self, kwargs["input_ids"][0], places)
+        return self.new_token_states(kwargs["input_ids"][0], places)
+
+    def new_token_states(self, tokens: Tensor, places: CacheSlots) -> Tensor:
+        """decode_step's of this stage, once its weights are here."""
+        self.wait_for_weights()
+        return new_token_states(self, tokens, places)
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
         return hidden_states
@@ -90,10 +99,19 @@ class LanguageModel(GPTModel):
 
     def output_weight(self) -> Tensor:
         """[V_padded/tp, H] of the output layer or the tied embedding, on the last stage."""
+        self.wait_for_weights()
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         assert self.output_layer.weight is not None, "an untied output layer owns its weight"
         return self.output_layer.weight
+
+    def wait_for_weights(self) -> None:
+        """Before this chunk's weights are read, or written, other than by calling their modules.
+
+        With overlap_param_gather it is a collective over data-parallel ranks, else nothing.
+        """
+        if self.gathers is not None:
+            self.gathers.wait()
 
 
 def build_model_chunks(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.context_parallel import local_rows
-from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -82,7 +81,7 @@ def _decoded_logits(policy: PolicyEngine, tokens: Tensor, rows: Tensor, places: 
     """[S, V_padded] fp32 behind new tokens: one micro-batch through one stage asks for no schedule."""
     parallel, model = policy.parallel, policy.chunks[0]
     places = places.map(lambda value: value.to(parallel.device))
-    hidden_states = new_token_states(model, tokens.to(parallel.device), places)
+    hidden_states = model.new_token_states(tokens.to(parallel.device), places)
     with cpu_backend.without_redirection():
         layer = model.output(hidden_states)
         logits = linear(layer.hidden, layer.weight)

@@ -10,12 +10,16 @@ All three call the same loss function and give the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.architectures.architecture import padded_vocab_size
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.losses.api import LossInputs
@@ -56,17 +60,43 @@ class Objective:
     Args:
         vocab_size: V, without padding.
         parallel: this rank's place.
-        fused: `auto` fuses where the logits of a micro-batch are more than one chunk of them.
+        fused: `auto` fuses where the logits of a step's longest micro-batch are more than one chunk of them.
+        dtype: of the logits.
     """
 
-    def __init__(self, *, vocab_size: int, parallel: ParallelContext, fused: Fused) -> None:
+    def __init__(
+        self, *, vocab_size: int, parallel: ParallelContext, fused: Fused, dtype: torch.dtype
+    ) -> None:
         self._vocab_size = vocab_size
         self._parallel = parallel
         self._fused = fused
+        self._dtype = dtype
 
-    def distribution(self, head: OutputHead) -> TokenDistribution:
-        """What the head says of the next tokens."""
-        if not self._is_fused(head):
+    def longest(self, batches: Sequence[TokenBatch], *, over_all_ranks: bool = False) -> int:
+        """Tokens of the longest micro-batch, which decides for all of a step whether they are fused.
+
+        A step must not mix: the fused layer adds the weight's gradient to main_grad by itself and marks the
+        weight for Megatron's DDP, which would then leave out the gradient of one that is not fused.
+
+        Args:
+            batches: whole micro-batches of this rank.
+            over_all_ranks: of the step; every rank calls it then.
+        """
+        longest = max(batch.num_tokens for batch in batches)
+        if self._fused != "auto" or not over_all_ranks or self._parallel.dp_size == 1:
+            return longest
+        found = torch.tensor(longest, device=self._parallel.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._parallel.dp_group)
+        return int(found)
+
+    def distribution(self, head: OutputHead, *, longest: int) -> TokenDistribution:
+        """What the head says of the next tokens.
+
+        Args:
+            head: after this rank's context-parallel share of the micro-batch.
+            longest: as found by longest().
+        """
+        if not self._is_fused(longest):
             return self._of_logits(head.logits())
         layer = head.layer()
         return TokenDistribution.from_output_layer(
@@ -77,7 +107,13 @@ class Objective:
         )
 
     def values(
-        self, loss: Loss, policy: OutputHead, reference: OutputHead | None, batch: TokenBatch
+        self,
+        loss: Loss,
+        policy: OutputHead,
+        reference: OutputHead | None,
+        batch: TokenBatch,
+        *,
+        longest: int,
     ) -> TokenValues:
         """The loss of a micro-batch, ready for its backward.
 
@@ -86,8 +122,9 @@ class Objective:
             policy: what is trained.
             reference: the second model, without gradient.
             batch: this rank's context-parallel share of the micro-batch.
+            longest: as found by longest().
         """
-        if loss.is_token_local and self._is_fused(policy):
+        if loss.is_token_local and self._is_fused(longest):
 
             def of_tokens(
                 policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
@@ -99,8 +136,8 @@ class Objective:
             to_distribution = partial(self._of_logits, is_scratch=True)
             return one_pass(of_tokens, policy.layer(), prior, batch, to_distribution)
         inputs = LossInputs(
-            policy=self.distribution(policy),
-            reference=None if reference is None else self.distribution(reference),
+            policy=self.distribution(policy, longest=longest),
+            reference=None if reference is None else self.distribution(reference, longest=longest),
             batch=batch,
             cp_group=self._parallel.cp_group if self._parallel.cp_size > 1 else None,
         )
@@ -112,14 +149,14 @@ class Objective:
     def _tp_group(self):
         return self._parallel.tp_group if self._parallel.tp_size > 1 else None
 
-    def _is_fused(self, head: OutputHead) -> bool:
-        """Told from sizes: making a layer gathers its hidden states under sequence parallelism."""
+    def _is_fused(self, longest: int) -> bool:
+        """Told from sizes alone, so that all micro-batches of a step and all ranks take the same way."""
         if self._fused != "auto":
             return self._fused == "on"
-        states, config = head.hidden_states, head.model.config
-        num_tokens = states.shape[0] * (self._parallel.tp_size if config.sequence_parallel else 1)
-        num_columns = head.model.output_weight().shape[0]
-        return num_tokens > tokens_per_chunk(num_columns, states.dtype, states.device)
+        parallel = self._parallel
+        num_columns = padded_vocab_size(self._vocab_size, parallel.tp_size) // parallel.tp_size
+        share = -(-longest // parallel.cp_size)
+        return share > tokens_per_chunk(num_columns, self._dtype, parallel.device)
 
     def _of_logits(self, logits: Tensor, *, is_scratch: bool = False) -> TokenDistribution:
         return TokenDistribution.from_logits(

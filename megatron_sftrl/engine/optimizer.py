@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sftrl.config.schema import OptimSection, ParallelSection
 from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.weight_gathers import WeightGathers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +48,16 @@ def wrap_with_ddp(
         # A non-finite gradient is found by its norm, skipped and counted; no assertion in the backward.
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
         )
         for index, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_param_gather:
+        for chunk, ddp in zip(chunks, wrapped, strict=True):
+            chunk.gathers = WeightGathers(ddp)
+    return wrapped
 
 
 def build_optimizer(

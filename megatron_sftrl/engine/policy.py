@@ -64,7 +64,10 @@ class PolicyEngine:
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
         )
         self._objective = Objective(
-            vocab_size=architecture.vocab_size, parallel=parallel, fused=run.loss.fused
+            vocab_size=architecture.vocab_size,
+            parallel=parallel,
+            fused=run.loss.fused,
+            dtype=self.config.params_dtype,
         )
         self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
         if run.model.hf is None and run.model.init_checkpoint is None:
@@ -108,8 +111,12 @@ class PolicyEngine:
         self.zero_gradients()
         if self._balance is not None:
             self._balance.begin_step(batches)
+        longest = self._objective.longest(batches, over_all_ranks=True)
         self.clock.start()
-        report = self._run(batches, loss, reference, forward_only=False)
+        try:
+            report = self._run(batches, loss, reference, longest=longest, forward_only=False)
+        finally:
+            self._forget_added_gradients()
         forget_routing(self.chunks)
         if self._balance is None:
             return report
@@ -130,7 +137,8 @@ class PolicyEngine:
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
     ) -> StepReport:
         """The same numbers without gradients."""
-        return self._run(batches, loss, reference, forward_only=True)
+        longest = self._objective.longest(batches)
+        return self._run(batches, loss, reference, longest=longest, forward_only=True)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[TokenBatch], *, temperature: float = 1.0) -> list[Tensor]:
@@ -140,11 +148,11 @@ class PolicyEngine:
             batches: whole micro-batches.
             temperature: logits are divided by it.
         """
-        parallel = self.parallel
+        parallel, longest = self.parallel, self._objective.longest(batches)
 
         def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
             distribution = self._objective.distribution(
-                OutputHead(model=stage.model, hidden_states=stage.hidden_states)
+                OutputHead(model=stage.model, hidden_states=stage.hidden_states), longest=longest
             )
             if temperature != 1.0:
                 distribution = distribution.tempered(temperature)
@@ -164,9 +172,15 @@ class PolicyEngine:
         """
         assert self.optimizer is not None
         lr = learning_rate(step, self.optim, num_steps=num_steps)
-        return step_if_finite(
+        gathers = [chunk.gathers for chunk in self.chunks if chunk.gathers is not None]
+        for each in gathers:
+            each.before_update()
+        result = step_if_finite(
             self.optimizer, lr=lr, is_loss_finite=math.isfinite(loss), decays_all=self.optim.decay_all
         )
+        for each in gathers:
+            each.after_update()
+        return result
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -183,11 +197,10 @@ class PolicyEngine:
     def gather_parameters(self) -> None:
         """Fetch other ranks' updates now; with overlap_param_gather they would arrive in the next forward.
 
-        Whoever reads the weights outside of a forward (moving average, checkpoint) calls it first.
+        What reads weights of this package's chunks waits by itself (LanguageModel.wait_for_weights).
         """
-        for chunk in self.wrapped:
-            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+        for chunk in self.chunks:
+            chunk.wait_for_weights()
 
     def reload_optimizer_weights(self) -> None:
         """Take weights that were loaded into the model over into the optimizer's fp32 copies."""
@@ -200,6 +213,7 @@ class PolicyEngine:
         loss: Loss,
         reference: ReferenceModel | None,
         *,
+        longest: int,
         forward_only: bool,
     ) -> StepReport:
         reference_states = reference.hidden_states(batches) if reference is not None else []
@@ -207,7 +221,7 @@ class PolicyEngine:
         def last_stage(stage: LastStageInput) -> tuple[Tensor, Tensor, object]:
             policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
             prior = None if reference is None else reference.head(reference_states[stage.index])
-            values = self._objective.values(loss, policy, prior, stage.batch)
+            values = self._objective.values(loss, policy, prior, stage.batch, longest=longest)
             report = microbatch_report(values.token_loss, values.metrics, stage.batch.token_weight)
             return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
 
@@ -215,6 +229,13 @@ class PolicyEngine:
         if reference is not None:
             reference.finish_step()
         return reduce_reports(reports, self.parallel)
+
+    def _forget_added_gradients(self) -> None:
+        """The fused output layer's word to Megatron's DDP, that a gradient is in main_grad already, is over."""
+        for chunk in self.wrapped:
+            assert isinstance(chunk, DistributedDataParallel)
+            for parameter in chunk.params_with_grad:
+                parameter.grad_added_to_main_grad = False
 
 
 def _finalize_after(clock: GradientClock) -> Callable[..., None]:

@@ -59,7 +59,7 @@ class ReferenceModel:
         """reference <- decay * reference + (1 - decay) * policy   (CurioSFT, arXiv:2602.02244).
 
         Args:
-            policy_chunks: the policy's chunks, without DDP, after PolicyEngine.gather_parameters.
+            policy_chunks: the policy's chunks, without DDP.
         """
         for own, policy in self._pairs(policy_chunks):
             own.lerp_(policy.to(own.device), 1.0 - self.section.decay)
@@ -98,6 +98,7 @@ class ReferenceModel:
     def _pairs(self, policy_chunks: Sequence[LanguageModel]) -> list[tuple[Tensor, Tensor]]:
         pairs = []
         for own, policy in zip(self.chunks, policy_chunks, strict=True):
+            policy.wait_for_weights()
             policy_parameters = dict(policy.named_parameters())
             pairs += [(value, policy_parameters[name]) for name, value in own.named_parameters()]
         return pairs

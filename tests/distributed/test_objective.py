@@ -32,9 +32,15 @@ def calls(fused: str, num_tokens: int) -> list[str]:
             patch.setattr(model, name, recording(taken, name, getattr(model, name)))
         columns = model.output_weight().shape[0]
         patch.setattr(output_layer, "CPU_LOGITS_BYTES", 16 * columns * 4)
-        objective = Objective(vocab_size=VOCAB_SIZE, parallel=context, fused=fused)  # type: ignore[arg-type]
+        objective = Objective(
+            vocab_size=VOCAB_SIZE,
+            parallel=context,
+            fused=fused,  # type: ignore[arg-type]
+            dtype=torch.float32,
+        )
         states = torch.ones(num_tokens // 2, 1, config.model.architecture.hidden_size)
-        distribution = objective.distribution(OutputHead(model=model, hidden_states=states))
+        head = OutputHead(model=model, hidden_states=states)
+        distribution = objective.distribution(head, longest=num_tokens)
         assert distribution.num_tokens == num_tokens
     parallel_state.destroy_model_parallel()
     return taken
@@ -80,13 +86,14 @@ def logits_made(loss_name: str) -> tuple[int, int]:
         patch.setattr(output_layer, "CPU_LOGITS_BYTES", 16 * model.output_weight().shape[0] * 4)
         make = OutputLayer.logits
         patch.setattr(OutputLayer, "logits", lambda *args: (made.append("logits"), make(*args))[1])
-        objective = Objective(vocab_size=VOCAB_SIZE, parallel=context, fused="on")
+        objective = Objective(vocab_size=VOCAB_SIZE, parallel=context, fused="on", dtype=torch.float32)
         policy = OutputHead(model=model, hidden_states=states.clone().requires_grad_())
         loss = build_loss(loss_name)
         prior = OutputHead(model=model, hidden_states=states) if "reference" in loss.needs else None
         with torch.no_grad():
             num_chunks = len(policy.layer().chunks(num_loss_tokens))
-        objective.values(loss, policy, prior, only_loss).total.backward()
+        values = objective.values(loss, policy, prior, only_loss, longest=num_loss_tokens)
+        values.total.backward()
     parallel_state.destroy_model_parallel()
     return len(made), num_chunks
 

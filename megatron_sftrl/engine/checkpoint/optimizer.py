@@ -74,7 +74,12 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
         if _counts_per_parameter(leaf):
             steps |= {int(state["step"]) for state in leaf.optimizer.state.values() if "step" in state}
         else:
-            steps |= {int(group["step"]) for group in leaf.optimizer.param_groups if "step" in group}
+            # Groups without parameters on this rank are counted by some (Transformer Engine 2.20), not by all.
+            steps |= {
+                int(group["step"])
+                for group in leaf.optimizer.param_groups
+                if group["params"] and "step" in group
+            }
     assert len(steps) <= 1, f"parameters disagree on the number of updates: {sorted(steps)}"
     return steps.pop() if steps else 0
 
@@ -88,10 +93,9 @@ def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
             for state in leaf.optimizer.state.values():
                 state["step"].fill_(float(step))
         else:
-            # Transformer Engine and Apex count per group, and skip groups without parameters.
+            # Transformer Engine and Apex count per group.
             for group in leaf.optimizer.param_groups:
-                if group["params"]:
-                    group["step"] = step
+                group["step"] = step
 
 
 def _kinds(leaf: MegatronOptimizer) -> tuple[str, ...]:

@@ -117,12 +117,13 @@ def _tracker() -> CudaRNGStatesTracker:
 
 
 def _pieces(chunks: Sequence[LanguageModel]) -> Iterator[_Piece]:
-    """Parameters and persistent buffers of the chunks.
+    """Parameters and persistent buffers of the chunks, to be read or written.
 
     Transformer Engine's extra state (scales of fp8 casts) is the only other thing that Megatron lists;
     this package trains in bf16 and fp32, where it is empty.
     """
     for chunk in chunks:
+        chunk.wait_for_weights()
         for value in chunk.sharded_state_dict().values():
             if isinstance(value, ShardedTensor):
                 assert value.data is not None
