@@ -43,11 +43,16 @@ class RewardWorkersSection(Section):
     The rewards of this package need a tenth of the default."""
 
 
+_OWN_NUMBERS = ("mean", "lenient_mean", "std", "zero_variance_groups", "slowest_seconds")
+"""Under reward/ in metrics.jsonl, of all rewards together."""
+
+
 def check_rewards(rewards: list[RewardSection]) -> list[RewardSection]:
     """The list itself, if it says what is to be trained.
 
     Raises:
-        UserError: it is empty, names a reward twice, or gives none of them a weight.
+        UserError: it is empty, names a reward twice or as a number that every step has, or gives none of them
+            a weight.
     """
     if not rewards:
         raise UserError("rewards: expected at least one, got an empty list; add one, such as {name: math}")
@@ -57,6 +62,15 @@ def check_rewards(rewards: list[RewardSection]) -> list[RewardSection]:
             f"rewards: expected each name once, got {twice[0]!r} twice; its metrics could not be told apart: "
             "remove one, or register a variant under a name of its own"
         )
+    names = [reward.name for reward in rewards]
+    for name in names:
+        outer = [other for other in names if name.startswith(f"{other}/")]
+        if name in _OWN_NUMBERS or name.startswith("pass_at_") or outer:
+            of_whom = f"{outer[0]!r} writes under its own name" if outer else "every step writes"
+            raise UserError(
+                f"rewards: reward {name!r} would be written as reward/{name}, among the numbers that "
+                f"{of_whom}; register it under another name"
+            )
     if all(reward.weight == 0 for reward in rewards):
         raise UserError(
             "rewards: every weight is 0, so that nothing would be trained; give one of "

@@ -143,7 +143,12 @@ class Objective:
         )
         token_loss, metrics = _loss_and_metrics(loss, inputs)
         total = weighted_sum(token_loss, batch.token_weight)
-        return TokenValues(total=total, token_loss=token_loss.detach(), metrics=metrics)
+        return TokenValues(
+            total=total,
+            token_loss=token_loss.detach(),
+            metrics=metrics,
+            is_trained=total.requires_grad or not torch.is_grad_enabled(),
+        )
 
     @property
     def _tp_group(self):
@@ -169,11 +174,16 @@ class Objective:
 
 
 def _loss_and_metrics(loss: Loss, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the loss says, and the two metrics that every loss has."""
+    """What the loss says, and the two metrics that every loss has.
+
+    entropy and nll are the policy's at temperature 1, in nats, unless the loss gives its own (at another
+    temperature, say).
+    """
     output = loss(inputs)
     metrics = dict(output.metrics)
-    if "entropy" not in metrics:  # a loss that looks at another temperature gives its own
-        # Both came along with the loss's own questions: no collective of their own.
+    # Both came along with the loss's own questions: no collective of their own.
+    if "entropy" not in metrics:
         metrics["entropy"] = inputs.policy.entropy().detach()
+    if "nll" not in metrics:
         metrics["nll"] = -inputs.policy.logprobs(inputs.batch.labels).detach()
     return output.token_loss, metrics

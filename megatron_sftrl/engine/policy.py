@@ -222,16 +222,16 @@ class PolicyEngine:
             policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
             prior = None if reference is None else reference.head(reference_states[stage.index])
             values = self._objective.values(loss, policy, prior, stage.batch, longest=longest)
-            report = microbatch_report(values.token_loss, values.metrics, stage.batch.token_weight)
+            report = microbatch_report(values, stage.batch.token_weight)
             return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
 
         reports = run_schedule(self.wrapped, batches, last_stage, self.parallel, forward_only=forward_only)
         if reference is not None:
             reference.finish_step()
-        return reduce_reports(reports, self.parallel)
+        return reduce_reports(reports, self.parallel, loss_name=loss.name)
 
     def _forget_added_gradients(self) -> None:
-        """The fused output layer's word to Megatron's DDP, that a gradient is in main_grad already, is over."""
+        """Take back the fused layer's mark for Megatron's DDP: this gradient is in main_grad already."""
         for chunk in self.wrapped:
             assert isinstance(chunk, DistributedDataParallel)
             for parameter in chunk.params_with_grad:

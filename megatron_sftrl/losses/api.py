@@ -25,6 +25,22 @@ class LossConfig(BaseModel):
         return ()
 
 
+OWN_NUMBERS = frozenset(
+    (
+        "step", "loss", "grad_norm", "lr", "tokens", "loss_tokens", "tokens_per_second", "padding_share",
+        "epoch", "updates", "skipped_steps", "peak_memory_bytes",
+    )
+)  # fmt: skip
+OWN_FAMILIES = (
+    "seconds", "checkpoint", "ranks", "valid", "reward", "rollout", "mismatch", "memory", "reshard", "moe",
+)  # fmt: skip
+
+
+def is_own_number(name: str) -> bool:
+    """A step measures it itself: a metric of this name would stand in its place in metrics.jsonl."""
+    return name in OWN_NUMBERS or name.partition("/")[0] in OWN_FAMILIES
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
     """One micro-batch as a loss sees it.
@@ -84,7 +100,9 @@ class LossOutput:
         token_loss: [T] nats, neither masked nor reduced; its gradient is what trains.
         metrics: [T] detached values by name, averaged over loss tokens with the batch's token_weight. A
             quantity that is not a mean over tokens (a minimum, an effective sample size) is given per
-            sequence.
+            sequence. All micro-batches of a step give the same names, none of them a step's own
+            (is_own_number). `entropy` and `nll` replace those that every loss gets, the policy's at
+            temperature 1 in nats.
     """
 
     token_loss: Tensor

@@ -40,11 +40,15 @@ class TokenValues:
         total: [] sum of token_weight * token_loss, with the gradient into hidden states and weight.
         token_loss: [T] detached.
         metrics: [T] detached, by name.
+        missing: of the metrics, those that the loss did not give for every chunk of tokens.
+        is_trained: False where a gradient was asked for and the loss has none.
     """
 
     total: Tensor
     token_loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    missing: frozenset[str] = frozenset()
+    is_trained: bool = True
 
 
 def one_pass(
@@ -70,7 +74,13 @@ def one_pass(
     work = _Work(function, policy, reference, batch, distribution, wants_gradient)
     total = _OnePass.apply(work, policy.hidden, policy.weight) if wants_gradient else work.run(None)
     assert isinstance(total, Tensor)
-    return TokenValues(total=total, token_loss=work.token_loss, metrics=work.metrics)
+    return TokenValues(
+        total=total,
+        token_loss=work.token_loss,
+        metrics=work.metrics,
+        missing=frozenset(work.missing),
+        is_trained=work.has_gradient or not wants_gradient,
+    )
 
 
 class _Work:
@@ -90,6 +100,9 @@ class _Work:
         self._batch, self._wants_gradient = batch, wants_gradient
         self.token_loss = torch.zeros_like(batch.token_weight)
         self.metrics: dict[str, Tensor] = {}
+        self.missing: set[str] = set()
+        self.has_gradient = False
+        self._chunks_done = 0
 
     def run(self, sums: GradientSums | None) -> Tensor:
         """The total; its gradients are added to `sums`."""
@@ -115,9 +128,13 @@ class _Work:
             token_loss, metrics = self._function(policy, prior, batch)
             total = weighted_sum(token_loss, batch.token_weight)
         self.token_loss[tokens] = token_loss.detach().to(self.token_loss.dtype)
+        if self._chunks_done > 0:
+            self.missing |= self.metrics.keys() ^ metrics.keys()
+        self._chunks_done += 1
         for name, values in metrics.items():
             whole = self.metrics.setdefault(name, torch.zeros_like(self.token_loss))
             whole[tokens] = values.to(whole.dtype)
+        self.has_gradient |= total.requires_grad
         if sums is not None and total.requires_grad:
             (gradient,) = torch.autograd.grad(total, logits)
             self.policy.add_gradients(tokens, gradient, sums)

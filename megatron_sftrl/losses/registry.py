@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from torch import Tensor
+
 from megatron_sftrl.config.registry import Entry, FunctionRegistry, load_module, nearest, origin_of
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput, is_own_number
 
 __all__ = ["DEFAULT_REGISTRY", "NEEDS", "Loss", "Registry", "build_loss", "load_module", "register_loss"]
 
@@ -158,16 +160,40 @@ def build_loss(
 def _check_output(name: str, output: object, inputs: LossInputs) -> None:
     if not isinstance(output, LossOutput):
         raise UserError(f"loss {name!r}: expected it to return a LossOutput, got {type(output).__name__}")
-    expected = (inputs.batch.num_tokens,)
-    for what, value in {"token_loss": output.token_loss, **output.metrics}.items():
-        if value.shape != expected or not value.is_floating_point():
+    if not isinstance(output.metrics, Mapping):
+        raise UserError(
+            f"loss {name!r}: expected metrics to be a dictionary of [T] values by name, got "
+            f"{type(output.metrics).__name__}"
+        )
+    _check_vector(name, "token_loss", output.token_loss, inputs)
+    for metric, value in output.metrics.items():
+        if not isinstance(metric, str) or is_own_number(metric):
             raise UserError(
-                f"loss {name!r}: expected {what} to be floating point [T] = {list(expected)}, got "
-                f"{value.dtype} "
-                f"{list(value.shape)}; return one value per token, token_weight does the averaging"
+                f"loss {name!r}: metric {metric!r} would stand in the place of a number that every step "
+                f"writes to metrics.jsonl; give it another name, 'loss/{metric}' say"
             )
-        if what != "token_loss" and value.requires_grad:
-            raise UserError(f"loss {name!r}: expected metric {what} to be detached; call .detach()")
+        _check_vector(name, f"metric {metric!r}", value, inputs)
+        if value.requires_grad:
+            raise UserError(f"loss {name!r}: expected metric {metric!r} to be detached; call .detach()")
+
+
+def _check_vector(name: str, what: str, value: object, inputs: LossInputs) -> None:
+    """Raise UserError unless it is [T] floating point where the batch is."""
+    tokens = inputs.batch.tokens
+    if (
+        isinstance(value, Tensor)
+        and value.shape == tokens.shape
+        and value.is_floating_point()
+        and value.device == tokens.device
+    ):
+        return
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got = f"{value.dtype} {list(value.shape)} on {value.device}"
+    raise UserError(
+        f"loss {name!r}: expected {what} to be a floating point tensor [T] = {list(tokens.shape)} on "
+        f"{tokens.device}, got {got}; return one value per token, token_weight does the averaging"
+    )
 
 
 def _how_to_get(need: str) -> str:

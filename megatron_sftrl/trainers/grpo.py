@@ -30,7 +30,7 @@ from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
 from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
-from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
+from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
 from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start, save_numbers
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
@@ -114,6 +114,7 @@ class GrpoTrainer:
         self.gates = Gates(config.gates, held_out=HELD_OUT if valid else ())
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         self.stragglers = Stragglers(self.policy, parallel)
+        self._is_learning_checked = False
         is_cuda = parallel.device.type == "cuda"
         self.watch = HangWatch(config.train.hang_minutes)
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
@@ -228,7 +229,15 @@ class GrpoTrainer:
                     consecutive_skipped_steps=(self.state.consecutive_skipped_steps + 1) * update.is_skipped,
                 )
                 reports.append((report, {"grad_norm": update.grad_norm, "lr": update.lr}))
+                self._warn_once(report, update.grad_norm)
         return reports
+
+    def _warn_once(self, report: StepReport, grad_norm: float) -> None:
+        """Tell of a loss without a gradient, after the first update of this process; it had advantages."""
+        warning = no_gradient_warning(report, grad_norm=grad_norm, loss_name=self.loss.name)
+        if warning is not None and not self._is_learning_checked and self.parallel.rank == 0:
+            print(f"warning: step {self.state.step + 1}: {warning}", file=sys.stderr, flush=True)
+        self._is_learning_checked = True
 
     def _step_numbers(
         self,
@@ -239,7 +248,7 @@ class GrpoTrainer:
         seconds = self.timers.collect()
         numbers: dict[str, float] = {}
         if reports:
-            whole = combine_reports([report for report, _ in reports])
+            whole = combine_reports([report for report, _ in reports], loss_name=self.loss.name)
             numbers |= {
                 "loss": whole.loss / len(reports),
                 **{name: sum(each[name] for _, each in reports) / len(reports) for name in reports[0][1]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
-from megatron_sftrl.trainers.guards import stop_on_nonfinite_streak
+from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
 from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start, save_numbers
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
@@ -78,6 +79,7 @@ class SftTrainer:
             columns="tokens, masks or scores",
         )
         self.stragglers = Stragglers(self.policy, parallel)
+        self._is_learning_checked = False
         is_cuda = parallel.device.type == "cuda"
         self.watch = HangWatch(self.config.train.hang_minutes)
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
@@ -103,6 +105,7 @@ class SftTrainer:
                 with self.timers("reference"):
                     follow(self.policy, self.reference, steps_done=step + 1)
                 self._advance(data, update)
+                self._warn_once(data, report, update)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
                 numbers = {**self._step_numbers(data, report, update), **held_out}
                 on_rank_zero(partial(metrics.write, self.state.step, numbers))
@@ -125,7 +128,7 @@ class SftTrainer:
                 self.policy.evaluate(self.data.valid.step(step).batches, self.loss, self.reference)
                 for step in range(self.data.valid.num_evaluation_steps)
             ]
-        whole = combine_reports(reports)
+        whole = combine_reports(reports, loss_name=self.loss.name)
         return {f"valid/{name}": value for name, value in {"loss": whole.loss, **whole.metrics}.items()}
 
     def _advance(self, data: StepData, update: OptimStep) -> None:
@@ -136,6 +139,15 @@ class SftTrainer:
             skipped_steps=self.state.skipped_steps + update.is_skipped,
             consecutive_skipped_steps=(self.state.consecutive_skipped_steps + 1) * update.is_skipped,
         )
+
+    def _warn_once(self, data: StepData, report: StepReport, update: OptimStep) -> None:
+        """Tell of a loss without a gradient, after the first update of this process that has loss tokens."""
+        if self._is_learning_checked or data.num_loss_tokens == 0:
+            return
+        self._is_learning_checked = True
+        warning = no_gradient_warning(report, grad_norm=update.grad_norm, loss_name=self.loss.name)
+        if warning is not None and self.parallel.rank == 0:
+            print(f"warning: step {self.state.step}: {warning}", file=sys.stderr, flush=True)
 
     def _guard(self, data: StepData, report: StepReport) -> None:
         rows = [

@@ -88,7 +88,7 @@ def test_a_fused_run_whose_head_arrives_late_is_the_run_without_overlap(
 
 
 def late_reads() -> dict[str, tuple[bool, bool]]:
-    """By reader: the ranks' weights differ where they lie after an update; they are one where they are read."""
+    """By reader: the ranks' weights differ where they lie after an update, and agree where they are read."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
 

@@ -58,9 +58,9 @@ def step(
     named = dict(model.named_parameters())
     parallel_state.destroy_model_parallel()
     return Step(
-        gradients={name: value.main_grad.clone() for name, value in named.items()},
+        gradients={name: value.main_grad.clone() for name, value in named.items()},  # type: ignore[attr-defined]
         ways=ways,
-        num_marks=sum(value.grad_added_to_main_grad for value in named.values()),
+        num_marks=sum(value.grad_added_to_main_grad for value in named.values()),  # type: ignore[attr-defined]
     )
 
 

@@ -182,4 +182,13 @@ def broken_on_token(inputs: LossInputs, config: BrokenConfig) -> LossOutput:
     labels = inputs.batch.labels
     factor = torch.where(labels == config.token, float("nan"), -1.0)        # [T]
     return LossOutput(token_loss=factor * inputs.policy.logprobs(labels))
+
+
+@register_loss("stopped")
+def stopped(inputs: LossInputs, config: LossConfig) -> LossOutput:
+    """-log p(y) without its gradient."""
+    return LossOutput(token_loss=-inputs.policy.logprobs(inputs.batch.labels).detach())
+
+
+register_loss("stopped_with_advantages", needs=("advantages",))(stopped)
 '''

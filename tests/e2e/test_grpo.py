@@ -10,6 +10,7 @@ import yaml
 
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config, resolved_yaml
+from megatron_sftrl.losses.api import is_own_number
 from tests.e2e.grpo_project import (
     GROUP_SIZE,
     MAX_NEW_TOKENS,
@@ -102,6 +103,8 @@ def test_the_numbers_of_a_step_are_those_of_its_responses(grpo_run: Path) -> Non
         assert {name: row[name] for name in expected} == pytest.approx(expected)
         assert min(row[f"seconds/{phase}"] for phase in PHASES) > 0
         assert row.keys() >= OF_UPDATES
+        of_the_loss = {name for name in row if not is_own_number(name)}
+        assert all(name in ("entropy", "nll") or name.startswith("grpo/") for name in of_the_loss)
         assert row["mismatch/mean"] <= row["mismatch/p999"] <= row["mismatch/max"]
         assert row["mismatch/multiplicative_error"] == pytest.approx(1 + row["mismatch/mean"], abs=1e-9)
 

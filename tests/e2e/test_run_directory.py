@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.load import load_config, resolved_yaml
+from megatron_sftrl.losses.api import is_own_number
 from tests.e2e.curves import assert_same_curves, contents
 from tests.e2e.product import sftrl
 from tests.e2e.project import NUM_STEPS, Project, metrics_of
@@ -27,6 +28,7 @@ def test_metrics_hold_one_object_a_step_with_every_field_that_was_promised(one_p
         expected = EVERY_STEP | (EVALUATION if row["step"] in (4, 8) else set())
         assert row.keys() - OF_A_SAVE == expected
         assert all(isinstance(value, int | float) for value in row.values())
+        assert {name for name in row if not is_own_number(name)} == {"entropy", "nll", "gift/label_weight"}
     assert [row["lr"] for row in metrics] == pytest.approx([0.005] + [0.01] * 7)  # 2 steps of warm-up
     assert metrics[4].keys() >= OF_A_SAVE, "the time of a save belongs to the step after it"
     assert all(row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 10**7 for row in metrics)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.curves import assert_same_curves, contents
+from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.product import Ended, sftrl_each, start_product
 from tests.e2e.project import Project, metrics_of, read_rows, write_rows
 from tests.ranks import run_ranks
@@ -44,6 +45,24 @@ def test_one_step_with_a_nan_is_skipped_and_counted_and_the_run_goes_on(
     held_out = [row["valid/nll"] for row in metrics]
     assert held_out[1] == held_out[0], "a skipped step moves no weight"
     assert held_out[3] < held_out[2] < held_out[1]
+
+
+def test_a_loss_that_stops_its_own_gradient_is_named_once(
+    project: Project, grpo: GrpoProject, tmp_path: Path
+) -> None:
+    mine = [
+        f"loss={{name: {name}, modules: [{project.my_loss}]}}"
+        for name in ("stopped", "stopped_with_advantages")
+    ]
+    sft = [
+        "sft", str(project.yaml), f"run_dir={tmp_path / 'sft'}", mine[0], "reference=null", "train.steps=2",
+    ]  # fmt: skip
+    silent = sftrl_each([grpo.command(tmp_path / "learns", "train.steps=1")])[0].expect(0)
+    assert "trains nothing" not in silent.stderr
+    for command in (sft, grpo.command(tmp_path / "grpo", mine[1], "train.steps=1")):
+        said = sftrl_each([command])[0].expect(0).stderr
+        assert said.count("trains nothing") == 1
+        assert "warning: step 1: loss 'stopped" in said
 
 
 def test_a_streak_of_them_ends_the_run_and_names_the_samples(project: Project, tmp_path: Path) -> None:

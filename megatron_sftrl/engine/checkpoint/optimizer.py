@@ -74,7 +74,7 @@ def optimizer_step(optimizer: MegatronOptimizer) -> int:
         if _counts_per_parameter(leaf):
             steps |= {int(state["step"]) for state in leaf.optimizer.state.values() if "step" in state}
         else:
-            # Groups without parameters on this rank are counted by some (Transformer Engine 2.20), not by all.
+            # Groups without parameters are counted by some (Transformer Engine 2.20), not by others.
             steps |= {
                 int(group["step"])
                 for group in leaf.optimizer.param_groups

@@ -22,6 +22,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.confinement import Confinement, enter_kernel_domain
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards
+from megatron_sftrl.rl.rewards.scored import OUTCOMES
 
 # Larger than any log of a verifier; what a sample writes to files must not fill the disk.
 LARGEST_FILE = 64 * 2**20
@@ -95,7 +96,11 @@ def _reply(output: object) -> dict[str, Any]:
         raise UserError(f"expected the reward to return a RewardOutput, got {type(output).__name__}")
     reward = float(output.reward)
     lenient = reward if output.lenient is None else float(output.lenient)
+    if not isinstance(output.metrics, Mapping):
+        raise UserError(f"expected metrics to be numbers by name, got {type(output.metrics).__name__}")
     metrics = {str(name): float(value) for name, value in output.metrics.items()}
+    if taken := sorted({"lenient", *OUTCOMES} & metrics.keys()):
+        raise UserError(f"metric {taken[0]!r} is a number that every reward has; give it another name")
     for name, value in {"reward": reward, "lenient": lenient, **metrics}.items():
         if not abs(value) <= LARGEST:
             detail = f"{name} is {value}, expected a finite number of at most {LARGEST:g} in size"

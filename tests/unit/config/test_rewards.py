@@ -27,6 +27,9 @@ def test_keys_of_its_own_are_the_reward_s_options() -> None:
     [
         ([], r"expected at least one, got an empty list; add one"),
         ([{"name": "math"}, {"name": "math"}], r"expected each name once, got 'math' twice"),
+        ([{"name": "mean"}], r"'mean' would be written as reward/mean, among .* every step writes"),
+        ([{"name": "pass_at_8"}], r"written as reward/pass_at_8, among .* every step writes"),
+        ([{"name": "a"}, {"name": "a/timeout"}], r"reward/a/timeout, among .* 'a' writes under its own name"),
         (
             [{"name": "math", "weight": 0}, {"name": "format", "weight": 0}],
             r"every weight is 0.*of math, format",

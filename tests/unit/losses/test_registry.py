@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl import LossConfig, LossOutput, build_loss
+from megatron_sftrl import LossConfig, LossInputs, LossOutput, build_loss
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import Registry, load_module, register_loss
 from tests.unit.losses.batches import inputs_for
 
@@ -131,17 +132,52 @@ def test_what_a_loss_returns_must_be_one_value_per_token_and_detached_metrics():
         "attached": lambda inputs, config: LossOutput(
             token_loss=torch.zeros(5), metrics={"m": torch.zeros(5, requires_grad=True)}
         ),
+        "number": lambda inputs, config: LossOutput(token_loss=0.5),  # type: ignore[arg-type]
+        "number as metric": lambda inputs, config: LossOutput(
+            token_loss=torch.zeros(5),
+            metrics={"m": 0.5},  # type: ignore[dict-item]
+        ),
+        "mean as metric": lambda inputs, config: LossOutput(
+            token_loss=torch.zeros(5), metrics={"m": torch.zeros(())}
+        ),
+        "elsewhere": lambda inputs, config: LossOutput(
+            token_loss=torch.zeros(5), metrics={"m": torch.zeros(5, device="meta")}
+        ),
+        "list": lambda inputs, config: LossOutput(
+            token_loss=torch.zeros(5),
+            metrics=["m"],  # type: ignore[arg-type]
+        ),
     }
     messages = {
-        "reduced": r"token_loss to be floating point \[T\] = \[5\], got torch.float32 \[\]",
+        "reduced": r"token_loss to be a floating point tensor \[T\] = \[5\] on cpu, got torch.float32 \[\]",
         "tensor": "expected it to return a LossOutput, got Tensor",
         "integer": "got torch.int64",
-        "attached": "expected metric m to be detached",
+        "attached": "loss 'attached': expected metric 'm' to be detached",
+        "number": r"loss 'number': expected token_loss to be .* \[5\] on cpu, got float",
+        "number as metric": r"expected metric 'm' to be .* \[5\] on cpu, got float",
+        "mean as metric": r"expected metric 'm' to be .* got torch.float32 \[\]",
+        "elsewhere": r"expected metric 'm' to be .* on cpu, got torch.float32 \[5\] on meta",
+        "list": "expected metrics to be a dictionary .* got list",
     }
     for name, function in wrong.items():
         register_loss(name, config=LossConfig, registry=registry)(function)
         with pytest.raises(ValueError, match=messages[name]):
             build_loss(name, registry=registry)(inputs_for(logits(1)))
+
+
+@pytest.mark.parametrize(
+    "metric", ["loss", "grad_norm", "lr", "step", "updates", "seconds/data", "valid/loss", "reward/mean", 7]
+)
+def test_a_metric_does_not_take_the_name_of_a_number_that_every_step_has(metric: str):
+    registry = Registry()
+
+    @register_loss("mine", registry=registry)
+    def mine(inputs: LossInputs, config: LossConfig) -> LossOutput:
+        values = inputs.policy.logprobs(inputs.batch.labels)
+        return LossOutput(token_loss=-values, metrics={"losses": values.detach(), metric: values.detach()})
+
+    with pytest.raises(UserError, match=rf"loss 'mine': metric '?{metric}'? would stand in the place"):
+        build_loss("mine", registry=registry)(inputs_for(logits(1)))
 
 
 def test_an_unknown_need_is_refused_with_the_nearest():
