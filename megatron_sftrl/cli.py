@@ -11,8 +11,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from megatron_sftrl import __version__
 from megatron_sftrl.doctor.arguments import add_doctor_arguments
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.planning.arguments import add_plan_arguments
 
 _USER_ERROR = 2
@@ -37,29 +40,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:
         parsed.overrides = [*parsed.overrides, *late]
-    return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
+    try:
+        return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
+    except BrokenPipeError:
+        # `sftrl keys | head`. In a run it may be the pipe to a process that died.
+        if parsed.command not in (_keys, _losses, _plan):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def run_command(command: Callable[[], int | None], *, with_traceback: bool = False) -> int:
     """Run something that a user started; what the user can fix becomes one message, told once per job.
 
+    Any other exception is a failure and passes through: Python's traceback and exit code 1, with which
+    torchrun and the job scripts start the run again.
+
     Args:
-        command: gives the exit code, 0 by None; raises ValueError for what the user can fix.
-        with_traceback: let the error through (as SFTRL_TRACEBACK=1 does).
+        command: gives the exit code, 0 by None; raises UserError for what the user can fix.
+        with_traceback: let that through, too (as SFTRL_TRACEBACK=1 does).
     Returns:
         The exit code: the command's, or 2 for what the user can fix.
     """
     _hide_warnings_about_absent_cuda_packages()
     try:
         return command() or 0
-    except ValueError as error:
+    except (UserError, ValidationError) as error:
         if with_traceback or os.environ.get("SFTRL_TRACEBACK") == "1":
             raise
         _report(error)
         return _USER_ERROR
-    except BrokenPipeError:  # `sftrl keys | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _hide_warnings_about_absent_cuda_packages() -> None:
@@ -220,7 +230,8 @@ def _add_preflight(commands: argparse._SubParsersAction) -> None:
         _preflight,
         help="check nodes, network, disks and a run's configuration",
         description="Run it as the run itself will be started: torchrun ... -m megatron_sftrl preflight "
-        "run.yaml key=value ... A table, and exit code 2 with the names of bad nodes.",
+        "run.yaml key=value ... A table, and exit code 2 with the names of bad nodes; 1 for what may pass, "
+        "such as a process that did not answer.",
         example="parallel.tp=2",
     )
     preflight.add_argument(
@@ -299,7 +310,7 @@ def _losses(parsed: argparse.Namespace) -> None:
         print("\n".join([f"## {name}{needs}", "", text, "", *document_fields(entry.config)]), end="\n\n")
 
 
-def _report(error: ValueError) -> None:
+def _report(error: UserError | ValidationError) -> None:
     """Print a user's error once per job, not once per process."""
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 
 SECONDS_TO_SEE = 10.0
 """What a directory shared over NFS may take to show another node's file."""
@@ -27,15 +27,23 @@ SECONDS_TO_READ = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReport:
-    """What a node has: GPUs (-1 where the job asked for none), and whether it sees the run's directory."""
+    """What a node has, and whether it sees the run's directory.
+
+    Args:
+        node: its name.
+        gpus: how many; -1 where the job asked for none.
+        types: their names, each once, sorted; none where they cannot be asked.
+        is_shared: it sees the directory.
+    """
 
     node: str
     gpus: int
+    types: list[str]
     is_shared: bool
 
 
 def main(arguments: list[str]) -> int:
-    """0, or 2 with what is wrong on standard error."""
+    """0, or 2 with what is wrong on standard error and a mark in LOGS; any other code may pass."""
     logs, processes, run = Path(arguments[0]), int(arguments[1]), arguments[2:]
     index, num_nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
@@ -46,13 +54,13 @@ def main(arguments: list[str]) -> int:
         return _report(folder, index, is_shared=is_shared)
     try:
         mark = _mark(_run_directory(run, logs), attempt)
-    except ValueError as error:
-        return _refuse([str(error)])
+    except UserError as error:
+        return _refuse(logs, [str(error)])
     try:
         folder.mkdir(exist_ok=True)
         _write(folder / "where", str(mark))
         _report(folder, index, is_shared=True)
-        return _refuse(_problems(folder, num_nodes, processes, mark.parent, logs))
+        return _refuse(logs, _problems(folder, num_nodes, processes, mark.parent, logs))
     finally:
         mark.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,29 +84,33 @@ def _mark(directory: Path, attempt: str) -> Path:
     try:
         mark.touch()
     except OSError as error:
-        raise UserError(f"cannot write into {existing}: {error}; choose another run_dir") from error
+        raise error_of(f"cannot write into {existing}: {error}; choose another run_dir", error) from error
     return mark
 
 
 def _report(folder: Path, index: int, *, is_shared: bool) -> int:
     node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-    report = NodeReport(node=node, gpus=_num_gpus(), is_shared=is_shared)
+    gpus, types = _gpus()
+    report = NodeReport(node=node, gpus=gpus, types=types, is_shared=is_shared)
     try:
         _write(folder / f"{index}.json", json.dumps(asdict(report)))
     except OSError as error:
-        return _refuse([f"{node} cannot write {folder}: {error}"])
+        # The first node refuses, for want of an answer: another code than 0 would end it before it has.
+        print(f"error: {node} cannot write {folder}: {error}", file=sys.stderr, flush=True)
     return 0
 
 
-def _num_gpus() -> int:
-    """GPUs that answer on this node: one that has fallen off the bus is still in Slurm's books."""
+def _gpus() -> tuple[int, list[str]]:
+    """GPUs that answer on this node, and their types: one off the bus is still in Slurm's books."""
     in_books = int(os.environ.get("SLURM_GPUS_ON_NODE", "-1"))
     if not shutil.which("nvidia-smi"):
-        return in_books
+        return in_books, []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
-    answering = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    answering = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    # GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-...)
+    types = sorted({line.partition(": ")[2].partition(" (UUID")[0].strip() for line in answering})
     # Nodes without GPUs may have the program, too.
-    return answering if answering or "SLURM_GPUS_PER_NODE" in os.environ else in_books
+    return len(answering) if answering or "SLURM_GPUS_PER_NODE" in os.environ else in_books, types
 
 
 def _problems(folder: Path, num_nodes: int, processes: int, shared: Path, logs: Path) -> list[str]:
@@ -122,7 +134,22 @@ def _problems(folder: Path, num_nodes: int, processes: int, shared: Path, logs: 
                 f"{processes} processes shall run on each: leave a node out (sbatch --exclude), "
                 "or set SFTRL_PROCESSES"
             )
-    return problems
+    return [*problems, *_mixed_types(reports)]
+
+
+def _mixed_types(reports: list[NodeReport]) -> list[str]:
+    """The slowest GPU would set the pace and the smallest the memory, and kernels would round differently."""
+    nodes: dict[str, list[str]] = {}
+    for report in reports:
+        for name in report.types:
+            nodes.setdefault(name, []).append(report.node)
+    if len(nodes) < 2:
+        return []
+    seen = "; ".join(f"{name}: {' '.join(names)}" for name, names in nodes.items())
+    return [
+        f"the nodes have GPUs of {len(nodes)} types ({seen}): ask for one (sbatch --gpus-per-node=TYPE:N or "
+        "--constraint), or leave nodes out (sbatch --exclude)"
+    ]
 
 
 def _appears(path: Path, *, seconds: float = SECONDS_TO_SEE) -> Path | None:
@@ -146,10 +173,13 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _refuse(problems: list[str]) -> int:
+def _refuse(logs: Path, problems: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
-    return 2 if problems else 0
+    if not problems:
+        return 0
+    (logs / "refused").touch()
+    return 2
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@
 #   SFTRL_INTERFACE   network interface of bootstrap connections, on hosts with several
 #   SFTRL_PREFLIGHT   0: without `sftrl preflight` in front of a job's first step
 #   SFTRL_RESTARTS    restarts of all ranks inside a step after one was lost (2)
-#   SFTRL_ATTEMPTS    steps in a row that may begin at the same checkpoint, requeued jobs included (3)
+#   SFTRL_ATTEMPTS    steps in a row that may begin at the same checkpoint, requeued jobs included (3); also how
+#                     often the checks in front of them may fail for a reason that may pass
 set -u
 
 say() { printf '%s %s: %s\n' "$(date +%FT%T)" "${SLURM_JOB_NAME:-slurm}" "$*" >&2; }
@@ -23,8 +24,8 @@ train() {
   # Unmaps what fragments; vLLM's sleeping memory pool does not work with it.
   [ "$kind" = grpo ] || export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
   prepare
-  step --label "$python" "$home/slurm/check_node.py" "$logs" "$processes" "$@" || stop_or "refused, see above"
-  [ "${SFTRL_PREFLIGHT:-1}" = 0 ] || SFTRL_RESTARTS=0 launch -m megatron_sftrl preflight "${@:2}" \
+  passes step --label "$python" "$home/slurm/check_node.py" "$logs" "$processes" "$@" || stop_or "refused, see above"
+  [ "${SFTRL_PREFLIGHT:-1}" = 0 ] || SFTRL_RESTARTS=0 passes launch -m megatron_sftrl preflight "${@:2}" \
     || stop_or "preflight did not pass, see $logs/node-*.log"
   while true; do
     count_attempt
@@ -43,7 +44,7 @@ run_tool() {
   local tool=$1
   shift
   prepare
-  step --label "$python" "$home/slurm/check_node.py" "$logs" "$processes" || refuse "refused, see above"
+  passes step --label "$python" "$home/slurm/check_node.py" "$logs" "$processes" || stop_or "refused, see above"
   SFTRL_RESTARTS=0 launch "$home/tools/$tool" "$@"
   code=$?
   [ ! -e "$logs/refused" ] || refuse "refused, see $logs/node-*.log"
@@ -51,8 +52,24 @@ run_tool() {
   exit "$code"
 }
 
+# passes CHECK...: again when it fails for a reason that may pass; what it refuses it notes as `refused`.
+passes() {
+  local attempt code
+  for ((attempt = 1; attempt <= ${SFTRL_ATTEMPTS:-3}; attempt++)); do
+    rm -f "$logs/refused"
+    "$@" && return 0
+    code=$?
+    if [ -e "$logs/refused" ] || must_leave; then return "$code"; fi
+    say "a check ended with code $code, which may pass: attempt $attempt of ${SFTRL_ATTEMPTS:-3}"
+  done
+  return "$code"
+}
+
 prepare() {
   [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is no Slurm job: start it with sbatch"
+  local parts=${SLURM_HET_SIZE:-${SLURM_PACK_SIZE:-1}}
+  [ "$parts" = 1 ] || refuse "this is a heterogeneous job of $parts parts, and a run would see the nodes of the first" \
+    "alone: ask for all nodes in one part, without ':' (sbatch --nodes=N)"
   home="${SFTRL_HOME:-$SLURM_SUBMIT_DIR}"
   logs="${SFTRL_LOGS:-$PWD/runs/slurm}/$SLURM_JOB_NAME-$SLURM_JOB_ID"
   # GPUS_ON_NODE counts all of an exclusive node; GPUS_PER_NODE, "8" or "h100:8", is what was asked for.
@@ -157,7 +174,12 @@ end_is_near() {
   fi
 }
 
-stop_or() { ! must_leave || requeue; refuse "$@"; }
+stop_or() {
+  ! must_leave || requeue
+  [ ! -e "$logs/refused" ] || refuse "$@"
+  say "error: $*"
+  exit 1
+}
 
 # Near the time limit, or in the GraceTime of a preemption: a job that only ends in it is not queued again.
 must_leave() {

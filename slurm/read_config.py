@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.errors import UserError
 
 
 def run_directory(kind: str, config: str, *overrides: str) -> Path:
@@ -32,6 +33,6 @@ def run_directory(kind: str, config: str, *overrides: str) -> Path:
 if __name__ == "__main__":
     try:
         print(run_directory(*sys.argv[1:]))
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

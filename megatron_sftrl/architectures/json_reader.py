@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.errors import UserError, first_of, hub_hint
+from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
 
 
 class JsonReader:
@@ -119,7 +119,7 @@ def read_json_object(file: Path) -> JsonReader:
     except FileNotFoundError:
         raise UserError(f"no such file: {file}{hub_hint(file)}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+        raise error_of(f"cannot read {file}: {error}", error) from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected a JSON object, got a {type(values).__name__}")
     return JsonReader(file, values)

@@ -19,7 +19,7 @@ def document_schema(schema: type[BaseModel]) -> str:
         "# Keys of a run",
         "In the YAML file, or as key=value on the command line (`parallel.tp=2`, "
         "`data.train=[a.jsonl,b.jsonl]`; `key=null` takes a key out). "
-        "Paths are relative to the current directory.",
+        "Paths are relative to the current directory; `~` and $VARIABLES in them are replaced.",
     ]
     for path, model in sections(schema):
         title = f"## {'.'.join(path)}" if path else "## Top level"
@@ -62,6 +62,8 @@ def _type(field: FieldInfo) -> str:
 
 def _type_name(annotation: object) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
     if origin is typing.Literal:
         return " | ".join(str(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):

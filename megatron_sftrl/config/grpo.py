@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_sftrl.config.paths import ExpandedPath
 from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.section import Section
@@ -16,10 +16,10 @@ from megatron_sftrl.errors import UserError
 class PromptSection(Section):
     """The prompts, and the answers that rewards look at."""
 
-    train: list[Path] = Field(min_length=1)
+    train: list[ExpandedPath] = Field(min_length=1)
     """JSONL or Parquet files, or directories written by datasets.save_to_disk, with `prompt` or `messages`;
     every other column reaches the rewards."""
-    valid: list[Path] = Field(default=[])
+    valid: list[ExpandedPath] = Field(default=[])
     """Held-out prompts of the same kinds; no evaluation when empty."""
     max_prompt_length: int = Field(ge=1)
     """Longest prompt, in tokens; a longer one is refused before the run begins."""

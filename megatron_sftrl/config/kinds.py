@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.load import load_config
+from megatron_sftrl.config.load import load_config, read_config_text
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
 
@@ -19,7 +19,6 @@ def load_any_config(path: Path | str, overrides: Sequence[str] = ()) -> Training
     Raises:
         UserError: as load_config.
     """
-    file = Path(path)
-    tree = parse_yaml(file.read_text(encoding="utf-8"), source=str(path)).value if file.is_file() else None
+    tree = parse_yaml(read_config_text(Path(path)), source=str(path)).value
     is_grpo = isinstance(tree, dict) and "rollout" in tree
     return load_config(path, overrides, schema=GrpoConfig if is_grpo else RunConfig)

@@ -1,6 +1,7 @@
 """From a YAML file and `key=value` overrides to a RunConfig, and back to the text of resolved.yaml.
 
-Paths inside the file are relative to the current directory, as they would be on the command line.
+Paths inside the file are relative to the current directory, as they would be on the command line, and may
+begin with `~` or contain $VARIABLES; resolved.yaml has them replaced.
 `key=null` takes a key out again, so that its default holds; below `loss.` it sets the option to null.
 """
 
@@ -20,7 +21,7 @@ from megatron_sftrl.config.presets import PRESETS, with_preset
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.config.settings_in_use import idle_settings
 from megatron_sftrl.config.yaml_text import dump_yaml, parse_yaml
-from megatron_sftrl.errors import UserError, first_of
+from megatron_sftrl.errors import UserError, error_of, first_of
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -40,7 +41,7 @@ def load_config(
         UserError: everything that is wrong with the file and the overrides, one line each.
     """
     path = Path(path)
-    return config_from_text(_read(path), source=str(path), overrides=overrides, schema=schema)
+    return config_from_text(read_config_text(path), source=str(path), overrides=overrides, schema=schema)
 
 
 def config_from_text(
@@ -79,13 +80,18 @@ def resolved_yaml(config: TrainingConfig) -> str:
     return dump_yaml(tree)
 
 
-def _read(path: Path) -> str:
+def read_config_text(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no such configuration file: {path} (current directory: {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration file {path}: {error}") from error
+        raise error_of(f"cannot read the configuration file {path}: {error}", error) from error
 
 
 def _with_overrides(

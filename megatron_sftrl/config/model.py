@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from megatron_sftrl.config.paths import ExpandedPath
 from megatron_sftrl.config.section import Section
 from megatron_sftrl.errors import UserError
 
@@ -60,16 +60,16 @@ class ArchitectureSection(Section):
 class ModelSection(Section):
     """Which network is trained, and from which weights it starts."""
 
-    hf: Path | None = None
+    hf: ExpandedPath | None = None
     """A Hugging Face model directory: sizes from its config.json, initial weights from its safetensors files;
     its tokenizer is used when tokenizer.path is not given."""
     allow_pickle: bool = False
     """Read model.hf's weights from pickled .bin files, as tensors only, when it has no safetensors."""
-    hf_config: Path | None = None
+    hf_config: ExpandedPath | None = None
     """Sizes only, from a Hugging Face config.json or the directory that holds one."""
     architecture: ArchitectureSection | None = None
     """Explicit sizes, instead of the two above."""
-    init_checkpoint: Path | None = None
+    init_checkpoint: ExpandedPath | None = None
     """Start from the weights of this checkpoint (step or run directory); random when not given."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""

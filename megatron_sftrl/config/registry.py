@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.config.paths import expand
+from megatron_sftrl.errors import UserError, error_of
 
 EntryT = TypeVar("EntryT", bound="Entry")
 
@@ -129,7 +131,7 @@ def load_module(module: str | Path, *, key: str = "modules") -> ModuleType:
         module: a path ending in .py, or an importable name.
         key: the setting that lists it, for messages.
     Raises:
-        UserError: it cannot be found.
+        UserError: it cannot be found, or its own code raises; the message names file and line.
     """
     text = str(module)
     if not text.endswith(".py"):
@@ -137,12 +139,15 @@ def load_module(module: str | Path, *, key: str = "modules") -> ModuleType:
             return importlib.import_module(text)
         except ModuleNotFoundError as error:
             if error.name is None or not (text == error.name or text.startswith(error.name + ".")):
-                raise  # the module was found; something that it imports was not
+                # The module was found; something that it imports was not.
+                raise _import_error(error, module=text, key=key) from error
             raise UserError(
                 f"{key}: expected a file ending in .py or an importable module, got {text!r}; "
                 "give the path of the file"
             ) from None
-    path = Path(text).expanduser().resolve()
+        except Exception as error:
+            raise _import_error(error, module=text, key=key) from error
+    path = Path(expand(text)).resolve()
     if not path.is_file():
         raise UserError(f"{key}: no such file {path}; paths are relative to the working directory")
     name = "megatron_sftrl_user_" + "_".join(path.with_suffix("").parts[1:])
@@ -154,10 +159,28 @@ def load_module(module: str | Path, *, key: str = "modules") -> ModuleType:
     sys.modules[name] = loaded  # before execution: pydantic resolves annotations through it
     try:
         spec.loader.exec_module(loaded)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, Exception):
+            raise _import_error(error, module=str(path), key=key) from error
         raise
     return loaded
+
+
+def _import_error(error: Exception, *, module: str, key: str) -> UserError | RuntimeError:
+    """What the user's own code raised while it was imported, with the place in it; ours as it is."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, SyntaxError):
+        file, line = error.filename, error.lineno
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename == module), frames[-1])
+        file, line = frame.filename, frame.lineno
+    what = error.msg if isinstance(error, SyntaxError) else error
+    return error_of(
+        f"{key}: {module} cannot be imported: {file}, line {line}: {type(error).__name__}: {what}", error
+    )
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

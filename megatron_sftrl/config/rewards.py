@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from megatron_sftrl.config.paths import ModuleName
 from megatron_sftrl.config.section import Section
 from megatron_sftrl.errors import UserError
 
@@ -20,7 +21,7 @@ class RewardSection(BaseModel):
     """A registered reward: math, exact_match, reasoning_gym, format, length, or one of your own."""
     weight: float = Field(default=1.0, ge=-1e15, le=1e15, allow_inf_nan=False)
     """Factor of this reward in the sum that is trained; 0: measured and logged only."""
-    modules: list[str] = []
+    modules: list[ModuleName] = []
     """Python files or importable modules that register rewards, imported before the name is looked up, here
     and in each worker."""
 

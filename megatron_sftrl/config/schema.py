@@ -5,12 +5,12 @@ Each field's text below it is its documentation: meaning, unit, range.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_sftrl.config.model import ModelSection
+from megatron_sftrl.config.paths import ExpandedPath, ModuleName
 from megatron_sftrl.config.section import Section
 from megatron_sftrl.errors import UserError
 
@@ -18,9 +18,9 @@ from megatron_sftrl.errors import UserError
 class TokenizerSection(Section):
     """Text to ids."""
 
-    path: Path
+    path: ExpandedPath
     """A Hugging Face tokenizer directory, or a SentencePiece .model file."""
-    chat_template: Path | None = None
+    chat_template: ExpandedPath | None = None
     """A Jinja file used instead of the tokenizer's own chat template."""
 
 
@@ -54,9 +54,9 @@ class ParallelSection(Section):
 class DataSection(Section):
     """The demonstrations."""
 
-    train: list[Path] = Field(min_length=1)
+    train: list[ExpandedPath] = Field(min_length=1)
     """JSONL or Parquet files, or directories written by datasets.save_to_disk."""
-    valid: list[Path] = Field(default=[])
+    valid: list[ExpandedPath] = Field(default=[])
     """Held-out data of the same kinds; no evaluation when empty."""
     max_length: int = Field(ge=2)
     """Longest sequence, prompt and response together, in tokens."""
@@ -96,7 +96,7 @@ class LossSection(BaseModel):
 
     name: str
     """A registered loss: sft, gift, pear, curiosft, ... or one of your own."""
-    modules: list[str] = []
+    modules: list[ModuleName] = []
     """Python files or importable modules that register losses, imported before the name is looked up."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Output layer and loss together, logits existing for a chunk of tokens at a time. auto: where a
@@ -115,7 +115,7 @@ class ReferenceSection(Section):
     """frozen: the weights that training starts from (GIFT). moving_average: follows the policy (CurioSFT)."""
     placement: Literal["resident", "offload"] = "resident"
     """offload keeps the weights in CPU memory and brings them in for the reference's forward."""
-    checkpoint: Path | None = None
+    checkpoint: ExpandedPath | None = None
     """Frozen weights from this checkpoint instead of the policy's initial weights."""
     decay: float = Field(default=0.99, ge=0, le=1)
     """moving_average: reference <- decay * reference + (1 - decay) * policy."""
@@ -205,7 +205,7 @@ class LogSection(Section):
 class TrainingConfig(Section):
     """What every training run says, whatever its data are."""
 
-    run_dir: Path
+    run_dir: ExpandedPath
     """Directory of this run: resolved.yaml, metrics.jsonl, checkpoints/. A run that finds its own checkpoints
     there resumes."""
     seed: int = Field(default=1234, ge=0)

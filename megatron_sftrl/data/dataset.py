@@ -25,7 +25,7 @@ from megatron_sftrl.data.example import Example, Truncation, truncate
 from megatron_sftrl.data.sources import SourceRow, check_source, describe_row, read_rows
 from megatron_sftrl.data.store import TokenStore, open_store, pack_examples, save_store
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 
 _READING = 2
 """Raised when the same rows become other tokens or masks, so that no cache of an earlier version is used."""
@@ -125,9 +125,10 @@ def load_dataset(
         try:
             save_store(store, place)
         except OSError as error:
-            raise UserError(
+            raise error_of(
                 f"the tokenized rows cannot be kept in {cache_dir}: {error}; free space there, or choose "
-                "another run_dir"
+                "another run_dir",
+                error,
             ) from error
         store = open_store(place) or store
     return Dataset(store)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.errors import UserError, hub_hint
+from megatron_sftrl.errors import UserError, error_of, hub_hint
 
 _JSON_LINES = (".jsonl", ".json")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -124,7 +124,8 @@ def _read_parquet(path: Path) -> Iterator[SourceRow]:
     except UnicodeDecodeError as error:
         raise UserError(f"{describe_row(path, number)}: {_NOT_UTF8} ({error})") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{describe_row(path, number)}: cannot be read as Parquet: {error}") from error
+        where = describe_row(path, number)
+        raise error_of(f"{where}: cannot be read as Parquet: {error}", error) from error
 
 
 def _read_saved_dataset(path: Path) -> Iterator[SourceRow]:
@@ -133,7 +134,7 @@ def _read_saved_dataset(path: Path) -> Iterator[SourceRow]:
     try:
         rows: Any = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"data: {path} cannot be read by datasets.load_from_disk: {error}") from error
+        raise error_of(f"data: {path} cannot be read by datasets.load_from_disk: {error}", error) from error
     number = 0
     try:
         for values in rows:

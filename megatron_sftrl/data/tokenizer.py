@@ -14,7 +14,7 @@ from typing import Protocol
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.round_trip import examine
 from megatron_sftrl.data.template import ChatTemplate
-from megatron_sftrl.errors import UserError, hub_hint
+from megatron_sftrl.errors import UserError, error_of, hub_hint
 
 
 class TokenizerBackend(Protocol):
@@ -191,4 +191,4 @@ def _read_template(path: Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer.chat_template: cannot read {path}: {error}") from error
+        raise error_of(f"tokenizer.chat_template: cannot read {path}: {error}", error) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sftrl.data.round_trip import PROBES
 from megatron_sftrl.data.tokenizer import TokenizerBackend
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +103,8 @@ def _auto_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(
-            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}"
+        raise error_of(
+            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}", error
         ) from error
 
 
@@ -117,8 +117,8 @@ def _read_tokenizer_json(path: Path, notes: list[str]) -> Any:
         own = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
-        raise UserError(
-            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}"
+        raise error_of(
+            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}", error
         ) from error
     config = _optional_object(path / "tokenizer_config.json")
     named = {*config, *(name for name, token in tokenizer.special_tokens_map.items() if token)}
@@ -200,7 +200,7 @@ def load_sentencepiece(path: Path) -> LoadedTokenizer:
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(data)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"tokenizer.path: {path} is not a SentencePiece model: {error}") from error
+        raise error_of(f"tokenizer.path: {path} is not a SentencePiece model: {error}", error) from error
     backend = _SentencePieceBackend(processor, hashlib.sha256(data).hexdigest())
     named = {
         "bos_token": processor.bos_id(),

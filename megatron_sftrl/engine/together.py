@@ -1,19 +1,21 @@
-"""Actions that either succeed on every rank or raise the same ValueError on every rank.
+"""Actions that either succeed on every rank or raise the same error on every rank.
 
-Without it, a rank that finds a problem raises and the others wait for it in their next collective.
+Without it, a rank that finds a problem raises and the others wait for it in their next collective. The error
+is a UserError where every rank that raised has met one (or a full disk): starting again would meet it again.
+Anything else becomes a RuntimeError, a failure after which the job starts again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, is_full_disk
 from megatron_sftrl.hf.output import new_directory
 
 T = TypeVar("T")
@@ -26,7 +28,7 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
         action: called once.
         group: of all ranks, for a thread beside the one that uses the default group.
     Raises:
-        UserError: on every rank, with the text of what rank 0 raised.
+        UserError, RuntimeError: on every rank, with the text of what rank 0 raised.
     """
     outcome: list[object] = [None, None]
     cause: BaseException | None = None
@@ -34,10 +36,10 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
         try:
             outcome = [action(), None]
         except Exception as error:
-            cause, outcome = error, [None, _text(error)]
+            cause, outcome = error, [None, _problem(error)]
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
-        raise UserError(outcome[1]) from cause
+        raise _joined([outcome[1]]) from cause  # type: ignore[list-item]
     return outcome[0]  # type: ignore[return-value]
 
 
@@ -47,19 +49,18 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = Non
     Args:
         action, group: as for on_rank_zero.
     Raises:
-        UserError: on every rank, with the text of each rank that raised.
+        UserError, RuntimeError: on every rank, with the text of each rank that raised.
     """
     result, problem, cause = None, None, None
     try:
         result = action()
     # torch's CheckpointException is not an Exception.
     except (Exception, CheckpointException) as error:
-        cause, problem = error, _text(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
+        cause, problem = error, _problem(error)
+    problems: list[_Problem | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem, group=group)
-    said = list(dict.fromkeys(text for text in problems if text is not None))
-    if said:
-        raise UserError("\n".join(said)) from cause
+    if said := [each for each in problems if each is not None]:
+        raise _joined(said) from cause
     return result  # type: ignore[return-value]
 
 
@@ -84,7 +85,7 @@ def new_directory_together(out: Path, *, num_bytes: int) -> Iterator[Path]:
     Yields:
         The temporary directory, on every rank.
     Raises:
-        UserError: on every rank.
+        UserError, RuntimeError: on every rank.
     """
     directory = new_directory(out, num_bytes=num_bytes)
     temporary = on_rank_zero(directory.__enter__)
@@ -99,11 +100,21 @@ def new_directory_together(out: Path, *, num_bytes: int) -> Iterator[Path]:
     on_rank_zero(lambda: directory.__exit__(None, None, None))
 
 
-def _text(error: BaseException) -> str:
+_Problem = tuple[str, bool]
+"""The text of an error, and whether the user can fix it."""
+
+
+def _joined(problems: Sequence[_Problem]) -> UserError | RuntimeError:
+    text = "\n".join(dict.fromkeys(text for text, _ in problems))
+    return UserError(text) if all(is_users for _, is_users in problems) else RuntimeError(text)
+
+
+def _problem(error: BaseException) -> _Problem:
     if isinstance(error, CheckpointException):
         # {rank: (exception, traceback)}; every rank that failed tells its own reason.
-        reasons = [f"rank {rank}: {_text(reason)}" for rank, (reason, _) in sorted(error.failures.items())]
-        return "; ".join(reasons)
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+        reasons = {rank: _problem(reason) for rank, (reason, _) in sorted(error.failures.items())}
+        texts = [f"rank {rank}: {text}" for rank, (text, _) in reasons.items()]
+        return "; ".join(texts), all(is_users for _, is_users in reasons.values())
+    if isinstance(error, UserError):
+        return str(error), True
+    return f"{type(error).__name__}: {error}", is_full_disk(error)

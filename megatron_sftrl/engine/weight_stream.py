@@ -26,7 +26,6 @@ from megatron_sftrl.engine.live_weights import LiveWeights
 from megatron_sftrl.engine.reshard_messages import Exchange, Received
 from megatron_sftrl.engine.reshard_plan import Piece, Round, volume
 from megatron_sftrl.engine.together import on_every_rank
-from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +149,7 @@ class WeightStream:
         Returns:
             What the update cost this rank.
         Raises:
-            UserError: on every rank: a rank did not take every tensor, or received other bits than were
+            RuntimeError: on every rank: a rank did not take every tensor, or received other bits than were
                 sent.
         """
         return self._finish(None, cause=None)
@@ -183,15 +182,15 @@ class WeightStream:
         names = list(self._plan.shapes)
         if failure is not None:
             after = f"after {num_taken} of {len(names)} tensors"
-            raise UserError(f"the rollout engine stopped {after}: {failure}") from cause
+            raise RuntimeError(f"the rollout engine stopped {after}: {failure}") from cause
         if num_taken < len(names):
-            raise UserError(
+            raise RuntimeError(
                 f"the rollout engine took {num_taken} of {len(names)} tensors; the first it left is "
                 f"{names[num_taken]}: iterate to the end before finish()"
             )
         assert self._count.yielded == names
         if self._count.problems:
-            raise UserError("\n".join(self._count.problems))
+            raise RuntimeError("\n".join(self._count.problems))
 
     def _produce(self) -> Iterator[tuple[str, Tensor]]:
         plan, count = self._plan, self._count

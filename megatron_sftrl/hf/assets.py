@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sftrl.errors import UserError, hub_hint
+from megatron_sftrl.errors import UserError, error_of, hub_hint
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -218,4 +218,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise error_of(f"cannot read {path}: {error.strerror}", error) from error

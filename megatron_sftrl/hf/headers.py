@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.hf.stored import StoredTensor
 
 DTYPES = {
@@ -47,9 +47,9 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt"):
             pass
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+        raise error_of(f"cannot read {file}: {error}", error) from error
     except SafetensorError as error:
-        raise UserError(_what_is_wrong(file, error)) from error
+        raise error_of(_what_is_wrong(file, error), error) from error
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -89,8 +89,8 @@ def read_pickle_header(file: Path) -> dict[str, StoredTensor]:
         with FakeTensorMode():
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file} cannot be read with torch.load(weights_only=True): {_reason(error)}; {advice}"
+        raise error_of(
+            f"{file} cannot be read with torch.load(weights_only=True): {_reason(error)}; {advice}", error
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{file}: {advice}, got a {type(state).__name__}")

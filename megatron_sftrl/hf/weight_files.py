@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sftrl.errors import UserError, first_of, hub_hint
+from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
 from megatron_sftrl.hf.headers import read_pickle_header, read_safetensors_header
 from megatron_sftrl.hf.stored import StoredTensor
 
@@ -139,9 +139,10 @@ def _read_index(index: Path) -> dict[str, str]:
         if not placement or not all(isinstance(name, str) for name in placement.values()):
             raise TypeError("weight_map is not a table of file names")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
+        raise error_of(
             f'{index} is no index of shards: expected {{"weight_map": {{tensor: file, ...}}}}, '
-            f"got {type(error).__name__}: {error}"
+            f"got {type(error).__name__}: {error}",
+            error,
         ) from error
     if foreign := sorted({name for name in placement.values() if not _is_plain_name(name)}):
         raise UserError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 
 
@@ -55,6 +56,50 @@ class MetricsWriter:
             self.close()
 
 
+class OptionalSink:
+    """A place whose failure is told once and costs what would still have gone there, not the run.
+
+    A tracker that is down for an hour must not end weeks of training; metrics.jsonl has every number.
+
+    Args:
+        name: for the message.
+        open_sink: makes the place; a UserError of its own passes through.
+    """
+
+    def __init__(self, name: str, open_sink: Callable[[], MetricsSink]) -> None:
+        self._name = name
+        self._sink: MetricsSink | None = None
+        with self._told():
+            self._sink = open_sink()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand the numbers on, as long as nothing has failed."""
+        if self._sink is not None:
+            with self._told():
+                self._sink.write(step, metrics)
+
+    def close(self) -> None:
+        """Close the place, as long as nothing has failed."""
+        if self._sink is not None:
+            with self._told():
+                self._sink.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            self._sink = None
+            print(
+                f"{self._name} failed and is off until the run starts again: "
+                f"{type(error).__name__}: {error}; metrics.jsonl has all numbers",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 class JsonlSink:
     """metrics.jsonl: one JSON object per step, on disk as soon as the step is over.
 
@@ -72,23 +117,25 @@ class JsonlSink:
         try:
             _keep_steps_up_to(path, resume_step)
             self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"the metrics cannot be written to {path}: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise error_of(f"the metrics cannot be written to {path}: {error}", error) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and flush it.
 
         Raises:
-            UserError: it cannot be written; a disk is full, say.
+            UserError: it cannot be written, and would not be after a restart; a disk is full, say.
+            RuntimeError: the file system fails.
         """
         numbers = {name: _plain(value) for name, value in metrics.items()}
         try:
             self._file.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"the metrics of step {step} cannot be written: {error}; free space and start the run again, "
-                "it goes on from its last checkpoint"
+            raise error_of(
+                f"the metrics of step {step} cannot be written: {error}; start the run again (a full disk: "
+                "after freeing space), it goes on from its last checkpoint",
+                error,
             ) from error
 
     def close(self) -> None:

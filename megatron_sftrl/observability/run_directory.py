@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sftrl.config.load import config_from_text, resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
-from megatron_sftrl.errors import UserError, first_of
+from megatron_sftrl.errors import UserError, error_of, first_of
 
 # A resumed run may change these: none of them changes which numbers training computes, beyond the order
 # of fp32 sums (layouts, micro-batches) or where the run ends. train.steps and train.epochs join them only
@@ -96,7 +96,7 @@ def open_run_directory(config: TrainingConfig, *, is_writer: bool) -> RunDirecto
             directory.path.mkdir(parents=True, exist_ok=True)
             write_atomically(directory.resolved, resolved_yaml(config))
         except OSError as error:
-            raise UserError(f"cannot write into run_dir {directory.path}: {error}") from error
+            raise error_of(f"cannot write into run_dir {directory.path}: {error}", error) from error
     return directory
 
 

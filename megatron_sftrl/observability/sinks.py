@@ -11,7 +11,7 @@ from megatron_sftrl.config.load import resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.yaml_text import parse_yaml
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.observability.metrics import JsonlSink, MetricsSink, MetricsWriter
+from megatron_sftrl.observability.metrics import JsonlSink, MetricsSink, MetricsWriter, OptionalSink
 from megatron_sftrl.observability.progress import ProgressSink
 from megatron_sftrl.observability.run_directory import RunDirectory, write_atomically
 
@@ -31,13 +31,20 @@ def open_metrics(
     """
     if config.log.tensorboard:
         _need_package("tensorboard", key="log.tensorboard")
+    mode = config.log.wandb
     sinks: list[MetricsSink] = [JsonlSink(directory.metrics, resume_step=resume_step)]
     if config.log.tensorboard:
-        sinks.append(TensorBoardSink(directory, resume_step=resume_step))
-    if config.log.wandb != "off":
-        sinks.append(WandbSink(directory, config, mode=config.log.wandb))
+        sinks.append(
+            OptionalSink("log.tensorboard", lambda: TensorBoardSink(directory, resume_step=resume_step))
+        )
+    if mode != "off":
+        sinks.append(OptionalSink("log.wandb", lambda: WandbSink(directory, config, mode=mode)))
     if config.log.progress:
-        sinks.append(ProgressSink(total_steps=total_steps, first_step=resume_step))
+        sinks.append(
+            OptionalSink(
+                "log.progress", lambda: ProgressSink(total_steps=total_steps, first_step=resume_step)
+            )
+        )
     return MetricsWriter(sinks)
 
 
@@ -51,25 +58,31 @@ class WandbSink:
         directory: holds the id and, in offline mode, the data (`wandb sync <run_dir>/wandb/offline-run-*`).
         config: stored with the run.
         mode: offline or online.
+    Raises:
+        UserError: wandb itself says that it is used wrongly; online without an API key, say.
     """
 
     def __init__(
         self, directory: RunDirectory, config: TrainingConfig, *, mode: Literal["offline", "online"]
     ) -> None:
         import wandb
+        from wandb.errors import UsageError
 
         if not directory.wandb_id.exists():
             write_atomically(directory.wandb_id, secrets.token_hex(4))
-        self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=directory.path.resolve().name,
-            id=directory.wandb_id.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            mode=mode,
-            dir=str(directory.path.resolve()),
-            config=parse_yaml(resolved_yaml(config), source="resolved.yaml").value,
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project,
+                name=directory.path.resolve().name,
+                id=directory.wandb_id.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                mode=mode,
+                dir=str(directory.path.resolve()),
+                config=parse_yaml(resolved_yaml(config), source="resolved.yaml").value,
+                settings=wandb.Settings(silent=True),
+            )
+        except UsageError as error:
+            raise UserError(f"log.wandb: {mode} cannot begin: {error}") from error
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 

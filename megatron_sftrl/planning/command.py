@@ -139,7 +139,7 @@ class _Planner:
         """The same under further overrides; None where the run's checks refuse them."""
         try:
             return self.plan(self.config_with(words))
-        except ValueError:
+        except UserError:
             return None
 
     def search(self, words: Sequence[str], num_gpus: int) -> list[Plan]:

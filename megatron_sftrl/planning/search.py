@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.planning.grid import Grid, grid_of
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.memory import MemoryPlan, plan_memory
@@ -90,7 +91,7 @@ def search_layouts(
                 loss_needs=loss_needs,
                 mean_length=mean_length,
             )
-        except ValueError:  # the run's own checks refuse this layout
+        except UserError:  # the run's own checks refuse this layout
             continue
         if not plan.problems:
             found.append(plan)

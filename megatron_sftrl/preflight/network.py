@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sftrl.errors import UserError
 from megatron_sftrl.preflight.node import node_name
 
 _CONNECT_S = 5.0
@@ -43,7 +42,7 @@ class Meeting:
             except (dist.DistStoreError, dist.DistNetworkError) as error:
                 place = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
                 reason = str(error).partition("\n")[0]
-                raise UserError(
+                raise RuntimeError(
                     f"preflight: {node_name()} rank {self.rank} did not meet all {self.size} processes at "
                     f"{place} within {timeout_s:.0f} s ({reason}): look at the logs of the other nodes"
                 ) from error
@@ -65,7 +64,7 @@ class Meeting:
         """Every process's value (JSON), by rank, on every process.
 
         Raises:
-            UserError: on every process that is there, naming the ranks that did not come.
+            RuntimeError: on every process that is there, naming the ranks that did not come.
         """
         self._rounds += 1
         key = f"{self._rounds}"
@@ -81,7 +80,7 @@ class Meeting:
         if len(found) < self.size:
             absent = [str(rank) for rank in range(self.size) if rank not in found]
             present = ", ".join(sorted({node for node, _ in found.values()}))
-            raise UserError(
+            raise RuntimeError(
                 f"preflight, {what}: {len(absent)} of {self.size} processes did not answer within "
                 f"{self._timeout.total_seconds():.0f} s, ranks {', '.join(absent)}; the nodes that did are "
                 f"{present}: look at the logs of the others"
@@ -96,7 +95,7 @@ def world(meeting: Meeting, timeout_s: float) -> Iterator[torch.device]:
     Yields:
         This process's device.
     Raises:
-        UserError: on every process, naming the nodes where it failed.
+        RuntimeError: on every process, naming the nodes where it failed.
     """
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda else torch.device("cpu")
@@ -119,7 +118,7 @@ def world(meeting: Meeting, timeout_s: float) -> Iterator[torch.device]:
         problem = f"{node_name()} rank {meeting.rank}: {error}"
     problems = [text for text in meeting.gather("forming one group", problem) if text]
     if problems:
-        raise UserError("\n  ".join(["preflight: the processes cannot form one group", *problems]))
+        raise RuntimeError("\n  ".join(["preflight: the processes cannot form one group", *problems]))
     try:
         yield device
         dist.barrier()

@@ -18,7 +18,7 @@ from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.sources import check_source, read_rows
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.preflight.gpu_memory import memory_problem, own_gpu_bytes
 from megatron_sftrl.preflight.network import (
     Meeting,
@@ -48,14 +48,17 @@ def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float
         least_rate: bytes per second that all-reduce must reach; None only reports it.
     Raises:
         UserError: on every process: all that is wrong, with the names of the nodes.
+        RuntimeError: the same, where nothing but failures was found, which may pass.
     """
     with Meeting(timeout_s) as meeting:
         findings = _findings(meeting, config, timeout_s=timeout_s, least_rate=least_rate)
     if meeting.rank == 0:
         Console(stderr=True).print(_table(findings))
     problems = [problem for finding in findings for problem in finding.problems]
-    if problems:
-        raise UserError("\n  ".join([f"preflight found {len(problems)} problem(s)", *problems]))
+    told = [*problems, *(failure for finding in findings for failure in finding.failures)]
+    if told:
+        kind = UserError if problems else RuntimeError
+        raise kind("\n  ".join([f"preflight found {len(told)} problem(s)", *told]))
     if meeting.rank == 0:
         print("preflight: all is well", file=sys.stderr)
 
@@ -73,7 +76,7 @@ def _findings(
     findings = [compare_processes(facts), compare_versions(facts)]
     findings += _configuration(meeting, config)
     findings += [_shared_directory(meeting, config, leaders), _ports(meeting, leaders)]
-    if not any(finding.problems for finding in findings):
+    if not any(finding.problems or finding.failures for finding in findings):
         # A group of processes that are not alike might hang.
         findings += _network(meeting, facts, leaders, timeout_s=timeout_s, least_rate=least_rate)
     return findings
@@ -117,33 +120,43 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
     }
     findings = []
     for name, check in checks.items():
-        problem = _problem_of(check) if is_leader() else None
-        said = meeting.gather(name, [node_name(), problem])
+        problem, is_users = _problem_of(check) if is_leader() else (None, False)
+        said = meeting.gather(name, [node_name(), problem, is_users])
         details = {
             "configuration, model and tokenizer": f"{type(config).__name__}, loss {config.loss.name}",
             "data": f"first rows of {len(_data_files(config))} file(s)",
             "memory for the model": seen["memory"],
             "space for checkpoints": seen["space"],
         }
-        findings.append(Finding(check=name, detail=details[name], problems=_merged(said)))
+        problems, failures = _merged(said)
+        findings.append(Finding(check=name, detail=details[name], problems=problems, failures=failures))
     return findings
 
 
-def _problem_of(check: Callable[[], None]) -> str | None:
+def _problem_of(check: Callable[[], None]) -> tuple[str | None, bool]:
+    """What a check raised, and whether the user can fix it."""
     try:
         check()
+    except UserError as error:
+        return str(error), True
     except Exception as error:
-        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    return None
+        text = f"{type(error).__name__}: {error}"
+        return text, isinstance(error, OSError) and isinstance(error_of(text, error), UserError)
+    return None, False
 
 
-def _merged(said: Sequence[tuple[str, str | None]]) -> tuple[str, ...]:
-    """Problems with the nodes that have them; one that most likely all share is told once."""
-    nodes: dict[str, list[str]] = {}
-    for node, problem in said:
+def _merged(said: Sequence[tuple[str, str | None, bool]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Problems of the user's and failures with the nodes that have them; what all share is told once."""
+    nodes: dict[tuple[bool, str], list[str]] = {}
+    for node, problem, is_users in said:
         if problem is not None:
-            nodes.setdefault(problem, []).append(node)
-    return tuple(f"{', '.join(sorted(set(names)))}: {problem}" for problem, names in nodes.items())
+            nodes.setdefault((is_users, problem), []).append(node)
+    told = [
+        (is_users, f"{', '.join(sorted(set(names)))}: {text}") for (is_users, text), names in nodes.items()
+    ]
+    return tuple(text for is_users, text in told if is_users), tuple(
+        text for is_users, text in told if not is_users
+    )
 
 
 def _data_files(config: TrainingConfig) -> list:
@@ -175,13 +188,13 @@ def _shared_directory(meeting: Meeting, config: TrainingConfig, leaders: dict[st
     mine = f"{name}.{leaders[node_name()]}"
     takes_part = leaders[node_name()] == meeting.rank
     try:
-        problem = None
+        problem, is_users = None, False
         if takes_part:
-            problem = _problem_of(lambda: leave_mark(directory, mine))
+            problem, is_users = _problem_of(lambda: leave_mark(directory, mine))
             problem = problem and f"cannot write to {directory}: {problem}; choose another run_dir"
-        written = meeting.gather("writing to the run directory", [node_name(), problem])
+        written = meeting.gather("writing to the run directory", [node_name(), problem, is_users])
         unseen = None
-        if takes_part and not any(problem for _, problem in written):
+        if takes_part and not any(problem for _, problem, _ in written):
             marks = [mine, f"{name}.0"] if meeting.rank else [f"{name}.{rank}" for rank in leaders.values()]
             nodes = {f"{name}.{rank}": node for node, rank in leaders.items()}
             absent = [nodes[mark] for mark in marks if not see_mark(directory, mark)]
@@ -190,12 +203,13 @@ def _shared_directory(meeting: Meeting, config: TrainingConfig, leaders: dict[st
                     f"in {directory} the file that {', '.join(absent)} wrote is not to be seen: run_dir must "
                     "lie on a file system that all nodes share"
                 )
-        seen = meeting.gather("reading the run directory", [node_name(), unseen])
+        seen = meeting.gather("reading the run directory", [node_name(), unseen, True])
     finally:
         with contextlib.suppress(OSError):
             (directory / mine).unlink()
     detail = f"{directory}, written and read by {len(leaders)} node(s)"
-    return Finding(check="run directory", detail=detail, problems=(*_merged(written), *_merged(seen)))
+    problems, failures = _merged([*written, *seen])
+    return Finding(check="run directory", detail=detail, problems=problems, failures=failures)
 
 
 def _ports(meeting: Meeting, leaders: dict[str, int]) -> Finding:
@@ -235,5 +249,6 @@ def _network(
 def _table(findings: Sequence[Finding]) -> Table:
     table = Table("check", "", "what was seen", title="preflight")
     for finding in findings:
-        table.add_row(finding.check, "bad" if finding.problems else "ok", finding.detail)
+        is_bad = finding.problems or finding.failures
+        table.add_row(finding.check, "bad" if is_bad else "ok", finding.detail)
     return table

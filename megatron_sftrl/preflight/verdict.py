@@ -21,11 +21,13 @@ class Finding:
         check: what was looked at.
         detail: what was seen.
         problems: what is wrong, with the node's name and what to do; empty when all is well.
+        failures: what went wrong and may pass, such as a stale file handle; told like the problems.
     """
 
     check: str
     detail: str
     problems: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
 
 
 def compare_processes(facts: Sequence[NodeFacts]) -> Finding:
@@ -40,6 +42,11 @@ def compare_processes(facts: Sequence[NodeFacts]) -> Finding:
     problems += [
         f"{name} has the GPUs [{found}], most nodes [{usual}]: submit to nodes that are alike, or exclude it"
         for name, found, usual in _odd_ones(gpus)
+    ]
+    problems += [
+        f"{name} has GPUs of several types [{gpus[name]}]: submit to nodes with GPUs of one"
+        for name, fact in nodes.items()
+        if len(set(fact.gpus)) > 1
     ]
     problems += [
         f"{name} runs {fact.local_processes} processes on {len(fact.gpus)} GPUs: start one a GPU"

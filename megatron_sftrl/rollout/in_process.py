@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.weight_stream import ReshardReport
-from megatron_sftrl.errors import UserError
 from megatron_sftrl.rollout.in_flight import Wanted, generate_in_flight
 from megatron_sftrl.rollout.requests import check_prompts
 from megatron_sftrl.rollout.stops import Decode, Stops
@@ -102,13 +101,16 @@ class InProcessEngine:
 
 @contextlib.contextmanager
 def _memory_advice(max_responses: int) -> Iterator[None]:
-    """Out of memory, which torch says by another error on the CPU, becomes a ValueError with a way out."""
+    """Out of memory, which torch says by another error on the CPU, becomes a RuntimeError with a way out.
+
+    Not a UserError: memory may also be what another process has not given back yet.
+    """
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(
+        raise RuntimeError(
             f"not enough memory to generate up to {max_responses} responses together on each replica: lower "
             "the length of responses or, for `sftrl grpo`, rollout.max_concurrent; or raise parallel.tp or "
             f"parallel.pp, or set rollout.offload: true on GPUs (`sftrl plan` counts it). torch said: {error}"

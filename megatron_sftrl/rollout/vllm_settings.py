@@ -110,13 +110,16 @@ def cpu_cache_bytes(settings: VllmSettings, architecture: Architecture, dtype: t
 
 @contextlib.contextmanager
 def memory_advice(settings: VllmSettings) -> Iterator[None]:
-    """Out of memory, in vLLM's many words for it, becomes a ValueError that says what to change."""
+    """Out of memory, in vLLM's many words for it, becomes a RuntimeError that says what to change.
+
+    Not a UserError: memory may also be what a killed process has not given back yet.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, ValueError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error).lower():
             raise
-        raise UserError(
+        raise RuntimeError(
             f"vLLM has not enough memory with gpu_memory_utilization {settings.gpu_memory_utilization}, "
             f"max_num_seqs {settings.max_num_seqs}, max_model_len {settings.max_model_len} and tp "
             f"{settings.tp}: raise the first as far as the trainer leaves memory (more with rollout.offload: "

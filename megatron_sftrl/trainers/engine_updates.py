@@ -8,7 +8,6 @@ from dataclasses import replace
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.memory import take_device_peak
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.rollout.api import RolloutEngine
@@ -60,7 +59,7 @@ class EngineUpdates:
         Args:
             version: steps behind the weights.
         Raises:
-            UserError: on every rank: the engine did not take every weight, or does not agree.
+            RuntimeError: on every rank: the engine did not take every weight, or does not agree.
         """
         self._policy.gather_parameters()
         self._turns.to_engine()
@@ -70,7 +69,7 @@ class EngineUpdates:
         limit = self._config.rollout.vllm.probe_limit
         self._probed = probe_engine(self._engine, self._policy, self._rows, self._batches, self._sampling)
         if not self._probed <= limit:
-            raise UserError(
+            raise RuntimeError(
                 f"after the update of step {version} the engine's log-probabilities are {self._probed:.3f} "
                 f"nats from the trainer's on average, more than rollout.vllm.probe_limit = {limit}: its "
                 "weights are not the policy's, and nothing was trained on its responses. The last checkpoint "

@@ -31,7 +31,7 @@ from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
 from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
 from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
-from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start, save_numbers
+from megatron_sftrl.trainers.loop import follow, hold, metrics_on_rank_zero, resume_or_start, save_numbers
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
 from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts
@@ -52,7 +52,8 @@ def run_grpo(config: GrpoConfig) -> bool:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
         UserError: something that the user can fix, found before anything is built or overwritten; later
-            only a full disk, a gate that stops, or too many steps in a row without a finite gradient.
+            only a full disk, a gate that stops, or too many steps in a row without a finite gradient. All
+            else that can be raised is a failure, as for run_sft.
     """
     plan = plan_run(config)
     prompts, valid = open_prompts(plan)
@@ -60,9 +61,11 @@ def run_grpo(config: GrpoConfig) -> bool:
         StopRequest() as stop,
         parallel_context(config.parallel) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
+        contextlib.ExitStack() as stack,
     ):
         check_engine(config, plan.architecture, parallel.device, world_size=parallel.world_size)
         directory = open_run_directory(config, is_writer=False)
+        stack.enter_context(hold(directory))
         check_rows(rewards.rewards, prompts, *([valid] if valid else []))
         on_every_rank(lambda: check_canaries(rewards))
         on_rank_zero(lambda: note_constant_answers(rewards, prompts))

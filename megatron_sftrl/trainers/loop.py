@@ -12,10 +12,11 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.together import on_every_rank
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory
+from megatron_sftrl.observability.run_lock import RunLock
 from megatron_sftrl.observability.sinks import open_metrics
 
 
@@ -60,7 +61,7 @@ def save_numbers(store: CheckpointStore) -> dict[str, float]:
     """How fast the last checkpoint was written, in the numbers of the first step after its end.
 
     Raises:
-        UserError: on every rank, when it could not be written beside the training.
+        UserError, RuntimeError: on every rank, when it could not be written beside the training.
     """
     written = store.written()
     if written is None:
@@ -69,6 +70,22 @@ def save_numbers(store: CheckpointStore) -> dict[str, float]:
         "checkpoint/write_seconds": written.seconds,
         "checkpoint/gigabytes_per_second": written.num_bytes / 1e9 / written.seconds,
     }
+
+
+@contextlib.contextmanager
+def hold(directory: RunDirectory) -> Iterator[None]:
+    """Keep other runs out of the directory; rank 0 holds its lock for all.
+
+    Raises:
+        UserError, RuntimeError: on every rank: another run is in it, or rank 0 cannot write there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(RunLock(directory.path))
+
+        on_rank_zero(enter)
+        yield
 
 
 @contextlib.contextmanager
@@ -83,7 +100,7 @@ def metrics_on_rank_zero(
     """Rank 0 writes; the others hand their numbers to nobody, and wait at the end.
 
     Raises:
-        UserError: on every rank, when rank 0 cannot open what it shall write to.
+        UserError, RuntimeError: on every rank, when rank 0 cannot open what it shall write to.
     """
 
     def open_sinks() -> MetricsWriter:

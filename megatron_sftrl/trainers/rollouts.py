@@ -13,7 +13,6 @@ from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_every_rank
-from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.advantages import group_advantages
 from megatron_sftrl.rl.group_filters import informative_groups
@@ -107,7 +106,7 @@ class RolloutCollector:
             sampling: the run's when not given.
             phases: what the time of both halves is counted for.
         Raises:
-            UserError: the engine left a prompt or a response out.
+            RuntimeError: the engine left a prompt or a response out.
         """
         prompts = [Prompt(id=number, tokens=row.tokens) for number, row in rows]
         sampling = sampling or self._sampling
@@ -155,7 +154,7 @@ def _check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, 
     for prompt, group in zip(prompts, groups, strict=True):
         lengths = [len(rollout.response_tokens) for rollout in group.rollouts]
         if group.prompt.id != prompt.id or len(lengths) != size or 0 in lengths:
-            raise UserError(
+            raise RuntimeError(
                 f"rollout: expected {size} responses of at least one token to prompt {prompt.id}, got "
                 f"responses of {lengths} tokens to prompt {group.prompt.id}: the engine is at fault, and "
                 "nothing was trained on them"

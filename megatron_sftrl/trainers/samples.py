@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.experience import Response, grouped
 
@@ -31,14 +31,15 @@ class SampleLog:
             if path.exists():
                 _keep_steps_up_to(path, resume_step)
             path.open("a").close()  # what cannot be written shall not come out after the first step
-        except OSError as error:
-            raise UserError(f"the samples cannot be written to {path}: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise error_of(f"the samples cannot be written to {path}: {error}", error) from error
 
     def write(self, step: int, responses: Sequence[Response]) -> None:
         """One step's responses, group by group.
 
         Raises:
-            UserError: they cannot be written; a disk is full, say.
+            UserError: they cannot be written, and would not be after a restart; a disk is full, say.
+            RuntimeError: the file system fails.
         """
         groups = list(grouped(responses).values())[: self._num_groups]
         lines = [
@@ -50,9 +51,10 @@ class SampleLog:
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(lines)
         except OSError as error:
-            raise UserError(
-                f"the samples of step {step} cannot be written to {self._path}: {error}; free space and "
-                "start the run again, it goes on from its last checkpoint"
+            raise error_of(
+                f"the samples of step {step} cannot be written to {self._path}: {error}; start the run again "
+                "(a full disk: after freeing space), it goes on from its last checkpoint",
+                error,
             ) from error
 
     def _sample(self, response: Response, step: int) -> dict[str, object]:

@@ -21,7 +21,7 @@ from megatron_sftrl.observability.run_directory import RunDirectory, open_run_di
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
-from megatron_sftrl.trainers.loop import follow, metrics_on_rank_zero, resume_or_start, save_numbers
+from megatron_sftrl.trainers.loop import follow, hold, metrics_on_rank_zero, resume_or_start, save_numbers
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
 from megatron_sftrl.trainers.stop import StopRequest
@@ -35,17 +35,20 @@ def run_sft(config: RunConfig) -> bool:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
         UserError: something that the user can fix, found before anything is built or overwritten; later
-            only a full disk, or too many steps in a row without a finite gradient.
+            only a full disk, or too many steps in a row without a finite gradient. All else that can be
+            raised is a failure (what a loss of the user's raises, too): the same command goes on from the
+            last checkpoint.
     """
     plan = plan_run(config)
     with StopRequest() as stop, parallel_context(config.parallel) as parallel:
         directory = open_run_directory(config, is_writer=False)
-        demonstrations = open_demonstrations(plan, directory, parallel)
-        trainer = SftTrainer(plan, directory, demonstrations, parallel)
-        # Only now: who corrects a bad row, max_length or init_checkpoint shall not meet the resolved.yaml of
-        # a run that never began, and be refused as another run.
-        on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
-        return trainer.train(stop)
+        with hold(directory):
+            demonstrations = open_demonstrations(plan, directory, parallel)
+            trainer = SftTrainer(plan, directory, demonstrations, parallel)
+            # Only now: who corrects a bad row, max_length or init_checkpoint shall not meet the resolved.yaml
+            # of a run that never began, and be refused as another run.
+            on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
+            return trainer.train(stop)
 
 
 class SftTrainer:

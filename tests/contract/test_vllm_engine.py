@@ -156,10 +156,10 @@ BAD_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def said_by(action: Callable[[], object]) -> str:
-    """The text of its ValueError; empty without one."""
+    """The text of its error; empty without one."""
     try:
         action()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
 

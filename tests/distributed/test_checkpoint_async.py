@@ -143,7 +143,7 @@ def failure_of(action: Callable[[], object]) -> str:
 
 
 def test_a_failure_on_one_rank_is_told_on_every_rank_also_where_the_action_cannot_end() -> None:
-    together = [("ValueError: RuntimeError: rank 1 broke", f"rank {rank}") for rank in (0, 1)]
+    together = [("RuntimeError: RuntimeError: rank 1 broke", f"rank {rank}") for rank in (0, 1)]
     assert run_ranks(2, one_rank_fails, True) == together
     (waiting, after), (broken, _) = run_ranks(2, one_rank_fails, False)
     assert waiting == "RuntimeError: another rank failed; its message says why"

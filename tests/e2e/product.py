@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,11 @@ def call_main(command_lines: list[list[str]], ports: list[int]) -> list[Ended]:
         os.environ["MASTER_PORT"] = str(port)
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
-            code = main(arguments)
+            try:
+                code = main(arguments)
+            except Exception:  # as Python ends a program
+                traceback.print_exc(file=said)
+                code = 1
         ended.append(Ended(code, said.getvalue()))
         if code and int(os.environ["WORLD_SIZE"]) > 1:
             raise RuntimeError(f"{arguments} failed:\n{said.getvalue()}")  # peers may stand in a collective

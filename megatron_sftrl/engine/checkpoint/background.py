@@ -65,7 +65,7 @@ class BackgroundAction(Generic[T]):
             wait: until it has ended on every rank.
         Raises:
             BaseException: on every rank, when it failed on any: what the action raised, or a RuntimeError
-                where it has not ended. Not a ValueError: that would say that starting again cannot help.
+                where it has not ended. Not a UserError: that would say that starting again cannot help.
         """
         if self._outcome is None:
             return None

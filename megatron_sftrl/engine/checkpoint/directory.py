@@ -9,6 +9,7 @@ Functions here run on one rank and know nothing of tensors.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -23,13 +24,17 @@ _TEMPORARY = re.compile(r"\.step-\d{8,}(\.old)?\.tmp")
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints under `directory`, lowest step first; empty when there is no such directory."""
-    if not directory.is_dir():
+    # Not pathlib's is_dir and glob: newer ones take any error, such as a stale handle, for an absent
+    # directory, and the run would begin at step 0.
+    try:
+        with os.scandir(directory) as entries:
+            found = [
+                (int(match[1]), directory / entry.name)
+                for entry in entries
+                if (match := _COMPLETE.fullmatch(entry.name)) and entry.is_dir()
+            ]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [
-        (int(match[1]), path)
-        for path in directory.iterdir()
-        if (match := _COMPLETE.fullmatch(path.name)) and path.is_dir()
-    ]
     return [path for _, path in sorted(found)]
 
 

@@ -24,7 +24,7 @@ def hashed_files(directory: Path, group: dist.ProcessGroup | None = None) -> dic
         directory: whose files do not change any more.
         group: of all ranks; the default one when not given.
     Raises:
-        UserError: on every rank, when any rank could not read.
+        UserError, RuntimeError: on every rank, when any rank could not read.
     """
     names = on_rank_zero(
         lambda: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()),

@@ -38,7 +38,7 @@ def write_tensors(
         directory: empty.
         group: of all ranks; the default one when not given.
     Raises:
-        UserError: on every rank, when any rank could not write.
+        UserError, RuntimeError: on every rank, when any rank could not write.
     """
     state = mcore_to_pyt_state_dict(_by_key(stored_here(tensors)), False)  # type: ignore[arg-type]
     # Planning also checks that the boxes of all ranks cover every tensor once, without overlap.
@@ -58,7 +58,7 @@ def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
     """Fill the tensors' data in place from `directory`; every rank calls it.
 
     Raises:
-        UserError: on every rank, when any rank could not read. The tensors are then undefined.
+        UserError, RuntimeError: on every rank, when any rank could not read. The tensors are then undefined.
     """
     state = mcore_to_pyt_state_dict(_by_key(tensors), True)  # type: ignore[arg-type]
     planner = MCoreLoadPlanner(
@@ -134,7 +134,7 @@ def finish_format(directory: Path) -> None:
     """Write metadata.json and common.pt (empty: what is not a tensor is in checkpoint.json)."""
     written = {info.relative_path for info in (read_index(directory).storage_data or {}).values()}
     if lost := sorted(name for name in written if not (directory / name).is_file()):
-        raise UserError(
+        raise RuntimeError(
             f"rank 0 does not see {', '.join(lost)} that other ranks wrote to {directory}: run_dir must be "
             "on a file system that all nodes share"
         )

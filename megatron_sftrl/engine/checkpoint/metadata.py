@@ -15,7 +15,7 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 
 _ALLOWED = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
@@ -54,11 +54,12 @@ def read_index(directory: Path) -> Metadata:
     file = directory / ".metadata"
     try:
         metadata = _IndexUnpickler(io.BytesIO(file.read_bytes())).load()
-    except ValueError:
+    except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"checkpoint {directory} is damaged: .metadata cannot be read ({type(error).__name__}: {error})"
+        raise error_of(
+            f"checkpoint {directory} is damaged: .metadata cannot be read ({type(error).__name__}: {error})",
+            error,
         ) from error
     if not isinstance(metadata, Metadata):
         raise UserError(f"checkpoint {directory} is damaged: .metadata is no index of tensors")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 
 FILE_NAME = "checkpoint.json"
 FORMAT = 2
@@ -95,7 +95,9 @@ def read_record(path: Path) -> CheckpointRecord:
             f"{path} has no {FILE_NAME}: it is not a complete checkpoint. Choose another one, or delete it"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {FILE_NAME} cannot be read ({error})") from error
+        raise error_of(
+            f"checkpoint {path} is damaged: {FILE_NAME} cannot be read ({error})", error
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise UserError(f"{file}: expected format {FORMAT}, got {found!r}; it was written by another version")

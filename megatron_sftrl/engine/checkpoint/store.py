@@ -100,8 +100,8 @@ class CheckpointStore:
             The checkpoint's path, which an asynchronous save gives it later. One of this step that exists
             already is kept and returned.
         Raises:
-            UserError: on every rank, when it or, asynchronously, the one before could not be written (a full
-                disk, say).
+            UserError, RuntimeError: on every rank, when it or, asynchronously, the one before could not be
+                written; a UserError where starting again would meet it again (a full disk, say).
         """
         assert policy.optimizer is not None
         self.finish()
@@ -123,7 +123,7 @@ class CheckpointStore:
         """What the last save wrote, once, as soon as it is complete; for every step boundary.
 
         Raises:
-            UserError: on every rank, when an asynchronous save has failed.
+            UserError, RuntimeError: on every rank, when an asynchronous save has failed, as for save().
         """
         if self._background is not None:
             self._written = self._background.take(wait=False) or self._written
@@ -134,7 +134,7 @@ class CheckpointStore:
         """Wait until an asynchronous save is complete.
 
         Raises:
-            UserError: on every rank, when it has failed.
+            UserError, RuntimeError: on every rank, when it has failed, as for save().
         """
         if self._background is not None:
             self._written = self._background.take(wait=True) or self._written

@@ -53,7 +53,8 @@ def write_checkpoint(
         keep_last: complete checkpoints that stay.
         group: of all ranks; the default one when not given.
     Raises:
-        UserError: on every rank, when it could not be written; earlier checkpoints are as they were.
+        UserError, RuntimeError: on every rank, when it could not be written (a full disk is the user's);
+            earlier checkpoints are as they were.
     """
     began, step = time.monotonic(), record.trainer.step
     total = sum_over_ranks(num_bytes(tensors), group)
@@ -63,9 +64,10 @@ def write_checkpoint(
         on_rank_zero(lambda: store_assets(temporary, assets), group)
         whole = dataclasses.replace(record, files=hashed_files(temporary, group))
         on_rank_zero(lambda: checkpoint_directory.complete(temporary, whole, keep_last=keep_last), group)
-    except ValueError as error:
+    except (UserError, RuntimeError) as error:  # on every rank, from together.py
         on_rank_zero(lambda: checkpoint_directory.discard(temporary), group)
-        raise UserError(
+        kind = UserError if isinstance(error, UserError) else RuntimeError
+        raise kind(
             f"the checkpoint of step {step} could not be written to {directory}; earlier checkpoints are "
             f"untouched. {error}"
         ) from error

@@ -27,6 +27,7 @@ def check_canaries(pool: RewardPool) -> None:
     Raises:
         UserError: a reward fails on an example, or gives some wrong one as much as some right one; it names
             both.
+        RuntimeError: a worker ran out of time on an example, or died of it.
     """
     for index, reward in enumerate(pool.rewards):
         canaries = tuple(reward.entry.canaries(reward.config))
@@ -93,7 +94,9 @@ def _answering(row: Mapping[str, Json], response: str) -> RewardInputs:
 def _check(name: str, canaries: Sequence[Canary], parts: Sequence[Part]) -> None:
     for canary, part in zip(canaries, parts, strict=True):
         if part.outcome != "ok":
-            raise UserError(
+            # Out of time, or dead: the machine may have been at fault, and a restart would not meet it again.
+            kind = RuntimeError if part.outcome in ("timeout", "crashed") else UserError
+            raise kind(
                 f"reward {name!r} failed on its own example {_shown(canary)}: {part.outcome}: {part.detail}; "
                 "the run would train on zeros"
             )

@@ -80,7 +80,7 @@ class RewardPool:
         Raises:
             UserError: a row that lacks what a reward needs or is no JSON; a module that does not load in the
                 workers.
-            RuntimeError: workers do not start.
+            RuntimeError: workers do not start, or a module does not load for a reason that may pass.
         """
         num_rewards = len(self.rewards)
         parts = self._run(range(num_rewards), samples)
@@ -180,7 +180,8 @@ class RewardPool:
             return
         if not worker.is_ready:
             if "failed" in reply:
-                raise UserError(f"rewards do not load in a worker process: {reply['failed']}")
+                kind = UserError if reply.get("is_users") else RuntimeError
+                raise kind(f"rewards do not load in a worker process: {reply['failed']}")
             worker.is_ready, self._failed_starts = True, 0
             return
         task = self._workers[worker]

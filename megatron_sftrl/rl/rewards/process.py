@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.errors import UserError
-
 # What an interpreter may need to start: where programs and libraries are, and how text is encoded.
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 # Numbers and short texts only; more than this is no reply of ours.
@@ -99,7 +97,7 @@ class WorkerProcess:
 
         Raises:
             EOFError: the worker ended.
-            UserError: what came is no reply.
+            ValueError: what came is no reply.
         """
         with contextlib.suppress(BlockingIOError):
             try:
@@ -111,16 +109,16 @@ class WorkerProcess:
             self._incoming += chunk
         line, newline, rest = self._incoming.partition(b"\n")
         if rest or len(line) > LONGEST_REPLY:
-            raise UserError("it sent more than one reply")
+            raise ValueError("it sent more than one reply")
         if not newline:
             return None
         self._incoming.clear()
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError("it sent something that is no JSON") from None
+            raise ValueError("it sent something that is no JSON") from None
         if not isinstance(reply, dict):
-            raise UserError("it sent something that is no reply")
+            raise ValueError("it sent something that is no reply")
         return reply
 
     def stop(self) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from megatron_sftrl.config.rewards import RewardSection
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.confinement import Confinement, enter_kernel_domain
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards
@@ -47,7 +47,9 @@ def main() -> None:
         for name in dict.fromkeys(name for reward in rewards for name in reward.entry.imports):
             importlib.import_module(name)
     except Exception as error:
-        _send(replies, {"failed": _text(error)})
+        is_users = isinstance(error_of("", error), UserError)
+        text = str(error)[:LONGEST_DETAIL] if isinstance(error, UserError) else _text(error)
+        _send(replies, {"failed": text, "is_users": is_users})
         return
     _send(replies, {"ready": True})
     confinement = Confinement()

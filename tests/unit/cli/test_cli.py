@@ -139,3 +139,25 @@ def test_overrides_may_stand_behind_the_options(tmp_path: Path, capsys: pytest.C
         with pytest.raises(SystemExit):
             main(["generate", str(path), *options, *unknown])
         assert f"unrecognized arguments: {unknown[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("a library's"), BrokenPipeError("a worker's")], ids=repr)
+def test_what_a_library_raises_in_a_run_is_a_failure_and_no_end(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("megatron_sftrl.config.load.load_config", broken)
+    with pytest.raises(type(error)):
+        main(["sft", "run.yaml"])
+
+
+def test_a_problem_that_pydantic_tells_itself_is_the_users(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_sftrl.config.schema import BatchSection
+
+    monkeypatch.setattr("megatron_sftrl.config.load.load_config", lambda *_: BatchSection(global_size=0))
+    assert main(["sft", "run.yaml"]) == 2
+    assert "global_size" in capsys.readouterr().err

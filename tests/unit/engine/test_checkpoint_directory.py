@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,16 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint_directory.checkpoint_at(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         checkpoint_directory.checkpoint_at(tmp_path / "step-00000005")
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoint_directory.complete_checkpoints(tmp_path / "absent") == []
+
+    def stale(path: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        checkpoint_directory.complete_checkpoints(tmp_path)

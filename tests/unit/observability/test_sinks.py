@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_sftrl.observability.metrics import read_metrics
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.observability.metrics import JsonlSink, MetricsWriter, OptionalSink, read_metrics
 from megatron_sftrl.observability.run_directory import open_run_directory
 from megatron_sftrl.observability.sinks import open_metrics
 from tests.unit.config.example import example
@@ -67,3 +70,63 @@ def test_wandb_offline_stays_in_the_run_directory_under_one_id(
     assert (tmp_path / "wandb_id").read_text() == first_id
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{first_id}/run-{first_id}.wandb"))
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+class Down:
+    """A tracker that fails at one of its calls."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+        self.fail("open")
+
+    def fail(self, call: str) -> None:
+        if call == self.at:
+            raise ConnectionError("the tracker is down")
+
+    def write(self, step: int, metrics: object) -> None:
+        self.fail(f"write {step}")
+
+    def close(self) -> None:
+        self.fail("close")
+
+
+@pytest.mark.parametrize("at", ["open", "write 2", "close"])
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(
+    at: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sinks = [JsonlSink(path, resume_step=0), OptionalSink("log.wandb", lambda: Down(at))]
+    with MetricsWriter(sinks) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    said = capfd.readouterr().err
+    assert said.count("log.wandb failed and is off until the run starts again: ConnectionError") == 1
+
+
+def test_a_tracker_that_cannot_begin_for_want_of_a_setting_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_: object) -> None:
+        raise wandb.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(UserError, match=r"log\.wandb: online cannot begin: No API key"):
+        run(tmp_path, "log.progress=false", "log.wandb=online", resume_step=0, steps=range(1, 2))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ESTALE, RuntimeError), (errno.ENOSPC, UserError)])
+def test_metrics_that_cannot_be_written_end_the_run_and_a_full_disk_alone_is_the_users(
+    number: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resume_step=0)
+
+    def flush() -> None:
+        raise OSError(number, "as it says")
+
+    monkeypatch.setattr(sink, "_file", SimpleNamespace(write=len, flush=flush))
+    with pytest.raises(kind, match="the metrics of step 1 cannot be written") as caught:
+        sink.write(1, {"loss": 0.5})
+    assert isinstance(caught.value, UserError) == (kind is UserError)

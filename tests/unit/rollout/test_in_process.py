@@ -33,7 +33,7 @@ def generate_with(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> N
 def test_not_enough_memory_says_what_to_change(
     error: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="not enough memory to generate up to 7 responses") as caught:
+    with pytest.raises(RuntimeError, match="not enough memory to generate up to 7 responses") as caught:
         generate_with(error, monkeypatch)
     assert "lower the length of responses or, for `sftrl grpo`, rollout.max_concurrent" in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -42,4 +42,4 @@ def test_not_enough_memory_says_what_to_change(
 def test_another_error_keeps_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match") as caught:
         generate_with(RuntimeError("shapes do not match"), monkeypatch)
-    assert not isinstance(caught.value, ValueError)
+    assert "not enough memory" not in str(caught.value)

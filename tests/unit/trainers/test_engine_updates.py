@@ -113,7 +113,9 @@ def test_an_engine_that_does_not_agree_ends_the_run(
     apart: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     updates = updates_of(Engine(), apart, monkeypatch)
-    with pytest.raises(ValueError, match=r"after the update of step 3 .* rollout\.vllm\.probe_limit = 0\.25"):
+    with pytest.raises(
+        RuntimeError, match=r"after the update of step 3 .* rollout\.vllm\.probe_limit = 0\.25"
+    ):
         updates.refresh(3)
 
 

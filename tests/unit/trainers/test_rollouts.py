@@ -57,5 +57,5 @@ def answer(*groups: tuple[int, list[int]]) -> None:
 def test_a_group_that_is_empty_incomplete_or_of_another_prompt_is_refused(
     second: tuple[int, list[int]], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         answer((4, [1, 2]), second)
