@@ -117,8 +117,10 @@ class ReferenceSection(Section):
     """offload keeps the weights in CPU memory and brings them in for the reference's forward."""
     checkpoint: ExpandedPath | None = None
     """Frozen weights from this checkpoint instead of the policy's initial weights."""
-    decay: float = Field(default=0.99, ge=0, le=1)
-    """moving_average: reference <- decay * reference + (1 - decay) * policy."""
+    decay: float = Field(default=0.01, ge=0, le=1)
+    """moving_average: reference <- decay * reference + (1 - decay) * policy, in fp32 whatever model.dtype is.
+    The default is what CurioSFT's release executes (alpha = 0.99 is the policy's share): after an update the
+    reference is 99 % policy. The paper's words, a slowly moving teacher, would be decay: 0.99."""
     sync_every: int = Field(default=5, ge=1)
     """moving_average: steps, as in train.steps, between two updates."""
 

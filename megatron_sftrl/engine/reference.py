@@ -22,7 +22,8 @@ class ReferenceModel:
 
     It runs through the same schedule as the policy, ahead of it, and keeps the last stage's hidden
     states [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path
-    of its own and no [T, V] tensor outlives its micro-batch.
+    of its own and no [T, V] tensor outlives its micro-batch. A moving average of bf16 weights is kept in
+    fp32 beside them, where the weights are between two steps.
     """
 
     def __init__(
@@ -43,12 +44,34 @@ class ReferenceModel:
             chunk.eval()
         self._home = torch.device("cpu") if section.placement == "offload" else parallel.device
         self._move(self._home)
+        self._averages: list[dict[str, Tensor]] = [
+            {
+                name: weight.detach().to(torch.float32)
+                for name, weight in chunk.named_parameters()
+                if section.kind == "moving_average" and weight.dtype != torch.float32
+            }
+            for chunk in self.chunks
+        ]
 
     @torch.no_grad()
     def copy_from(self, policy_chunks: Sequence[LanguageModel]) -> None:
         """Take the policy's weights as they are now."""
         for own, policy in self._pairs(policy_chunks):
             own.copy_(policy)
+        self.round_average()
+
+    def averages(self) -> dict[int, Tensor]:
+        """By the id() of a weight, the fp32 average that it is rounded from; bf16 would lose small updates.
+
+        Empty for a frozen reference, and for fp32 weights, which are the average themselves.
+        """
+        return {id(weight): average for weight, average in self._rounded()}
+
+    @torch.no_grad()
+    def round_average(self) -> None:
+        """Bring the weights that the forward reads to where the fp32 average is."""
+        for weight, average in self._rounded():
+            weight.copy_(average)
 
     def is_due(self, steps_done: int) -> bool:
         """A moving average follows after every sync_every-th optimizer step, a frozen reference never."""
@@ -56,13 +79,15 @@ class ReferenceModel:
 
     @torch.no_grad()
     def follow(self, policy_chunks: Sequence[LanguageModel]) -> None:
-        """reference <- decay * reference + (1 - decay) * policy   (CurioSFT, arXiv:2602.02244).
+        """reference <- decay * reference + (1 - decay) * policy in fp32   (CurioSFT, arXiv:2602.02244).
 
         Args:
             policy_chunks: the policy's chunks, without DDP.
         """
+        decay = self.section.decay
         for own, policy in self._pairs(policy_chunks):
-            own.lerp_(policy.to(own.device), 1.0 - self.section.decay)
+            own.mul_(decay).add_(policy.to(own.device), alpha=1.0 - decay)
+        self.round_average()
 
     @torch.no_grad()
     def hidden_states(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
@@ -96,9 +121,21 @@ class ReferenceModel:
             chunk.to(device)
 
     def _pairs(self, policy_chunks: Sequence[LanguageModel]) -> list[tuple[Tensor, Tensor]]:
+        """What is kept of each weight (its fp32 average where there is one), and the policy's."""
         pairs = []
-        for own, policy in zip(self.chunks, policy_chunks, strict=True):
+        for own, averages, policy in zip(self.chunks, self._averages, policy_chunks, strict=True):
             policy.wait_for_weights()
             policy_parameters = dict(policy.named_parameters())
-            pairs += [(value, policy_parameters[name]) for name, value in own.named_parameters()]
+            pairs += [
+                (averages.get(name, value), policy_parameters[name]) for name, value in own.named_parameters()
+            ]
         return pairs
+
+    def _rounded(self) -> list[tuple[Tensor, Tensor]]:
+        """Each weight that is its average rounded, and the average."""
+        return [
+            (weight, averages[name])
+            for chunk, averages in zip(self.chunks, self._averages, strict=True)
+            for name, weight in chunk.named_parameters()
+            if name in averages
+        ]

@@ -40,9 +40,12 @@ class HfWeights:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in tensors.items()}
         self.dtypes: Mapping[str, torch.dtype] = {name: entry.dtype for name, entry in tensors.items()}
         self._tensors = tensors
-        self._descriptors = {
-            file: os.open(file, os.O_RDONLY) for file in sorted({entry.file for entry in tensors.values()})
-        }
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, sorted."""
+        return tuple(sorted({entry.file for entry in self._tensors.values()}))
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
         """Read a tensor or a rectangle of it; only the bytes of the part are read.

@@ -1,4 +1,4 @@
-"""CurioSFT: likelihood plus distillation from a hotter, slowly moving copy of the policy itself."""
+"""CurioSFT: likelihood plus distillation from a hotter copy of the policy itself that follows it."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def plan_memory(
         peak = step_peak(architecture, config, grid, batch, stage=stage, num_microbatches=num_microbatches)
         phases = _phases(state, peak, rollout, hardware, is_offloaded=is_offloaded)
         stages.append(StageMemory(stage=stage, phases=phases))
-        largest_reference = max(largest_reference, state.reference)
+        largest_reference = max(largest_reference, state.reference + state.reference_average)
         largest_copy = max(largest_copy, _copies_on_node(state, config, grid, hardware))
     on_host = largest_reference * min(hardware.gpus_per_node, grid.world_size) if is_offloaded else 0
     return MemoryPlan(
@@ -110,7 +110,7 @@ def _copies_on_node(state: ModelState, config: TrainingConfig, grid: Grid, hardw
     once = max(grid.tp, grid.etp * grid.ep)
     num_first = num_stages * once + min(once, rest)
     is_moving = config.reference is not None and config.reference.kind != "frozen"
-    weights = state.parameters + state.reference * is_moving
+    weights = state.parameters + (state.reference_average or state.reference) * is_moving
     num_shares = num_ranks if config.parallel.distributed_optimizer else num_first
     return num_first * weights + num_shares * state.optimizer
 
@@ -129,9 +129,11 @@ def _phases(
         "optimizer": float(state.optimizer),
     }
     reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
-    here = {"reference": float(state.reference)} if state.reference else {}
-    between = {"reference": 0.0 if is_offloaded else float(state.reference)} if state.reference else {}
-    at_loss = {"reference": float(state.reference_ends if is_offloaded else state.reference)} if here else {}
+    average = {"reference's fp32 average": float(state.reference_average)} if state.reference_average else {}
+    average = {} if is_offloaded else average
+    here = {"reference": float(state.reference)} | average if state.reference else {}
+    between = {name: 0.0 if is_offloaded else size for name, size in here.items()}
+    at_loss = {"reference": float(state.reference_ends)} if here and is_offloaded else here
     asleep = {"vLLM asleep": VLLM_ASLEEP} if rollout is not None and rollout.weights else {}
     states = {"reference's hidden states": float(peak.reference_states)} if peak.reference_states else {}
     logits = {"logits and loss": float(peak.logits)} if peak.logits else {}

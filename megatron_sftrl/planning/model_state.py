@@ -32,6 +32,7 @@ class ModelState:
         gradients: fp32 buffers.
         optimizer: moments, and fp32 weights where the model's are bf16; without step counters.
         reference: weights of a reference model, which has no buffers and no padding; 0 without one.
+        reference_average: fp32 average behind the bf16 weights of a reference that follows the policy.
         reference_ends: of them embedding and output layer, which are on the device while the policy runs even
             when the rest is offloaded.
     """
@@ -40,6 +41,7 @@ class ModelState:
     gradients: int
     optimizer: int
     reference: int
+    reference_average: int
     reference_ends: int
 
     @property
@@ -99,11 +101,13 @@ def model_state(
         for chunk in range(grid.vp)
     ]
     has_reference = config.reference is not None
+    is_averaged = config.reference is not None and config.reference.kind == "moving_average"
     return ModelState(
         parameters=element * sum(part.held for part in parts),
         gradients=_FP32 * sum(part.held for part in parts),
         optimizer=per_weight * sum(part.owned for part in parts),
         reference=element * sum(part.plain for part in parts) * has_reference,
+        reference_average=_FP32 * sum(part.plain for part in parts) * (is_averaged and element < _FP32),
         reference_ends=element * sum(part.ends for part in parts) * has_reference,
     )
 

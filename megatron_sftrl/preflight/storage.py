@@ -45,7 +45,7 @@ def see_mark(directory: Path, name: str) -> bool:
 
 
 def checkpoint_bytes(config: TrainingConfig, architecture: Architecture) -> int:
-    """Bytes of one checkpoint: weights in their dtype, fp32 main weights and moments, a moving reference.
+    """Bytes of one checkpoint: weights in their dtype; fp32 main weights, moments and moving reference.
 
     A lower bound: the few megabytes of indexes, random states and tokenizer are left out.
     """
@@ -55,7 +55,7 @@ def checkpoint_bytes(config: TrainingConfig, architecture: Architecture) -> int:
     # A model in fp32 is its own main weights.
     main = 1 if weights < 4 else 0
     moving = config.reference is not None and config.reference.kind == "moving_average"
-    return parameters * (weights * (1 + moving) + 4 * (main + moments))
+    return parameters * (weights + 4 * (main + moments + moving))
 
 
 def space_problem(config: TrainingConfig, architecture: Architecture) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.checkpoint import checkpoint_at, stored_assets
+from megatron_sftrl.engine.checkpoint import checkpoint_at, complete_checkpoints, stored_assets
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.hf.assets import end_ids, read_assets
 from megatron_sftrl.types import SamplingParams
@@ -37,7 +37,10 @@ def stop_ids(
     ids = set(end_token_ids(tokenizer))
     if (model := model_directory(config)) is not None:
         ids.update(end_ids(read_assets(model=model, tokenizer=None, chat_template=None)))
-    for path in (config.model.init_checkpoint, checkpoint):
+    # A run's own checkpoints end where its start ended, which may be gone or another one by now.
+    is_begun = bool(complete_checkpoints(config.run_dir / "checkpoints"))
+    start = config.run_dir if is_begun else config.model.init_checkpoint
+    for path in (start, checkpoint):
         if path is not None:
             ids.update(end_ids(stored_assets(checkpoint_at(path))))
     if isinstance(config, GrpoConfig):

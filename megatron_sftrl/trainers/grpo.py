@@ -31,8 +31,16 @@ from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
 from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
 from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
-from megatron_sftrl.trainers.loop import follow, hold, metrics_on_rank_zero, resume_or_start, save_numbers
+from megatron_sftrl.trainers.loop import (
+    begin_run,
+    follow,
+    hold,
+    metrics_on_rank_zero,
+    resume_or_start,
+    save_numbers,
+)
 from megatron_sftrl.trainers.models import build_models
+from megatron_sftrl.trainers.origins import Origins
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
 from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts
 from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
@@ -71,7 +79,7 @@ def run_grpo(config: GrpoConfig) -> bool:
         on_rank_zero(lambda: note_constant_answers(rewards, prompts))
         trainer = GrpoTrainer(plan, directory, prompts, valid, rewards, parallel)
         with contextlib.closing(trainer.engine):
-            on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
+            on_rank_zero(lambda: begin_run(config, trainer.origins))
             return trainer.train(stop)
 
 
@@ -98,8 +106,6 @@ class GrpoTrainer:
         self.config, self.loss, self.directory, self.parallel = config, plan.loss, directory, parallel
         self.prompts, self.valid, self.rewards, self.tokenizer = prompts, valid, rewards, plan.tokenizer
         self.num_steps = num_rollout_steps(config, prompts)
-        self.policy, self.reference = build_models(plan, parallel)
-        self.engine = build_engine(config, self.policy, plan.tokenizer.decode)
         self.store = CheckpointStore(
             directory.checkpoints,
             parallel,
@@ -107,6 +113,10 @@ class GrpoTrainer:
             assets=export_assets(plan),
             async_save=config.checkpoint.async_save,
         )
+        is_resumed = self.store.latest() is not None
+        self.origins = Origins(directory, is_resumed=is_resumed)
+        self.policy, self.reference = build_models(plan, parallel, self.origins, is_resumed=is_resumed)
+        self.engine = build_engine(config, self.policy, plan.tokenizer.decode)
         self.state = resume_or_start(
             self.store,
             self.policy,

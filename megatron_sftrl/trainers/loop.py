@@ -13,11 +13,27 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.metrics import MetricsWriter
-from megatron_sftrl.observability.run_directory import RunDirectory
+from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
 from megatron_sftrl.observability.sinks import open_metrics
+from megatron_sftrl.trainers.origins import Origins
+
+
+def begin_run(config: TrainingConfig, origins: Origins) -> None:
+    """Write down whose run directory this is and which weights the run began with; rank 0 only.
+
+    Raises:
+        UserError, RuntimeError: the directory belongs to another run, or cannot be written.
+    """
+    open_run_directory(config, is_writer=False)
+    try:
+        origins.write()
+    except OSError as error:
+        raise error_of(f"cannot write into run_dir {config.run_dir}: {error}", error) from error
+    # Last: an origins.json beside no resolved.yaml is of a run that never began.
+    open_run_directory(config, is_writer=True)
 
 
 def resume_or_start(

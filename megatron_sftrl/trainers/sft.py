@@ -21,8 +21,16 @@ from megatron_sftrl.observability.run_directory import RunDirectory, open_run_di
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
-from megatron_sftrl.trainers.loop import follow, hold, metrics_on_rank_zero, resume_or_start, save_numbers
+from megatron_sftrl.trainers.loop import (
+    begin_run,
+    follow,
+    hold,
+    metrics_on_rank_zero,
+    resume_or_start,
+    save_numbers,
+)
 from megatron_sftrl.trainers.models import build_models
+from megatron_sftrl.trainers.origins import Origins
 from megatron_sftrl.trainers.plan import RunPlan, export_assets, plan_run
 from megatron_sftrl.trainers.stop import StopRequest
 from megatron_sftrl.trainers.stragglers import Stragglers
@@ -47,7 +55,7 @@ def run_sft(config: RunConfig) -> bool:
             trainer = SftTrainer(plan, directory, demonstrations, parallel)
             # Only now: who corrects a bad row, max_length or init_checkpoint shall not meet the resolved.yaml
             # of a run that never began, and be refused as another run.
-            on_rank_zero(lambda: open_run_directory(config, is_writer=True).path)
+            on_rank_zero(lambda: begin_run(config, trainer.origins))
             return trainer.train(stop)
 
 
@@ -66,7 +74,6 @@ class SftTrainer:
         self.directory = directory
         self.data = demonstrations
         self.parallel = parallel
-        self.policy, self.reference = build_models(plan, parallel)
         self.store = CheckpointStore(
             directory.checkpoints,
             parallel,
@@ -74,6 +81,9 @@ class SftTrainer:
             assets=export_assets(plan),
             async_save=plan.config.checkpoint.async_save,
         )
+        is_resumed = self.store.latest() is not None
+        self.origins = Origins(directory, is_resumed=is_resumed)
+        self.policy, self.reference = build_models(plan, parallel, self.origins, is_resumed=is_resumed)
         self.state = resume_or_start(
             self.store,
             self.policy,

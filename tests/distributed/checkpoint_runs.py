@@ -148,6 +148,8 @@ def held_state(policy, reference) -> dict[str, Tensor]:
         for index, chunk in enumerate(reference.chunks):
             for name, parameter in chunk.named_parameters():
                 state[f"reference.{index}.{name}"] = parameter.detach().clone()
+                if (average := reference.averages().get(id(parameter))) is not None:
+                    state[f"average.{index}.{name}"] = average.clone()
     state["rng"] = torch.get_rng_state()
     for name, tracked in get_cuda_rng_tracker().get_states().items():
         state[f"rng.{name}"] = tracked

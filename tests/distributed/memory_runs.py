@@ -28,7 +28,7 @@ class Held:
     Args:
         parameters, gradients: storages behind the policy's parameters and Megatron's gradient buffers.
         optimizer: fp32 weights and moments after a step, without torch's step counters.
-        reference: storages of its parameters.
+        reference, average: storages of its parameters, and of the fp32 average that they are rounded from.
         pp_rank, dp_cp_rank, edp_rank: the rank's place.
         peak: most that a step's forward and backward held beyond what stood there before it.
     """
@@ -37,6 +37,7 @@ class Held:
     gradients: int
     optimizer: int
     reference: int
+    average: int
     pp_rank: int
     dp_cp_rank: int
     edp_rank: int
@@ -73,6 +74,7 @@ def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbat
         reference=storage_bytes(
             p for chunk in (reference.chunks if reference else []) for p in chunk.parameters()
         ),
+        average=storage_bytes((reference.averages() if reference else {}).values()),
         pp_rank=context.pp_rank,
         dp_cp_rank=context.dp_cp_group.rank(),
         edp_rank=parallel_state.get_expert_data_parallel_rank(),

@@ -83,8 +83,9 @@ CROSSINGS: dict[str, tuple[Span, int, Span, int]] = {
         Span(parallel={"tp": 2}, model={"tie_embeddings": True}), 2,
         Span(parallel={"pp": 2, **DISTRIBUTED}, model={"tie_embeddings": True}), 2,
     ),
-    "bf16: dp2 distributed -> tp2": (
-        Span(parallel=DISTRIBUTED, dtype="bf16"), 2, Span(parallel={"tp": 2}, dtype="bf16"), 2,
+    "bf16, reference: dp2 distributed -> tp2": (
+        Span(parallel=DISTRIBUTED, dtype="bf16", reference="moving_average"), 2,
+        Span(parallel={"tp": 2}, dtype="bf16", reference="moving_average", placement="offload"), 2,
     ),
     "sgd: tp2 -> pp2": (
         Span(parallel={"tp": 2}, optim={"name": "sgd", "momentum": 0.9}), 2,

@@ -48,10 +48,15 @@ def make_run(parallel: dict[str, Any], model: dict[str, Any], dtype: str, **sect
     return RunConfig.model_validate({**tree, **sections})
 
 
-@pytest.mark.parametrize("name", STATES)
-def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str) -> None:
+MOVING = ("one process, fp32", "pp 2 vp 2, bf16, distributed")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "frozen") for name in STATES), *((name, "moving_average") for name in MOVING)]
+)
+def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str, kind: str) -> None:
     world_size, parallel, model, dtype = STATES[name]
-    run = make_run(parallel, model, dtype, loss={"name": "gift", "beta": 4.0}, reference={"kind": "frozen"})
+    run = make_run(parallel, model, dtype, loss={"name": "gift", "beta": 4.0}, reference={"kind": kind})
     assert run.model.architecture is not None
     architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, world_size)
     found = run_ranks(world_size, measure_small, run)
@@ -66,7 +71,8 @@ def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str) -
         )
         assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
         assert planned.optimizer == held.optimizer
-        assert planned.reference == held.reference
+        assert (planned.reference, planned.reference_average) == (held.reference, held.average)
+        assert (held.average > 0) == (kind == "moving_average" and dtype == "bf16")
 
 
 def measure_small(run: RunConfig) -> Held:

@@ -7,19 +7,28 @@ model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and 
 """
 
 from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets
-from megatron_sftrl.engine.checkpoint.directory import checkpoint_at
+from megatron_sftrl.engine.checkpoint.directory import checkpoint_at, complete_checkpoints
+from megatron_sftrl.engine.checkpoint.integrity import hashed_files
 from megatron_sftrl.engine.checkpoint.parts import StoredPart
 from megatron_sftrl.engine.checkpoint.record import TrainerState
-from megatron_sftrl.engine.checkpoint.store import CheckpointStore, find_checkpoint, load_weights
+from megatron_sftrl.engine.checkpoint.store import (
+    CheckpointStore,
+    FoundCheckpoint,
+    find_checkpoint,
+    load_weights,
+)
 from megatron_sftrl.engine.checkpoint.stored_tensors import StoredTensors
 
 __all__ = [
     "CheckpointStore",
+    "FoundCheckpoint",
     "StoredPart",
     "StoredTensors",
     "TrainerState",
     "checkpoint_at",
+    "complete_checkpoints",
     "find_checkpoint",
+    "hashed_files",
     "load_weights",
     "save_converted",
     "stored_assets",

@@ -6,6 +6,7 @@ flipped bit in a weight loads without a word), so nothing else would notice a da
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,19 +18,25 @@ from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, first_of
 
 
-def hashed_files(directory: Path, group: dist.ProcessGroup | None = None) -> dict[str, FileRecord]:
-    """Size and hash of each file below `directory`; each rank reads its share.
+def hashed_files(
+    directory: Path, group: dist.ProcessGroup | None = None, *, names: Sequence[str] | None = None
+) -> dict[str, FileRecord]:
+    """Size and hash of files below `directory`; each rank reads its share.
 
     Args:
         directory: whose files do not change any more.
         group: of all ranks; the default one when not given.
+        names: of the files; all of them when not given.
     Raises:
         UserError, RuntimeError: on every rank, when any rank could not read.
     """
-    names = on_rank_zero(
-        lambda: sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()),
-        group,
-    )
+    if names is None:
+        names = on_rank_zero(
+            lambda: sorted(
+                str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+            ),
+            group,
+        )
     mine = on_every_rank(lambda: {name: file_record(directory / name) for name in _share(names)}, group)
     everyone: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine, group=group)
@@ -83,5 +90,5 @@ def verified_record(path: Path) -> CheckpointRecord:
     return Verification(path).finish()
 
 
-def _share(names: list[str]) -> list[str]:
-    return names[dist.get_rank() :: dist.get_world_size()]
+def _share(names: Sequence[str]) -> list[str]:
+    return list(names)[dist.get_rank() :: dist.get_world_size()]

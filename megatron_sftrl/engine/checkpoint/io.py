@@ -75,13 +75,17 @@ def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in the checkpoint, by key; every rank calls it."""
 
-    def read() -> dict[str, tuple[int, ...]]:
-        index = read_index(directory).state_dict_metadata
-        return {
-            key: tuple(entry.size) for key, entry in index.items() if isinstance(entry, TensorStorageMetadata)
-        }
+    return on_rank_zero(lambda: {key: tuple(entry.size) for key, entry in _tensor_entries(directory)})
 
-    return on_rank_zero(read)
+
+def stored_dtypes(directory: Path) -> dict[str, torch.dtype]:
+    """Dtype of every tensor in the checkpoint, by key; every rank calls it."""
+    return on_rank_zero(lambda: {key: entry.properties.dtype for key, entry in _tensor_entries(directory)})
+
+
+def _tensor_entries(directory: Path) -> list[tuple[str, TensorStorageMetadata]]:
+    index = read_index(directory).state_dict_metadata.items()
+    return [(key, entry) for key, entry in index if isinstance(entry, TensorStorageMetadata)]
 
 
 def check_tensors(

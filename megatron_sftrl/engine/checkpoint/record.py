@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ class CheckpointRecord:
     def to_json(self) -> str:
         """The text of checkpoint.json."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    def content_hash(self) -> str:
+        """SHA-256 over the names and hashes of all files, in hexadecimal."""
+        hashes = {name: file.sha256 for name, file in sorted(self.files.items())}
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def read_record(path: Path) -> CheckpointRecord:

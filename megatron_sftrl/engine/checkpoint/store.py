@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,7 +26,7 @@ from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
 from megatron_sftrl.engine.checkpoint.background import BackgroundAction
 from megatron_sftrl.engine.checkpoint.host_copies import HostCopies
 from megatron_sftrl.engine.checkpoint.integrity import Verification, verified_record
-from megatron_sftrl.engine.checkpoint.io import check_tensors, read_tensors, stored_shapes
+from megatron_sftrl.engine.checkpoint.io import check_tensors, read_tensors, stored_dtypes, stored_shapes
 from megatron_sftrl.engine.checkpoint.optimizer import optimizer_shares, optimizer_step, set_optimizer_step
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState
 from megatron_sftrl.engine.checkpoint.run_record import (
@@ -193,6 +194,9 @@ class CheckpointStore:
         if record.layout == layout_of(self.parallel):
             tensors += rng_tensors(states, self.parallel)
         read_tensors(tensors, path)
+        _tell_of_rounded_average(path, reference)
+        if reference is not None:
+            reference.round_average()
         set_optimizer_step(policy.optimizer, record.optimizer_step)
         restore_rng_states(states, self.parallel)
         return record.trainer
@@ -209,7 +213,22 @@ def find_checkpoint(path: Path) -> Verification:
     return Verification(on_rank_zero(lambda: checkpoint_directory.checkpoint_at(path)))
 
 
-def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: Architecture) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundCheckpoint:
+    """A complete checkpoint whose files all are what was written.
+
+    Args:
+        path: its directory.
+        record: its checkpoint.json.
+    """
+
+    path: Path
+    record: CheckpointRecord
+
+
+def load_weights(
+    chunks: Sequence[LanguageModel], path: Path, *, architecture: Architecture
+) -> FoundCheckpoint:
     """Fill model chunks with the policy weights of a checkpoint of any layout; cast where dtypes differ.
 
     An optimizer over bf16 weights keeps fp32 copies: build it after this call, or call its
@@ -219,6 +238,8 @@ def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: A
         chunks: this rank's chunks, without DDP.
         path: a step directory, or a run directory for its latest complete checkpoint.
         architecture: of the chunks.
+    Returns:
+        What was read.
     Raises:
         UserError: on every rank and before anything is changed: no or a damaged checkpoint, differing
             sizes (all of them), missing or unexpected tensors (all of them).
@@ -230,6 +251,7 @@ def load_weights(chunks: Sequence[LanguageModel], path: Path, *, architecture: A
     stored = stored_shapes(found)
     check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)
     read_tensors(tensors, found)
+    return FoundCheckpoint(path=found, record=record)
 
 
 def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> list[ShardedTensor]:
@@ -238,8 +260,22 @@ def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> l
     tensors = model_tensors(policy.chunks, prefix="policy")
     tensors += optimizer_tensors(policy.chunks, optimizer_shares(policy.optimizer))
     if reference is not None and stored_reference(reference) is not None:
-        tensors += model_tensors(reference.chunks, prefix="reference")
+        tensors += model_tensors(reference.chunks, prefix="reference", instead=reference.averages())
     return tensors
+
+
+def _tell_of_rounded_average(path: Path, reference: ReferenceModel | None) -> None:
+    """One line on standard error where older versions stored a moving average in the model's dtype."""
+    if reference is None or not reference.averages():
+        return
+    dtypes = {dtype for key, dtype in stored_dtypes(path).items() if key.startswith("reference.")}
+    if dtypes != {torch.float32} and dist.get_rank() == 0:
+        print(
+            f"checkpoint {path} holds the moving average in {' and '.join(sorted(map(str, dtypes)))}, as "
+            "older versions kept it: small updates were rounded away until here. It goes on in fp32",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _agreed_step(policy: PolicyEngine, parallel: ParallelContext) -> int:

@@ -3,7 +3,7 @@
     policy.<name>                weights, dtype of the model
     optimizer.exp_avg.<name>     and exp_avg_sq, momentum_buffer: fp32, shaped like the weight
     optimizer.main_param.<name>  fp32 weights behind bf16 ones
-    reference.<name>             weights of a moving-average reference
+    reference.<name>             a moving-average reference, fp32
     rng.<generator>              [world_size, bytes] uint8, one row a rank
 
 Names and coordinates come from Megatron's sharded_state_dict, where layers are counted over the whole
@@ -17,7 +17,7 @@ The tensors are views of the live ones: reading a checkpoint fills them in place
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +46,26 @@ class _Piece:
         return self.start + self.place.data.numel()
 
 
-def model_tensors(chunks: Sequence[LanguageModel], *, prefix: str) -> list[ShardedTensor]:
-    """Weights of this rank's chunks as `<prefix>.<name>`."""
+def model_tensors(
+    chunks: Sequence[LanguageModel], *, prefix: str, instead: Mapping[int, Tensor] | None = None
+) -> list[ShardedTensor]:
+    """Weights of this rank's chunks as `<prefix>.<name>`.
+
+    Args:
+        chunks: without DDP.
+        prefix: of every name.
+        instead: by the id() of a weight, a tensor of its shape that takes its place.
+    """
+    values = instead or {}
     return [
         tensor
         for piece in _pieces(chunks)
-        for tensor in _placed(piece, piece.parameter, 0, key=f"{prefix}.{piece.place.key}")
+        for tensor in _placed(
+            piece,
+            values.get(id(piece.parameter), piece.parameter),
+            0,
+            key=f"{prefix}.{piece.place.key}",
+        )
     ]
 
 

@@ -40,7 +40,7 @@ def test_a_moving_average_is_copied_too_and_a_frozen_reference_is_not() -> None:
     kinds = ("reference=null", "reference={kind: frozen}", "reference={kind: moving_average, decay: 0.9}")
     plain, frozen, moving = (on_host(8, "checkpoint.async_save=true", kind)[0] for kind in kinds)
     assert plain == frozen
-    assert moving == pytest.approx(plain * 16 / 14, rel=0.02)
+    assert moving == pytest.approx(plain * 18 / 14, rel=0.02)  # its fp32 average, of which bf16 is made again
 
 
 def test_more_nodes_share_the_optimizer_and_a_synchronous_save_copies_nothing() -> None:
