@@ -61,7 +61,7 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
         raise UserError(f"{out} exists already: choose another --out, or remove it")
     architecture, tokenizer = plan_model(config)
     rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
-    with parallel_context(config.parallel) as parallel:
+    with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         load_weights(policy.chunks, checkpoint, architecture=architecture)
         loader = StepLoader(

@@ -59,6 +59,8 @@ def next_tokens(
         places: of the batches' tokens in a cache of keys and values; none without a cache.
     Returns:
         The same on every rank of this data-parallel replica.
+    Raises:
+        FloatingPointError: on every rank of this replica: logits that are NaN or infinite.
     """
     parallel = policy.parallel
     is_decoding = bool(places) and places[0].span is not None
@@ -74,6 +76,11 @@ def next_tokens(
             drawn = torch.stack(_draw(logits, uniforms.to(parallel.device), sampling))
     if parallel.pp_size > 1:
         dist.broadcast(drawn, src=parallel.last_stage_rank, group=parallel.pp_group)
+    if not bool(drawn.isfinite().all()):
+        raise FloatingPointError(
+            f"rank {parallel.rank} (data-parallel {parallel.dp_rank}): the logits to draw the next tokens "
+            "from are NaN or infinite"
+        )
     return NextTokens(ids=drawn[0].long(), logprobs=drawn[1].float())
 
 
@@ -134,6 +141,8 @@ def _gather_vocabulary(logits: Tensor, parallel: ParallelContext) -> Tensor:
 def _draw(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     """([S] ids, [S] log-probabilities), both float64 so that they travel in one tensor.
 
+    NaN instead of both where nothing can be drawn: one rank alone must not raise.
+
     All in float64: in fp32 it was twice as fast, but a draw near a boundary then fell on the other side of it
     under another layout (seen at tp 2).
     """
@@ -141,6 +150,8 @@ def _draw(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[T
         return _most_likely(logits)
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     largest = scaled.amax(dim=1, keepdim=True).double()
+    if not bool(largest.isfinite().all()):
+        return _nothing(largest[:, 0])
     weights = scaled.double().sub_(largest).exp_()  # [S, V], up to a factor the probabilities
     totals = _block_sums(_blocks(weights)).sum(dim=1, keepdim=True)  # [S, 1]
     kept = _truncated(weights, top_k=sampling.top_k, top_p=sampling.top_p)
@@ -161,8 +172,16 @@ def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block]  # [S, block]
     ids = block * _BLOCK + inside.argmax(dim=1)
     largest = peaks.amax(dim=1)
+    if not bool(largest.isfinite().all()):
+        return _nothing(largest.double())
     totals = _block_sums(_blocks((logits - largest[:, None]).exp_())).double().sum(dim=1)
     return ids.double(), -totals.log()
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
+    """As _draw(), without a token."""
+    nothing = torch.full_like(like, torch.nan)
+    return nothing, nothing
 
 
 def _inverse_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:

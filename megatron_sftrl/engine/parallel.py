@@ -35,6 +35,7 @@ class ParallelContext:
         ep_rank, ep_size: rank r holds experts [r * E / ep, (r + 1) * E / ep).
         etp_rank, etp_size: place of this rank's slice in each of its experts.
         vp_size: model chunks on this pipeline stage.
+        timeout: after which a collective that waits for a rank fails; for groups that are made later.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class ParallelContext:
     etp_rank: int
     etp_size: int
     sequence_parallel: bool
+    timeout: timedelta
 
     @property
     def is_last_stage(self) -> bool:
@@ -72,12 +74,21 @@ class ParallelContext:
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
 
-def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30.0) -> ParallelContext:
+_HANG_MINUTES = 30.0
+_SECONDS_BEHIND_THE_WATCH = 30
+_NEVER = timedelta(days=3650)
+
+
+def initialize_parallel(section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES) -> ParallelContext:
     """Start torch.distributed (NCCL where CUDA is there, else gloo) and Megatron's process groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
     them the job is this one process.
 
+    Args:
+        section: sizes of the axes.
+        hang_minutes: train.hang_minutes. Collectives wait a little longer: the watch over the run shows every
+            rank's stacks, a collective that fails shows one. 0: they wait for ever.
     Raises:
         UserError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp.
     """
@@ -100,8 +111,9 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
             f"start a multiple of {math.lcm(model_size, expert_size)} processes"
         )
     device = _select_device()
+    timeout = timedelta(minutes=hang_minutes, seconds=_SECONDS_BEHIND_THE_WATCH) if hang_minutes else _NEVER
     if not dist.is_initialized():
-        _start_torch_distributed(rank, world_size, device, timedelta(minutes=timeout_minutes))
+        _start_torch_distributed(rank, world_size, device, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tp,
         pipeline_model_parallel_size=section.pp,
@@ -109,7 +121,7 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         context_parallel_size=section.cp,
         expert_model_parallel_size=section.ep,
         expert_tensor_parallel_size=etp,
-        distributed_timeout_minutes=max(1, int(timeout_minutes)),
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]
         create_gloo_process_groups=False,
     )
     _seed_rng_tracker()
@@ -137,17 +149,20 @@ def initialize_parallel(section: ParallelSection, *, timeout_minutes: float = 30
         etp_rank=_group(parallel_state.get_expert_tensor_parallel_group()).rank(),
         etp_size=etp,
         sequence_parallel=section.sequence_parallel,
+        timeout=timeout,
     )
 
 
 @contextlib.contextmanager
-def parallel_context(section: ParallelSection) -> Iterator[ParallelContext]:
+def parallel_context(
+    section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES
+) -> Iterator[ParallelContext]:
     """initialize_parallel, and its end when the block ends well.
 
     A rank that fails leaves at once instead: its peers may stand in a collective, and whoever started
     them (torchrun) ends them.
     """
-    context = initialize_parallel(section)
+    context = initialize_parallel(section, hang_minutes=hang_minutes)
     try:
         yield context
     except BaseException:

@@ -58,6 +58,8 @@ class PolicyEngine:
     ) -> None:
         self.architecture = architecture
         self.parallel = parallel
+        self.on_microbatch: Callable[[], None] | None = None
+        """Called when a micro-batch begins, of training, evaluation and scoring."""
         self.clock = GradientClock(parallel.device)
         self.optim = run.optim
         self.config: TransformerConfig = transformer_config(
@@ -160,7 +162,9 @@ class PolicyEngine:
             whole = gather_whole(logprobs, stage.batch.cu_seqlens, parallel)
             return as_megatron_loss(logprobs.new_zeros(()), whole)
 
-        return run_schedule(self.wrapped, batches, score, parallel, forward_only=True)
+        return run_schedule(
+            self.wrapped, batches, score, parallel, forward_only=True, on_microbatch=self.on_microbatch
+        )
 
     def optim_step(self, step: int, *, num_steps: int, loss: float = 0.0) -> OptimStep:
         """Clip, update the weights, and report; a step that is not finite changes nothing.
@@ -225,7 +229,14 @@ class PolicyEngine:
             report = microbatch_report(values, stage.batch.token_weight)
             return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
 
-        reports = run_schedule(self.wrapped, batches, last_stage, self.parallel, forward_only=forward_only)
+        reports = run_schedule(
+            self.wrapped,
+            batches,
+            last_stage,
+            self.parallel,
+            forward_only=forward_only,
+            on_microbatch=self.on_microbatch,
+        )
         if reference is not None:
             reference.finish_step()
         return reduce_reports(reports, self.parallel, loss_name=loss.name)

@@ -46,6 +46,7 @@ def run_schedule(
     *,
     forward_only: bool,
     places: Sequence[CacheSlots] = (),
+    on_microbatch: Callable[[], None] | None = None,
 ) -> list[Any]:
     """Run every micro-batch through this rank's stage; the last stage's reports come back in order.
 
@@ -57,6 +58,7 @@ def run_schedule(
         parallel: this rank's place.
         forward_only: no backward and no gradient synchronisation.
         places: of each micro-batch's tokens in a cache of keys and values; none without a cache.
+        on_microbatch: called on every stage when a micro-batch begins.
     Returns:
         The third values that last_stage returned; empty on other stages.
     """
@@ -74,6 +76,8 @@ def run_schedule(
 
     def forward_step(iterator: Iterator[tuple[int, TokenBatch]], chunk: torch.nn.Module) -> tuple:
         index, batch = next(iterator)
+        if on_microbatch is not None:
+            on_microbatch()
         cached = places[index].map(lambda value: value.to(parallel.device)) if places else None
         inputs = model_inputs(batch, cp_size=parallel.cp_size, places=cached, marks_padding=marks_padding)
         output = chunk(**inputs)

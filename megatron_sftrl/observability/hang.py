@@ -20,14 +20,17 @@ class HangWatch:
         minutes: between two calls of moved(); 0 never ends anything.
     """
 
+    # moved() may be called for every token: the watchdog is wound up once in this share of its time.
+    _FINENESS = 0.01
+
     def __init__(self, minutes: float) -> None:
         self._seconds = minutes * 60
-        self._last = time.monotonic()
+        self._last, self._is_watched = time.monotonic(), False
         self._ended = threading.Event()
 
     def __enter__(self) -> HangWatch:
         if self._seconds > 0:
-            self.moved()
+            self._wind_up()
             threading.Thread(target=self._explain, name="hang-watch", daemon=True).start()
         return self
 
@@ -37,12 +40,14 @@ class HangWatch:
 
     def moved(self) -> None:
         """Something was finished: count from now on; nothing outside `with`."""
-        self._last = time.monotonic()
-        if self._seconds > 0 and not self._ended.is_set():
-            assert sys.__stderr__ is not None
-            faulthandler.dump_traceback_later(
-                self._seconds + _SECONDS_TO_SPEAK, exit=True, file=sys.__stderr__
-            )
+        is_watched = self._is_watched and not self._ended.is_set()
+        if is_watched and time.monotonic() - self._last >= self._FINENESS * self._seconds:
+            self._wind_up()
+
+    def _wind_up(self) -> None:
+        self._last, self._is_watched = time.monotonic(), True
+        assert sys.__stderr__ is not None
+        faulthandler.dump_traceback_later(self._seconds + _SECONDS_TO_SPEAK, exit=True, file=sys.__stderr__)
 
     def _explain(self) -> None:
         """Say in words what the watchdog is about to show, if Python's lock can be had."""

@@ -7,6 +7,7 @@ import torch
 from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
@@ -38,13 +39,16 @@ def check_engine(
         check_vllm(_vllm_settings(config), architecture, world_size=world_size)
 
 
-def build_engine(config: GrpoConfig, policy: PolicyEngine, decode: Decode) -> RolloutEngine:
+def build_engine(
+    config: GrpoConfig, policy: PolicyEngine, decode: Decode, progress: SharedProgress | None = None
+) -> RolloutEngine:
     """The engine that rollout.engine names, asleep; every rank calls it.
 
     Args:
         config: of the run.
         policy: whose weights will be generated with.
         decode: text of tokens.
+        progress: told of every token.
     Raises:
         UserError: on every rank: what check_engine refuses, or not enough memory.
     """
@@ -53,13 +57,17 @@ def build_engine(config: GrpoConfig, policy: PolicyEngine, decode: Decode) -> Ro
         # An evaluation of many prompts keeps to the memory that training steps have, and that `plan` counts.
         num_responses, num_prompts = rollout.in_flight(policy.parallel.dp_size)
         return InProcessEngine(
-            policy.parallel, max_responses=num_responses, max_prompts=num_prompts, decode=decode
+            policy.parallel,
+            max_responses=num_responses,
+            max_prompts=num_prompts,
+            decode=decode,
+            progress=progress,
         )
     state = policy.training_state if rollout.offload else None
     if state is not None:
         # vLLM measures what it may take: what will leave while it generates must not be in its way now.
         state.leave()
-    engine = VllmEngine(policy, _vllm_settings(config), decode)
+    engine = VllmEngine(policy, _vllm_settings(config), decode, progress)
     if state is not None:
         state.come_back()
     return engine

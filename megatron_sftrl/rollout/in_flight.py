@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -58,6 +58,7 @@ def generate_in_flight(
     *,
     max_responses: int,
     max_prompts: int,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Rollout]:
     """One response to each; every rank of one data-parallel replica calls it with the same arguments.
 
@@ -68,6 +69,7 @@ def generate_in_flight(
         stops: of `sampling`.
         max_responses: on their way at once; bounds the memory of cache and forward.
         max_prompts: computed in one forward.
+        on_step: called after every token.
     """
     flight = _Flight(policy, sampling, stops, num_slots=min(max_responses, len(wanted)), wanted=wanted)
     waiting = list(enumerate(wanted))[::-1]
@@ -79,6 +81,7 @@ def generate_in_flight(
             else:
                 flight.advance()
             done.update(flight.land())
+            on_step()
     return [done[number] for number in range(len(wanted))]
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.weight_stream import ReshardReport
 from megatron_sftrl.rollout.in_flight import Wanted, generate_in_flight
 from megatron_sftrl.rollout.requests import check_prompts
@@ -29,6 +30,7 @@ class InProcessEngine:
         max_responses: generated together on one replica; bounds the memory of cache and forward.
         max_prompts: whose keys and values one forward computes; None for as many as responses.
         decode: text of tokens; needed where sampling stops at texts.
+        progress: told of every token.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class InProcessEngine:
         max_responses: int,
         max_prompts: int | None = None,
         decode: Decode | None = None,
+        progress: SharedProgress | None = None,
     ) -> None:
         self._parallel = parallel
         self._max_responses = max_responses
         self._max_prompts = max_prompts or max_responses
-        self._decode = decode
+        self._decode, self._progress = decode, progress
         self._policy: PolicyEngine | None = None
         self._version = -1
 
@@ -78,10 +81,13 @@ class InProcessEngine:
                 Stops(sampling, self._decode),
                 max_responses=self._max_responses,
                 max_prompts=self._max_prompts,
+                on_step=self._progress.moved if self._progress is not None else lambda: None,
             )
         found: dict[int, list[Rollout]] = {i: [] for i in mine}
         for (i, _), rollout in zip(samples, rollouts, strict=True):
             found[i].append(rollout)
+        if self._progress is not None:
+            self._progress.everyone()
         groups = _of_all_replicas(found, parallel)
         return [
             RolloutGroup(prompt=prompt, rollouts=tuple(groups[i]), version=self._version)

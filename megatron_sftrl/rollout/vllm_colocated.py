@@ -22,6 +22,7 @@ from megatron_sftrl.architectures.engine_shards import EngineLayout
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reshard import Resharder
+from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.engine.weight_stream import ReshardReport
 from megatron_sftrl.rollout.engine_memory import EngineMemory, Part
@@ -52,12 +53,19 @@ class VllmEngine:
         policy: whose weights will be generated with; its architecture, dtype and ranks are the engine's.
         settings: of the engine.
         decode: text of tokens; needed where sampling stops at texts.
+        progress: told of every step of the engine.
     Raises:
         UserError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
             vLLM cannot cut like this, not enough memory.
     """
 
-    def __init__(self, policy: PolicyEngine, settings: VllmSettings, decode: Decode | None = None) -> None:
+    def __init__(
+        self,
+        policy: PolicyEngine,
+        settings: VllmSettings,
+        decode: Decode | None = None,
+        progress: SharedProgress | None = None,
+    ) -> None:
         parallel = policy.parallel
         check_vllm(settings, policy.architecture, world_size=parallel.world_size)
         self._settings, self._parallel, self._architecture = settings, parallel, policy.architecture
@@ -73,7 +81,7 @@ class VllmEngine:
             is_checked=settings.is_checked,
             has_checksums=settings.has_checksums,
         )
-        self._policy, self._decode = policy, decode
+        self._policy, self._decode, self._progress = policy, decode, progress
         self._version: int | None = None
         self._temperature = 1.0
         dtype = policy.config.params_dtype
@@ -118,7 +126,7 @@ class VllmEngine:
         )
         mine = share_of(len(prompts), self._layout, self._parallel.rank)
         asked = [(prompts[i], number) for i in mine for number in range(sampling.num_samples)]
-        rollouts = self._guest.run(lambda: on_every_rank(lambda: self._answer(asked, sampling)))
+        rollouts = self._guest.run(lambda: on_every_rank(lambda: self._answer_together(asked, sampling)))
         groups = all_rollouts(
             rollouts,
             self._layout,
@@ -168,7 +176,7 @@ class VllmEngine:
     def _start(self, dtype: torch.dtype) -> None:
         from vllm import LLM
 
-        settings = self._settings
+        settings, timeout = self._settings, int(self._parallel.timeout.total_seconds())
         cache = None if self._is_cuda else cpu_cache_bytes(settings, self._architecture, dtype)
         name = on_rank_zero(lambda: secrets.token_hex(8))
         with tempfile.TemporaryDirectory(prefix="vllm-model-") as directory, memory_advice(settings):
@@ -183,6 +191,8 @@ class VllmEngine:
                 tensor_parallel_size=settings.tp,
                 distributed_executor_backend="external_launcher" if self._is_cuda else _cpu_executor(name),
                 max_model_len=settings.max_model_len,
+                distributed_timeout_seconds=timeout,
+                cpu_distributed_timeout_seconds=timeout,
                 max_num_seqs=settings.max_num_seqs,
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=cache,
@@ -218,6 +228,11 @@ class VllmEngine:
         with self._resharder.stream() as stream, memory_advice(self._settings):
             load_weights(self._llm, self._model, stream, is_cuda=self._is_cuda)
 
+    def _answer_together(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+        if self._progress is None:
+            return self._answer(asked, sampling)
+        return self._progress.together(lambda: self._answer(asked, sampling))
+
     def _answer(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
         """vLLM's own loop, step by step: a response that stops at a text is taken out by us.
 
@@ -235,6 +250,8 @@ class VllmEngine:
                 seed = response_seed(sampling.seed, prompt.id, number)
                 engine.add_request(str(place), request, _vllm_sampling(sampling, seed))
             while engine.has_unfinished_requests():
+                if self._progress is not None:
+                    self._progress.moved()
                 for output in engine.step():
                     answers[int(output.request_id)].take(output, stops)  # type: ignore[arg-type]
                     if answers[int(output.request_id)].is_finished and not output.finished:

@@ -72,7 +72,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         | stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint),
         stop=(*request.sampling.stop, *(config.rollout.stop if isinstance(config, GrpoConfig) else ())),
     )
-    with parallel_context(config.parallel) as parallel:
+    with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         load_weights(policy.chunks, checkpoint, architecture=architecture)
         engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE, decode=tokenizer.decode)

@@ -30,7 +30,12 @@ from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.gates import Gates
 from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
-from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
+from megatron_sftrl.trainers.guards import (
+    named_step,
+    no_gradient_warning,
+    stop_on_nonfinite_streak,
+    tell_skipped,
+)
 from megatron_sftrl.trainers.loop import (
     begin_run,
     follow,
@@ -38,6 +43,7 @@ from megatron_sftrl.trainers.loop import (
     metrics_on_rank_zero,
     resume_or_start,
     save_numbers,
+    shared_progress,
 )
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.origins import Origins
@@ -67,7 +73,7 @@ def run_grpo(config: GrpoConfig) -> bool:
     prompts, valid = open_prompts(plan)
     with (
         StopRequest() as stop,
-        parallel_context(config.parallel) as parallel,
+        parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):
@@ -106,17 +112,21 @@ class GrpoTrainer:
         self.config, self.loss, self.directory, self.parallel = config, plan.loss, directory, parallel
         self.prompts, self.valid, self.rewards, self.tokenizer = prompts, valid, rewards, plan.tokenizer
         self.num_steps = num_rollout_steps(config, prompts)
+        self.watch = HangWatch(config.train.hang_minutes)
+        self.progress = shared_progress(config, parallel, self.watch)
         self.store = CheckpointStore(
             directory.checkpoints,
             parallel,
             keep_last=config.checkpoint.keep_last,
             assets=export_assets(plan),
             async_save=config.checkpoint.async_save,
+            on_progress=self.watch.moved,
         )
         is_resumed = self.store.latest() is not None
         self.origins = Origins(directory, is_resumed=is_resumed)
         self.policy, self.reference = build_models(plan, parallel, self.origins, is_resumed=is_resumed)
-        self.engine = build_engine(config, self.policy, plan.tokenizer.decode)
+        self.policy.on_microbatch = self.watch.moved
+        self.engine = build_engine(config, self.policy, plan.tokenizer.decode, self.progress)
         self.state = resume_or_start(
             self.store,
             self.policy,
@@ -129,7 +139,6 @@ class GrpoTrainer:
         self.stragglers = Stragglers(self.policy, parallel)
         self._is_learning_checked = False
         is_cuda = parallel.device.type == "cuda"
-        self.watch = HangWatch(config.train.hang_minutes)
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
         self.sampling = SamplingParams(
             temperature=config.rollout.temperature,
@@ -142,7 +151,7 @@ class GrpoTrainer:
             seed=config.seed,
         )
         self.collector = RolloutCollector(
-            config, prompts, plan.tokenizer, parallel, rewards, self.sampling, self.timers
+            config, prompts, plan.tokenizer, parallel, rewards, self.sampling, self.timers, self.progress
         )
         self.batches = ExperienceBatches(
             batch=config.batch,
@@ -170,18 +179,18 @@ class GrpoTrainer:
         ):
             self.samples = on_every_rank(self._open_samples)
             while self.state.step < self.num_steps:
-                with self.timers("reshard"):
-                    self.updates.refresh(self.state.step)
-                collected = self.collector.collect(self.engine, consumed=self.state.consumed_samples)
-                self.updates.release()
-                with self.timers("old_logprobs"):
-                    scored = self._with_old_logprobs(collected.responses)
+                num_skipped = self.state.skipped_steps
+                with named_step(self.state.step + 1):
+                    collected, scored = self._experience()
                 with self.timers("update"):
                     reports = self._update(scored)
                 self.state = replace(
                     self.state,
                     step=self.state.step + 1,
                     consumed_samples=self.state.consumed_samples + collected.num_prompts,
+                )
+                tell_skipped(
+                    self.state.skipped_steps - num_skipped, step=self.state.step, suspects=_sources(scored)
                 )
                 follow(self.policy, self.reference, steps_done=self.state.step)
                 held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
@@ -193,15 +202,25 @@ class GrpoTrainer:
                     break
         return self.state.step == self.num_steps
 
+    def _experience(self) -> tuple[Collected, list[Response]]:
+        """The responses of one step; those that are trained on with the trainer's own log-probabilities."""
+        with self.timers("reshard"):
+            self.updates.refresh(self.state.step)
+        collected = self.collector.collect(self.engine, consumed=self.state.consumed_samples)
+        self.updates.release()
+        with self.timers("old_logprobs"):
+            return collected, self._with_old_logprobs(collected.responses)
+
     def evaluate(self) -> dict[str, float]:
         """Greedy responses to every held-out prompt, under valid/."""
         if self.valid is None:
             return {}
-        with self.timers("evaluate"):
-            self.updates.refresh(self.state.step)
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, num_samples=1)
         rows = list(enumerate(self.valid.rows))
-        responses = self.collector.answer(self.engine, rows, greedy, phases=("evaluate", "evaluate"))
+        with named_step(self.state.step):
+            with self.timers("evaluate"):
+                self.updates.refresh(self.state.step)
+            responses = self.collector.answer(self.engine, rows, greedy, phases=("evaluate", "evaluate"))
         self.updates.release()
         collected = Collected(responses=(), generated=tuple(responses), num_prompts=len(responses))
         numbers = response_metrics(collected)
@@ -302,7 +321,7 @@ class GrpoTrainer:
             self.state.consecutive_skipped_steps,
             limit=self.config.train.max_nonfinite_steps,
             step=self.state.step,
-            suspects=sorted({each.row.source for each in responses}),
+            suspects=_sources(responses),
             directory=str(self.directory.checkpoints),
         )
         if is_last:
@@ -332,3 +351,8 @@ class GrpoTrainer:
     def _is_due(self, every: int) -> bool:
         """After every `every` steps, and at the end of the run in any case."""
         return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
+
+
+def _sources(responses: Sequence[Response]) -> list[str]:
+    """Where the prompts of responses come from."""
+    return sorted({each.row.source for each in responses})

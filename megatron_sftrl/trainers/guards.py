@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 
 from megatron_sftrl.engine.reports import StepReport
 from megatron_sftrl.errors import UserError
@@ -27,6 +30,43 @@ def no_gradient_warning(report: StepReport, *, grad_norm: float, loss_name: str)
     )
 
 
+@contextlib.contextmanager
+def named_step(step: int) -> Iterator[None]:
+    """A step in which the policy's own numbers are not finite ends the run by that name.
+
+    Not as an error of the user: a device may have failed, and a restart goes on from the last checkpoint.
+
+    Args:
+        step: the one under way, from 1.
+    Raises:
+        RuntimeError: where the block raises a FloatingPointError.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise RuntimeError(
+            f"step {step}: {error}: the policy has diverged, and nothing was trained on it. If this happens "
+            "again from the last checkpoint, go back to an earlier one and lower optim.lr"
+        ) from error
+
+
+def tell_skipped(num_skipped: int, *, step: int, suspects: Sequence[str]) -> None:
+    """Say on rank 0 that updates of a step were left out.
+
+    Args:
+        num_skipped: in this step.
+        step: steps done.
+        suspects: as for stop_on_nonfinite_streak.
+    """
+    if num_skipped and int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"step {step}: the loss or the gradient was NaN or infinite, and {num_skipped} of its updates "
+            f"moved no weight (skipped_steps counts them all); its samples: {_named(suspects)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def stop_on_nonfinite_streak(
     streak: int, *, limit: int, step: int, suspects: Sequence[str], directory: str
 ) -> None:
@@ -44,10 +84,13 @@ def stop_on_nonfinite_streak(
     """
     if streak < limit:
         return
-    named = ", ".join(suspects[:_NAMED_AT_MOST])
-    more = f" and {len(suspects) - _NAMED_AT_MOST} more" if len(suspects) > _NAMED_AT_MOST else ""
     raise UserError(
         f"{streak} steps in a row had a non-finite gradient, the last of them step {step}; its samples: "
-        f"{named}{more}. Their updates were skipped; the last checkpoint in {directory} is from before or "
-        "within the streak. Look at these samples, lower optim.lr, or raise train.max_nonfinite_steps"
+        f"{_named(suspects)}. Their updates were skipped; the last checkpoint in {directory} is from before "
+        "or within the streak. Look at these samples, lower optim.lr, or raise train.max_nonfinite_steps"
     )
+
+
+def _named(suspects: Sequence[str]) -> str:
+    more = f" and {len(suspects) - _NAMED_AT_MOST} more" if len(suspects) > _NAMED_AT_MOST else ""
+    return ", ".join(suspects[:_NAMED_AT_MOST]) + more

@@ -12,8 +12,10 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
@@ -64,6 +66,12 @@ def resume_or_start(
             "with other samples; restore the data, or choose another run_dir"
         )
     return state
+
+
+def shared_progress(config: TrainingConfig, parallel: ParallelContext, watch: HangWatch) -> SharedProgress:
+    """What moves on any rank, told to every rank's watch, often enough for it; every rank calls this."""
+    seconds = config.train.hang_minutes * 60
+    return SharedProgress(parallel, watch.moved, seconds=min(1.0, seconds / 10) if seconds else 1.0)
 
 
 def follow(policy: PolicyEngine, reference: ReferenceModel | None, *, steps_done: int) -> None:

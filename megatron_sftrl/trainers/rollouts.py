@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,11 +13,12 @@ from megatron_sftrl.data.order import SampleOrder
 from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.advantages import group_advantages
 from megatron_sftrl.rl.group_filters import informative_groups
-from megatron_sftrl.rl.rewards import RewardInputs, RewardPool
+from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.ends import response_text
 from megatron_sftrl.trainers.experience import Response, grouped, with_advantages
@@ -53,6 +55,7 @@ class RolloutCollector:
         rewards: RewardPool,
         sampling: SamplingParams,
         timers: Timers,
+        progress: SharedProgress | None = None,
     ) -> None:
         self._config = config
         self._prompts = prompts
@@ -61,6 +64,7 @@ class RolloutCollector:
         self._rewards = rewards
         self._sampling = sampling
         self._timers = timers
+        self._progress = progress
         self._order = SampleOrder(len(prompts.rows), seed=config.seed, shuffle=config.data.shuffle)
 
     def collect(self, engine: RolloutEngine, *, consumed: int) -> Collected:
@@ -107,12 +111,13 @@ class RolloutCollector:
             phases: what the time of both halves is counted for.
         Raises:
             RuntimeError: the engine left a prompt or a response out.
+            FloatingPointError: the policy's logits are NaN or infinite.
         """
         prompts = [Prompt(id=number, tokens=row.tokens) for number, row in rows]
         sampling = sampling or self._sampling
         with self._timers(phases[0]):
             groups = engine.generate(prompts, sampling)
-        _check_groups(groups, prompts, size=sampling.num_samples)
+        check_groups(groups, prompts, size=sampling.num_samples)
         with self._timers(phases[1]):
             responses = list(self._score(groups, dict(rows)))
         rewards = {
@@ -135,10 +140,17 @@ class RolloutCollector:
             for number, rollout in flat[self._parallel.rank :: self._parallel.world_size]
         ]
         shares = [[]] * self._parallel.world_size
-        dist.all_gather_object(shares, on_every_rank(lambda: self._rewards.score(mine)))
+        dist.all_gather_object(shares, on_every_rank(lambda: self._rewarded(mine)))
         for place, (number, rollout) in enumerate(flat):
             share, index = place % self._parallel.world_size, place // self._parallel.world_size
             yield Response(group=number, row=rows[number], rollout=rollout, scored=shares[share][index])
+
+    def _rewarded(self, samples: Sequence[RewardInputs]) -> list[Scored]:
+        """Ranks are done at different times, and a slow verifier may take hours: nobody waits unseen."""
+        if self._progress is None:
+            return self._rewards.score(samples)
+        moved = self._progress.moved
+        return self._progress.together(lambda: self._rewards.score(samples, moved))
 
     def _informative(self, responses: Sequence[Response]) -> list[Response]:
         """By the first reward: a group that is all right or all wrong would teach nothing but its length."""
@@ -149,8 +161,20 @@ class RolloutCollector:
         return [each for group in informative_groups(rewards).kept for each in groups[group]]
 
 
-def _check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, size: int) -> None:
-    """A prompt whose responses are missing would be left out of every mean without a word."""
+def check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, size: int) -> None:
+    """Refuse what an engine must not hand over; every rank sees all groups and raises alike.
+
+    A prompt whose responses are missing would be left out of every mean without a word, and NaN would reach
+    the policy's weights.
+
+    Args:
+        groups: from the engine.
+        prompts: that it was asked to continue.
+        size: responses to each.
+    Raises:
+        RuntimeError: a group that is empty, incomplete or of another prompt.
+        FloatingPointError: log-probabilities that are not finite.
+    """
     for prompt, group in zip(prompts, groups, strict=True):
         lengths = [len(rollout.response_tokens) for rollout in group.rollouts]
         if group.prompt.id != prompt.id or len(lengths) != size or 0 in lengths:
@@ -158,4 +182,8 @@ def _check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, 
                 f"rollout: expected {size} responses of at least one token to prompt {prompt.id}, got "
                 f"responses of {lengths} tokens to prompt {group.prompt.id}: the engine is at fault, and "
                 "nothing was trained on them"
+            )
+        if not all(math.isfinite(each) for rollout in group.rollouts for each in rollout.logprobs):
+            raise FloatingPointError(
+                f"the engine's log-probabilities of its responses to prompt {prompt.id} are NaN or infinite"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 
 from megatron_sftrl.data.step import StepData
@@ -19,6 +21,8 @@ def score_responses(
         temperature: logits are divided by it.
     Returns:
         By row of the step: nats of each learned token, in order.
+    Raises:
+        FloatingPointError: on every rank: some that are NaN or infinite.
     """
     parallel = policy.parallel
     mine: dict[int, list[float]] = {}
@@ -35,4 +39,13 @@ def score_responses(
                 mine[row] = whole[start:stop][mask[start:stop]].tolist()
     shares: list[dict[int, list[float]] | None] = [None] * parallel.world_size
     dist.all_gather_object(shares, mine)
+    bad = [rank for rank, share in enumerate(shares) if not all(map(_is_finite, (share or {}).values()))]
+    if bad:
+        raise FloatingPointError(
+            f"log-probabilities under the policy are NaN or infinite, on rank {', '.join(map(str, bad))}"
+        )
     return {row: values for share in shares if share for row, values in share.items()}
+
+
+def _is_finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))

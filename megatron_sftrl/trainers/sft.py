@@ -20,7 +20,7 @@ from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
-from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak
+from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak, tell_skipped
 from megatron_sftrl.trainers.loop import (
     begin_run,
     follow,
@@ -48,7 +48,10 @@ def run_sft(config: RunConfig) -> bool:
             last checkpoint.
     """
     plan = plan_run(config)
-    with StopRequest() as stop, parallel_context(config.parallel) as parallel:
+    with (
+        StopRequest() as stop,
+        parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
+    ):
         directory = open_run_directory(config, is_writer=False)
         with hold(directory):
             demonstrations = open_demonstrations(plan, directory, parallel)
@@ -74,16 +77,19 @@ class SftTrainer:
         self.directory = directory
         self.data = demonstrations
         self.parallel = parallel
+        self.watch = HangWatch(self.config.train.hang_minutes)
         self.store = CheckpointStore(
             directory.checkpoints,
             parallel,
             keep_last=plan.config.checkpoint.keep_last,
             assets=export_assets(plan),
             async_save=plan.config.checkpoint.async_save,
+            on_progress=self.watch.moved,
         )
         is_resumed = self.store.latest() is not None
         self.origins = Origins(directory, is_resumed=is_resumed)
         self.policy, self.reference = build_models(plan, parallel, self.origins, is_resumed=is_resumed)
+        self.policy.on_microbatch = self.watch.moved
         self.state = resume_or_start(
             self.store,
             self.policy,
@@ -94,7 +100,6 @@ class SftTrainer:
         self.stragglers = Stragglers(self.policy, parallel)
         self._is_learning_checked = False
         is_cuda = parallel.device.type == "cuda"
-        self.watch = HangWatch(self.config.train.hang_minutes)
         self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
 
     def train(self, stop: StopRequest) -> bool:
@@ -169,6 +174,7 @@ class SftTrainer:
             for row in data.microbatch_rows[dp_rank][microbatch]
         ]
         suspects = [self.data.describe(row) for row in rows or data.rows]
+        tell_skipped(int(self.state.consecutive_skipped_steps > 0), step=self.state.step, suspects=suspects)
         stop_on_nonfinite_streak(
             self.state.consecutive_skipped_steps,
             limit=self.config.train.max_nonfinite_steps,

@@ -76,12 +76,14 @@ class Observations:
             prompt and response; empty before the last pipeline stage.
         refused: what was said about bad prompts.
         disturbed: what of the process had changed after the engine was used.
+        diverged: what was said when the policy's weights were NaN.
     """
 
     groups: dict[str, list[RolloutGroup]]
     logits: dict[str, list[Tensor]]
     refused: dict[str, str]
     disturbed: list[str]
+    diverged: str
 
 
 def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict[str, Any]) -> Observations:
@@ -123,6 +125,7 @@ def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict
     groups["after_refusals"] = engine.generate(PROMPTS, PLAIN)
     after = _process()
     logits = {name: _response_logits(policy, groups[name]) for name in (*SAMPLINGS, "greedy_1")}
+    diverged = _diverged(engine, policy)
     engine.close()
     parallel_state.destroy_model_parallel()
     return Observations(
@@ -130,6 +133,7 @@ def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict
         logits=logits,
         refused=refused,
         disturbed=[name for name in before if before[name] != after[name]],
+        diverged=diverged,
     )
 
 
@@ -153,6 +157,23 @@ def _refusal(engine: RolloutEngine, prompts: Sequence[Prompt]) -> str:
     try:
         engine.generate(prompts, PLAIN)
     except ValueError as error:
+        return str(error)
+    return ""
+
+
+@torch.no_grad()
+def _diverged(engine: RolloutEngine, policy: PolicyEngine) -> str:
+    """What the rollouts' check says once every weight is NaN."""
+    from megatron_sftrl.trainers.rollouts import check_groups
+
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.fill_(torch.nan)
+    engine.wake()
+    engine.update(policy, version=len(SAMPLINGS))
+    try:
+        check_groups(engine.generate(PROMPTS, PLAIN), PROMPTS, size=PLAIN.num_samples)
+    except FloatingPointError as error:
         return str(error)
     return ""
 
@@ -418,6 +439,9 @@ class RolloutContract:
         self, observed: Observed, name: str, said: str
     ) -> None:
         assert all(said in rank.refused[name] for rank in observed.ranks)
+
+    def test_a_policy_that_has_diverged_gives_no_responses_on_any_rank(self, observed: Observed) -> None:
+        assert all("are NaN or infinite" in rank.diverged for rank in observed.ranks)
 
     def test_the_rest_of_the_process_does_not_notice(self, observed: Observed) -> None:
         assert [rank.disturbed for rank in observed.ranks] == [[] for _ in observed.ranks]

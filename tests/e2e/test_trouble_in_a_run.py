@@ -38,7 +38,12 @@ def test_one_step_with_a_nan_is_skipped_and_counted_and_the_run_goes_on(
     project: Project, tmp_path: Path
 ) -> None:
     (done,) = sftrl_each([broken_run(project, tmp_path, (13,), "train={steps: 4, eval_every: 1}")])
-    done.expect(0)
+    said = done.expect(0).stderr
+    assert said.count("NaN or infinite") == 1
+    assert (
+        "step 2: the loss or the gradient was NaN or infinite, and 1 of its updates moved no weight" in said
+    )
+    assert f"{tmp_path / 'rows.jsonl'}:13" in said
     metrics = metrics_of(tmp_path / "run")
     assert [row["skipped_steps"] for row in metrics] == [0, 1, 1, 1]  # lines 9 to 16 are the second step
     assert [row["loss"] is None for row in metrics] == [False, True, False, False]

@@ -32,7 +32,7 @@ class BackgroundAction(Generic[T]):
 
     def __init__(self, parallel: ParallelContext) -> None:
         self._parallel = parallel
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=parallel.timeout)
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
         """All ranks, for the action's collectives; in the default group the training's go on."""

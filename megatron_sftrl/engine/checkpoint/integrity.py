@@ -6,7 +6,7 @@ flipped bit in a weight loads without a word), so nothing else would notice a da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,11 @@ from megatron_sftrl.errors import UserError, first_of
 
 
 def hashed_files(
-    directory: Path, group: dist.ProcessGroup | None = None, *, names: Sequence[str] | None = None
+    directory: Path,
+    group: dist.ProcessGroup | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    on_progress: Callable[[], None] | None = None,
 ) -> dict[str, FileRecord]:
     """Size and hash of files below `directory`; each rank reads its share.
 
@@ -27,6 +31,7 @@ def hashed_files(
         directory: whose files do not change any more.
         group: of all ranks; the default one when not given.
         names: of the files; all of them when not given.
+        on_progress: called for each file.
     Raises:
         UserError, RuntimeError: on every rank, when any rank could not read.
     """
@@ -37,7 +42,13 @@ def hashed_files(
             ),
             group,
         )
-    mine = on_every_rank(lambda: {name: file_record(directory / name) for name in _share(names)}, group)
+
+    def record(name: str) -> FileRecord:
+        if on_progress is not None:
+            on_progress()
+        return file_record(directory / name)
+
+    mine = on_every_rank(lambda: {name: record(name) for name in _share(names)}, group)
     everyone: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine, group=group)
     merged = {name: record for each in everyone for name, record in each.items()}

@@ -8,8 +8,9 @@ be importable. The files are the same, and dist_checkpointing.load reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_sftrl.engine.checkpoint.metadata import IndexReader, read_index
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
@@ -29,7 +31,10 @@ from megatron_sftrl.errors import UserError, first_of
 
 
 def write_tensors(
-    tensors: Sequence[ShardedTensor], directory: Path, group: dist.ProcessGroup | None = None
+    tensors: Sequence[ShardedTensor],
+    directory: Path,
+    group: dist.ProcessGroup | None = None,
+    on_progress: Callable[[], None] | None = None,
 ) -> None:
     """Write this rank's main replicas; every rank calls it. Files are forced to the disk.
 
@@ -37,6 +42,7 @@ def write_tensors(
         tensors: of this rank.
         directory: empty.
         group: of all ranks; the default one when not given.
+        on_progress: called for each tensor.
     Raises:
         UserError, RuntimeError: on every rank, when any rank could not write.
     """
@@ -46,12 +52,25 @@ def write_tensors(
         lambda: torch_checkpoint.save(
             state,
             storage_writer=torch_checkpoint.FileSystemWriter(directory, thread_count=1, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=_SavePlanner(on_progress),
             process_group=group,
         ),
         group,
     )
     on_rank_zero(lambda: finish_format(directory), group)
+
+
+class _SavePlanner(MCoreSavePlanner):
+    """Megatron's planner, which tells of each tensor that is written."""
+
+    def __init__(self, on_progress: Callable[[], None] | None) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._on_progress = on_progress
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if self._on_progress is not None:
+            self._on_progress()
+        return super().resolve_data(write_item)
 
 
 def read_tensors(tensors: Sequence[ShardedTensor], directory: Path) -> None:

@@ -11,7 +11,7 @@ host memory; writing.py then does the same on a thread of its own (background.py
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +65,7 @@ class CheckpointStore:
         keep_last: complete checkpoints kept, at least 1.
         assets: tokenizer and configuration files that an export needs beside the weights.
         async_save: write on a thread, from copies in host memory, while training goes on.
+        on_progress: called for each tensor and file of a save that the training waits for.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CheckpointStore:
         keep_last: int,
         assets: HfAssets = _NO_ASSETS,
         async_save: bool = False,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         assert keep_last >= 1
         self.assets = assets
@@ -84,6 +86,7 @@ class CheckpointStore:
         self._background = BackgroundAction[Written](parallel) if async_save else None
         self._copies = HostCopies(parallel.device)
         self._written: Written | None = None
+        self._on_progress = None if async_save else on_progress
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the highest step, as rank 0 sees it; None when there is none."""
@@ -167,6 +170,7 @@ class CheckpointStore:
             assets=self.assets,
             keep_last=self.keep_last,
             group=group,
+            on_progress=self._on_progress,
         )
 
     def load(self, path: Path, policy: PolicyEngine, reference: ReferenceModel | None) -> TrainerState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ def write_checkpoint(
     assets: HfAssets,
     keep_last: int,
     group: dist.ProcessGroup | None = None,
+    on_progress: Callable[[], None] | None = None,
 ) -> Written:
     """Write a checkpoint of `record.trainer.step` and remove old ones; every rank calls it.
 
@@ -52,6 +53,7 @@ def write_checkpoint(
         assets: stored beside the tensors.
         keep_last: complete checkpoints that stay.
         group: of all ranks; the default one when not given.
+        on_progress: called for each tensor that is written and each file that is hashed.
     Raises:
         UserError, RuntimeError: on every rank, when it could not be written (a full disk is the user's);
             earlier checkpoints are as they were.
@@ -60,9 +62,9 @@ def write_checkpoint(
     total = sum_over_ranks(num_bytes(tensors), group)
     temporary = on_rank_zero(lambda: checkpoint_directory.begin(directory, step, num_bytes=total), group)
     try:
-        write_tensors(tensors, temporary, group)
+        write_tensors(tensors, temporary, group, on_progress)
         on_rank_zero(lambda: store_assets(temporary, assets), group)
-        whole = dataclasses.replace(record, files=hashed_files(temporary, group))
+        whole = dataclasses.replace(record, files=hashed_files(temporary, group, on_progress=on_progress))
         on_rank_zero(lambda: checkpoint_directory.complete(temporary, whole, keep_last=keep_last), group)
     except (UserError, RuntimeError) as error:  # on every rank, from together.py
         on_rank_zero(lambda: checkpoint_directory.discard(temporary), group)

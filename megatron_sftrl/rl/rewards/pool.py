@@ -74,16 +74,21 @@ class RewardPool:
             del self._workers[worker]
             worker.stop()
 
-    def score(self, samples: Sequence[RewardInputs]) -> list[Scored]:
+    def score(
+        self, samples: Sequence[RewardInputs], on_result: Callable[[], None] = lambda: None
+    ) -> list[Scored]:
         """The reward of each sample, in order.
 
+        Args:
+            samples: what is scored.
+            on_result: called whenever one reward of one sample is known.
         Raises:
             UserError: a row that lacks what a reward needs or is no JSON; a module that does not load in the
                 workers.
             RuntimeError: workers do not start, or a module does not load for a reason that may pass.
         """
         num_rewards = len(self.rewards)
-        parts = self._run(range(num_rewards), samples)
+        parts = self._run(range(num_rewards), samples, on_result)
         return [
             self._weigh(tuple(parts[first : first + num_rewards]))
             for first in range(0, len(parts), num_rewards)
@@ -93,7 +98,12 @@ class RewardPool:
         """What one reward, given by its place in the list, says about each sample; raises like score."""
         return self._run([reward], samples)
 
-    def _run(self, rewards: Sequence[int], samples: Sequence[RewardInputs]) -> list[Part]:
+    def _run(
+        self,
+        rewards: Sequence[int],
+        samples: Sequence[RewardInputs],
+        on_result: Callable[[], None] = lambda: None,
+    ) -> list[Part]:
         """What the given rewards say about each sample, sample after sample."""
         jobs: deque[_Job] = deque()
         for place, sample in enumerate(samples):
@@ -105,6 +115,7 @@ class RewardPool:
 
         def finish(job: _Job, part: Part) -> None:
             results[job.place] = part
+            on_result()
 
         num_jobs = len(jobs)
         try:

@@ -82,3 +82,23 @@ def test_the_reported_log_probability_is_of_the_whole_vocabulary() -> None:
     greedy, at_one = _draw(LOGITS, torch.zeros(1, dtype=torch.float64), replace(sampling, temperature=0.0))
     assert int(greedy) == 2
     assert float(at_one) == pytest.approx(float(LOGITS[0].double().log_softmax(0)[2]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampling", [PLAIN, replace(PLAIN, temperature=0.0), replace(PLAIN, top_k=2, top_p=0.5)]
+)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(sampling: SamplingParams, bad: float) -> None:
+    logits = LOGITS.repeat(3, 50)
+    logits[1, 140] = bad
+    ids, logprobs = _draw(logits, torch.full((3,), 0.999, dtype=torch.float64), sampling)
+    assert bool(ids.isnan().all() and logprobs.isnan().all())
+    logits[1] = -torch.inf
+    assert bool(_draw(logits, torch.zeros(3, dtype=torch.float64), sampling)[1].isnan().all())
+
+
+def test_a_token_that_is_ruled_out_by_minus_infinity_spoils_nothing() -> None:
+    logits = LOGITS.clone()
+    logits[0, 3] = -torch.inf
+    found = draw_all(PLAIN, logits=logits)
+    torch.testing.assert_close(found, logits[0].softmax(0), rtol=0, atol=2 / 4096)

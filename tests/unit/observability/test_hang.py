@@ -23,8 +23,8 @@ def stand_still(how):
         ctypes.PyDLL(None).sleep(600)
 
 with HangWatch(float(sys.argv[2])) as watch:
-    for _ in range(8):
-        time.sleep(0.5)
+    for _ in range(400):
+        time.sleep(0.01)
         watch.moved()
     print("moved", flush=True)
     if sys.argv[1] != "ends":

@@ -119,7 +119,7 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=2))
-    monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings, decode: (settings, decode))
+    monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings, decode, _progress: (settings, decode))
     monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, **most: tuple(most.values()))
     vllm: dict[str, Any] = {
         "tp": 2,
@@ -142,8 +142,13 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
         str,
     )
     # One prompt of the two a step is a replica's; (responses at once, prompts in a forward).
-    assert build.build_engine(config_of({"group_size": 4}), policy, str) == (4, 1, str)
-    assert build.build_engine(config_of({"group_size": 4, "max_concurrent": 3}), policy, str) == (3, 2, str)
+    assert build.build_engine(config_of({"group_size": 4}), policy, str) == (4, 1, str, None)
+    assert build.build_engine(config_of({"group_size": 4, "max_concurrent": 3}), policy, str) == (
+        3,
+        2,
+        str,
+        None,
+    )
 
 
 @pytest.mark.parametrize(("offload", "around"), [(True, ["leave", "come_back"]), (False, [])])

@@ -67,9 +67,14 @@ def test_a_response_ends_at_every_end_of_tokenizer_template_model_checkpoints_an
     assert stop_ids(config_of(base), tokenizer, vocab_size=V) == {*trained, 390}
     earlier, chosen = (checkpoint_that_ends_at(tmp_path / str(end), end) for end in (391, 392))
     model = {"hf_config": str(base), "init_checkpoint": str(earlier)}
-    grpo = config_of(base, rollout={"stop_ids": [7]}, model=model)
+    own = tmp_path / "run"
+    grpo = config_of(base, rollout={"stop_ids": [7]}, model=model, run_dir=str(own))
     assert stop_ids(grpo, tokenizer, vocab_size=V) == {*trained, 390, 391, 7}
-    assert stop_ids(grpo, tokenizer, vocab_size=V, checkpoint=chosen) == {*trained, 390, 391, 392, 7}
+    assert stop_ids(grpo, tokenizer, vocab_size=V, checkpoint=chosen) == {*trained, 390, 392, 7}
+    # A run that goes on may have lost what it started from.
+    checkpoint_that_ends_at(own, 393)
+    earlier.rename(tmp_path / "moved")
+    assert stop_ids(grpo, tokenizer, vocab_size=V) == {*trained, 390, 393, 7}
 
 
 def test_a_stop_id_that_the_model_does_not_have_is_refused(base: Path) -> None:

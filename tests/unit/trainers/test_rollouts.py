@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,7 +10,8 @@ import pytest
 
 from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
 from megatron_sftrl.observability.timers import Timers
-from megatron_sftrl.trainers.rollouts import RolloutCollector
+from megatron_sftrl.trainers.guards import named_step
+from megatron_sftrl.trainers.rollouts import RolloutCollector, check_groups
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 ROW = PromptRow(tokens=(1, 2), values={}, source="rows.jsonl:1")
@@ -59,3 +61,13 @@ def test_a_group_that_is_empty_incomplete_or_of_another_prompt_is_refused(
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
         answer((4, [1, 2]), second)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), float("inf")])
+def test_log_probabilities_that_are_not_finite_end_the_step_by_name(bad: float) -> None:
+    prompt = Prompt(id=4, tokens=ROW.tokens)
+    whole, spoilt = rollout(2), replace(rollout(2), logprobs=(-1.0, bad))
+    groups = [RolloutGroup(prompt=prompt, rollouts=(whole, spoilt), version=0)]
+    said = "step 3: the engine's log-probabilities of its responses to prompt 4 are NaN or infinite"
+    with pytest.raises(RuntimeError, match=said), named_step(3):
+        check_groups(groups, [prompt], size=2)

@@ -79,6 +79,12 @@ def test_what_a_reward_prints_is_no_answer(pool: RewardPool) -> None:
     assert [one.reward for one in pool.score([sample("chatter"), sample("3")])] == [7.0, 3.0]
 
 
+def test_every_result_is_told_as_soon_as_it_is_known(pool: RewardPool) -> None:
+    told: list[None] = []
+    pool.score([sample("chatter"), sample("exit"), sample("3")], lambda: told.append(None))
+    assert len(told) >= 3  # one that failed may be tried again
+
+
 def test_failures_are_counted_by_kind_and_described(pool: RewardPool) -> None:
     scored = pool.score([sample(text) for text in ("1", "exit", "raise", "nan", "raise")])
     metrics = reward_metrics(scored)
