@@ -31,7 +31,6 @@ def stop_ids(
         tokenizer: with its chat template.
         vocab_size: V.
         checkpoint: step or run directory whose weights are used; what they were trained to end with counts.
-            When not given, the run's own latest or, before there is one, model.init_checkpoint.
     Raises:
         UserError: no such checkpoint, files that cannot be read, or a rollout.stop_ids outside of V.
     """
@@ -48,17 +47,6 @@ def stop_ids(
         check_stop_ids("rollout.stop_ids", config.rollout.stop_ids, vocab_size)
         ids.update(config.rollout.stop_ids)
     return frozenset(ids)
-
-
-def _weights(config: TrainingConfig, checkpoint: Path | None) -> Path | None:
-    """The checkpoint that responses come from; a run that goes on may have lost what it started from."""
-    if checkpoint is not None:
-        return checkpoint_at(checkpoint)
-    try:
-        return checkpoint_at(config.run_dir)
-    except UserError:
-        init = config.model.init_checkpoint
-        return None if init is None else checkpoint_at(init)
 
 
 def check_stop_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

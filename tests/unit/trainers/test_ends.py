@@ -70,7 +70,7 @@ def test_a_response_ends_at_every_end_of_tokenizer_template_model_checkpoints_an
     own = tmp_path / "run"
     grpo = config_of(base, rollout={"stop_ids": [7]}, model=model, run_dir=str(own))
     assert stop_ids(grpo, tokenizer, vocab_size=V) == {*trained, 390, 391, 7}
-    assert stop_ids(grpo, tokenizer, vocab_size=V, checkpoint=chosen) == {*trained, 390, 392, 7}
+    assert stop_ids(grpo, tokenizer, vocab_size=V, checkpoint=chosen) == {*trained, 390, 391, 392, 7}
     # A run that goes on may have lost what it started from.
     checkpoint_that_ends_at(own, 393)
     earlier.rename(tmp_path / "moved")
