@@ -104,11 +104,17 @@ class FiltersSection(Section):
 
     dynamic_sampling: bool = False
     """Leave groups out in which the first reward is equal for all, and draw further prompts in their place
-    (DAPO, where all are right or all are wrong)."""
+    (DAPO, where all are right or all are wrong). A step draws as many as the last one's share of useful
+    groups asks for, with a margin; useful groups beyond a full step are put back, and the next step's policy
+    answers their prompts again."""
     max_rounds: int = Field(default=4, ge=1)
-    """Generations of one step under dynamic_sampling; what was found by then is trained on."""
+    """Generations of one step under dynamic_sampling, each of at most 4 * rollout.prompts_per_step prompts.
+    Of what was found by then whole mini-batches (batch.global_size) are trained on; the rest is put back."""
     mask_truncated: bool = False
     """Responses without their end token count in the group's mean, but carry no loss."""
+    max_idle_steps: int = Field(default=10, ge=1)
+    """Steps in a row with nothing to learn from that end the run: in every group the rewards are equal or
+    unknown, or the responses are masked."""
 
 
 class GateSection(Section):

@@ -37,8 +37,9 @@ class RewardWorkersSection(Section):
     num_workers: int = Field(default=2, ge=1)
     """Processes per rank that scores."""
     seconds: float = Field(default=10.0, gt=0, le=3600)
-    """Wall-clock time of one reward of one sample. Whoever takes longer is killed and the sample gets 0 from
-    this reward. Processor time is limited to the next whole second above it."""
+    """Wall-clock time of one reward of one sample. One that takes longer is killed and tried once more; if it
+    is late again, the sample is left out of the loss and of its group. Processor time is limited to the next
+    whole second above it."""
     memory_gb: float = Field(default=4.0, ge=0.5, allow_inf_nan=False)
     """Address space of one worker, in GiB; its libraries count as well. A sample that wants more fails alone.
     The rewards of this package need a tenth of the default."""

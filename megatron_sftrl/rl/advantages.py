@@ -105,6 +105,6 @@ def check_rewards(groups: Mapping[GroupT, Sequence[float]]) -> None:
             if not abs(reward) <= LARGEST_REWARD:
                 raise UserError(
                     f"advantages: group {group!r}, sample {sample}: expected a finite reward of at most "
-                    f"{LARGEST_REWARD:g} in size, got {reward}; give a failed verifier's sample a number (0, "
-                    "say) where the reward is made"
+                    f"{LARGEST_REWARD:g} in size, got {reward}; leave a sample out that its verifier could "
+                    "not judge"
                 )

@@ -122,7 +122,7 @@ def probe_engine(
         Response(group=group.prompt.id, row=row, rollout=group.rollouts[0], scored=nothing)
         for group, row in zip(groups, rows, strict=False)
     ]
-    data = replace(batches, mask_truncated=False).lay_out(responses)
+    data = batches.lay_out(responses, everything=True)
     assert data is not None, "an engine generates at least one token"
     ours = score_responses(policy, data, temperature=sampling.temperature)
     differences = [

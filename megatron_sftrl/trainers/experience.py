@@ -13,6 +13,7 @@ from megatron_sftrl.data.packing import StepNormalization
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.data.step import BatchLayout, StepData, lay_out_step
 from megatron_sftrl.losses.weights import Aggregation
+from megatron_sftrl.rl.advantages import AdvantageEstimator, group_advantages
 from megatron_sftrl.rl.group_filters import by_group
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.types import Rollout
@@ -27,7 +28,7 @@ class Response:
         row: the prompt's row.
         rollout: tokens and the engine's log-probabilities.
         scored: its rewards.
-        advantage: against its group.
+        advantage: against the responses of its group that have a reward; 0 without one.
         old_logprobs: nats, the trainer's own for each response token, before the first update.
     """
 
@@ -38,22 +39,37 @@ class Response:
     advantage: float = 0.0
     old_logprobs: tuple[float, ...] = ()
 
+    def carries_loss(self, *, mask_truncated: bool) -> bool:
+        """It has a reward, and its end token where those without one are masked."""
+        return self.scored.reward is not None and (self.rollout.is_finished or not mask_truncated)
+
 
 def grouped(responses: Sequence[Response]) -> dict[int, list[Response]]:
     """Responses of each prompt, in order."""
     return by_group([response.group for response in responses], responses)
 
 
-def as_example(response: Response, number: int, *, mask_truncated: bool) -> Example:
+def known_rewards(responses: Sequence[Response]) -> dict[int, list[float]]:
+    """The rewards of each group, of the responses that have one; a group in which none has is not there."""
+    known = [(each.group, each.scored.reward) for each in responses if each.scored.reward is not None]
+    return by_group([group for group, _ in known], [reward for _, reward in known])
+
+
+def first_rewards(responses: Sequence[Response]) -> dict[int, list[float]]:
+    """The same by the first reward of the run alone, which says what a success is."""
+    known = [(each.group, each.scored.first) for each in responses if each.scored.first is not None]
+    return by_group([group for group, _ in known], [reward for _, reward in known])
+
+
+def as_example(response: Response, number: int, *, is_learned: bool) -> Example:
     """The sequence that the trainer sees: every generated token carries loss, the end token included.
 
     Args:
         response: token ids are taken as they were generated, never tokenized again.
         number: its place in the step.
-        mask_truncated: a response without its end token carries no loss.
+        is_learned: otherwise it carries no loss.
     """
     prompt, generated = response.rollout.prompt_tokens, response.rollout.response_tokens
-    is_learned = response.rollout.is_finished or not mask_truncated
     mask = np.zeros(len(prompt) + len(generated), np.bool_)
     mask[len(prompt) :] = is_learned
     count = len(generated) if is_learned else 0
@@ -91,17 +107,25 @@ class ExperienceBatches:
     def has_signal(self, responses: Sequence[Response]) -> bool:
         """A response that carries loss has an advantage."""
         return any(
-            each.advantage != 0 and (each.rollout.is_finished or not self.mask_truncated)
+            each.advantage != 0 and each.carries_loss(mask_truncated=self.mask_truncated)
             for each in responses
         )
 
-    def lay_out(self, responses: Sequence[Response]) -> StepData | None:
+    def lay_out(self, responses: Sequence[Response], *, everything: bool = False) -> StepData | None:
         """This rank's micro-batches of one update; None when no response carries loss.
 
         StepData.rows and microbatch_rows are places in `responses`.
+
+        Args:
+            responses: of one update.
+            everything: every generated token, to look at log-probabilities; nothing is masked.
         """
         examples = [
-            as_example(response, number, mask_truncated=self.mask_truncated)
+            as_example(
+                response,
+                number,
+                is_learned=everything or response.carries_loss(mask_truncated=self.mask_truncated),
+            )
             for number, response in enumerate(responses)
         ]
         num_loss_tokens = sum(example.num_loss_tokens for example in examples)
@@ -124,6 +148,16 @@ class ExperienceBatches:
         )
 
 
-def with_advantages(responses: Sequence[Response], advantages: Sequence[float]) -> list[Response]:
-    """The same responses, each with its advantage."""
-    return [replace(each, advantage=value) for each, value in zip(responses, advantages, strict=True)]
+def with_advantages(responses: Sequence[Response], estimator: AdvantageEstimator) -> list[Response]:
+    """The same responses, each with its advantage over its group.
+
+    A response without a reward is neither right nor wrong: it is no part of its group's mean and std, and
+    gets 0; so does the only one of its group that has a reward.
+    """
+    rewards = known_rewards(responses)
+    found = group_advantages(rewards, estimator) if rewards else {}
+    values = {group: iter(advantages) for group, advantages in found.items()}
+    return [
+        replace(each, advantage=0.0 if each.scored.reward is None else next(values[each.group]))
+        for each in responses
+    ]

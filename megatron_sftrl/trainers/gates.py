@@ -30,15 +30,18 @@ class Gates:
     Args:
         sections: the run's gates.
         held_out: metrics of an evaluation, which only some steps have.
+        sometimes: further metrics that a whole step may lack.
     Raises:
         UserError: a gate on a held-out metric that no evaluation has.
     """
 
-    def __init__(self, sections: Sequence[GateSection], *, held_out: Sequence[str] = ()) -> None:
+    def __init__(
+        self, sections: Sequence[GateSection], *, held_out: Sequence[str] = (), sometimes: Sequence[str] = ()
+    ) -> None:
         self._sections = tuple(sections)
-        self._held_out = frozenset(held_out)
+        self._may_be_missing = frozenset([*held_out, *sometimes])
         for gate in self._sections:
-            if gate.metric.startswith("valid/") and gate.metric not in self._held_out:
+            if gate.metric.startswith("valid/") and gate.metric not in held_out:
                 known = f"are {', '.join(held_out)}" if held_out else "need data.valid"
                 raise UserError(f"gates: there is no metric {gate.metric!r}; held-out metrics {known}")
         self._streaks = [0] * len(self._sections)
@@ -57,7 +60,7 @@ class Gates:
         crossed = []
         for index, gate in enumerate(self._sections):
             if gate.metric not in metrics:
-                if is_whole and gate.metric not in self._held_out:
+                if is_whole and gate.metric not in self._may_be_missing:
                     raise UserError(_unknown(gate.metric, metrics))
                 continue
             value = metrics[gate.metric]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,11 +29,18 @@ from megatron_sftrl.rl.rewards.api import Json
 from megatron_sftrl.rollout.build import build_engine, check_engine
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
+from megatron_sftrl.trainers.filling import Draws
 from megatron_sftrl.trainers.gates import Gates
-from megatron_sftrl.trainers.grpo_metrics import HELD_OUT, mismatch_metrics, response_metrics
+from megatron_sftrl.trainers.grpo_metrics import (
+    HELD_OUT,
+    filling_metrics,
+    mismatch_metrics,
+    response_metrics,
+)
 from megatron_sftrl.trainers.guards import (
     named_step,
     no_gradient_warning,
+    stop_on_idle_streak,
     stop_on_nonfinite_streak,
     tell_skipped,
 )
@@ -66,8 +74,9 @@ def run_grpo(config: GrpoConfig) -> bool:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
         UserError: something that the user can fix, found before anything is built or overwritten; later
-            only a full disk, a gate that stops, or too many steps in a row without a finite gradient. All
-            else that can be raised is a failure, as for run_sft.
+            only a full disk, a gate that stops, a reward that can judge nothing of the first step, or too
+            many steps in a row without a finite gradient or without anything to learn from. All else that
+            can be raised is a failure, as for run_sft.
     """
     plan = plan_run(config)
     prompts, valid = open_prompts(plan)
@@ -134,7 +143,12 @@ class GrpoTrainer:
             fingerprint=prompts.fingerprint,
             columns="prompts or answers",
         )
-        self.gates = Gates(config.gates, held_out=HELD_OUT if valid else ())
+        self.gates = Gates(
+            config.gates,
+            held_out=HELD_OUT if valid else (),
+            # Of a step in which each group has a response that could not be judged.
+            sometimes=(f"reward/pass_at_{config.rollout.group_size}",),
+        )
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         self.stragglers = Stragglers(self.policy, parallel)
         self._is_learning_checked = False
@@ -188,6 +202,9 @@ class GrpoTrainer:
                     self.state,
                     step=self.state.step + 1,
                     consumed_samples=self.state.consumed_samples + collected.num_prompts,
+                    consecutive_idle_steps=0 if reports else self.state.consecutive_idle_steps + 1,
+                    drawn_prompts=collected.draws.drawn,
+                    useful_prompts=collected.draws.useful,
                 )
                 tell_skipped(
                     self.state.skipped_steps - num_skipped, step=self.state.step, suspects=_sources(scored)
@@ -206,7 +223,7 @@ class GrpoTrainer:
         """The responses of one step; those that are trained on with the trainer's own log-probabilities."""
         with self.timers("reshard"):
             self.updates.refresh(self.state.step)
-        collected = self.collector.collect(self.engine, consumed=self.state.consumed_samples)
+        collected = self._collect()
         self.updates.release()
         with self.timers("old_logprobs"):
             return collected, self._with_old_logprobs(collected.responses)
@@ -224,17 +241,26 @@ class GrpoTrainer:
         self.updates.release()
         collected = Collected(responses=(), generated=tuple(responses), num_prompts=len(responses))
         numbers = response_metrics(collected)
-        return {name: numbers[name.removeprefix("valid/")] for name in HELD_OUT}
+        found = {name: numbers.get(name.removeprefix("valid/")) for name in HELD_OUT}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _collect(self) -> Collected:
+        size, group_size = self.config.batch.global_size, self.config.rollout.group_size
+        return self.collector.collect(
+            self.engine,
+            consumed=self.state.consumed_samples,
+            recent=Draws(drawn=self.state.drawn_prompts, useful=self.state.useful_prompts),
+            multiple_of=math.lcm(size, group_size) // group_size,
+        )
 
     def _with_old_logprobs(self, responses: Sequence[Response]) -> list[Response]:
         """The trainer's own log-probabilities at the sampling temperature, before the first update."""
         if not responses:
             return []
-        whole = replace(self.batches, mask_truncated=False)
         found: dict[int, list[float]] = {}
         for start in range(0, len(responses), self.config.batch.global_size):
             part = responses[start : start + self.config.batch.global_size]
-            data = whole.lay_out(part)
+            data = self.batches.lay_out(part, everything=True)
             assert data is not None
             scores = score_responses(self.policy, data, temperature=self.sampling.temperature)
             found |= {start + place: values for place, values in scores.items()}
@@ -292,6 +318,7 @@ class GrpoTrainer:
         return {
             **numbers,
             **response_metrics(collected),
+            **filling_metrics(collected, wanted=self.config.rollout.prompts_per_step),
             **(mismatch_metrics(trained) if trained else {}),
             **self.updates.numbers(),
             "updates": len(reports),
@@ -323,6 +350,12 @@ class GrpoTrainer:
             step=self.state.step,
             suspects=_sources(responses),
             directory=str(self.directory.checkpoints),
+        )
+        stop_on_idle_streak(
+            self.state.consecutive_idle_steps,
+            limit=self.config.filters.max_idle_steps,
+            step=self.state.step,
+            numbers=numbers,
         )
         if is_last:
             self.store.finish()

@@ -1,11 +1,11 @@
-"""What tells of a run that learns nothing, and ends one whose gradients are not finite any more."""
+"""What tells of a run that learns nothing, and ends one that goes on so, or whose gradients are not finite."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_sftrl.engine.reports import StepReport
 from megatron_sftrl.errors import UserError
@@ -88,6 +88,30 @@ def stop_on_nonfinite_streak(
         f"{streak} steps in a row had a non-finite gradient, the last of them step {step}; its samples: "
         f"{_named(suspects)}. Their updates were skipped; the last checkpoint in {directory} is from before "
         "or within the streak. Look at these samples, lower optim.lr, or raise train.max_nonfinite_steps"
+    )
+
+
+def stop_on_idle_streak(streak: int, *, limit: int, step: int, numbers: Mapping[str, float]) -> None:
+    """End the run when its last `limit` steps had nothing to learn from.
+
+    Args:
+        streak: consecutive steps, up to now, without an update.
+        limit: filters.max_idle_steps.
+        step: steps done.
+        numbers: of the last step.
+    Raises:
+        UserError: the streak has reached the limit.
+    """
+    if streak < limit:
+        return
+    equal, unknown = numbers.get("reward/zero_variance_groups", 0.0), numbers["reward/unscored"]
+    mean = f", mean reward {numbers['reward/mean']:.4g}" if "reward/mean" in numbers else ""
+    raise UserError(
+        f"{streak} steps in a row had nothing to learn from, the last of them step {step}: "
+        f"{numbers['rollout/prompts']:.0f} groups{mean}, equal rewards in {equal:.0%} of them; "
+        f"{unknown:.0%} of the responses could not be judged, {numbers['rollout/truncated']:.0%} have no end "
+        "token. See rollouts.jsonl: correct the reward or the format that prompts ask for, take easier or "
+        "harder prompts or more responses to each (rollout.group_size), or raise filters.max_idle_steps"
     )
 
 

@@ -16,12 +16,12 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.observability.timers import Timers
-from megatron_sftrl.rl.advantages import group_advantages
 from megatron_sftrl.rl.group_filters import informative_groups
-from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored
+from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored, failed_everywhere
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.ends import response_text
-from megatron_sftrl.trainers.experience import Response, grouped, with_advantages
+from megatron_sftrl.trainers.experience import Response, first_rewards, with_advantages
+from megatron_sftrl.trainers.filling import NO_DRAWS, Draws, fill, num_to_draw
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 
@@ -32,12 +32,16 @@ class Collected:
     Args:
         responses: those that are trained on, group by group.
         generated: all of them, left-out groups included.
-        num_prompts: drawn from the order of the data.
+        num_prompts: by which the order of the data has moved.
+        draws: under dynamic sampling, what became of the prompts.
+        num_rounds: of generation, under dynamic sampling.
     """
 
     responses: tuple[Response, ...]
     generated: tuple[Response, ...]
     num_prompts: int
+    draws: Draws = NO_DRAWS
+    num_rounds: int = 0
 
 
 class RolloutCollector:
@@ -67,32 +71,50 @@ class RolloutCollector:
         self._progress = progress
         self._order = SampleOrder(len(prompts.rows), seed=config.seed, shuffle=config.data.shuffle)
 
-    def collect(self, engine: RolloutEngine, *, consumed: int) -> Collected:
+    def collect(
+        self, engine: RolloutEngine, *, consumed: int, recent: Draws = NO_DRAWS, multiple_of: int = 1
+    ) -> Collected:
         """One step's responses.
 
         Args:
             engine: awake, with the policy's weights.
             consumed: prompts drawn by the steps before.
+            recent: draws of the step before, under dynamic sampling.
+            multiple_of: under dynamic sampling groups are trained in multiples of it.
+        Raises:
+            UserError: a reward failed on every response of the run's first step.
+            RuntimeError: it did so in a later step.
         """
         wanted, filters = self._config.rollout.prompts_per_step, self._config.filters
-        rounds = filters.max_rounds if filters.dynamic_sampling else 1
-        kept: list[Response] = []
-        generated: list[Response] = []
-        num_prompts, num_groups = 0, 0
-        for _ in range(rounds):
-            drawn = range(consumed + num_prompts, consumed + num_prompts + wanted - num_groups)
-            rows = self._order.rows(drawn.start, len(drawn))
-            responses = self.answer(
-                engine, [(number, self._prompts.rows[row]) for number, row in zip(drawn, rows, strict=True)]
-            )
-            num_prompts += len(drawn)
+        if not filters.dynamic_sampling:
+            generated = self._draw(engine, consumed, wanted)
+            stop_on_broken_reward(generated, is_first_step=consumed == 0)
+            return Collected(responses=generated, generated=generated, num_prompts=wanted)
+        generated, useful, draws, num_rounds = (), [], NO_DRAWS, 0
+        while num_rounds < filters.max_rounds and len(useful) < wanted:
+            count = num_to_draw(wanted - len(useful), seen=recent + draws, wanted=wanted)
+            responses = self._draw(engine, consumed + draws.drawn, count)
             generated += responses
-            new = self._informative(responses) if filters.dynamic_sampling else responses
-            kept += new
-            num_groups += len(grouped(new))
-            if num_groups == wanted:
-                break
-        return Collected(responses=tuple(kept), generated=tuple(generated), num_prompts=num_prompts)
+            stop_on_broken_reward(generated, is_first_step=consumed == 0)
+            found = useful_groups(responses)
+            useful += found
+            draws += Draws(drawn=count, useful=len(found))
+            num_rounds += 1
+        filling = fill(useful, first=consumed, drawn=draws.drawn, wanted=wanted, multiple_of=multiple_of)
+        trained = frozenset(filling.trained)
+        return Collected(
+            responses=tuple(each for each in generated if each.group in trained),
+            generated=generated,
+            num_prompts=filling.num_prompts,
+            draws=draws,
+            num_rounds=num_rounds,
+        )
+
+    def _draw(self, engine: RolloutEngine, start: int, count: int) -> tuple[Response, ...]:
+        """Responses to the next prompts of the run's order, whose ids are their places in it."""
+        numbers = range(start, start + count)
+        rows = [self._prompts.rows[row] for row in self._order.rows(start, count)]
+        return tuple(self.answer(engine, list(zip(numbers, rows, strict=True))))
 
     def answer(
         self,
@@ -120,11 +142,7 @@ class RolloutCollector:
         check_groups(groups, prompts, size=sampling.num_samples)
         with self._timers(phases[1]):
             responses = list(self._score(groups, dict(rows)))
-        rewards = {
-            group: [each.scored.reward for each in members] for group, members in grouped(responses).items()
-        }
-        advantages = group_advantages(rewards, self._config.advantages.estimator)
-        return with_advantages(responses, [value for group in rewards for value in advantages[group]])
+        return with_advantages(responses, self._config.advantages.estimator)
 
     def _score(self, groups: Sequence[RolloutGroup], rows: dict[int, PromptRow]) -> Iterator[Response]:
         """Each rank scores every world_size-th response; then all know all rewards."""
@@ -152,13 +170,35 @@ class RolloutCollector:
         moved = self._progress.moved
         return self._progress.together(lambda: self._rewards.score(samples, moved))
 
-    def _informative(self, responses: Sequence[Response]) -> list[Response]:
-        """By the first reward: a group that is all right or all wrong would teach nothing but its length."""
-        groups = grouped(responses)
-        rewards = {
-            group: [each.scored.parts[0].reward for each in members] for group, members in groups.items()
-        }
-        return [each for group in informative_groups(rewards).kept for each in groups[group]]
+
+def useful_groups(responses: Sequence[Response]) -> list[int]:
+    """Ids of the groups that teach something, by the first reward: where all are right or all are wrong,
+    there would be nothing but their lengths to learn from. What could not be judged is left out.
+    """
+    rewards = first_rewards(responses)
+    return list(informative_groups(rewards).kept) if rewards else []
+
+
+def stop_on_broken_reward(responses: Sequence[Response], *, is_first_step: bool) -> None:
+    """End a run in which a reward can judge nothing: it would go on without learning.
+
+    Args:
+        responses: of one step, on all ranks.
+        is_first_step: of the run, which points at the reward; later it is what the reward depends on, a judge
+            that is out of reach, say, and the job may be started again.
+    Raises:
+        UserError, RuntimeError: see collect; with the reward and the first of its failures.
+    """
+    broken = failed_everywhere([each.scored for each in responses])
+    if broken is None:
+        return
+    text = (
+        f"reward {broken.name!r} failed on all {len(responses)} responses of a step, each tried twice; on "
+        f"the first with {broken.outcome}: {broken.detail}. Nothing was trained on them"
+    )
+    if is_first_step:
+        raise UserError(f"{text}; correct the reward, its options, reward_workers or the data")
+    raise RuntimeError(f"{text}; the last checkpoint is sound")
 
 
 def check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, size: int) -> None:

@@ -66,7 +66,10 @@ class SampleLog:
             "prompt": self._tokenizer.decode(rollout.prompt_tokens),
             "response": self._tokenizer.decode(rollout.response_tokens),
             "reward": response.scored.reward,
-            "rewards": {part.name: part.reward for part in response.scored.parts},
+            "rewards": {
+                part.name: part.reward if part.outcome == "ok" else None for part in response.scored.parts
+            },
+            "outcomes": {part.name: part.outcome for part in response.scored.parts},
             "advantage": response.advantage,
             "is_finished": rollout.is_finished,
             "prompt_tokens": rollout.prompt_tokens,

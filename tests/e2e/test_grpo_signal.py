@@ -58,11 +58,14 @@ def test_groups_with_equal_rewards_are_replaced_by_the_next_prompts(
     drawn = 0
     for step, row in enumerate(metrics, start=1):
         groups = groups_of(tmp_path / "run", step)
-        # The next prompts of the order, none left out and none taken twice.
+        # The next prompts of the order, none left out; useful ones beyond a full step come again.
         assert list(groups) == list(range(drawn, drawn + int(row["rollout/prompts"])))
-        drawn += len(groups)
+        drawn += len(groups) - int(row["rollout/put_back"])
         useless = [group for group, rows in groups.items() if hopeless[rows[0]["source"]]]
-        assert len(groups) - len(useless) == 4
+        useful = [group for group in groups if group not in useless]
+        assert row["rollout/filled"] == 1
+        assert len(useful) >= 4
+        assert drawn == (useful[4] if len(useful) > 4 else max(groups) + 1)
         assert row["reward/zero_variance_groups"] == pytest.approx(len(useless) / len(groups))
         for group, rows in groups.items():
             assert all((sample["advantage"] == 0) == (group in useless) for sample in rows)
@@ -91,7 +94,8 @@ def test_a_group_with_one_success_is_learned_from(grpo: GrpoProject, tmp_path: P
         groups = groups_of(tmp_path / "run", step).values()
         rewards = [[sample["reward"] for sample in group] for group in groups]
         mixed = [group for group in rewards if len(set(group)) > 1]
-        assert row["rollout/trained_responses"] == GROUP_SIZE * len(mixed)
+        # Two groups make a mini-batch; 4 are a step.
+        assert row["rollout/trained_responses"] == GROUP_SIZE * min(len(mixed) // 2 * 2, 4)
         for group in (group for group in groups if sum(sample["reward"] for sample in group) == 1):
             lonely += 1
             # (1 - 1/4) / std, std of [1, 0, 0, 0] = 0.5
@@ -139,14 +143,29 @@ def test_a_verifier_that_hangs_dies_or_gives_no_number_costs_its_sample_only(
     first, second = metrics_of(tmp_path / "run")
     outcomes = ("timeout", "crashed", "nonfinite", "error")
     assert [first[f"reward/trouble/{outcome}"] for outcome in outcomes] == [1, 1, 1, 0]
-    assert first["reward/mean"] == pytest.approx(13 / 16)
-    rewards = [row["reward"] for row in samples_of(tmp_path / "run")[:16]]
-    assert rewards == [0.0, 0.0, 0.0, *[1.0] * 13]
-    assert first["updates"] > 0
+    assert (first["reward/mean"], first["reward/unscored"]) == (1.0, 3 / 16)
+    samples = samples_of(tmp_path / "run")[:16]
+    assert [row["reward"] for row in samples] == [None, None, None, *[1.0] * 13]
+    assert [row["outcomes"]["trouble"] for row in samples[:4]] == ["timeout", "crashed", "nonfinite", "ok"]
+    # Every answer that could be judged is right: nothing is better than anything else.
+    assert {row["advantage"] for row in samples} == {0.0}
+    assert first["updates"] == 0
     assert second["step"] == 2
     assert "step 1: sample 0: reward 'trouble': timeout: " in done.stderr
     assert "step 1: sample 1: reward 'trouble': crashed: it ended with code 3" in done.stderr
     assert "step 1: sample 2: reward 'trouble': nonfinite: reward is nan" in done.stderr
+
+
+def test_a_run_without_anything_to_learn_ends_after_its_idle_steps_resumed_or_not(
+    grpo: GrpoProject, tmp_path: Path
+) -> None:
+    short = ("filters.max_idle_steps=3", "rollout.max_new_tokens=2", "checkpoint.every=1", "train.steps=9")
+    command = grpo.command(tmp_path / "run", grpo.reward("constant"), *short)
+    whole, resumed = sftrl_each([command, command])
+    said = "error: 3 steps in a row had nothing to learn from, the last of them step 3: 4 groups, mean reward"
+    assert f"{said} 0.1" in whole.expect(2).stderr
+    assert "or raise filters.max_idle_steps" in whole.stderr
+    assert "4 steps in a row had nothing to learn from" in resumed.expect(2).stderr
 
 
 def gates(*texts: str) -> str:

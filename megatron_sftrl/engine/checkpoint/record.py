@@ -28,6 +28,8 @@ class TrainerState:
         consumed_samples: sequences taken from the training data since the run began.
         skipped_steps: steps whose gradient was not finite.
         consecutive_skipped_steps: of them, the unbroken streak that ends at `step`.
+        consecutive_idle_steps: steps of GRPO with nothing to learn from, the unbroken streak up to `step`.
+        drawn_prompts, useful_prompts: of the last step under dynamic sampling, which the next one counts on.
         data_fingerprint: hash of the tokenized training data, so that a resume on changed data is noticed.
     """
 
@@ -35,6 +37,9 @@ class TrainerState:
     consumed_samples: int = 0
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
+    consecutive_idle_steps: int = 0
+    drawn_prompts: int = 0
+    useful_prompts: int = 0
     data_fingerprint: str = ""
 
 

@@ -8,7 +8,13 @@ from megatron_sftrl.rl.rewards.api import Canary, RewardConfig, RewardInputs, Re
 from megatron_sftrl.rl.rewards.canary import check_canaries, constant_answers
 from megatron_sftrl.rl.rewards.pool import RewardPool
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, register_reward
-from megatron_sftrl.rl.rewards.scored import Part, Scored, describe_failures, reward_metrics
+from megatron_sftrl.rl.rewards.scored import (
+    Part,
+    Scored,
+    describe_failures,
+    failed_everywhere,
+    reward_metrics,
+)
 
 BUILT_IN = (exact_match, format, length, math, reasoning_gym)
 
@@ -26,6 +32,7 @@ __all__ = [
     "check_canaries",
     "constant_answers",
     "describe_failures",
+    "failed_everywhere",
     "register_reward",
     "reward_metrics",
 ]

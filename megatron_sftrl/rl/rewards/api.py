@@ -43,7 +43,7 @@ class RewardInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardOutput:
-    """What a reward returns; every number finite, or the sample gets 0.
+    """What a reward returns; every number finite, or the sample has no reward and is not trained on.
 
     Args:
         reward: what is trained, by the strict reading of the response.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import selectors
 import signal
 import time
@@ -18,11 +17,13 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs
 from megatron_sftrl.rl.rewards.process import WorkerProcess
 from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, portable
-from megatron_sftrl.rl.rewards.scored import Outcome, Part, Scored
+from megatron_sftrl.rl.rewards.scored import Outcome, Part, Scored, weighted
 
 # Importing sympy, reasoning-gym or a user's torch on a busy file system.
 START_SECONDS = 120.0
 MOST_FAILED_STARTS = 3
+# Second tries of one call that cost a new worker each; a reward that is broken for all would need thousands.
+MOST_FRESH_STARTS = 16
 _GIB = 2**30
 _LONGEST_DETAIL = 500
 
@@ -40,8 +41,9 @@ class RewardPool:
     """The rewards of a run and the processes that compute them; a context manager.
 
     Workers start with the first samples, without torch and without the trainer's environment, and are
-    replaced when they die. Each reward of each sample is a job of its own, with the limits of `workers`; one
-    that fails gives 0 and leaves the others, so that a response cannot escape one reward by breaking another.
+    replaced when they die. Each reward of each sample is a job of its own, with the limits of `workers`. One
+    that fails is tried once more, in a worker that no failure has touched: a machine under load and a state
+    that an earlier sample left behind say nothing about a response. What fails again has no reward.
 
     Args:
         sections: the run's rewards.
@@ -61,6 +63,7 @@ class RewardPool:
         self._ids = itertools.count()
         self._workers: dict[WorkerProcess, tuple[int, _Job] | None] = {}
         self._failed_starts = 0
+        self._fresh_starts_left = 0
 
     def __enter__(self) -> RewardPool:
         return self
@@ -88,9 +91,10 @@ class RewardPool:
             RuntimeError: workers do not start, or a module does not load for a reason that may pass.
         """
         num_rewards = len(self.rewards)
+        weights = [reward.weight for reward in self.rewards]
         parts = self._run(range(num_rewards), samples, on_result)
         return [
-            self._weigh(tuple(parts[first : first + num_rewards]))
+            weighted(weights, tuple(parts[first : first + num_rewards]))
             for first in range(0, len(parts), num_rewards)
         ]
 
@@ -105,35 +109,39 @@ class RewardPool:
         on_result: Callable[[], None] = lambda: None,
     ) -> list[Part]:
         """What the given rewards say about each sample, sample after sample."""
-        jobs: deque[_Job] = deque()
+        jobs: list[_Job] = []
         for place, sample in enumerate(samples):
             inputs = _as_json(sample, place)
             for reward in rewards:
                 self.rewards[reward].check_row(sample.row)
                 jobs.append(_Job(place=len(jobs), reward=reward, inputs=inputs))
+        results = self._judge(jobs, on_result)
+        failed = [job for job in jobs if results[job.place].outcome != "ok"]
+        if failed:
+            self.close()
+            self._fresh_starts_left = MOST_FRESH_STARTS
+            again = self._judge(failed, on_result)
+            self._fresh_starts_left = 0
+            results |= {place: replace(part, is_retried=True) for place, part in again.items()}
+        return [results[job.place] for job in jobs]
+
+    def _judge(self, jobs: Sequence[_Job], on_result: Callable[[], None]) -> dict[int, Part]:
+        """The results of all jobs, by their places."""
+        waiting = deque(jobs)
         results: dict[int, Part] = {}
 
         def finish(job: _Job, part: Part) -> None:
             results[job.place] = part
             on_result()
 
-        num_jobs = len(jobs)
         try:
-            while len(results) < num_jobs:
-                self._assign(jobs)
+            while len(results) < len(jobs):
+                self._assign(waiting)
                 self._wait(finish)
         except BaseException:
             self.close()  # what is under way must not be taken for an answer to the next samples
             raise
-        return [results[place] for place in range(num_jobs)]
-
-    def _weigh(self, parts: tuple[Part, ...]) -> Scored:
-        weights = [reward.weight for reward in self.rewards]
-        return Scored(
-            reward=math.fsum(weight * part.reward for weight, part in zip(weights, parts, strict=True)),
-            lenient=math.fsum(weight * part.lenient for weight, part in zip(weights, parts, strict=True)),
-            parts=parts,
-        )
+        return results
 
     def _assign(self, jobs: deque[_Job]) -> None:
         """Give waiting jobs to idle workers, and start the workers that are missing."""
@@ -204,7 +212,9 @@ class RewardPool:
             return
         finish(job, replace(part, seconds=time.monotonic() - worker.began))
         self._workers[worker] = None
-        if reply.get("is_last"):
+        is_touched = part.outcome != "ok" and self._fresh_starts_left > 0
+        self._fresh_starts_left -= is_touched
+        if reply.get("is_last") or is_touched:
             del self._workers[worker]
             worker.stop()
 

@@ -97,8 +97,9 @@ def register_reward(
 ) -> Callable[[FunctionT], FunctionT]:
     """Decorate `function(inputs: RewardInputs, config) -> RewardOutput` to make it available under a name.
 
-    The function is pure. It runs in a worker process: what it prints goes nowhere, an exception, a hang, a
-    crash or a number that is not finite costs the sample and nothing else.
+    The function is pure. It runs in a worker process: what it prints goes nowhere. An exception, a hang, a
+    crash or a number that is not finite says that it could not judge: the sample is tried once more in a new
+    worker, and then left out of the loss and of its group. A wrong or unreadable response gets 0 instead.
 
     Args:
         name: what run.yaml calls it.

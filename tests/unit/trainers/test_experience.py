@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.data.step import BatchLayout
+from megatron_sftrl.rl.advantages import AdvantageEstimator
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response, as_example, with_advantages
 from megatron_sftrl.types import Rollout, TokenBatch
@@ -75,7 +77,7 @@ def test_every_generated_token_is_trained_with_its_own_numbers_the_end_token_too
 
 def test_token_ids_are_taken_as_they_were_generated() -> None:
     for each in (FINISHED, ONE_TOKEN, CUT_OFF):
-        example = as_example(each, 5, mask_truncated=False)
+        example = as_example(each, 5, is_learned=True)
         assert example.tokens.tolist() == [*each.rollout.prompt_tokens, *each.rollout.response_tokens]
         assert example.loss_mask.tolist() == [False] * len(each.rollout.prompt_tokens) + [True] * len(
             each.rollout.response_tokens
@@ -153,7 +155,59 @@ def test_micro_batches_and_packing_change_no_number(changes: dict) -> None:
     assert float(total) == pytest.approx(1.0)
 
 
-def test_advantages_go_to_their_responses_in_order() -> None:
-    done = with_advantages([FINISHED, ONE_TOKEN], [0.75, -0.75])
-    assert [each.advantage for each in done] == [0.75, -0.75]
+def graded(group: int, reward: float | None) -> Response:
+    """A response with that reward; None: its verifier failed."""
+    return replace(FINISHED, group=group, scored=Scored(reward=reward, lenient=reward, parts=()))
+
+
+# Two groups that arrived mixed: [1, ?, 0, 1] and [?, 1], and one of which nothing is known.
+MIXED = [
+    graded(group, reward)
+    for group, reward in [(7, 1), (9, None), (7, None), (7, 0), (9, 1), (7, 1), (3, None)]
+]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "right", "wrong"),
+    [
+        # Of [1, 0, 1] alone: mean 2/3, std sqrt(1/3) with n - 1. As zeros the two failures would give 1/2.
+        ("group_normalized", (1 / 3) / (math.sqrt(1 / 3) + 1e-6), (-2 / 3) / (math.sqrt(1 / 3) + 1e-6)),
+        ("dr_grpo", 1 / 3, -2 / 3),
+        # The other two of three have the mean 1/2 and 1.
+        ("leave_one_out", 1 / 2, -1.0),
+    ],
+)
+def test_a_response_without_a_reward_is_no_part_of_its_groups_mean(
+    estimator: AdvantageEstimator, right: float, wrong: float
+) -> None:
+    found = [each.advantage for each in with_advantages(MIXED, estimator)]
+    # Group 9 has one reward left, which has nothing to be compared with.
+    assert found == pytest.approx([right, 0.0, 0.0, wrong, 0.0, right, 0.0], rel=1e-12)
     assert FINISHED.advantage == 0.5
+
+
+def test_nothing_known_is_no_signal_and_no_error() -> None:
+    done = with_advantages([graded(1, None), graded(1, None)], "group_normalized")
+    assert not batches().has_signal(done)
+    assert batches().lay_out(done) is None
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "finished", "short"),
+    [("token_mean", 1 / 4, 1 / 4), ("sequence_mean", 1 / 6, 1 / 2), ("constant_length", 1 / 40, 1 / 40)],
+)
+def test_a_response_without_a_reward_carries_no_loss_and_no_share_of_the_step(
+    aggregation: str, finished: float, short: float
+) -> None:
+    unknown = replace(CUT_OFF, scored=Scored(reward=None, lenient=None, parts=()))
+    data = batches(aggregation=aggregation).lay_out([FINISHED, unknown, ONE_TOKEN])
+    assert data is not None
+    (batch,) = data.batches
+    assert sorted(label for _, label, *_ in learned(batch)) == [END, END, 21, 22]
+    weights = batch.token_weight[batch.loss_mask].tolist()
+    assert sorted(weights) == pytest.approx(sorted([finished] * 3 + [short]))
+    assert not batches().has_signal([unknown])
+    # The trainer's own log-probabilities are wanted of everything that was generated.
+    whole = batches().lay_out([FINISHED, unknown, ONE_TOKEN], everything=True)
+    assert whole is not None
+    assert whole.num_loss_tokens == 3 + 4 + 1

@@ -72,3 +72,11 @@ def test_a_held_out_metric_waits_for_an_evaluation_and_is_known_before() -> None
         Gates([gate])
     with pytest.raises(ValueError, match="held-out metrics are valid/loss"):
         Gates([gate], held_out=("valid/loss",))
+
+
+def test_a_metric_that_a_whole_step_may_lack_is_waited_for() -> None:
+    """pass@G of a step in which every group has a response that no verifier could judge."""
+    gate = GateSection(metric="reward/pass_at_8", below=0.5)
+    gates = Gates([gate], sometimes=("reward/pass_at_8",))
+    assert gates.check(1, {"loss": 1.0}, is_whole=True) == []
+    assert len(gates.check(2, {"loss": 1.0, "reward/pass_at_8": 0.0}, is_whole=True)) == 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
-from megatron_sftrl.trainers.grpo_metrics import mismatch_metrics, response_metrics
+from megatron_sftrl.trainers.filling import Draws
+from megatron_sftrl.trainers.grpo_metrics import filling_metrics, mismatch_metrics, response_metrics
 from megatron_sftrl.trainers.rollouts import Collected
 from megatron_sftrl.types import Rollout
 
@@ -74,6 +76,57 @@ def test_rewards_pass_at_k_and_lengths_are_over_all_that_was_generated() -> None
         "rollout/truncated": 0.4,
     }
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
+
+
+def test_what_no_verifier_could_judge_is_neither_right_nor_wrong() -> None:
+    """Groups [1, ?, 0], [0, 0, 0] and [?, ?, ?]: 5 of 9 are known, one of them is right."""
+    unknown = Part(name="math", outcome="timeout")
+    lost = Scored(reward=None, lenient=None, parts=(unknown, RESPONSES[0].scored.parts[1]))
+    groups = {7: (1.0, None, 0.0), 9: (0.0, 0.0, 0.0), 8: (None, None, None)}
+    made = [
+        response(group, reward or 0.0, lenient=reward or 0.0, length=2, is_finished=True)
+        if reward is not None
+        else replace(response(group, 0.0, lenient=0.0, length=2, is_finished=True), scored=lost)
+        for group, rewards in groups.items()
+        for reward in rewards
+    ]
+    numbers = response_metrics(Collected(responses=tuple(made[:6]), generated=tuple(made), num_prompts=3))
+    expected = {
+        "reward/mean": 0.2 - 0.75,
+        "reward/lenient_mean": 0.2 - 0.75,
+        "reward/std": math.sqrt((0.8**2 + 4 * 0.2**2) / 4),
+        "reward/unscored": 4 / 9,
+        "reward/zero_variance_groups": 0.5,
+        "reward/pass_at_1": (1 / 2 + 0) / 2,
+        "reward/pass_at_3": 0.0,  # the group of 9 alone has three
+        "reward/math": 0.2,
+        "reward/math/timeout": 4,
+        "reward/length": -1.0,  # it judged all
+        "rollout/trained_responses": 5,
+    }
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected)
+
+
+def test_where_nothing_could_be_judged_there_is_no_mean() -> None:
+    lost = Scored(reward=None, lenient=None, parts=(Part(name="math", outcome="crashed"),))
+    made = (replace(RESPONSES[0], scored=lost),)
+    numbers = response_metrics(Collected(responses=made, generated=made, num_prompts=1))
+    assert (numbers["reward/unscored"], numbers["reward/math/crashed"]) == (1, 1)
+    missing = {"reward/mean", "reward/lenient_mean", "reward/std", "reward/pass_at_1", "reward/math"}
+    assert not missing & numbers.keys()
+
+
+def test_how_a_step_of_dynamic_sampling_was_filled() -> None:
+    collected = Collected(
+        responses=RESPONSES, generated=RESPONSES, num_prompts=7, draws=Draws(drawn=10, useful=4), num_rounds=2
+    )
+    assert filling_metrics(collected, wanted=4) == {
+        "rollout/rounds": 2,
+        "rollout/useful_groups": 0.4,
+        "rollout/filled": 0.5,
+        "rollout/put_back": 3,
+    }
+    assert filling_metrics(replace(collected, num_rounds=0), wanted=4) == {}
 
 
 def test_the_mismatch_is_over_the_tokens_of_all_responses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from megatron_sftrl.data.prompt_set import PromptRow
-from megatron_sftrl.rl.rewards import Scored
+from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
 from megatron_sftrl.trainers.samples import SampleLog
 from megatron_sftrl.types import Rollout
@@ -34,3 +35,13 @@ def test_whole_groups_are_written_and_not_more_than_asked_for(
     log.write(1, [response(group) for group in (7, 9, 7, 3)])
     lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
     assert [json.loads(line)["group"] for line in lines] == written
+
+
+def test_the_file_says_what_became_of_each_verification(tmp_path: Path) -> None:
+    tokenizer: Any = cast(Any, SimpleNamespace(decode=str))
+    log = SampleLog(tmp_path / "rollouts.jsonl", tokenizer, num_groups=1, resume_step=0)
+    parts = (Part(name="math", outcome="ok", reward=1.0), Part(name="judge", outcome="timeout"))
+    log.write(1, [replace(response(7), scored=Scored(reward=None, lenient=None, parts=parts))])
+    row = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    assert (row["reward"], row["rewards"]) == (None, {"math": 1.0, "judge": None})
+    assert row["outcomes"] == {"math": "ok", "judge": "timeout"}

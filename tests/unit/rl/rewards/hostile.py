@@ -165,6 +165,37 @@ def leaves_a_child(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
     return RewardOutput(reward=1.0)
 
 
+SPOILT = []
+
+
+@register_reward("spoilt")
+def spoilt(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
+    """A number is the reward; `spoil` leaves a state behind in which nothing can be judged."""
+    if inputs.response == "spoil":
+        SPOILT.append(True)
+    if SPOILT:
+        raise RuntimeError("a cache is broken")
+    return RewardOutput(reward=float(inputs.response))
+
+
+@register_reward("always_raises", is_confined=False)
+def always_raises(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
+    """Write down the worker's number, and fail."""
+    with open(str(inputs.row["file"]), "a") as file:
+        file.write(f"{os.getpid()}\n")
+    raise RuntimeError("the judge is not reachable")
+
+
+@register_reward("late_at_first", is_confined=False)
+def late_at_first(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
+    """Never in time when it is asked first."""
+    been_here = Path(str(inputs.row["file"]))
+    if not been_here.exists():
+        been_here.touch()
+        time.sleep(60)
+    return RewardOutput(reward=1.0)
+
+
 @register_reward("evaluates")
 def evaluates(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
     """Run the response as Python, as sympy's parser may."""

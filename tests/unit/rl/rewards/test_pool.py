@@ -15,8 +15,14 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
-from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, describe_failures, reward_metrics
-from megatron_sftrl.rl.rewards.scored import Part, Scored
+from megatron_sftrl.rl.rewards import (
+    RewardInputs,
+    RewardPool,
+    describe_failures,
+    failed_everywhere,
+    reward_metrics,
+)
+from megatron_sftrl.rl.rewards.scored import Part, weighted
 from tests.unit.rl.rewards.samples import sample
 
 HOSTILE = str(Path(__file__).with_name("hostile.py"))
@@ -71,8 +77,9 @@ def test_a_hostile_sample_costs_itself_and_the_others_keep_their_rewards_and_pla
     before, lost, after = pool.score([sample("1.5"), sample(act), sample("-2")])
     assert (before.reward, before.outcome, after.reward, after.outcome) == (1.5, "ok", -2.0, "ok")
     outcome, detail = OUTCOMES[act]
-    assert (lost.reward, lost.lenient, lost.outcome) == (0.0, 0.0, outcome), lost
+    assert (lost.reward, lost.lenient, lost.outcome) == (None, None, outcome), lost
     assert detail in lost.parts[0].detail
+    assert [one.parts[0].is_retried for one in (before, lost, after)] == [False, True, False]
 
 
 def test_what_a_reward_prints_is_no_answer(pool: RewardPool) -> None:
@@ -88,11 +95,10 @@ def test_every_result_is_told_as_soon_as_it_is_known(pool: RewardPool) -> None:
 def test_failures_are_counted_by_kind_and_described(pool: RewardPool) -> None:
     scored = pool.score([sample(text) for text in ("1", "exit", "raise", "nan", "raise")])
     metrics = reward_metrics(scored)
-    counts = {
-        kind: metrics[f"reward/hostile/{kind}"] for kind in ("timeout", "crashed", "error", "nonfinite")
-    }
-    assert counts == {"timeout": 0, "crashed": 1, "error": 2, "nonfinite": 1}
-    assert metrics["reward/mean"] == metrics["reward/hostile"] == 1 / 5
+    kinds = ("timeout", "crashed", "error", "nonfinite", "retried")
+    assert [metrics[f"reward/hostile/{kind}"] for kind in kinds] == [0, 1, 2, 1, 4]
+    assert metrics["reward/mean"] == metrics["reward/hostile"] == 1
+    assert metrics["reward/unscored"] == 4 / 5
     lines = describe_failures(scored)
     assert lines[1] == "sample 2: reward 'hostile': error: KeyError: 'no such key'"
     assert lines[3] == "and 1 more"
@@ -103,11 +109,11 @@ def test_two_workers_keep_the_order_of_many_samples_though_the_first_is_ready_la
     texts[0], texts[3], texts[77] = "slow", "exit", "exit"
     with pool_of("hostile", num_workers=2, seconds=20) as pool:
         rewards = [one.reward for one in pool.score([sample(text) for text in texts])]
-    expected = {"slow": 7.0, "exit": 0.0}
+    expected = {"slow": 7.0, "exit": None}
     assert rewards == [expected[text] if text in expected else float(text) for text in texts]
 
 
-def test_a_failed_reward_leaves_the_other_rewards_of_its_sample() -> None:
+def test_a_failed_reward_makes_the_sum_unknown_and_leaves_the_other_rewards_of_its_sample() -> None:
     sections = [
         RewardSection(name="hostile", modules=[HOSTILE], weight=2.0),
         RewardSection(name="length", weight=0.5, max_tokens=10, cache=5),  # type: ignore[call-arg]
@@ -115,9 +121,55 @@ def test_a_failed_reward_leaves_the_other_rewards_of_its_sample() -> None:
     with RewardPool(sections, RewardWorkersSection(num_workers=1)) as pool:
         fine, broken = pool.score([sample("1", tokens=6), sample("exit", tokens=100)])
     # 2 * 1 + 0.5 * (5 - 6) / 5, exactly representable up to one rounding of 0.2
+    assert fine.reward is not None
     assert math.isclose(fine.reward, 2 - 0.5 * 0.2, rel_tol=1e-15)
-    assert (broken.reward, broken.outcome) == (-0.5, "crashed")
+    assert (broken.reward, broken.lenient, broken.outcome) == (None, None, "crashed")
     assert [part.outcome for part in broken.parts] == ["crashed", "ok"]
+    assert broken.parts[1].reward == -1.0
+
+
+def test_a_failed_reward_that_is_only_measured_takes_nothing_from_the_sum() -> None:
+    parts = (Part(name="math", outcome="ok", reward=1.0, lenient=1.0), Part(name="judge", outcome="timeout"))
+    assert (weighted([2.0, 0.0], parts).reward, weighted([2.0, 0.5], parts).reward) == (2.0, None)
+    # Where it is the first one, it is not known whether the response is a success.
+    assert (weighted([2.0, 0.0], parts).first, weighted([0.0, 2.0], parts[::-1]).first) == (1.0, None)
+
+
+def test_a_state_that_an_earlier_sample_left_behind_is_no_verdict() -> None:
+    """`spoil` breaks its worker for good; what comes after it there is judged again in a fresh one."""
+    with pool_of("spoilt") as pool:
+        scored = pool.score([sample(text) for text in ("1", "spoil", "2", "spoil", "3")])
+    assert [one.reward for one in scored] == [1.0, None, 2.0, None, 3.0]
+
+
+def test_a_reward_that_is_broken_for_all_does_not_start_a_worker_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sftrl.rl.rewards.pool.MOST_FRESH_STARTS", 2)
+    with pool_of("always_raises") as pool:
+        scored = pool.score([sample("", file=str(tmp_path / "pids"))] * 6)
+    assert {one.outcome for one in scored} == {"error"}
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 12
+    # One of the first tries, two that a failure has touched, and the one that judges the rest.
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [6, 1, 1, 4]
+
+
+def test_a_verifier_under_load_gets_a_second_chance_and_the_sample_its_reward(tmp_path: Path) -> None:
+    with pool_of("late_at_first") as pool:
+        (one,) = pool.score([sample("", file=str(tmp_path / "been_here"))])
+    assert (one.reward, one.parts[0].is_retried) == (1.0, True)
+    assert reward_metrics([one])["reward/late_at_first/retried"] == 1
+
+
+def test_a_reward_that_judged_nothing_is_found_with_its_first_failure() -> None:
+    fine = Part(name="math", outcome="ok", reward=1.0)
+    bad = [Part(name="judge", outcome="error", detail=f"call {number}") for number in range(2)]
+    scored = [weighted([1.0, 0.0], (fine, part)) for part in bad]
+    assert failed_everywhere(scored) == bad[0]
+    answered = weighted([1.0, 0.0], (fine, Part(name="judge", outcome="ok")))
+    assert failed_everywhere([*scored, answered]) is None
+    assert failed_everywhere([]) is None
 
 
 @pytest.mark.parametrize("length", [1, 2**20])
@@ -407,9 +459,10 @@ def test_lenient_readings_and_metrics_are_averaged_over_the_samples_that_have_th
         Part(name="math", outcome="ok", reward=0.0, lenient=1.0, metrics={"answered": 0.0}, seconds=0.1),
         Part(name="math", outcome="timeout", seconds=9.0),
     ]
-    metrics = reward_metrics([Scored(reward=p.reward, lenient=p.lenient, parts=(p,)) for p in parts])
-    assert metrics["reward/math"] == metrics["reward/mean"] == 1 / 3
-    assert metrics["reward/math/lenient"] == metrics["reward/lenient_mean"] == 2 / 3
+    metrics = reward_metrics([weighted([1.0], (part,)) for part in parts])
+    assert metrics["reward/math"] == metrics["reward/mean"] == 1 / 2
+    assert metrics["reward/math/lenient"] == metrics["reward/lenient_mean"] == 1
+    assert metrics["reward/unscored"] == 1 / 3
     assert metrics["reward/math/answered"] == 1 / 2
     assert (metrics["reward/math/timeout"], metrics["reward/slowest_seconds"]) == (1, 9.0)
 
