@@ -56,7 +56,7 @@ from megatron_sftrl.trainers.loop import (
 from megatron_sftrl.trainers.models import build_models
 from megatron_sftrl.trainers.origins import Origins
 from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
-from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts
+from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts, try_own_answers
 from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
 from megatron_sftrl.trainers.samples import SampleLog
 from megatron_sftrl.trainers.scoring import score_responses
@@ -89,8 +89,10 @@ def run_grpo(config: GrpoConfig) -> bool:
         check_engine(config, plan.architecture, parallel.device, world_size=parallel.world_size)
         directory = open_run_directory(config, is_writer=False)
         stack.enter_context(hold(directory))
-        check_rows(rewards.rewards, prompts, *([valid] if valid else []))
+        sets = [prompts, *([valid] if valid else [])]
+        check_rows(rewards.rewards, *sets)
         on_every_rank(lambda: check_canaries(rewards))
+        on_rank_zero(lambda: try_own_answers(rewards, plan.tokenizer, *sets))
         on_rank_zero(lambda: note_constant_answers(rewards, prompts))
         trainer = GrpoTrainer(plan, directory, prompts, valid, rewards, parallel)
         with contextlib.closing(trainer.engine):

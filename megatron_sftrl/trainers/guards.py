@@ -1,4 +1,4 @@
-"""What tells of a run that learns nothing, and ends one that goes on so, or whose gradients are not finite."""
+"""What tells of a run that learns nothing, and ends one that goes on so or whose gradients are not finite."""
 
 from __future__ import annotations
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import cast
 
 from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.data.order import num_training_steps
 from megatron_sftrl.data.prompt_set import PromptSet, read_prompt_set
+from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards import Reward
+from megatron_sftrl.rl.rewards import OwnRow, Reward, RewardPool, check_own_rows, spread
 from megatron_sftrl.rl.rewards.api import Json
 from megatron_sftrl.trainers.plan import RunPlan
+
+_NUM_TRIED = 8
+"""Rows of each set of prompts whose own answers are scored before a run."""
 
 
 def open_prompts(plan: RunPlan[GrpoConfig]) -> tuple[PromptSet, PromptSet | None]:
@@ -45,7 +50,7 @@ def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
 
 
 def check_rows(rewards: Sequence[Reward], *prompts: PromptSet) -> None:
-    """Every row holds what the rewards look at.
+    """Every row holds what the rewards look at, in a form that they can read.
 
     Raises:
         UserError: names the first row that does not.
@@ -56,3 +61,22 @@ def check_rows(rewards: Sequence[Reward], *prompts: PromptSet) -> None:
                 reward.check_row(cast(dict[str, Json], row.values))
             except ValueError as error:
                 raise UserError(f"{row.source}: {error}") from error
+
+
+def try_own_answers(rewards: RewardPool, tokenizer: Tokenizer, *prompts: PromptSet) -> None:
+    """Score the answers of a few rows of each set as responses; on stderr, the rows on which a reward failed.
+
+    Raises:
+        UserError: as check_own_rows.
+    """
+    rows = [
+        OwnRow(
+            source=each.rows[place].source,
+            prompt=tokenizer.decode(each.rows[place].tokens),
+            values=cast(dict[str, Json], each.rows[place].values),
+        )
+        for each in prompts
+        for place in spread(len(each.rows), _NUM_TRIED)
+    ]
+    for note in check_own_rows(rewards, rows):
+        print(f"note: {note}", file=sys.stderr, flush=True)

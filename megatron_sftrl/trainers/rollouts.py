@@ -15,6 +15,7 @@ from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.together import on_every_rank
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.group_filters import informative_groups
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored, failed_everywhere

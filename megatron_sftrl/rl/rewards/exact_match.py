@@ -8,8 +8,9 @@ row["answer"] is one answer or a list of accepted ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.registry import register_reward
 
@@ -32,14 +33,47 @@ def examples(config: ExactMatchConfig) -> Sequence[Canary]:
     ]
 
 
-@register_reward("exact_match", config=ExactMatchConfig, needs=("answer",), canaries=examples)
+def answers_of(row: Mapping[str, Json], config: ExactMatchConfig) -> list[str]:
+    """The accepted texts; a whole number is its digits.
+
+    Raises:
+        UserError: another kind of value, no answer, or an empty one, which no answer at all would match.
+    """
+    answer = row["answer"]
+    answers = answer if isinstance(answer, list) else [answer]
+    for one in answers:
+        if isinstance(one, bool) or not isinstance(one, str | int):
+            raise UserError(
+                f"expected `answer` to be text, a whole number or a list of them, got {one!r}; write it as "
+                "the text that a response has to hold"
+            )
+    texts = [str(one) for one in answers]
+    if not all(normal(text, ignore_case=config.ignore_case) for text in texts) or not texts:
+        raise UserError(f"expected `answer` to hold a text, got {answer!r}; add it, or remove the row")
+    return texts
+
+
+def check_row(row: Mapping[str, Json], config: ExactMatchConfig) -> None:
+    """As answers_of."""
+    answers_of(row, config)
+
+
+def solution(row: Mapping[str, Json], config: ExactMatchConfig) -> str:
+    """The first answer, behind the marker."""
+    return f"{config.marker or ''} {answers_of(row, config)[0]}".strip()
+
+
+@register_reward(
+    "exact_match",
+    config=ExactMatchConfig,
+    needs=("answer",),
+    canaries=examples,
+    check_row=check_row,
+    solution=solution,
+)
 def exact_match(inputs: RewardInputs, config: ExactMatchConfig) -> RewardOutput:
     """1 for the right text behind the marker, else 0; lenient: in the last line."""
-    answer = inputs.row["answer"]
-    accepted = {
-        normal(str(text), ignore_case=config.ignore_case)
-        for text in (answer if isinstance(answer, list) else [answer])
-    }
+    accepted = {normal(text, ignore_case=config.ignore_case) for text in answers_of(inputs.row, config)}
     lines = inputs.response.strip().splitlines()
     last_line = normal(lines[-1], ignore_case=config.ignore_case) if lines else ""
     written = _written(inputs.response, config.marker)

@@ -12,7 +12,7 @@ math-verify's, and stricter where that is generous (math_answers.py): 1/2 = 0.5,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -63,7 +63,26 @@ def examples(config: MathConfig) -> Sequence[Canary]:
     ] + [Canary(response="I do not know.", row={"answer": "42"}, is_right=False)]
 
 
-@register_reward("math", config=MathConfig, needs=("answer",), canaries=examples, imports=("math_verify",))
+def check_row(row: Mapping[str, Json], config: MathConfig) -> None:
+    """As gold_answer."""
+    gold_answer(row["answer"])
+
+
+def solution(row: Mapping[str, Json], config: MathConfig) -> str:
+    """The row's final answer in the first format."""
+    write = {"boxed": r"\boxed{%s}", "hashes": "#### %s"}
+    return write[config.formats[0]] % gold_answer(row["answer"])
+
+
+@register_reward(
+    "math",
+    config=MathConfig,
+    needs=("answer",),
+    canaries=examples,
+    imports=("math_verify",),
+    check_row=check_row,
+    solution=solution,
+)
 def math(inputs: RewardInputs, config: MathConfig) -> RewardOutput:
     """1 for an answer of the right value in the right format, else 0; lenient: for the last number."""
     gold = gold_answer(inputs.row["answer"])

@@ -9,6 +9,7 @@ name. The answer may be null, as it is in tasks that many answers solve: their v
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Literal
@@ -52,12 +53,46 @@ def examples(config: ReasoningGymConfig) -> Sequence[Canary]:
     ]
 
 
+def check_row(row: Mapping[str, Json], config: ReasoningGymConfig) -> None:
+    """Raise UserError for metadata that is no object, an unknown task, an answer that is no text."""
+    metadata, answer = row["metadata"], row.get("answer")
+    if not isinstance(metadata, dict):
+        raise UserError(
+            f"expected `metadata` to be an object, got {type(metadata).__name__}: "
+            f"{str(metadata)[:60]!r}; parse it (json.loads) when the data is written"
+        )
+    task = metadata.get("source_dataset")
+    if not isinstance(task, str) or task not in _tasks():
+        near = difflib.get_close_matches(task, _tasks(), n=1) if isinstance(task, str) else []
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(
+            f"expected `metadata.source_dataset` to name a task of reasoning_gym, got {task!r}{meant}; "
+            "correct it, or remove the row"
+        )
+    if answer is None and task in TASKS_WITHOUT_ANSWER:
+        return
+    if not isinstance(answer, str):
+        raise UserError(
+            f"expected `answer` of task {task!r} to be text, as the library writes it, got {answer!r}; write "
+            "it as text"
+        )
+
+
+def solution(row: Mapping[str, Json], config: ReasoningGymConfig) -> str | None:
+    """The row's answer in the form that is read; None for a task without one."""
+    answer = row.get("answer")
+    write = "<answer>%s</answer>" if config.extraction == "tags" else "%s"
+    return None if answer is None else write % answer
+
+
 @register_reward(
     "reasoning_gym",
     config=ReasoningGymConfig,
     needs=("metadata",),
     canaries=examples,
     imports=("reasoning_gym",),
+    check_row=check_row,
+    solution=solution,
 )
 def reasoning_gym(inputs: RewardInputs, config: ReasoningGymConfig) -> RewardOutput:
     """1 for an answer that the task's verifier takes for right, or what it gives for it, in [0, 1]."""
@@ -65,12 +100,9 @@ def reasoning_gym(inputs: RewardInputs, config: ReasoningGymConfig) -> RewardOut
     from reasoning_gym.utils import extract_answer
 
     metadata = inputs.row["metadata"]
-    if not isinstance(metadata, dict) or "source_dataset" not in metadata:
-        raise UserError("reasoning_gym: expected row.metadata.source_dataset to name the task")
+    assert isinstance(metadata, dict), "check_row comes first"
     task = str(metadata["source_dataset"])
     entry = {"question": inputs.prompt, "answer": None, **inputs.row}
-    if entry["answer"] is None and task not in TASKS_WITHOUT_ANSWER:
-        raise UserError(f"reasoning_gym: expected a row of task {task!r} to hold its answer, got none")
     if task in TUPLE_TASKS:
         entry["metadata"] = {key: _as_tuples(value) for key, value in metadata.items()}
     tagged = extract_answer(inputs.response)
@@ -98,6 +130,14 @@ def _grade(task: str, answer: str, entry: Mapping[str, object]) -> float:
         # A response must not become unjudged by being unreadable; a row that is wrong must.
         score(answer="{}" if entry["answer"] is None else entry["answer"], entry=entry)
         return 0.0
+
+
+@cache
+def _tasks() -> tuple[str, ...]:
+    """Names of the library's tasks."""
+    from reasoning_gym.factory import DATASETS
+
+    return tuple(sorted(DATASETS))
 
 
 @cache

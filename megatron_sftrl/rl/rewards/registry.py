@@ -18,12 +18,23 @@ from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInpu
 
 RewardFunction = Callable[[RewardInputs, Any], RewardOutput]
 CanaryFunction = Callable[[Any], Sequence[Canary]]
+RowCheck = Callable[[Mapping[str, Json], Any], None]
+SolutionFunction = Callable[[Mapping[str, Json], Any], "str | None"]
 FunctionT = TypeVar("FunctionT", bound=RewardFunction)
 
 
 def no_canaries(config: RewardConfig) -> Sequence[Canary]:
     """The examples of a reward that declares none."""
     return ()
+
+
+def any_row(row: Mapping[str, Json], config: RewardConfig) -> None:
+    """The check of a reward that reads whatever its needs hold."""
+
+
+def no_solution(row: Mapping[str, Json], config: RewardConfig) -> str | None:
+    """Of a reward that does not say what a right response looks like."""
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +45,15 @@ class RewardEntry(Entry):
         canaries: examples of known worth, given the options.
         imports: libraries that a worker imports before its first sample.
         is_confined: processes, the network and changes to files are refused while it runs.
+        check_row: raises for a row that the reward cannot read.
+        solution: a response that answers a row rightly.
     """
 
     canaries: CanaryFunction
     imports: tuple[str, ...]
     is_confined: bool
+    check_row: RowCheck
+    solution: SolutionFunction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +79,12 @@ class Reward:
         """The reward of one response; runs whatever the reward runs, so call it in a worker only."""
         return self.entry.function(inputs, self.config)
 
+    def solution(self, row: Mapping[str, Json]) -> str | None:
+        """A response that earns 1; None where the reward does not say."""
+        return self.entry.solution(row, self.config)
+
     def check_row(self, row: Mapping[str, Json]) -> None:
-        """Raise ValueError when the row lacks what the reward needs."""
+        """Raise UserError when the row lacks what the reward needs, or holds what it cannot read."""
         for need in self.entry.needs:
             if row.get(need) is None:
                 raise UserError(
@@ -73,6 +92,11 @@ class Reward:
                     f"{sorted(key for key, value in row.items() if value is not None)}; add it to the data, "
                     "or choose another reward"
                 )
+        try:
+            self.entry.check_row(row, self.config)
+        except Exception as error:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            raise UserError(f"reward {self.name!r} cannot read the row: {kind}{error}") from error
 
 
 class RewardRegistry(FunctionRegistry[RewardEntry]):
@@ -93,6 +117,8 @@ def register_reward(
     canaries: CanaryFunction = no_canaries,
     imports: tuple[str, ...] = (),
     is_confined: bool = True,
+    check_row: RowCheck = any_row,
+    solution: SolutionFunction = no_solution,
     registry: RewardRegistry = DEFAULT_REGISTRY,
 ) -> Callable[[FunctionT], FunctionT]:
     """Decorate `function(inputs: RewardInputs, config) -> RewardOutput` to make it available under a name.
@@ -110,6 +136,10 @@ def register_reward(
         is_confined: refuse processes, the network, changes to files and what /proc says about other processes
             while it runs; one that compiles a program or asks a service needs False, and takes the kernel's
             part of it from the run's other rewards as well.
+        check_row: from row and options; raises, with what to do, for a row that the reward cannot read. Every
+            row is checked before a run, in the trainer: be quick.
+        solution: from row and options to a response of which the reward gives 1, the row's own answer in the
+            form that the reward reads; None where there is none. Some rows are tried before a run.
         registry: where it is entered.
     Raises:
         UserError: the name is taken by another function.
@@ -126,6 +156,8 @@ def register_reward(
                 canaries=canaries,
                 imports=imports,
                 is_confined=is_confined,
+                check_row=check_row,
+                solution=solution,
             )
         )
         return function

@@ -258,7 +258,7 @@ def test_an_answer_that_breaks_the_tasks_verifier_is_wrong_and_a_row_that_does_i
     with pytest.raises(KeyError, match="solution"):
         output("reasoning_gym", "<answer>1 2</answer>", **broken)
     unanswered: dict[str, Json] = {"answer": None, "metadata": {"source_dataset": "chain_sum"}}
-    with pytest.raises(ValueError, match="expected a row of task 'chain_sum' to hold its answer"):
+    with pytest.raises(ValueError, match="expected `answer` of task 'chain_sum' to be text"):
         output("reasoning_gym", "<answer>7</answer>", **unanswered)
 
 
@@ -296,7 +296,7 @@ def test_an_answer_that_is_a_program_does_not_run_in_reasoning_gym(tmp_path: Pat
 
 
 def test_reasoning_gym_wants_the_name_of_the_task() -> None:
-    with pytest.raises(ValueError, match=r"expected row\.metadata\.source_dataset to name the task"):
+    with pytest.raises(ValueError, match=r"`metadata\.source_dataset` to name a task .* got None; correct"):
         output("reasoning_gym", "<answer>7</answer>", answer="7", metadata={})
-    with pytest.raises(ValueError, match="Dataset 'chain_sums' not registered"):
+    with pytest.raises(ValueError, match=r"got 'chain_sums' \(did you mean 'chain_sum'"):
         output("reasoning_gym", "<answer>7</answer>", answer="7", metadata={"source_dataset": "chain_sums"})
