@@ -39,6 +39,8 @@ setup(
         "jinja2",
         "reasoning-gym",
         "math-verify>=0.9",
+        "latex2sympy2_extended",
+        "sympy",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],

@@ -47,7 +47,10 @@ def test_a_file_of_one_loss_needs_no_name_and_what_it_got_wrong_stands_with_its_
 ) -> None:
     assert main(["doctor", "loss", "--module", str(PLANTED / "reduces.py")]) == 1
     out = capsys.readouterr().out
-    assert "expected token_loss to be floating point [T] = [52], got torch.float32 []" in out
+    assert (
+        "expected token_loss to be a floating point tensor [T] = [52] on cpu, got torch.float32 [] on cpu"
+        in out
+    )
     assert "16 properties were not looked at: the loss gives no answer to compare with" in out
 
 
