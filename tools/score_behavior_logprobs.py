@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 2 tools/score_behavior_logprobs.py behavior.yaml parallel.tp=2 ...
 
 behavior.yaml is a run's YAML: its model, tokenizer, parallel and batch sections say how to score. Each row
-gets two columns: behavior_logprobs (nats, one per loss token, at temperature 1) and behavior_token_ids, the
-ids that they belong to; training refuses a row whose ids differ from its own. The scores are those of the
-tokens as training will see them, so score with the tokenizer, template and max_length of the training run.
+gets three columns: behavior_logprobs (nats, one per loss token, at temperature 1), behavior_token_ids, the
+ids that they belong to, and behavior_scorer: model, dtype and versions. Training refuses a row whose ids
+differ from its own, and warns of scores made in another dtype. The scores are those of the tokens as training
+will see them, so score with the tokenizer, template, max_length and dtype of the training run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.kinds import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, TOKEN_IDS_COLUMN
+from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
 from megatron_sftrl.data.dataset import Dataset, tokenize_sources
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.store import pack_examples
@@ -63,7 +64,9 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
     rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        load_weights(policy.chunks, checkpoint, architecture=architecture)
+        found = load_weights(policy.chunks, checkpoint, architecture=architecture)
+        step, weights = found.record.trainer.step, found.record.content_hash()[:12]
+        by = scorer(f"{found.path.resolve()} (step {step}, weights {weights})", config.model.dtype)
         loader = StepLoader(
             dataset,
             batch=config.batch,
@@ -75,7 +78,7 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
             mode="evaluate",
         )
         scores = _score(policy, loader)
-        on_rank_zero(lambda: _write(out, rows, dataset, scores))
+        on_rank_zero(lambda: _write(out, rows, dataset, scores, by))
 
 
 def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[dict[str, Any]], Dataset]:
@@ -101,12 +104,19 @@ def _score(policy: PolicyEngine, loader: StepLoader) -> dict[int, list[float]]:
     return scores
 
 
-def _write(out: Path, rows: list[dict[str, Any]], dataset: Dataset, scores: dict[int, list[float]]) -> None:
+def _write(
+    out: Path,
+    rows: list[dict[str, Any]],
+    dataset: Dataset,
+    scores: dict[int, list[float]],
+    by: dict[str, str],
+) -> None:
     lines = []
     for number, row in enumerate(rows):
         added = {
             LOGPROBS_COLUMN: scores[number],
             TOKEN_IDS_COLUMN: dataset[number].loss_token_ids.tolist(),
+            SCORER_COLUMN: by,
         }
         lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from megatron_sftrl.config.paths import ExpandedPath
 from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.config.section import Section
-from megatron_sftrl.errors import UserError
 
 
 class PromptSection(Section):
@@ -117,27 +116,6 @@ class FiltersSection(Section):
     unknown, or the responses are masked."""
 
 
-class GateSection(Section):
-    """A limit on one number of a step."""
-
-    metric: str
-    """Name in metrics.jsonl."""
-    below: float | None = None
-    """The gate is crossed below this."""
-    above: float | None = None
-    """The gate is crossed above this."""
-    steps: int = Field(default=1, ge=1)
-    """Consecutive steps that it takes."""
-    action: Literal["warn", "stop"] = "warn"
-    """Print a warning, or end the run with a checkpoint."""
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> GateSection:
-        if (self.below is None) == (self.above is None):
-            raise UserError(f"gate on {self.metric}: give exactly one of below and above")
-        return self
-
-
 class GrpoConfig(TrainingConfig):
     """One run of `sftrl grpo`."""
 
@@ -152,8 +130,6 @@ class GrpoConfig(TrainingConfig):
     reward_workers: RewardWorkersSection = RewardWorkersSection()
     advantages: AdvantagesSection = AdvantagesSection()
     filters: FiltersSection = FiltersSection()
-    gates: list[GateSection] = Field(default=[])
-    """Limits on what a step measured, such as {metric: entropy, below: 0.05, action: stop}."""
 
     @property
     def max_length(self) -> int:

@@ -6,6 +6,8 @@ from them without an error, so ids are compared one by one (TRAP: a public PEAR 
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 from megatron_sftrl.errors import UserError
 
 LOGPROBS_COLUMN = "behavior_logprobs"
+SCORER_COLUMN = "behavior_scorer"
+_PACKAGES = ("megatron_sftrl", "torch", "megatron-core")
 TOKEN_IDS_COLUMN = "behavior_token_ids"
 
 _RESCORE = (
@@ -75,6 +79,64 @@ def read_behavior_scores(
             f"{_RESCORE}"
         )
     return scores[:num_kept].astype(np.float32)
+
+
+def scorer(model: str, dtype: str) -> dict[str, str]:
+    """Who scores a row, for its column behavior_scorer: model, dtype, and versions of the code.
+
+    Args:
+        model: which weights.
+        dtype: bf16 or fp32.
+    """
+    return {"model": model, "dtype": dtype, **_versions()}
+
+
+def read_scorer(values: Mapping[str, object]) -> str:
+    """The column behavior_scorer of a row as one text, empty where the row has none."""
+    found = values.get(SCORER_COLUMN)
+    return "" if found is None else json.dumps(found, sort_keys=True, default=str)
+
+
+def scorer_warnings(scorers: Sequence[str], *, dtype: str) -> list[str]:
+    """What makes the scores of a data set doubtful beside a training run, one line each.
+
+    Args:
+        scorers: the different texts of read_scorer() in it.
+        dtype: that training computes in; another one rounds the log-probabilities of the same weights to
+            other values, and PEAR adds up hundreds of their differences.
+    """
+    lines = []
+    if len(scorers) > 1:
+        named = "; ".join(each or "unknown" for each in scorers)
+        lines.append(f"rows were scored by {len(scorers)} scorers: {named}")
+    for text in scorers:
+        found = json.loads(text) if text else None
+        if not isinstance(found, dict) or "dtype" not in found:
+            lines.append(
+                f"{SCORER_COLUMN} is missing: in which dtype the behaviour scores were made is not known; "
+                f"training computes in {dtype}. Scores of another dtype bias every weight"
+            )
+            continue
+        if found["dtype"] != dtype:
+            lines.append(
+                f"behaviour scores were made in {found['dtype']}, training computes in {dtype}: rounding "
+                "alone biases every weight; score the rows again in the dtype that trains"
+            )
+        versions = _versions()
+        if changed := [name for name in versions if found.get(name) != versions[name]]:
+            told = ", ".join(f"{name} {found.get(name)} (now {versions[name]})" for name in changed)
+            lines.append(f"behaviour scores were made with {told}")
+    return lines
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
 
 
 def _numbers(values: object, column: str) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sftrl.data.behavior import read_behavior_scores
+from megatron_sftrl.data.behavior import read_behavior_scores, read_scorer
 from megatron_sftrl.data.chat import tokenize_row
 from megatron_sftrl.data.example import Example, Truncation, truncate
 from megatron_sftrl.data.sources import SourceRow, check_source, describe_row, read_rows
@@ -81,6 +81,11 @@ class Dataset:
     def has_behavior_logprobs(self) -> bool:
         """Whether every row carries behaviour scores (otherwise none does)."""
         return self._store.behavior_logprobs is not None
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Who made the behaviour scores, as in behavior.scorer_warnings(); empty without scores."""
+        return self._store.scorers
 
     @property
     def fingerprint(self) -> str:
@@ -210,6 +215,7 @@ def _build_store(
 ) -> TokenStore:
     kept: list[tuple[int, int, Example]] = []
     num_dropped = num_truncated = 0
+    scorers: set[str] = set()
     empty = set(range(len(paths)))
     for index, row, example, is_cut in tokenize_sources(
         paths, tokenizer, max_length=max_length, truncation=truncation
@@ -219,6 +225,7 @@ def _build_store(
             num_dropped += 1
             continue
         num_truncated += is_cut
+        scorers.add(read_scorer(row.values))
         kept.append((index, row.number, example))
     purpose = "train" if key == "data.train" else "evaluate"
     if empty:
@@ -231,7 +238,11 @@ def _build_store(
             f"than data.max_length = {max_length}"
         )
     return pack_examples(
-        kept, sources=tuple(str(path) for path in paths), num_dropped=num_dropped, num_truncated=num_truncated
+        kept,
+        sources=tuple(str(path) for path in paths),
+        num_dropped=num_dropped,
+        num_truncated=num_truncated,
+        scorers=scorers,
     )
 
 

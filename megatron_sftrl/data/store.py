@@ -38,6 +38,7 @@ class TokenStore:
         sources: paths as the user gave them.
         num_dropped: rows left out because they were too long.
         num_truncated: rows that were cut.
+        scorers: who made the scores: the different texts of behavior.read_scorer() in the rows.
         fingerprint: hash of everything above that reaches a model.
     """
 
@@ -51,6 +52,7 @@ class TokenStore:
     sources: tuple[str, ...]
     num_dropped: int
     num_truncated: int
+    scorers: tuple[str, ...]
     fingerprint: str
 
     def example(self, index: int) -> Example:
@@ -83,6 +85,7 @@ def pack_examples(
     sources: tuple[str, ...],
     num_dropped: int,
     num_truncated: int,
+    scorers: Iterable[str] = (),
 ) -> TokenStore:
     """Flatten examples into a store.
 
@@ -91,6 +94,7 @@ def pack_examples(
         sources: paths that the file index points into.
         num_dropped: rows left out before.
         num_truncated: rows cut before.
+        scorers: as in TokenStore, in any order and number.
     Returns:
         The store.
     Raises:
@@ -125,6 +129,7 @@ def pack_examples(
         sources=sources,
         num_dropped=num_dropped,
         num_truncated=num_truncated,
+        scorers=() if scores is None else tuple(sorted(set(scorers))),
         fingerprint=digest.hexdigest(),
     )
 
@@ -147,6 +152,7 @@ def save_store(store: TokenStore, directory: Path) -> None:
             "sources": store.sources,
             "num_dropped": store.num_dropped,
             "num_truncated": store.num_truncated,
+            "scorers": store.scorers,
             "fingerprint": store.fingerprint,
         }
         (partial / "store.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -185,6 +191,8 @@ def open_store(directory: Path) -> TokenStore | None:
         sources=tuple(facts["sources"]),
         num_dropped=facts["num_dropped"],
         num_truncated=facts["num_truncated"],
+        # Older versions tokenized rows that named no scorer.
+        scorers=tuple(facts.get("scorers", [""] if arrays["behavior_logprobs"] is not None else [])),
         fingerprint=facts["fingerprint"],
     )
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from megatron_sftrl.config.schema import GateSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.sequences import Sequences, sequences_of
 from megatron_sftrl.types import TokenBatch
@@ -22,6 +23,10 @@ class LossConfig(BaseModel):
 
     def extra_needs(self) -> tuple[str, ...]:
         """What these options need beyond the loss's own needs (a base loss's, say)."""
+        return ()
+
+    def default_gates(self) -> tuple[GateSection, ...]:
+        """Limits on the loss's metrics beyond which something is wrong; a run's own gates replace them."""
         return ()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.data.behavior import scorer_warnings
 from megatron_sftrl.data.dataset import Dataset, load_dataset
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.order import num_training_steps
@@ -66,6 +68,9 @@ def open_demonstrations(
                     f"loss {plan.loss.name!r} needs behavior_logprobs, but data.{name} has none: "
                     "score it with tools/score_behavior_logprobs.py"
                 )
+            for line in scorer_warnings(dataset.scorers if dataset else (), dtype=config.model.dtype):
+                if parallel.rank == 0:
+                    print(f"warning: data.{name}: {line}", file=sys.stderr, flush=True)
     steps = num_training_steps(
         steps=config.train.steps,
         epochs=config.train.epochs,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_sftrl.config.grpo import GateSection
+from megatron_sftrl.config.schema import GateSection
 from megatron_sftrl.errors import UserError
 
 
@@ -29,18 +30,31 @@ class Gates:
 
     Args:
         sections: the run's gates.
-        held_out: metrics of an evaluation, which only some steps have.
+        defaults: of the run's loss; those on a metric that the run has a gate on are left out. They warn
+            after 1, 2, 4, 8, ... times their steps.
+        held_out: metrics of an evaluation, which only some steps have; None where they are those of a step,
+            under valid/.
         sometimes: further metrics that a whole step may lack.
     Raises:
         UserError: a gate on a held-out metric that no evaluation has.
     """
 
     def __init__(
-        self, sections: Sequence[GateSection], *, held_out: Sequence[str] = (), sometimes: Sequence[str] = ()
+        self,
+        sections: Sequence[GateSection],
+        *,
+        defaults: Sequence[GateSection] = (),
+        held_out: Sequence[str] | None = (),
+        sometimes: Sequence[str] = (),
     ) -> None:
-        self._sections = tuple(sections)
-        self._may_be_missing = frozenset([*held_out, *sometimes])
+        written = {gate.metric for gate in sections}
+        self._sections = (*sections, *(gate for gate in defaults if gate.metric not in written))
+        self._num_written = len(sections)
+        self._sometimes = frozenset(sometimes)
+        self._held_out = None if held_out is None else frozenset(held_out)
         for gate in self._sections:
+            if held_out is None:
+                break
             if gate.metric.startswith("valid/") and gate.metric not in held_out:
                 known = f"are {', '.join(held_out)}" if held_out else "need data.valid"
                 raise UserError(f"gates: there is no metric {gate.metric!r}; held-out metrics {known}")
@@ -60,7 +74,7 @@ class Gates:
         crossed = []
         for index, gate in enumerate(self._sections):
             if gate.metric not in metrics:
-                if is_whole and gate.metric not in self._may_be_missing:
+                if is_whole and not self._may_come(gate.metric, metrics):
                     raise UserError(_unknown(gate.metric, metrics))
                 continue
             value = metrics[gate.metric]
@@ -68,7 +82,7 @@ class Gates:
             is_above = gate.above is not None and value > gate.above
             is_crossed = is_below or is_above or math.isnan(value)
             self._streaks[index] = self._streaks[index] + 1 if is_crossed else 0
-            if self._streaks[index] >= gate.steps:
+            if self._is_told(index, gate):
                 limit = f"below {gate.below}" if gate.below is not None else f"above {gate.above}"
                 crossed.append(
                     Crossing(
@@ -78,6 +92,38 @@ class Gates:
                     )
                 )
         return crossed
+
+    def _is_told(self, index: int, gate: GateSection) -> bool:
+        times, rest = divmod(self._streaks[index], gate.steps)
+        if index < self._num_written:
+            return times > 0
+        # A user did not ask for it: a line in every step of a long run would hide the rest.
+        return rest == 0 and times.bit_count() == 1
+
+    def _may_come(self, name: str, metrics: Mapping[str, float]) -> bool:
+        """A metric that this step lacks is one of an evaluation, or one that a step may lack."""
+        if name in self._sometimes:
+            return True
+        if self._held_out is not None:
+            return name in self._held_out
+        is_evaluated = any(each.startswith("valid/") for each in metrics)
+        return name.startswith("valid/") and not is_evaluated and name.removeprefix("valid/") in metrics
+
+
+def tell(crossings: Sequence[Crossing]) -> None:
+    """A line on standard error for each; rank 0 only."""
+    for crossing in crossings:
+        print(f"gate: {crossing.text}", file=sys.stderr, flush=True)
+
+
+def stop_at(crossings: Sequence[Crossing]) -> None:
+    """End the run, whose checkpoint is saved, where a gate stops it.
+
+    Raises:
+        UserError: with what happened.
+    """
+    if texts := [crossing.text for crossing in crossings if crossing.stops]:
+        raise UserError(f"a gate ended the run, its checkpoint is saved: {'; '.join(texts)}")
 
 
 def _unknown(name: str, metrics: Mapping[str, float]) -> str:

@@ -18,7 +18,6 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.metrics import MetricsWriter
@@ -30,7 +29,7 @@ from megatron_sftrl.rollout.build import build_engine, check_engine
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response
 from megatron_sftrl.trainers.filling import Draws
-from megatron_sftrl.trainers.gates import Gates
+from megatron_sftrl.trainers.gates import Gates, stop_at, tell
 from megatron_sftrl.trainers.grpo_metrics import (
     HELD_OUT,
     filling_metrics,
@@ -147,6 +146,7 @@ class GrpoTrainer:
         )
         self.gates = Gates(
             config.gates,
+            defaults=plan.loss.config.default_gates(),
             held_out=HELD_OUT if valid else (),
             # Of a step in which each group has a response that could not be judged.
             sometimes=(f"reward/pass_at_{config.rollout.group_size}",),
@@ -344,8 +344,7 @@ class GrpoTrainer:
             with self.timers("checkpoint"):
                 self.store.save(self.state, self.policy, self.reference)
         if self.parallel.rank == 0:
-            for crossing in crossings:
-                print(f"gate: {crossing.text}", file=sys.stderr, flush=True)
+            tell(crossings)
         stop_on_nonfinite_streak(
             self.state.consecutive_skipped_steps,
             limit=self.config.train.max_nonfinite_steps,
@@ -361,8 +360,7 @@ class GrpoTrainer:
         )
         if is_last:
             self.store.finish()
-            texts = "; ".join(crossing.text for crossing in crossings if crossing.stops)
-            raise UserError(f"a gate ended the run, its checkpoint is saved: {texts}")
+            stop_at(crossings)
 
     def _record(self, metrics: MetricsWriter, numbers: dict[str, float], collected: Collected) -> None:
         """Write a step's numbers, tell what verifiers could not do, and append its first groups' samples."""

@@ -20,6 +20,7 @@ from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
+from megatron_sftrl.trainers.gates import Crossing, Gates, stop_at, tell
 from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak, tell_skipped
 from megatron_sftrl.trainers.loop import (
     begin_run,
@@ -43,9 +44,9 @@ def run_sft(config: RunConfig) -> bool:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
         UserError: something that the user can fix, found before anything is built or overwritten; later
-            only a full disk, or too many steps in a row without a finite gradient. All else that can be
-            raised is a failure (what a loss of the user's raises, too): the same command goes on from the
-            last checkpoint.
+            only a full disk, a gate that stops, or too many steps in a row without a finite gradient. All
+            else that can be raised is a failure (what a loss of the user's raises, too): the same command
+            goes on from the last checkpoint.
     """
     plan = plan_run(config)
     with (
@@ -97,6 +98,11 @@ class SftTrainer:
             fingerprint=demonstrations.dataset.fingerprint,
             columns="tokens, masks or scores",
         )
+        self.gates = Gates(
+            plan.config.gates,
+            defaults=plan.loss.config.default_gates(),
+            held_out=() if demonstrations.valid is None else None,
+        )
         self.stragglers = Stragglers(self.policy, parallel)
         self._is_learning_checked = False
         is_cuda = parallel.device.type == "cuda"
@@ -128,10 +134,15 @@ class SftTrainer:
                 numbers = {**self._step_numbers(data, report, update), **held_out}
                 on_rank_zero(partial(metrics.write, self.state.step, numbers))
                 self._guard(data, report)
+                crossings = self._crossings(data, numbers)
+                is_last = any(crossing.stops for crossing in crossings)
                 is_asked = stop.agreed(self.parallel, step=self.state.step, num_steps=num_steps)
-                if is_asked or self._is_due(self.config.checkpoint.every):
+                if is_last or is_asked or self._is_due(self.config.checkpoint.every):
                     with self.timers("checkpoint"):
                         self.store.save(self.state, self.policy, self.reference)
+                if is_last:
+                    self.store.finish()
+                    stop_at(crossings)
                 if is_asked:
                     break
         return self.state.step == num_steps
@@ -166,6 +177,17 @@ class SftTrainer:
         warning = no_gradient_warning(report, grad_norm=update.grad_norm, loss_name=self.loss.name)
         if warning is not None and self.parallel.rank == 0:
             print(f"warning: step {self.state.step}: {warning}", file=sys.stderr, flush=True)
+
+    def _crossings(self, data: StepData, numbers: dict[str, float]) -> list[Crossing]:
+        """The gates that this step has crossed, told."""
+
+        # Times and memory differ between ranks: rank 0's decide, or one rank alone would stop.
+        def check() -> list[Crossing]:
+            crossings = self.gates.check(self.state.step, numbers, is_whole=data.num_loss_tokens > 0)
+            tell(crossings)
+            return crossings
+
+        return on_rank_zero(check)
 
     def _guard(self, data: StepData, report: StepReport) -> None:
         rows = [

@@ -43,6 +43,8 @@ def all_rows_at_once(project: Project, checkpoint: Path, *overrides: str) -> lis
 
 def test_scores_stand_beside_the_row_and_the_tokens_they_belong_to(project: Project, scored: Path) -> None:
     rows = read_rows(scored)
+    assert {row["behavior_scorer"]["dtype"] for row in rows} == {"fp32"}
+    assert all("(step 8, weights " in row["behavior_scorer"]["model"] for row in rows)
     assert [{"prompt": row["prompt"], "response": row["response"]} for row in rows] == read_rows(
         project.train
     )

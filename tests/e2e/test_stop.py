@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.curves import unequal_tensors
 from tests.e2e.grpo_project import NUM_STEPS as NUM_ROLLOUTS
 from tests.e2e.grpo_project import GrpoProject
-from tests.e2e.product import Ended, call_main, sftrl
+from tests.e2e.product import Ended, call_main, sftrl, sftrl_each
 from tests.e2e.project import NUM_STEPS, Project, metrics_of, without_timing
 from tests.ranks import free_port, run_ranks
 
@@ -93,3 +93,22 @@ def answers(number: int) -> list[bool]:
         found += [stop.agreed(parallel, step=step, num_steps=3) for step in (2, 3)]
     assert signal.signal(number, before) is note
     return found
+
+
+def test_a_gate_ends_supervised_training_with_a_checkpoint_and_warns_until_then(
+    project: Project, tmp_path: Path
+) -> None:
+    gates = "gates=[{metric: nll, below: 99, steps: 2, action: stop}, {metric: lr, below: 1}]"
+    unknown = "gates=[{metric: nnl, above: 1}]"
+    command = ["sft", str(project.yaml), "data.valid=[]", "train.eval_every=null"]
+    ended, refused = sftrl_each(
+        [[*command, f"run_dir={tmp_path / name}", gate] for name, gate in (("a", gates), ("b", unknown))]
+    )
+    assert "error: a gate ended the run, its checkpoint is saved: step 2: nll = " in ended.expect(2).stderr
+    assert [line.split(" = ")[0] for line in ended.stderr.splitlines() if line.startswith("gate: ")] == [
+        "gate: step 1: lr",
+        "gate: step 2: nll",
+        "gate: step 2: lr",
+    ]
+    assert (tmp_path / "a/checkpoints/step-00000002").is_dir()
+    assert "gates: there is no metric 'nnl' (did you mean 'nll'?)" in refused.expect(2).stderr

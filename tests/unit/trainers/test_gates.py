@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from megatron_sftrl.config.grpo import GateSection
+from megatron_sftrl.config.schema import GateSection
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.losses.registry import build_loss
 from megatron_sftrl.trainers.gates import Gates
 
 
@@ -80,3 +82,37 @@ def test_a_metric_that_a_whole_step_may_lack_is_waited_for() -> None:
     gates = Gates([gate], sometimes=("reward/pass_at_8",))
     assert gates.check(1, {"loss": 1.0}, is_whole=True) == []
     assert len(gates.check(2, {"loss": 1.0, "reward/pass_at_8": 0.0}, is_whole=True)) == 1
+
+
+def test_gates_of_a_loss_warn_after_ever_longer_streaks_and_give_way_to_the_runs_own() -> None:
+    default = GateSection(metric="share", above=0.5)
+    gates = Gates([], defaults=[default])
+    told = [step for step in range(1, 20) if gates.check(step, {"share": 0.6}, is_whole=True)]
+    assert told == [1, 2, 4, 8, 16]
+    own = Gates([GateSection(metric="share", above=0.9)], defaults=[default])
+    assert not own.check(1, {"share": 0.6}, is_whole=True)
+
+
+def test_where_held_out_metrics_are_those_of_a_step_an_unknown_one_is_refused_in_the_first() -> None:
+    step, evaluated = {"loss": 1.0, "lr": 1.0}, {"loss": 1.0, "lr": 1.0, "valid/loss": 2.0}
+    gates = Gates([GateSection(metric="valid/loss", above=1.0)], held_out=None)
+    assert not gates.check(1, step, is_whole=True)
+    assert gates.check(2, evaluated, is_whole=True)
+    with pytest.raises(UserError, match="no metric 'valid/los' "):
+        Gates([GateSection(metric="valid/los", above=1.0)], held_out=None).check(1, evaluated, is_whole=True)
+    with pytest.raises(UserError, match="no metric 'valid/lossy'"):
+        Gates([GateSection(metric="valid/lossy", above=1.0)], held_out=None).check(1, step, is_whole=True)
+    with pytest.raises(UserError, match="no metric 'valid/lr'"):
+        Gates([GateSection(metric="valid/lr", above=1.0)], held_out=None).check(2, evaluated, is_whole=True)
+
+
+def test_pear_warns_of_shares_of_its_weights_at_their_bounds() -> None:
+    pear, plain = build_loss("pear"), build_loss("sft")
+    gates = Gates([], defaults=pear.config.default_gates())
+    healthy = {"pear/log_weight_at_floor": 0.1, "pear/log_weight_at_ceiling": 0.0}
+    assert not gates.check(1, healthy, is_whole=True)
+    for name in healthy:
+        (crossing,) = gates.check(2, {**healthy, name: 0.6}, is_whole=True)
+        assert name in crossing.text
+        assert not crossing.stops
+    assert plain.config.default_gates() == ()
