@@ -9,7 +9,8 @@ import pytest
 from tests.e2e.product import sftrl, sftrl_each
 from tests.e2e.project import Project, read_rows
 
-SAMPLED = ("--num-samples", "3", "--temperature", "1.0", "--seed", "5")
+# With seed 5 a draw falls within rounding of a boundary between two tokens, and tp 2 takes the other one.
+SAMPLED = ("--num-samples", "3", "--temperature", "1.0", "--seed", "6")
 
 
 def command(
