@@ -137,20 +137,21 @@ def test_a_frozen_reference_is_neither_stored_nor_asked_for(saved: Path) -> None
     assert not any(key.startswith("reference.") for key in stored_tensors(saved / STEP))
 
 
-def test_every_missing_and_unexpected_tensor_is_listed(tmp_path: Path) -> None:
+def test_missing_and_unexpected_tensors_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     plain = Span(parallel={"tp": 2}, optim={"name": "sgd"}, last=1, save=str(tmp_path / "plain"))
     heavy = Span(
         parallel={"tp": 2}, optim={"name": "sgd", "momentum": 0.9}, last=1, save=str(tmp_path / "heavy")
     )
     run_ranks(2, run_span, plain)
     run_ranks(2, run_span, heavy)
-    weights = [key for key in stored_tensors(tmp_path / "plain" / STEP) if key.startswith("policy.")]
+    weights = sorted(key for key in stored_tensors(tmp_path / "plain" / STEP) if key.startswith("policy."))
     # pp2: no rank knows all names by itself
     for name, span, kind in (("plain", heavy, "missing"), ("heavy", plain, "unexpected")):
         span = Span(parallel={"pp": 2}, optim=span.optim)
         for message, is_unchanged in run_ranks(2, try_load, str(tmp_path / name), span):
-            for key in weights:
-                assert f"{kind}: {key.replace('policy', 'optimizer.momentum_buffer')}\n" in message + "\n"
+            for key in weights[:4]:
+                assert f"{kind}: {key.replace('policy', 'optimizer.momentum_buffer')}\n" in message
+            assert message.endswith(f"... and {len(weights) - 4} more")
             assert is_unchanged
 
 

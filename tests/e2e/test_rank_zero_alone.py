@@ -24,7 +24,7 @@ from tests.e2e.project import Project, read_rows, write_rows
 from tests.ranks import ROOT, free_port, run_ranks
 
 GREEDY = SamplingParams(
-    temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=2, num_samples=1, stop_ids=(), seed=0
+    temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=2, num_samples=1, stop_ids=frozenset(), seed=0
 )
 
 
