@@ -30,7 +30,7 @@ from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.plan import batch_layout, plan_model
 from megatron_sftrl.trainers.scoring import score_responses
@@ -119,8 +119,11 @@ def _write(
             SCORER_COLUMN: by,
         }
         lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(lines))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, "".join(lines))
+    except OSError as error:
+        raise error_of(f"{out} cannot be written: {error}", error) from error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.trainers.ends import check_stop_ids, response_text, stop_ids
@@ -112,5 +112,8 @@ def _write(
         if request.with_logprobs:
             added["logprobs"] = [list(answer.logprobs) for answer in answers]
         lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
-    request.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(request.out, "".join(lines))
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(request.out, "".join(lines))
+    except OSError as error:
+        raise error_of(f"{request.out} cannot be written: {error}", error) from error
