@@ -138,7 +138,7 @@ def test_clipping_and_the_learning_rate_reach_the_experts_too() -> None:
 
 def test_a_grid_of_experts_that_the_processes_cannot_form_is_refused() -> None:
     with pytest.raises(
-        RankError, match=r"ValueError: 2 processes cannot hold experts at etp 2 x ep 2 x pp 1: "
+        RankError, match=r"UserError: 2 processes cannot hold experts at etp 2 x ep 2 x pp 1: "
     ):
         run_ranks(2, run_mixture, {**SPLIT, "ep": 2}, QWEN3_MOE)
 

@@ -52,7 +52,8 @@ def test_the_resolved_configuration_is_a_fixed_point_and_starts_the_same_run(
 def test_the_directory_holds_what_the_manual_says_and_nothing_half_written(one_process: Path) -> None:
     names = {path.name for path in one_process.iterdir()}
     assert names == {
-        "resolved.yaml", "metrics.jsonl", "checkpoints", "tokens", "wandb", "wandb_id", "tensorboard"
+        "resolved.yaml", "origins.json", "metrics.jsonl", "checkpoints", "tokens",
+        "wandb", "wandb_id", "tensorboard",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (one_process / "checkpoints").iterdir())
     assert checkpoints == ["step-00000004", "step-00000008"]

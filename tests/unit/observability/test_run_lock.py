@@ -122,8 +122,10 @@ def test_the_owner_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_lock, "SECONDS_BETWEEN_BEATS", 0.01)
     with RunLock(tmp_path):
         os.utime(tmp_path / FILE_NAME, (0, 0))
-        while (tmp_path / FILE_NAME).stat().st_mtime == 0:
+        deadline = time.monotonic() + 60
+        while (tmp_path / FILE_NAME).stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert (tmp_path / FILE_NAME).stat().st_mtime > 0
 
 
 def test_a_restart_waits_for_the_end_of_the_process_that_it_replaces(
