@@ -35,6 +35,7 @@ DEEPEST = 60
 
 _RELATION = re.compile(r"\\(?:leq?|geq?|neq?|lt|gt|leqslant|geqslant)(?![a-zA-Z])|[<>]")
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
+_SCIENTIFIC = re.compile(r"([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:\\times|\\cdot)10\^\{?([-+]?\d{1,3})\}?")
 _NAME = re.compile(r"(?:\\?[A-Za-z]+|\\text\{[^{}]*\})(?:_\{?\w+\}?|\([a-z](?:, ?[a-z])*\)|'|\([-\d]+\))*")
 _NUMBER_AND_LETTER = re.compile(r"[-+\d.]+ ?[A-Za-z]")
 _LABEL = re.compile(
@@ -80,10 +81,15 @@ def _same(gold: str, answer: str, decimals: int) -> bool:
             for rows in zip(*cells, strict=True)
             for right, given in zip(*rows, strict=True)
         )
-    gold_items, answer_items = split_top(gold, r"\cup"), split_top(answer, r"\cup")
-    if len(gold_items) > 1 or len(answer_items) > 1:
+    if r"\cup" in gold + answer:
+        gold_items, answer_items = _united(gold), _united(answer)
         return _same_sets(gold_items, answer_items, decimals)
     return _same_lists(gold, answer, decimals)
+
+
+def _united(text: str) -> list[str]:
+    """The parts of a union of intervals, some of them written as inequalities perhaps."""
+    return split_top(text, r"\cup", *([","] if _RELATION.search(text) else []))
 
 
 def _same_lists(gold: str, answer: str, decimals: int) -> bool:
@@ -176,6 +182,8 @@ def _label(text: str) -> tuple[str, str]:
 
 def _cells(text: str) -> list[list[str]]:
     """The cells of a matrix, row by row; empty for anything else."""
+    held = re.fullmatch(r"[(\[]\s*(\\begin\{(array|matrix)\}.*\\end\{\2\})\s*[)\]]", text)
+    text = held[1] if held else text
     found = re.fullmatch(r"\\begin\{([pbB]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", text)
     if found is None or r"\begin" in found[2]:
         return []
@@ -191,6 +199,7 @@ def _same_quantities(gold: str, answer: str, decimals: int) -> bool:
         sides = [side for side in sides if side]
         if len(sides) != 1:
             return False
+        answer = sides[0]
     if len(sides) > 1 and not _is_true(sides, decimals):
         return False
     if len(gold_sides) == 1 and len(sides) > 1:
@@ -264,6 +273,9 @@ def _same_value(gold: str, answer: str, decimals: int, *, part: Fraction | None 
 
 def _number(text: str) -> Fraction | None:
     text = text.replace(" ", "")
+    scientific = _SCIENTIFIC.fullmatch(text)
+    if scientific:
+        return Fraction(scientific[1]) * Fraction(10) ** int(scientific[2])
     fraction = re.fullmatch(r"([-+]?)\\frac\{([-+]?\d+)\}\{([-+]?\d+)\}", text)
     if fraction:
         text = fraction[1] + fraction[2] + "/" + fraction[3] if fraction[2].isdigit() else text

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _CHARACTERS = {
-    **dict.fromkeys("\u2212\u2013\u2014\ufe63\uff0d", "-"),
+    **dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014\u2015\ufe63\uff0d", "-"),
     **dict.fromkeys(
         "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "
     ),
@@ -78,6 +78,10 @@ _AND = re.compile(
     r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|\\(?:land|lor|vee|wedge)(?![A-Za-z])|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])",
     re.IGNORECASE,
 )
+_POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LARGE_NUMBER = re.compile(
+    rf"(\d+(?:\.\d+)?)\s*(\\text\s*\{{)?\s*({'|'.join(_POWERS)})(?![A-Za-z])(\s*\}})?", re.IGNORECASE
+)
 _SAID_BEFORE = re.compile(
     r"^(?:so\s+|thus,?\s+|therefore,?\s+)?(?:(?:the\s+)?(?:final\s+)?answer)(?:\s+is)?\s*[:=]?\s*(?=\S)",
     re.IGNORECASE,
@@ -88,12 +92,18 @@ _REPLACED = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\(?:boxed|fbox)(?![A-Za-z])", ""),
-        (r"\\!|\\(?:displaystyle|limits|nolimits)(?![A-Za-z])", ""),
+        (r"\\!|\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits)(?![A-Za-z])", ""),
+        (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it|bfseries)(?![A-Za-z])", ""),
+        (r"\\(?:(?:text)?color|colorbox)\s*\{[^{}]*\}|\\(?:boldsymbol|bm|ensuremath)(?![A-Za-z])", ""),
+        (r"\\(?:math|text)(?:bf|rm|it|sf)\s*(?=\{\s*[-+]?\s*\\frac)", ""),
         (r"\\(?:thinspace|medspace|thickspace|enspace|quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;:> ]|~", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?(?=\s*[(\[\\)\]|<>{}/]|$)", ""),
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
+        (r"([A-Za-z\d]+)\s*\\choose\s*([A-Za-z\d]+)", r"\\binom{\1}{\2}"),
         (
             r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm|tt|normal)|mbox|emph|underline|operatorname\*?)\s*\{",
             r"\\text{",
@@ -136,6 +146,7 @@ def canonical(text: str) -> str:
     text = re.sub(r"\{\s*,\s*\}", "\0", text)
     text = re.sub(r"(?<=\d)\0(?=\d)", "", text).replace("\0", ",")
     text = _thousands_joined(text)
+    text = _LARGE_NUMBER.sub(_large_number, text)
     text = _AND.sub(",", text)
     text = re.sub(r",\s*(?:,\s*)+", ", ", text)
     text = _BARE_FUNCTION.sub(r"\\\1", text)
@@ -159,6 +170,7 @@ def _outer_stripped(text: str) -> str:
         text = text.strip().removesuffix(",").removesuffix(";")
         if text.endswith(".") and not text.endswith(".."):
             text = text[:-1]
+        text = re.sub(r"(?<!\\)\\$", "", text)  # what a space behind it has left of a spacing command
         if text.startswith(r"\(") or text.startswith(r"\["):
             text = text[2:].removesuffix(r"\)").removesuffix(r"\]")
         text = text.removesuffix(r"\)") if r"\(" not in text else text
@@ -213,6 +225,13 @@ def _thousands_joined(text: str) -> str:
             )
         joined.append(part)
     return "".join(joined)
+
+
+def _large_number(found: re.Match[str]) -> str:
+    """7 million as 7 x 10^6; the unit behind it stays."""
+    number, opening, name, closing = found.groups()
+    rest = "" if bool(opening) == bool(closing) else opening or closing
+    return rf"{number} \times 10^{{{_POWERS[name.lower()]}}}{rest}"
 
 
 def _repeating(text: str) -> str:
@@ -488,7 +507,8 @@ def _unit(written: str, value: str) -> str | None:
         is_near = not re.match(r"\s", written)
         if is_near and first not in _ATTACHED:
             return None
-        if len(first) < 2 and not (first in "mgshl" and len(words) == 1):
+        is_ratio = "/" in words and all(word.partition("^")[0] in _UNITS for word in words if word != "/")
+        if len(first) < 2 and not (first in "mgshl" and len(words) == 1) and not is_ratio:
             return None
         if len(first) == 2 and first not in _UNITS and first not in _ATTACHED:
             return None
