@@ -6,6 +6,7 @@ Every instruction of a row is honoured or refused by name. A column that is none
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,29 +22,53 @@ _FLAGS = ("weight", "loss", "trainable", "train", "training")
 _GIVEN = ("tools", "documents")
 """Columns that a chat template is given beside the turns."""
 
+_READ = {"prompt", "response", "messages", "system", *_GIVEN}
+
+_SYSTEM = "name the column system"
+_ONLY_TEXT = "only text is read"
 _OF_A_PROMPT = {
     "functions": "write them as tools",
-    "tool_choice": "write the choice into a turn, or remove the column",
-    "parallel_tool_calls": "remove the column",
-    "system_prompt": "name the column system",
-    "system_message": "name the column system",
+    "toolchoice": "write the choice into a turn, or remove the column",
+    "paralleltoolcalls": "remove the column",
+    "system": _SYSTEM,
+    "systemprompt": _SYSTEM,
+    "systemmessage": _SYSTEM,
+    "systeminstruction": _SYSTEM,
+    "systeminstructions": _SYSTEM,
     "history": "write the earlier turns into messages",
-    "chat_template_kwargs": "write the values into a template file that tokenizer.chat_template names",
-    "image": "only text is read",
-    "images": "only text is read",
-    "video": "only text is read",
-    "videos": "only text is read",
-    "audio": "only text is read",
-    "audios": "only text is read",
+    "chattemplate": "name the file as tokenizer.chat_template",
+    "chattemplatekwargs": "write the values into a template file that tokenizer.chat_template names",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
 }
+_INTO_THE_TURN = "write it into the response, or into an assistant turn of messages"
 _OF_A_RESPONSE = {
-    "reasoning_content": "write it into the response, or into an assistant turn of messages",
-    "reasoning": "write it into the response, or into an assistant turn of messages",
-    "thinking": "write it into the response, or into an assistant turn of messages",
-    "tool_calls": "write them into an assistant turn of messages",
-    "function_call": "write it into an assistant turn of messages",
+    **dict.fromkeys(
+        ("reasoning", "reasoningcontent", "thinking", "thinkingcontent", "thought", "thoughts"),
+        _INTO_THE_TURN,
+    ),
+    "toolcalls": "write them into an assistant turn of messages",
+    "functioncall": "write it into an assistant turn of messages",
 }
-"""Columns that say what a model is to be asked or to answer, and that nothing reads."""
+"""Columns that say what a model is to be asked or to answer, and that nothing reads; in any spelling of
+capitals, _ and -."""
+
+_WEIGHTS = dict.fromkeys(_FLAGS, True)
+_OF_LEARNING = {
+    **_WEIGHTS,
+    **dict.fromkeys(
+        ("lossweight", "sampleweight", "lossmask", "mask", "assistantmask", "assistantmasks"), True
+    ),
+    **dict.fromkeys(("maskhistory", "trainonprompt", "trainoninput", "trainoninputs"), False),
+}
+"""Columns that say what of a row is learned, and what they may say: what is done without them."""
+
+_OTHER_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "bot", "chatbot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
+"""Names of roles in other formats. A template that prints any name would make context of an answer."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +81,7 @@ class Conversation:
         learned: indices of the assistant turns that are learned; none in a prompt.
         asked: those of them whose own keys say so.
         given: tools and documents of the row, where it has some.
+        columns: names of its other columns that hold something.
         is_plain: the row is {prompt, response} or {prompt}, without anything that needs a chat template.
     """
 
@@ -64,6 +90,7 @@ class Conversation:
     learned: tuple[int, ...]
     asked: tuple[int, ...]
     given: Mapping[str, object]
+    columns: frozenset[str]
     is_plain: bool
 
 
@@ -80,7 +107,7 @@ def read_demonstration(row: Row) -> Conversation:
         UserError: no or an empty response, a wrong type, no turn to learn, or an instruction that nothing
             reads.
     """
-    _refuse_columns(row, {**_OF_A_PROMPT, **_OF_A_RESPONSE})
+    _refuse_columns(row, {**_OF_A_PROMPT, **_OF_A_RESPONSE}, _OF_LEARNING)
     if row.get("messages") is not None:
         if row.get("prompt") is not None or row.get("response") is not None:
             raise UserError("the row has messages and also prompt or response; keep one of the two forms")
@@ -93,7 +120,7 @@ def read_demonstration(row: Row) -> Conversation:
         if not learned:
             raise UserError("the row teaches nothing: none of its assistant turns is learned; remove the row")
         for number in learned:
-            if not str(turns[number]["content"]).strip():
+            if not str(turns[number]["content"]).strip() and not _calls(turns[number]):
                 raise UserError(f"messages[{number}]: the assistant's response is empty; remove the turn")
         # Turns behind the last learned one teach nothing and would only cost tokens.
         turns = turns[: learned[-1] + 1]
@@ -126,7 +153,7 @@ def read_prompt(row: Row) -> Conversation:
     Raises:
         UserError: neither is there, a wrong type, or an instruction that is not read.
     """
-    _refuse_columns(row, _OF_A_PROMPT)
+    _refuse_columns(row, _OF_A_PROMPT, _WEIGHTS)
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
         raise UserError(f"expected either prompt or messages, got {sorted(row)}")
@@ -148,10 +175,7 @@ def _conversation(
     asked: Sequence[int] = (),
 ) -> Conversation:
     """The turns behind the row's system text, and what a template is given beside them."""
-    given = {key: row[key] for key in _GIVEN if not is_empty(row.get(key))}
-    for key, value in given.items():
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise UserError(f"{key}: expected a list of objects, got {type(value).__name__}")
+    given = {key: value for key in _GIVEN if not is_empty(value := _objects(key, row.get(key)))}
     system = row.get("system")
     is_plain = row.get("messages") is None and not given and is_empty(system)
     if not is_empty(system):
@@ -167,6 +191,7 @@ def _conversation(
         learned=tuple(learned),
         asked=tuple(asked),
         given=given,
+        columns=frozenset(key for key, value in row.items() if not is_empty(value)) - _READ,
         is_plain=is_plain,
     )
 
@@ -180,17 +205,57 @@ def _numbered(turns: Sequence[Message]) -> list[str]:
     return [f"messages[{number}]" for number in range(len(turns))]
 
 
-def _refuse_columns(row: Row, columns: Mapping[str, str]) -> None:
-    for key, advice in columns.items():
-        if not is_empty(row.get(key)):
-            raise UserError(f"{key}: nothing reads this column, and it would be lost; {advice}")
-    for key in _FLAGS:
-        # A text or a list under such a name is the user's own.
-        if isinstance(value := row.get(key), bool | int | float) and value != 1:
+def _objects(key: str, value: object) -> object:
+    """A list of objects, or its JSON text, as columnar files hold it: they would fill in keys with null."""
+    found = value
+    if isinstance(value, str) and value:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{key}: expected a list of objects, got no JSON: {error}") from error
+    if is_empty(found):
+        return None
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise UserError(f"{key}: expected a list of objects, got {type(found).__name__}")
+    for number, each in enumerate(found):
+        if not isinstance(each, Mapping):
+            raise UserError(f"{key}[{number}]: expected an object, got {type(each).__name__}")
+    return found
+
+
+def _refuse_columns(row: Row, columns: Mapping[str, str], flags: Mapping[str, bool]) -> None:
+    for key, value in row.items():
+        plain = key.casefold().replace("_", "").replace("-", "")
+        if plain in columns and key != "system" and not is_empty(value):
+            raise UserError(f"{key}: nothing reads this column, and it would be lost; {columns[plain]}")
+        if plain in flags and any(said is not flags[plain] for said in _flags(value)):
             raise UserError(
-                f"{key}: expected 1 (or true), got {value!r}: rows have no weights; remove the row, or write "
-                "the key into a turn of messages"
+                f"{key}: expected {str(flags[plain]).lower()}, got {value!r}: all answers of a row are "
+                "learned, with the weight 1; remove the row, or write weight: 0 into the turns of messages "
+                "that are not learned"
             )
+
+
+def _flags(value: object) -> list[object]:
+    """What a column says about learning, True for 1; empty for text and objects, which are the user's own."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().casefold(), _number(value))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [flag for each in value for flag in _flags(each)]
+    if not isinstance(value, bool | int | float):
+        return []
+    return [bool(value) if value in (0, 1) else value]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _calls(turn: Message) -> bool:
+    return not (is_empty(turn.get("tool_calls")) and is_empty(turn.get("function_call")))
 
 
 def _turns(messages: object) -> list[Message]:
@@ -202,11 +267,17 @@ def _turns(messages: object) -> list[Message]:
         if not isinstance(message, Mapping):
             raise UserError(f"messages[{number}]: expected role and content, got {type(message).__name__}")
         kept = {str(key): value for key, value in message.items() if value is not None}
+        if kept.get("role") == "assistant" and _calls(kept):
+            kept.setdefault("content", "")
         for key in ("role", "content"):
             if not isinstance(kept.get(key), str):
                 raise UserError(
                     f"messages[{number}].{key}: expected text, got {type(kept.get(key)).__name__}"
                 )
+        role = str(kept["role"])
+        known = _OTHER_ROLES.get(role.casefold(), role.casefold())
+        if role != known and known in _ROLES:
+            raise UserError(f"messages[{number}].role: expected {known}, got {role!r}; write {known}")
         checked.append(kept)
     return checked
 

@@ -6,6 +6,7 @@ assistant. A key was used when the rendered text is another one without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from megatron_sftrl.data.conversation import Conversation, is_empty
@@ -51,8 +52,14 @@ def check_nothing_lost(
         for key, value in message.items():
             if key not in ("role", "content") and not is_empty(value):
                 check.key_is_used(index, key, text[slice(*spans[index])] if index in spans else None)
+        check.arguments_are_written(index)
     for key in conversation.given:
         check.given_is_used(key)
+    for key in sorted(conversation.columns & template.variables):
+        raise UserError(
+            f"{key}: {template.origin} reads a variable of this name, which it is not given; rename or "
+            "remove the column, or write the value into a template file that tokenizer.chat_template names"
+        )
 
 
 class _Check:
@@ -104,6 +111,22 @@ class _Check:
                 "lost; remove the key, or use a template that prints it (a file that tokenizer.chat_template "
                 "names)"
             )
+
+    def arguments_are_written(self, index: int) -> None:
+        """Arguments of calls that are JSON text are printed as they are, and not as a text in quotes."""
+        calls = self._conversation.messages[index].get("tool_calls")
+        for number, call in enumerate(calls if isinstance(calls, Sequence) else ()):
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            written = function.get("arguments") if isinstance(function, Mapping) else None
+            if not isinstance(written, str):
+                continue
+            quoted = json.dumps(written, ensure_ascii=False)
+            times = self._text.count(quoted)
+            if times and self._text.count(written) <= times * quoted.count(written):
+                raise UserError(
+                    f"{self._name(index)}.tool_calls[{number}]: {self._template.origin} prints the text of "
+                    "the arguments in quotes, as no model is asked to write them; write them as an object"
+                )
 
     def given_is_used(self, key: str) -> None:
         """The text is another one without the column."""

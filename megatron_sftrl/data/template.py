@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -50,6 +51,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"{origin} is not a Jinja template: {error}") from error
         self.has_generation_markers = _has_generation_markers(source)
+        environment = _environment("", "")
+        self.variables: frozenset[str] = frozenset(
+            jinja2.meta.find_undeclared_variables(environment.parse(source))
+        ) - {*environment.globals, *self._variables, "messages", "add_generation_prompt", "strftime_now"}
+        """What the template reads and finds undefined, unless a row gives it (tools, documents)."""
 
     def render(
         self,

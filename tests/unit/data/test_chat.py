@@ -262,9 +262,13 @@ def test_only_assistant_turns_can_ask_to_be_learned(tmp_path) -> None:
     [
         ({"tools": [TOOL]}, "^tools: .*does not print them"),
         ({"documents": [{"title": "a"}]}, "^documents: .*does not print them"),
-        ({"tools": "[]"}, "^tools: expected a list of objects, got str"),
+        ({"tools": "add"}, "^tools: expected a list of objects, got no JSON"),
+        ({"tools": '{"type": "function"}'}, "^tools: expected a list of objects, got dict"),
+        ({"tools": ['{"type": "function"}']}, r"^tools\[0\]: expected an object, got str"),
         ({"functions": [TOOL]}, "^functions: nothing reads this column.*write them as tools"),
         ({"system_prompt": "Be brief."}, "^system_prompt: nothing reads this column.*name the column system"),
+        ({"systemPrompt": "Be brief."}, "^systemPrompt: nothing reads this column.*name the column system"),
+        ({"System": "Be brief."}, "^System: nothing reads this column.*name the column system"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "^chat_template_kwargs: nothing reads"),
         ({"images": ["a.png"]}, "^images: nothing reads this column.*only text"),
         ({"system": 3}, "^system: expected text"),
@@ -285,8 +289,14 @@ def test_a_column_that_would_be_lost_is_refused_in_demonstrations_and_prompts(
     [
         ({"reasoning_content": "why"}, "^reasoning_content: nothing reads this column"),
         ({"thinking": "why"}, "^thinking: nothing reads this column"),
-        ({"weight": 0}, "^weight: expected 1"),
-        ({"train": False}, "^train: expected 1"),
+        ({"thought": "why"}, "^thought: nothing reads this column"),
+        ({"weight": 0}, "^weight: expected true, got 0"),
+        ({"weight": "0.0"}, "^weight: expected true"),
+        ({"train": False}, "^train: expected true"),
+        ({"loss": [False, True]}, "^loss: expected true"),
+        ({"loss_mask": [0, 1]}, "^loss_mask: expected true"),
+        ({"sample_weight": 0.5}, "^sample_weight: expected true"),
+        ({"mask_history": True}, "^mask_history: expected false"),
     ],
 )
 def test_a_column_about_the_response_is_refused(columns, message, tmp_path) -> None:
@@ -299,9 +309,51 @@ def test_columns_of_the_users_own_and_empty_keys_change_nothing(tmp_path) -> Non
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
     plain = {"messages": [turn("user", "Hello"), turn("assistant", "Blue")]}
     more = {"id": 7, "source": "web", "weight": "75 kg", "tools": [], "system": "", "thinking": None}
+    more |= {"documents": "[]", "loss_mask": [1, 1], "train_on_prompt": False, "enable_thinking": True}
     nulls = {"tool_calls": [], "name": "", "weight": None, "reasoning_content": None}
     row = {"messages": [{**message, **nulls} for message in plain["messages"]], **more}
     assert tokenize_row(tokenizer, row) == tokenize_row(tokenizer, plain)
+
+
+@pytest.mark.parametrize("role", ["Assistant", "gpt", "model", "human"])
+def test_a_role_of_another_format_is_refused_though_a_template_would_print_it(role, tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    turns = [turn("user", "Hello"), turn(role, "Blue"), turn("user", "Hello"), turn("assistant", "fine")]
+    with pytest.raises(ValueError, match=rf"messages\[1\]\.role: expected (assistant|user), got '{role}'"):
+        tokenize_row(tokenizer, {"messages": turns})
+
+
+def test_a_column_that_the_template_would_read_is_refused(tmp_path) -> None:
+    thinks = FULL + "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    tokenizer = tokenizer_with(tmp_path, thinks)
+    row = {"prompt": "Hello", "response": "Blue", "reasoning_effort": "high"}
+    assert learned(tokenizer, row) == "Blue<|im_end|>"
+    with pytest.raises(ValueError, match=r"^enable_thinking: .* reads a variable of this name"):
+        tokenize_row(tokenizer, {**row, "enable_thinking": True})
+    with pytest.raises(ValueError, match=r"^enable_thinking: .* reads a variable of this name"):
+        encode_prompt(tokenizer, read_prompt({"prompt": "Hello", "enable_thinking": "no"}))
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_turn_of_calls_alone_is_learned(content, tmp_path) -> None:
+    tokenizer = tokenizer_with(tmp_path, FULL)
+    calls = [{"id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}]
+    row = {"messages": [turn("user", "Hello"), {"role": "assistant", **content, "tool_calls": calls}]}
+    assert '"name": "add", "arguments": {"a": 1}' in learned(tokenizer, row)
+    assert tokenize_row(tokenizer, {**row, "tools": [TOOL]}) == tokenize_row(
+        tokenizer, {**row, "tools": json.dumps([TOOL])}
+    )
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', "{}"])
+def test_arguments_of_a_call_are_not_learned_in_quotes(arguments, tmp_path) -> None:
+    call = {"function": {"name": "add", "arguments": arguments}}
+    turns = [turn("user", "Hello"), {**turn("assistant", "so"), "tool_calls": [call]}]
+    with pytest.raises(ValueError, match=r"messages\[1\]\.tool_calls\[0\]: .*write them as an object"):
+        tokenize_row(tokenizer_with(tmp_path, FULL), {"messages": turns})
+    as_it_is = FULL.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments")
+    assert as_it_is != FULL
+    assert f"so{arguments}<" in learned(tokenizer_with(tmp_path, as_it_is), {"messages": turns})
 
 
 def test_a_column_system_is_the_first_turn(tmp_path) -> None:
