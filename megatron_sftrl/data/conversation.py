@@ -16,7 +16,7 @@ from megatron_sftrl.errors import UserError
 Row = Mapping[str, object]
 """One row as its file holds it."""
 
-_FLAGS = ("weight", "loss", "trainable", "train", "training")
+_FLAGS: tuple[str, ...] = ("weight", "loss", "trainable", "train", "training")
 """Names under which the common formats say whether a turn is learned."""
 
 _GIVEN = ("tools", "documents")
@@ -52,7 +52,7 @@ _OF_A_RESPONSE = {
 """Columns that say what a model is to be asked or to answer, and that nothing reads; in any spelling of
 capitals, _ and -."""
 
-_WEIGHTS = dict.fromkeys(_FLAGS, True)
+_WEIGHTS: dict[str, bool] = dict.fromkeys(_FLAGS, True)
 _OF_LEARNING = {
     **_WEIGHTS,
     **dict.fromkeys(

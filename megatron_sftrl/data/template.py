@@ -51,10 +51,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"{origin} is not a Jinja template: {error}") from error
         self.has_generation_markers = _has_generation_markers(source)
-        environment = _environment("", "")
-        self.variables: frozenset[str] = frozenset(
-            jinja2.meta.find_undeclared_variables(environment.parse(source))
-        ) - {*environment.globals, *self._variables, "messages", "add_generation_prompt", "strftime_now"}
+        self.variables = _variables(source) - {*self._variables, "messages", "add_generation_prompt"}
         """What the template reads and finds undefined, unless a row gives it (tools, documents)."""
 
     def render(
@@ -143,6 +140,24 @@ def _has_generation_markers(source: str) -> bool:
     return any(
         isinstance(call.node, jinja2.nodes.ExtensionAttribute) and call.node.name == "mark"
         for call in environment.parse(source).find_all(jinja2.nodes.Call)
+    )
+
+
+def _variables(source: str) -> frozenset[str]:
+    """What a template reads from outside; a name that it sets itself counts where it asks for it first."""
+    environment = _environment("", "")
+    parsed = environment.parse(source)
+    names = list(parsed.find_all(jinja2.nodes.Name))
+    asked = {
+        test.node.name
+        for test in parsed.find_all(jinja2.nodes.Test)
+        if test.name in ("defined", "undefined") and isinstance(test.node, jinja2.nodes.Name)
+    }
+    own = {name.name for name in names if name.ctx == "store"} - asked
+    return (
+        frozenset(jinja2.meta.find_undeclared_variables(parsed))
+        - own
+        - {*environment.globals, "strftime_now"}
     )
 
 

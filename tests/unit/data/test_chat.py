@@ -334,6 +334,16 @@ def test_a_column_that_the_template_would_read_is_refused(tmp_path) -> None:
         encode_prompt(tokenizer, read_prompt({"prompt": "Hello", "enable_thinking": "no"}))
 
 
+def test_a_name_that_the_template_sets_itself_is_no_variable_unless_it_asks_for_it_first() -> None:
+    source = (
+        "{% if not day is defined %}{% set day = 1 %}{% endif %}{{ day }}{{ bos_token }}{{ range(2) }}"
+        "{% if tools %}{% set text = 'a' %}{% else %}{% set text = 'b' %}{% endif %}{{ text }}{{ kind }}"
+        "{% for m in messages %}{{ m.content }}{{ loop.last }}{% endfor %}{{ add_generation_prompt }}"
+    )
+    template = ChatTemplate(source, special_tokens={"bos_token": "<s>"}, origin="x")
+    assert template.variables == {"day", "kind", "tools"}
+
+
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
 def test_a_turn_of_calls_alone_is_learned(content, tmp_path) -> None:
     tokenizer = tokenizer_with(tmp_path, FULL)
