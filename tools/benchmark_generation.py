@@ -46,7 +46,7 @@ from generation_contenders import (
 
 from megatron_sftrl.architectures.architecture import Architecture, num_parameters
 from megatron_sftrl.types import Prompt, SamplingParams
-from megatron_sftrl.vocab_parallel.products import linear
+from megatron_sftrl.vocab_parallel.output_layer import linear
 
 WANTED_RATIO = 2.0
 """Of in_process to transformers."""

@@ -15,9 +15,8 @@ from released_losses import RELEASED
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
-from megatron_sftrl.losses.one_pass import one_pass
-from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.vocab_parallel import OutputLayer
+from megatron_sftrl.vocab_parallel.one_pass import one_pass, weighted_sum
 
 PLAIN, RELEASED_SUFFIX, LOGITS_SUFFIX, MKL_SUFFIX = "plain", ", released", ", logits", ", MKL"
 LOSSES: dict[str, dict[str, Any]] = {

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import LossInputs, build_loss, weighted_sum
-from megatron_sftrl.losses.one_pass import one_pass
 from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+from megatron_sftrl.vocab_parallel.one_pass import one_pass
 
 LogitsPath = Literal["logits", "two_passes", "one_pass"]
 """How logits come to be (engine/objective.py): there, made by the output layer for every question, or made

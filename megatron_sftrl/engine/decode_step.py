@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
 from megatron_sftrl.engine.local_layers import rms_norm
-from megatron_sftrl.vocab_parallel.products import linear
+from megatron_sftrl.vocab_parallel.output_layer import linear
 
 
 @torch.no_grad()

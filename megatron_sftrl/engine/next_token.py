@@ -18,7 +18,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
 from megatron_sftrl.types import SamplingParams, TokenBatch
-from megatron_sftrl.vocab_parallel.products import linear
+from megatron_sftrl.vocab_parallel.output_layer import linear
 
 _BLOCK = 128
 """Entries of the vocabulary that are summed together before one of them is drawn."""

@@ -23,11 +23,10 @@ from megatron_sftrl.architectures.architecture import padded_vocab_size
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.losses.api import LossInputs
-from megatron_sftrl.losses.one_pass import TokenValues, one_pass
 from megatron_sftrl.losses.registry import Loss
-from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
+from megatron_sftrl.vocab_parallel.one_pass import TokenValues, one_pass, weighted_sum
 from megatron_sftrl.vocab_parallel.output_layer import tokens_per_chunk
 
 Fused = Literal["auto", "on", "off"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.one_pass import TokenValues
+from megatron_sftrl.vocab_parallel.one_pass import TokenValues
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,18 +65,3 @@ def token_weights(
             f"aggregation: expected token_mean, sequence_mean or constant_length, got {aggregation!r}"
         )
     return torch.where(loss_mask, per_token, 0.0)
-
-
-def weighted_sum(token_loss: Tensor, token_weight: Tensor) -> Tensor:
-    """sum_t token_weight * token_loss over the tokens that have a weight.
-
-    What stands elsewhere, NaN and inf included, reaches neither the value nor the gradient.
-
-    Args:
-        token_loss: [T] nats.
-        token_weight: [T] fp32.
-    Returns:
-        [] in the dtype of `token_loss`.
-    """
-    has_weight = token_weight > 0
-    return (torch.where(has_weight, token_loss, 0.0) * token_weight.to(token_loss.dtype)).sum()

@@ -2,21 +2,236 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.vocab_parallel.collectives import Meanwhile
+from megatron_sftrl.vocab_parallel.collectives import Meanwhile, shard_of
+from megatron_sftrl.vocab_parallel.evaluation import TopLogits, evaluate, gather_top_k
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
-from megatron_sftrl.vocab_parallel.questions import Question, Subject, answers
-from megatron_sftrl.vocab_parallel.rows import Scratch, Source
-from megatron_sftrl.vocab_parallel.shard import shard_of
-from megatron_sftrl.vocab_parallel.targets import SmoothedLabels, TiltedTarget
-from megatron_sftrl.vocab_parallel.top_k import TopLogits, gather_top_k
+from megatron_sftrl.vocab_parallel.statistics import (
+    Expectation,
+    LogSumExp,
+    Pick,
+    Scratch,
+    Source,
+    Statistic,
+    Total,
+)
+
+# Questions about distributions, answered together and only once.
+#
+# Each distribution is a `Subject`: its logits and the answers it already gave. `answers` takes questions
+# about any number of subjects, evaluates what is not known in one MAX and one SUM all-reduce, and
+# remembers it.
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Answer:
+    """A known value, and the ids it is about: the tensor itself and its version when it was asked."""
+
+    value: Tensor
+    ids: Tensor | None = None
+    ids_version: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Subject:
+    """One distribution.
+
+    Args:
+        source: its logits.
+        known: answers so far, by kind and identity of the ids.
+        anticipated: labels whose log-probabilities, with the entropy, come along with the first question.
+        meanwhile: work for the time of the reductions behind its answers.
+    """
+
+    source: Source
+    known: dict[tuple[str, int], Answer] = field(default_factory=dict)
+    anticipated: Tensor | None = None
+    meanwhile: Meanwhile | None = None
+
+    @property
+    def needs_grad(self) -> bool:
+        """An answer asked now has to carry a gradient."""
+        return self.source.requires_grad and torch.is_grad_enabled()
+
+    def remember(self, kind: str, value: Tensor, ids: Tensor | None = None) -> None:
+        """Keep an answer; ids are held, so that their identity stays theirs."""
+        version = 0 if ids is None else ids._version
+        self.known[kind, id(ids)] = Answer(value=value, ids=ids, ids_version=version)
+
+    def detached(self) -> Subject:
+        """The same distribution without gradient, knowing what this one knows."""
+        if not self.source.requires_grad:
+            return self
+        source = replace(self.source, origin=self.source.origin.detach())
+        known = {
+            key: Answer(value=answer.value.detach(), ids=answer.ids, ids_version=answer.ids_version)
+            for key, answer in self.known.items()
+        }
+        return Subject(source=source, known=known)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """log_sum: log sum exp(z - M).  mean: E_p[z - M].  total: sum (z - M).  pick: z - M at the ids `about`.
+    under: E_q[z - M], q the distribution `about`; every expectation but this one is remembered."""
+
+    of: Subject
+    kind: Literal["log_sum", "mean", "total", "pick", "under"]
+    about: Tensor | Subject | None = None
+
+    def statistic(self) -> Statistic:
+        """What `evaluate` computes for this question."""
+        source = self.of.source
+        if self.kind == "log_sum":
+            return LogSumExp(source)
+        if self.kind == "mean":
+            return Expectation(source, source)
+        if self.kind == "total":
+            return Total(source)
+        if isinstance(self.about, Tensor):
+            return Pick(source, self.about)
+        assert isinstance(self.about, Subject)
+        return Expectation(self.about.source, source)
+
+    def recall(self) -> Tensor | None:
+        """The answer, if it is known and carries a gradient where one is needed."""
+        answer = self.of.known.get((self.kind, id(self.about)))
+        if answer is None or (self.of.needs_grad and not answer.value.requires_grad):
+            return None
+        is_same = answer.ids is None or answer.ids._version == answer.ids_version
+        return answer.value if is_same else None
+
+
+def answers(questions: Sequence[Question]) -> list[Tensor]:
+    """[T] for each question, in order."""
+    results = [question.recall() for question in questions]
+    if all(value is not None for value in results):
+        return [value for value in results if value is not None]
+    unknown = [question for question, value in zip(questions, results, strict=True) if value is None]
+    asked = unknown + [question for question in _company(questions) if question.recall() is None]
+    asked = list({(id(q.of), q.kind, id(q.about)): q for q in asked}.values())
+    found: dict[tuple[int, str, int], Tensor] = {}
+    meanwhile = next((q.of.meanwhile for q in asked if q.of.meanwhile is not None), None)
+    for question, value in zip(asked, evaluate([q.statistic() for q in asked], meanwhile), strict=True):
+        found[id(question.of), question.kind, id(question.about)] = value
+        if not isinstance(question.about, Subject):
+            question.of.remember(question.kind, value, question.about)
+    return [
+        found[id(question.of), question.kind, id(question.about)] if value is None else value
+        for question, value in zip(questions, results, strict=True)
+    ]
+
+
+def _company(questions: Sequence[Question]) -> list[Question]:
+    """What comes along: the entropy of whatever is trained (every step logs it) and what was anticipated."""
+    along: list[Question] = []
+    for subject in {id(question.of): question.of for question in questions}.values():
+        if subject.needs_grad or subject.anticipated is not None:
+            along += [Question(subject, "log_sum"), Question(subject, "mean")]
+        if subject.anticipated is not None:
+            along.append(Question(subject, "pick", subject.anticipated))
+    return along
+
+
+# Targets of a cross-entropy, described by [T] weights so that no [T, V] target is ever built.
+#
+# A target is, token by token, a mixture of three distributions: the label, a reference model, the uniform
+# one.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixtureWeights:
+    """Non-negative [T] weights that sum to 1 at every token."""
+
+    label: Tensor
+    reference: Tensor
+    uniform: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TiltedTarget:
+    """softmax(log p~ + beta 1[v = y]) with p~(v) = (1 - smoothing) q(v) + smoothing / V + eps.
+
+    That softmax is the mixture w onehot(y) + (1 - w) p~ / sum(p~), w = g p~(y) / (sum(p~) + g p~(y)), g =
+    e^beta - 1. Made by `TokenDistribution.tilted`.
+    """
+
+    labels: Tensor
+    reference: TokenDistribution
+    beta: float
+    smoothing: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not (self.beta >= 0 and 0 <= self.smoothing <= 1 and self.eps >= 0):
+            raise UserError(
+                "tilted target: expected beta >= 0, 0 <= smoothing <= 1 and eps >= 0, "
+                f"got beta={self.beta}, smoothing={self.smoothing}, eps={self.eps}"
+            )
+
+    @property
+    def has_uniform(self) -> bool:
+        """The uniform distribution takes part."""
+        return self.smoothing > 0 or self.eps > 0
+
+    def label_weight(self) -> Tensor:
+        """[T] w, the label's weight, detached; costs nothing after a cross_entropy with this target."""
+        return self.weights(self.reference.logprobs(self.labels)).label
+
+    def weights(self, label_logprobs: Tensor) -> MixtureWeights:
+        """The mixture, from the reference's [T] log q(y) in nats.
+
+        In logarithms, so that any beta and any q(y), 0 included, give weights in [0, 1].
+        """
+        vocab_size = self.reference.vocab_size
+        floor = self.smoothing / vocab_size + self.eps
+        total = 1.0 + vocab_size * self.eps
+        prior = label_logprobs.detach() + _log(1.0 - self.smoothing)
+        if floor > 0:
+            prior = torch.logaddexp(prior, torch.full_like(prior, math.log(floor)))
+        log_odds = prior - math.log(total) + _log_expm1(self.beta)
+        rest = torch.sigmoid(-log_odds)
+        return MixtureWeights(
+            label=torch.sigmoid(log_odds),
+            reference=rest * ((1.0 - self.smoothing) / total),
+            uniform=rest * ((self.smoothing + vocab_size * self.eps) / total),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SmoothedLabels:
+    """(1 - smoothing) onehot(y) + smoothing / V.
+
+    Args:
+        labels: [T] int64.
+        smoothing: share of the uniform distribution, in [0, 1].
+    """
+
+    labels: Tensor
+    smoothing: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing <= 1:
+            raise UserError(f"smoothed labels: expected 0 <= smoothing <= 1, got {self.smoothing}")
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def _log_expm1(x: float) -> float:
+    """log(e^x - 1) without overflow; -inf at 0."""
+    return x + math.log(-math.expm1(-x)) if x > 0 else -math.inf
+
 
 Target = TiltedTarget | SmoothedLabels
 

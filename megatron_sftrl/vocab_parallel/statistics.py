@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.vocab_parallel.collectives import VocabShard
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
-from megatron_sftrl.vocab_parallel.rows import Source
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,3 +154,131 @@ def sources_of(statistic: Statistic) -> tuple[Source, ...]:
     if isinstance(statistic, Expectation):
         return (statistic.weights, statistic.values)
     return (statistic.of,)
+
+
+# Logits as the statistics see them.
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Scratch:
+    """Logits that nobody needs after the loss: their gradient takes their place.
+
+    Args:
+        num_readers: evaluations that will read the logits again in their backward; with more than one, the
+            first may not overwrite them.
+    """
+
+    num_readers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Source:
+    """Sharded logits as the arithmetic needs them: z = logits[:, :num_columns] * inverse_tau.
+
+    Args:
+        origin: [T, V_local] logits of any floating dtype, or the output layer that makes them.
+        shard: which columns these are.
+        inverse_tau: [T] one over the temperature, in the working dtype, or None for temperature 1.
+        scratch: of logits that may be overwritten; None for those that must stay.
+    """
+
+    origin: Tensor | OutputLayer
+    shard: VocabShard
+    inverse_tau: Tensor | None = None
+    scratch: Scratch | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.origin.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are or will be."""
+        return self.origin.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Somebody wants d / d logits."""
+        return self.origin.requires_grad
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Alike for sources over the same logits, whatever their temperatures, with gradient or without."""
+        return self.origin.key if isinstance(self.origin, OutputLayer) else (self.origin.data_ptr(),)
+
+    @property
+    def logits(self) -> Tensor:
+        """[T, V_local]; only where they exist."""
+        assert isinstance(self.origin, Tensor), "logits of an output layer exist for a chunk of rows: at()"
+        return self.origin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of every reduction: float64 for float64 logits, float32 for all others."""
+        return torch.float64 if self.origin.dtype == torch.float64 else torch.float32
+
+    @property
+    def real_logits(self) -> Tensor:
+        """[T, num_columns] the logits without padding; a view."""
+        return self.logits[:, : self.shard.num_columns]
+
+    def scaled(self, differences: Tensor) -> Tensor:
+        """[T] differences of raw logits, divided by the temperature."""
+        return differences if self.inverse_tau is None else differences * self.inverse_tau
+
+    def at(self, rows: slice, logits: Tensor) -> Source:
+        """Some of the tokens, whose [rows, V_local] logits were made for them."""
+        inverse = None if self.inverse_tau is None else self.inverse_tau[rows]
+        return Source(origin=logits, shard=self.shard, inverse_tau=inverse, scratch=Scratch(num_readers=1))
+
+
+def finite_maximum(maximum: Tensor) -> Tensor:
+    """The maximum, 0 where it is -inf."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+# The gradient of the statistics.
+
+
+@dataclass(slots=True, eq=False)
+class Terms:
+    """The gradient into one source i, as coefficients [T] of what stands in the columns:
+
+    dz = exp(z - M) * (constant + sum_j linear[j] shift_j) + sum_j other[j] exp(shift_j) + uniform + onehots
+    """
+
+    constant: Tensor
+    linear: dict[int, Tensor]
+    other: dict[int, Tensor]
+    uniform: Tensor | None
+    onehots: list[tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def of(
+        plan: Plan, i: int, grads: Sequence[Tensor | None], values: Sequence[Tensor], partitions: Tensor
+    ) -> Terms | None:
+        """None when nothing flows into the source."""
+        terms = Terms(torch.zeros_like(partitions[i]), {}, {}, None, [])
+        source, is_touched = plan.sources[i], False
+        for statistic, grad, value in zip(plan.statistics, grads, values, strict=True):
+            if grad is None or all(touched is not source for touched in sources_of(statistic)):
+                continue
+            is_touched = True
+            if isinstance(statistic, LogSumExp):
+                terms.constant += grad / partitions[i]
+            elif isinstance(statistic, Pick):
+                terms.onehots.append((statistic.ids, grad))
+            elif isinstance(statistic, Total):
+                terms.uniform = grad if terms.uniform is None else terms.uniform + grad
+            else:
+                weights, j = plan.index(statistic.weights), plan.index(statistic.values)
+                share = grad / partitions[weights]
+                if weights == i:
+                    terms.constant -= share * value
+                    terms.linear[j] = terms.linear[j] + share if j in terms.linear else share
+                if j == i == weights:
+                    terms.constant += share
+                elif j == i:
+                    terms.other[weights] = terms.other[weights] + share if weights in terms.other else share
+        return terms if is_touched else None

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from megatron_sftrl.vocab_parallel.rows import Source, finite_maximum
-from megatron_sftrl.vocab_parallel.statistics import Expectation, Plan, Total
+from megatron_sftrl.vocab_parallel.statistics import Expectation, Plan, Source, Total, finite_maximum
 
 if TYPE_CHECKING:
-    from megatron_sftrl.vocab_parallel.gradients import Terms
+    from megatron_sftrl.vocab_parallel.statistics import Terms
 
 # A thread holds this many bytes of logits, so that the few threads that fit an SM keep its memory busy, and
 # loads them 16 at a time. Registers: test_triton_kernels.py.

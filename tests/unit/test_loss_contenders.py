@@ -21,7 +21,7 @@ from released_losses import RELEASED
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ParallelSection
-from megatron_sftrl.vocab_parallel import products
+from megatron_sftrl.vocab_parallel import output_layer
 from tests.ranks import ROOT, run_ranks
 from tests.unit.kernel_gap import gap
 
@@ -57,8 +57,10 @@ def gradients(tp: int) -> dict[str, tuple[Tensor, ...]]:
 @pytest.mark.parametrize(("name", "times"), [("gift", 4), ("gift, MKL", 0)])
 def test_what_goes_by_mkl_leaves_onednn_alone(name: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    linear = products._onednn_linear
-    monkeypatch.setattr(products, "_onednn_linear", lambda *args: (made.append(args[0]), linear(*args))[1])
+    linear = output_layer._onednn_linear
+    monkeypatch.setattr(
+        output_layer, "_onednn_linear", lambda *args: (made.append(args[0]), linear(*args))[1]
+    )
     sizes = Sizes(tokens=64, vocab_size=1024, hidden=64, tp=1)  # a product of four million multiply-adds
     make_step(name, make_model(sizes, CPU), make_batch(sizes, CPU), sizes)()
     assert len(made) == times

@@ -15,7 +15,7 @@ from megatron_sftrl.architectures.architecture import (
     to_record,
 )
 from megatron_sftrl.config.model import ArchitectureSection
-from tests.unit.architectures.random_architectures import FAMILIES, random_architecture
+from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
 
 def section(**changes: object) -> ArchitectureSection:

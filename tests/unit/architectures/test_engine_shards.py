@@ -11,7 +11,7 @@ import torch
 from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.architectures.engine_shards import EngineLayout, engine_boxes
 from megatron_sftrl.architectures.tensors import hf_shapes
-from tests.unit.architectures.random_architectures import FAMILIES, random_architecture
+from tests.unit.models.random_architectures import FAMILIES, random_architecture
 from tests.vllm_loaders import loaded_by_vllm
 
 

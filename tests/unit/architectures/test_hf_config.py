@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_sftrl.architectures.hf_config import from_hf_config
-from tests.unit.architectures.hf_files import CLASSES, read, values, window_layers_of
-from tests.unit.architectures.random_architectures import FAMILIES
+from tests.unit.models.hf_files import CLASSES, read, values, window_layers_of
+from tests.unit.models.random_architectures import FAMILIES
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.architectures.hf_files import read, values
+from tests.unit.models.hf_files import read, values
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}

@@ -14,8 +14,8 @@ from megatron_sftrl.architectures.architecture import Architecture, Family
 from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.architectures.rope import inverse_frequencies
-from tests.unit.architectures.hf_files import transformers_rotary, window_layers_of
-from tests.unit.architectures.random_architectures import FAMILIES, random_architecture
+from tests.unit.models.hf_files import transformers_rotary, window_layers_of
+from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
 
 def write(directory: Path, architecture: Architecture, dtype: torch.dtype | None = None) -> None:

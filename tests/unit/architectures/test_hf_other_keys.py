@@ -19,8 +19,8 @@ from megatron_sftrl.architectures.hf_config import (
 from megatron_sftrl.architectures.hf_other_keys import _OBEYED_ELSEWHERE
 from megatron_sftrl.config.model import ModelSection
 from megatron_sftrl.trainers.plan import say_notes
-from tests.unit.architectures.hf_files import read, values
-from tests.unit.architectures.random_architectures import FAMILIES
+from tests.unit.models.hf_files import read, values
+from tests.unit.models.random_architectures import FAMILIES
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 IN_PUBLIC_FILES: dict[str, tuple[str, dict[str, object]]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.architectures.hf_files import read, values, window_layers_of
+from tests.unit.models.hf_files import read, values, window_layers_of
 
 ALL = (0, 1, 2, 3)
 MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sftrl.architectures.architecture import num_parameters
 from megatron_sftrl.architectures.rope import Rope
-from tests.unit.architectures.hf_files import CLASSES, read
+from tests.unit.models.hf_files import CLASSES, read
 
 LLAMA3_2_ROPE = {
     "factor": 32.0,

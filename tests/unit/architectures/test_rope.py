@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_sftrl.architectures.rope import inverse_frequencies
-from tests.unit.architectures.hf_files import read, transformers_rotary, values
-from tests.unit.architectures.random_architectures import FAMILIES
+from tests.unit.models.hf_files import read, transformers_rotary, values
+from tests.unit.models.random_architectures import FAMILIES
 
 
 def random_request(rng: random.Random, kind: str) -> dict[str, Any]:

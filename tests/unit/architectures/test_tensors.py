@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_sftrl.architectures.architecture import Architecture, Family, num_parameters
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors, rectangles
-from tests.unit.architectures.random_architectures import FAMILIES, random_architecture
+from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
 NUM_CASES = 50
 Box = tuple[tuple[int, ...], tuple[int, ...]]

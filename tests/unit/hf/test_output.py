@@ -26,7 +26,7 @@ from megatron_sftrl.hf.output import (
     write_index,
 )
 from megatron_sftrl.hf.weights import open_weights
-from tests.unit.hf.directories import some_tensors
+from tests.unit.models.directories import some_tensors
 
 FORK = multiprocessing.get_context("fork")
 

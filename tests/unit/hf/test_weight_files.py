@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_sftrl.hf.weights import open_weights
-from tests.unit.hf.directories import some_tensors, write_sharded, write_single
+from tests.unit.models.directories import some_tensors, write_sharded, write_single
 
 A, B = "a.safetensors", "b.safetensors"
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sftrl.hf.weights import open_weights
-from tests.unit.hf.directories import shapes_of, some_tensors, write_sharded, write_single
+from tests.unit.models.directories import shapes_of, some_tensors, write_sharded, write_single
 
 ROOT = Path(__file__).resolve().parents[3]
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

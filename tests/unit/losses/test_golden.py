@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
-from megatron_sftrl.losses.one_pass import one_pass
 from megatron_sftrl.losses.registry import Loss
-from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.vocab_parallel import OutputLayer
+from megatron_sftrl.vocab_parallel.one_pass import one_pass, weighted_sum
 from tests.ranks import run_ranks
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "losses.npz"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, LossOutput, TokenBatch, TokenDistribution
-from megatron_sftrl.losses.one_pass import TokenValues, one_pass
 from megatron_sftrl.losses.registry import Registry, build_loss, register_loss
 from megatron_sftrl.vocab_parallel import OutputLayer
+from megatron_sftrl.vocab_parallel.one_pass import TokenValues, one_pass
 
 T, V, H = 11, 13, 5
 

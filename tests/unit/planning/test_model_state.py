@@ -11,7 +11,7 @@ from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.model_state import model_state
 from tests.unit.config.example import example
-from tests.unit.planning.public_models import PARAMETERS, model_directory
+from tests.unit.plan.public_models import PARAMETERS, model_directory
 
 LAYOUTS = {
     "Llama-3.3-70B-Instruct": {"tp": 8, "pp": 4, "vp": 5},

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sftrl.cli import main
 from tests.unit.config.example import EXAMPLE
-from tests.unit.planning.public_models import model_directory
+from tests.unit.plan.public_models import model_directory
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SHIPPED = {

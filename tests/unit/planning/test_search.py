@@ -12,7 +12,7 @@ from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.search import plan_run, search_layouts
 from tests.unit.config.example import example
-from tests.unit.planning.public_models import model_directory
+from tests.unit.plan.public_models import model_directory
 
 H100 = Hardware(gpu_memory=80e9)
 

@@ -18,22 +18,22 @@ from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.losses.registry import DEFAULT_REGISTRY
-from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.vocab_parallel import triton_rows
+from megatron_sftrl.vocab_parallel.arithmetic import gradient_of_logits, local_sums
+from megatron_sftrl.vocab_parallel.collectives import VocabShard
 from megatron_sftrl.vocab_parallel.evaluation import evaluate
-from megatron_sftrl.vocab_parallel.gradients import gradient_of_logits
-from megatron_sftrl.vocab_parallel.rows import Scratch, Source
-from megatron_sftrl.vocab_parallel.shard import VocabShard
+from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
 from megatron_sftrl.vocab_parallel.statistics import (
     Expectation,
     LogSumExp,
     Pick,
     Plan,
+    Scratch,
+    Source,
     Statistic,
     Total,
     plan_of,
 )
-from megatron_sftrl.vocab_parallel.sums import local_sums
 
 # Two whole blocks of the largest kind and a rest. The first shard is a view, whose rows begin anywhere; the
 # other ones and the losses have rows of a multiple of 16.

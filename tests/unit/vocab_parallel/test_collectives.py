@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
-from megatron_sftrl.losses.one_pass import one_pass
 from megatron_sftrl.vocab_parallel import OutputLayer
+from megatron_sftrl.vocab_parallel.one_pass import one_pass
 from tests.ranks import run_ranks
 from tests.unit.vocab_parallel.dense import LABELS, T, V, distribution, logits, shard, world
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl import TokenBatch, TokenDistribution
-from megatron_sftrl.losses.one_pass import one_pass
-from megatron_sftrl.vocab_parallel import OutputLayer, collectives, products
-from megatron_sftrl.vocab_parallel.next_logits import NextLogits
+from megatron_sftrl.vocab_parallel import OutputLayer, collectives, output_layer
+from megatron_sftrl.vocab_parallel.one_pass import one_pass
+from megatron_sftrl.vocab_parallel.output_layer import NextLogits
 from tests.ranks import run_ranks
 
 H, V = 6, 10
@@ -71,7 +71,7 @@ class RecordingWork:
 def order_of_events() -> list[str]:
     """Of two chunks of a loss at tp 2: its products, and where reductions start and are waited for."""
     events: list[str] = []
-    all_reduce, write_logits = dist.all_reduce, products.write_logits
+    all_reduce, write_logits = dist.all_reduce, output_layer.write_logits
 
     def recording_reduce(tensor: Tensor, op, group, async_op: bool):
         events.append("MAX" if op == dist.ReduceOp.MAX else "SUM")
@@ -98,7 +98,7 @@ def order_of_events() -> list[str]:
 
     with (
         mock.patch.object(collectives.dist, "all_reduce", recording_reduce),
-        mock.patch.object(products, "write_logits", recording_product),
+        mock.patch.object(output_layer, "write_logits", recording_product),
     ):
         to_distribution = partial(
             TokenDistribution.from_logits, vocab_size=V, group=dist.group.WORLD, is_scratch=True

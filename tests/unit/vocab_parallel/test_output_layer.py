@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sftrl.vocab_parallel import OutputLayer, output_layer, products
+from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
+from megatron_sftrl.vocab_parallel import output_layer as products
 from megatron_sftrl.vocab_parallel.output_layer import GradientSums
 
 H = 6

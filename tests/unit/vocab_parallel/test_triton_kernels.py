@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_sftrl import LossInputs, TokenDistribution, build_loss
-from megatron_sftrl.losses.weights import weighted_sum
+from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
 from tests.ranks import ROOT
 from tests.unit.vocab_parallel import kernel_checks
 

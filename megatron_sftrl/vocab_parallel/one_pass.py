@@ -17,11 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sftrl.losses.weights import weighted_sum
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
-from megatron_sftrl.vocab_parallel.next_logits import NextLogits
-from megatron_sftrl.vocab_parallel.output_layer import GradientSums
+from megatron_sftrl.vocab_parallel.output_layer import GradientSums, NextLogits
 
 TokenFunction = Callable[
     [TokenDistribution, TokenDistribution | None, TokenBatch], tuple[Tensor, dict[str, Tensor]]
@@ -159,3 +157,21 @@ def _some_tokens(batch: TokenBatch, tokens: Tensor) -> TokenBatch:
     """The batch of some tokens, as if they were one sequence."""
     bounds = batch.cu_seqlens.new_tensor([0, tokens.numel()])
     return batch.map(lambda value: value[tokens], cu_seqlens=bounds)
+
+
+# The step's loss.
+
+
+def weighted_sum(token_loss: Tensor, token_weight: Tensor) -> Tensor:
+    """sum_t token_weight * token_loss over the tokens that have a weight.
+
+    What stands elsewhere, NaN and inf included, reaches neither the value nor the gradient.
+
+    Args:
+        token_loss: [T] nats.
+        token_weight: [T] fp32.
+    Returns:
+        [] in the dtype of `token_loss`.
+    """
+    has_weight = token_weight > 0
+    return (torch.where(has_weight, token_loss, 0.0) * token_weight.to(token_loss.dtype)).sum()
