@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_sftrl.data.example import Example
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.weights import Aggregation, token_weights
+from megatron_sftrl.losses.api import Aggregation, token_weights
 from megatron_sftrl.types import TokenBatch
 
 Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages"]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_sftrl.losses.weights import token_weights
+from megatron_sftrl.losses.api import token_weights
 from megatron_sftrl.types import TokenBatch
 
 VOCAB_SIZE = 1031

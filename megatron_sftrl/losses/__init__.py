@@ -3,13 +3,12 @@
 Importing this folder registers the algorithms below.
 """
 
-from megatron_sftrl.losses import curiosft, dft, entropy, gift, grpo, label_smoothing, pear, sft
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses import curiosft, gift, grpo, likelihood, pear
+from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput, token_weights
 from megatron_sftrl.losses.registry import Loss, build_loss, register_loss
-from megatron_sftrl.losses.weights import token_weights
 from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
 
-ALGORITHMS = (curiosft, dft, entropy, gift, grpo, label_smoothing, pear, sft)
+ALGORITHMS = (curiosft, gift, grpo, likelihood, pear)
 
 __all__ = [
     "ALGORITHMS",

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
-from megatron_sftrl.losses.kl_estimators import KlEstimator, kl_estimates, kl_loss
 from megatron_sftrl.losses.policy_ratio import (
     Correction,
     CorrectionWeight,
+    KlEstimator,
     correction_weight,
+    kl_estimates,
+    kl_loss,
     log_ratio,
     sequence_log_ratio,
 )

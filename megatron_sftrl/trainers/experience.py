@@ -12,7 +12,7 @@ from megatron_sftrl.data.example import Example
 from megatron_sftrl.data.packing import StepNormalization
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.data.step import BatchLayout, StepData, lay_out_step
-from megatron_sftrl.losses.weights import Aggregation
+from megatron_sftrl.losses.api import Aggregation
 from megatron_sftrl.rl.advantages import AdvantageEstimator, group_advantages
 from megatron_sftrl.rl.group_filters import by_group
 from megatron_sftrl.rl.rewards import Scored
