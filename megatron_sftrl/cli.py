@@ -157,8 +157,8 @@ def _sft(parsed: argparse.Namespace) -> int:
 
 
 def _grpo(parsed: argparse.Namespace) -> int:
-    from megatron_sftrl.config.grpo import GrpoConfig
     from megatron_sftrl.config.load import load_config
+    from megatron_sftrl.config.schema import GrpoConfig
 
     config = load_config(parsed.config, parsed.overrides, schema=GrpoConfig)
     from megatron_sftrl.trainers.grpo import run_grpo
@@ -197,7 +197,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def _generate(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.config.kinds import load_any_config
+    from megatron_sftrl.config.load import load_any_config
 
     config = load_any_config(parsed.config, parsed.overrides)
     from megatron_sftrl.trainers.generate import GenerateRequest, run_generate
@@ -243,7 +243,7 @@ def _add_preflight(commands: argparse._SubParsersAction) -> None:
 
 
 def _preflight(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.config.kinds import load_any_config
+    from megatron_sftrl.config.load import load_any_config
 
     config = load_any_config(parsed.config, parsed.overrides)
     from megatron_sftrl.preflight.run import run_preflight
@@ -290,15 +290,14 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 
 def _keys(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.config.document import document_schema
-    from megatron_sftrl.config.grpo import GrpoConfig
-    from megatron_sftrl.config.schema import RunConfig
+    from megatron_sftrl.config.messages import document_schema
+    from megatron_sftrl.config.schema import GrpoConfig, RunConfig
 
     print(document_schema(GrpoConfig if parsed.kind == "grpo" else RunConfig), end="")
 
 
 def _losses(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.config.document import document_fields
+    from megatron_sftrl.config.messages import document_fields
     from megatron_sftrl.losses.registry import DEFAULT_REGISTRY, load_module
 
     for module in parsed.modules:

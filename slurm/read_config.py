@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.schema import GrpoConfig, RunConfig
 from megatron_sftrl.errors import UserError
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import megatron_sftrl.trainers.grpo
 import megatron_sftrl.trainers.sft
 from megatron_sftrl.cli import main as sftrl
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.config.load import load_any_config
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.checkpoint.directory import complete_checkpoints, file_problem
 from megatron_sftrl.engine.checkpoint.record import read_record
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sftrl.cli import run_command
-from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
 from megatron_sftrl.data.dataset import Dataset, tokenize_sources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_sftrl.architectures.architecture import Architecture, from_section
 from megatron_sftrl.architectures.hf_config import from_hf_config, read_hf_config
-from megatron_sftrl.config.model import ModelSection
+from megatron_sftrl.config.schema import ModelSection
 
 
 def architecture_of(model: ModelSection) -> Architecture:

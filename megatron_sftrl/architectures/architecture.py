@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megatron_sftrl.architectures.rope import Rope
-from megatron_sftrl.config.model import ArchitectureSection
+from megatron_sftrl.config.schema import ArchitectureSection
 from megatron_sftrl.errors import UserError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]

@@ -5,14 +5,103 @@ Each field's text below it is its documentation: meaning, unit, range.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from megatron_sftrl.config.model import ModelSection
 from megatron_sftrl.config.paths import ExpandedPath, ModuleName
-from megatron_sftrl.config.section import Section
 from megatron_sftrl.errors import UserError
+
+# What every part of a configuration has in common.
+
+
+class Section(BaseModel):
+    """A part of the run's configuration: frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# Which network is trained: its sizes and its first weights.
+
+
+class ArchitectureSection(Section):
+    """Sizes of a randomly initialised model, for those who have no config.json."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+    """Block layout: llama and mistral (no biases), qwen2 (q/k/v biases), qwen3 (q/k norms), mixtral and
+    qwen3_moe (mixtures of experts)."""
+    num_layers: int = Field(ge=1)
+    """Transformer blocks."""
+    hidden_size: int = Field(ge=1)
+    """H, width of the residual stream."""
+    ffn_hidden_size: int = Field(ge=1)
+    """Width of the gated MLP, in a mixture of each expert."""
+    num_attention_heads: int = Field(ge=1)
+    """Query heads."""
+    num_query_groups: int | None = Field(default=None, ge=1)
+    """Key/value heads; the number of query heads when not given."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of one head; hidden_size / num_attention_heads when not given."""
+    vocab_size: int = Field(ge=2)
+    """V, rows of the embedding before padding for tensor parallelism."""
+    max_position_embeddings: int = Field(default=4096, ge=1)
+    """Longest sequence, in tokens."""
+    rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    norm_eps: float = Field(default=1e-6, gt=0)
+    """Added to the variance in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output layer."""
+    num_experts: int | None = Field(default=None, ge=1)
+    """Experts in each block of a mixture."""
+    experts_per_token: int | None = Field(default=None, ge=1)
+    """Experts that a token visits in a mixture; their weights are made to sum to 1."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the random weights."""
+
+    @model_validator(mode="after")
+    def _mixtures_need_experts(self) -> ArchitectureSection:
+        is_mixture = self.family in ("mixtral", "qwen3_moe")
+        if is_mixture != (self.num_experts is not None) or is_mixture != (self.experts_per_token is not None):
+            raise UserError(
+                "num_experts and experts_per_token belong to the families mixtral and qwen3_moe: "
+                f"set both or neither, for family {self.family} {'both' if is_mixture else 'neither'}"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which network is trained, and from which weights it starts."""
+
+    hf: ExpandedPath | None = None
+    """A Hugging Face model directory: sizes from its config.json, initial weights from its safetensors files;
+    its tokenizer is used when tokenizer.path is not given."""
+    allow_pickle: bool = False
+    """Read model.hf's weights from pickled .bin files, as tensors only, when it has no safetensors."""
+    hf_config: ExpandedPath | None = None
+    """Sizes only, from a Hugging Face config.json or the directory that holds one."""
+    architecture: ArchitectureSection | None = None
+    """Explicit sizes, instead of the two above."""
+    init_checkpoint: ExpandedPath | None = None
+    """Start from the weights of this checkpoint (step or run directory); random when not given."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the load-balancing loss of a mixture of experts (Megatron's aux_loss, 1 in a balanced layer).
+    A step takes its mean over micro-batches, by their tokens, and its sum over layers."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        sources = (self.hf, self.hf_config, self.architecture)
+        if sum(source is not None for source in sources) != 1:
+            raise UserError("give exactly one of model.hf, model.hf_config and model.architecture")
+        if self.hf is not None and self.init_checkpoint is not None:
+            raise UserError(
+                "model.hf and model.init_checkpoint both name initial weights: for the checkpoint's, give "
+                "the directory as model.hf_config instead of model.hf"
+            )
+        return self
 
 
 class TokenizerSection(Section):
@@ -279,6 +368,219 @@ class RunConfig(TrainingConfig):
     def length_keys(self) -> str:
         """As in the base class."""
         return "data.max_length"
+
+    @property
+    def has_validation(self) -> bool:
+        """As in the base class."""
+        return bool(self.data.valid)
+
+
+# What a run says about its rewards: named functions with weights, and the limits of their workers.
+
+
+class RewardSection(BaseModel):
+    """One reward. Keys other than name, weight and modules are the reward's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """A registered reward: math, exact_match, reasoning_gym, format, length, or one of your own."""
+    weight: float = Field(default=1.0, ge=-1e15, le=1e15, allow_inf_nan=False)
+    """Factor of this reward in the sum that is trained; 0: measured and logged only."""
+    modules: list[ModuleName] = []
+    """Python files or importable modules that register rewards, imported before the name is looked up, here
+    and in each worker."""
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The reward's own options, as written."""
+        return dict(self.model_extra or {})
+
+
+class RewardWorkersSection(Section):
+    """The processes in which rewards are computed, and what one sample may cost there."""
+
+    num_workers: int = Field(default=2, ge=1)
+    """Processes per rank that scores."""
+    seconds: float = Field(default=10.0, gt=0, le=3600)
+    """Wall-clock time of one reward of one sample. One that takes longer is killed and tried once more; if it
+    is late again, the sample is left out of the loss and of its group. Processor time is limited to the next
+    whole second above it."""
+    memory_gb: float = Field(default=4.0, ge=0.5, allow_inf_nan=False)
+    """Address space of one worker, in GiB; its libraries count as well. A sample that wants more fails alone.
+    The rewards of this package need a tenth of the default."""
+
+
+_OWN_NUMBERS = ("mean", "lenient_mean", "std", "zero_variance_groups", "slowest_seconds")
+"""Under reward/ in metrics.jsonl, of all rewards together."""
+
+
+def check_rewards(rewards: list[RewardSection]) -> list[RewardSection]:
+    """The list itself, if it says what is to be trained.
+
+    Raises:
+        UserError: it is empty, names a reward twice or as a number that every step has, or gives none of them
+            a weight.
+    """
+    if not rewards:
+        raise UserError("rewards: expected at least one, got an empty list; add one, such as {name: math}")
+    twice = [name for name, count in Counter(reward.name for reward in rewards).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"rewards: expected each name once, got {twice[0]!r} twice; its metrics could not be told apart: "
+            "remove one, or register a variant under a name of its own"
+        )
+    names = [reward.name for reward in rewards]
+    for name in names:
+        outer = [other for other in names if name.startswith(f"{other}/")]
+        if name in _OWN_NUMBERS or name.startswith("pass_at_") or outer:
+            of_whom = f"{outer[0]!r} writes under its own name" if outer else "every step writes"
+            raise UserError(
+                f"rewards: reward {name!r} would be written as reward/{name}, among the numbers that "
+                f"{of_whom}; register it under another name"
+            )
+    if all(reward.weight == 0 for reward in rewards):
+        raise UserError(
+            "rewards: every weight is 0, so that nothing would be trained; give one of "
+            f"{', '.join(reward.name for reward in rewards)} a weight"
+        )
+    return rewards
+
+
+RewardList = Annotated[list[RewardSection], AfterValidator(check_rewards)]
+
+
+# What a run of `sftrl grpo` says beyond what every training run says.
+
+
+class PromptSection(Section):
+    """The prompts, and the answers that rewards look at."""
+
+    train: list[ExpandedPath] = Field(min_length=1)
+    """JSONL or Parquet files, or directories written by datasets.save_to_disk, with `prompt` or `messages`;
+    every other column reaches the rewards."""
+    valid: list[ExpandedPath] = Field(default=[])
+    """Held-out prompts of the same kinds; no evaluation when empty."""
+    max_prompt_length: int = Field(ge=1)
+    """Longest prompt, in tokens; a longer one is refused before the run begins."""
+    shuffle: bool = True
+    """A new order each epoch, derived from the run's seed and the epoch."""
+
+
+class VllmSection(Section):
+    """The vLLM engine, for rollout.engine: vllm."""
+
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallel size of an engine, whatever the trainer's; the ranks form world_size / tp engines."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Responses that one engine generates at the same time."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, le=1)
+    """Share of each GPU's memory that vLLM may take in all."""
+    enforce_eager: bool = False
+    """No CUDA graphs: slower, starts sooner, needs less memory. Always so on the CPU."""
+    bucket_mb: int = Field(default=512, ge=1)
+    """Mebibytes of weights in flight during an update."""
+    checksums: bool = False
+    """Compare the bits of all weights at their holder and their receiver in every update."""
+    probe_limit: float = Field(default=0.3, gt=0)
+    """Nats: after each update the mean |difference| of engine and trainer over a few generated tokens that
+    ends the run. In bf16 0.05 to 0.2 on single tokens is usual, stale weights give several nats."""
+
+
+class RolloutSection(Section):
+    """How responses are generated."""
+
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """in_process: the training engine itself, in every layout. vllm: vLLM in the same processes, with weights
+    moved from shard to shard."""
+    vllm: VllmSection = VllmSection()
+    prompts_per_step: int = Field(ge=1)
+    """Prompts of one step, over all ranks."""
+    group_size: int = Field(default=8, ge=1)
+    """G, responses per prompt."""
+    max_new_tokens: int = Field(ge=1)
+    """Longest response, end token included."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it, when sampling and in the loss."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """The smallest set of likeliest tokens that holds at least this probability is sampled from."""
+    top_k: int = Field(default=0, ge=0)
+    """The k likeliest tokens are sampled from; 0 for all."""
+    stop_ids: list[int] = Field(default=[])
+    """Token ids that end a response, beside those of the tokenizer, of its chat template and of the model's
+    generation_config.json. An export ends at all of them."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """Texts that end a response, special tokens written out. The token that completes one is the last of the
+    response and is trained on like an end token; rewards read the text in front of it. An export does not
+    know them: give them to vLLM or transformers again."""
+    max_concurrent: int = Field(default=512, ge=1)
+    """in_process: responses generated together on one replica; bounds the memory of the cache."""
+    passes: int = Field(default=1, ge=1)
+    """Times that each response is trained on, in mini-batches of batch.global_size."""
+    offload: bool = False
+    """On GPUs: while responses are generated, gradients are dropped and the optimizer's state waits in CPU
+    memory. vLLM gives its own memory back while the trainer trains in any case."""
+    save_samples: int = Field(default=4, ge=0)
+    """Groups written to rollouts.jsonl each step."""
+
+    def in_flight(self, dp: int) -> tuple[int, int]:
+        """Of a training step on one of `dp` replicas: most responses at once, most prompts in one forward."""
+        num_prompts = -(-self.prompts_per_step // dp)
+        if num_prompts * self.group_size <= self.max_concurrent:
+            return num_prompts * self.group_size, num_prompts
+        # Places that come free may begin inside a group and end inside another one.
+        return self.max_concurrent, -(-(self.max_concurrent - 1) // self.group_size) + 1
+
+
+class AdvantagesSection(Section):
+    """From the rewards of a group to the advantages of its responses."""
+
+    estimator: Literal["group_normalized", "dr_grpo", "leave_one_out"] = "group_normalized"
+    """(r - mean) / (std + 1e-6); r - mean; r - mean of the others."""
+
+
+class FiltersSection(Section):
+    """Which responses are trained on."""
+
+    dynamic_sampling: bool = False
+    """Leave groups out in which the first reward is equal for all, and draw further prompts in their place
+    (DAPO, where all are right or all are wrong). A step draws as many as the last one's share of useful
+    groups asks for, with a margin; useful groups beyond a full step are put back, and the next step's policy
+    answers their prompts again."""
+    max_rounds: int = Field(default=4, ge=1)
+    """Generations of one step under dynamic_sampling, each of at most 4 * rollout.prompts_per_step prompts.
+    Of what was found by then whole mini-batches (batch.global_size) are trained on; the rest is put back."""
+    mask_truncated: bool = False
+    """Responses without their end token count in the group's mean, but carry no loss."""
+    max_idle_steps: int = Field(default=10, ge=1)
+    """Steps in a row with nothing to learn from that end the run: in every group the rewards are equal or
+    unknown, or the responses are masked."""
+
+
+class GrpoConfig(TrainingConfig):
+    """One run of `sftrl grpo`."""
+
+    preset: str | None = None
+    """Published settings that hold where this file says nothing: luffy, srft, curiosft_rl, dapo,
+    deepseekmath, dr_grpo, gspo."""
+    data: PromptSection
+    rollout: RolloutSection
+    rewards: RewardList
+    """What makes a response good: their weighted sum is the reward. The first one says what a success is, for
+    pass@k: a response that it gives at least 0.5."""
+    reward_workers: RewardWorkersSection = RewardWorkersSection()
+    advantages: AdvantagesSection = AdvantagesSection()
+    filters: FiltersSection = FiltersSection()
+
+    @property
+    def max_length(self) -> int:
+        """As in the base class."""
+        return self.data.max_prompt_length + self.rollout.max_new_tokens
+
+    @property
+    def length_keys(self) -> str:
+        """As in the base class."""
+        return "data.max_prompt_length + rollout.max_new_tokens"
 
     @property
     def has_validation(self) -> bool:

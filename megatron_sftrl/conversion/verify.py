@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture, from_record
-from megatron_sftrl.config.model import ModelSection
-from megatron_sftrl.config.schema import ParallelSection, TrainSection
+from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine.checkpoint import find_checkpoint, load_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.parallel import ParallelContext

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sftrl.config.registry import load_module, nearest
-from megatron_sftrl.config.yaml_text import parse_yaml
+from megatron_sftrl.config.load import parse_yaml
 from megatron_sftrl.doctor.case import LENGTHS, VOCAB_SIZE
 from megatron_sftrl.doctor.checks import CHECKS
 from megatron_sftrl.doctor.evaluation import LossSpec
@@ -18,6 +17,7 @@ from megatron_sftrl.doctor.examination import Check, Examination, Finding, exami
 from megatron_sftrl.doctor.ranks import RankPool
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import DEFAULT_REGISTRY
+from megatron_sftrl.registry import load_module, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,8 +35,7 @@ from torch import Tensor
 
 from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.architectures.rope import inverse_frequencies
-from megatron_sftrl.config.model import ModelSection
-from megatron_sftrl.config.schema import ParallelSection, TrainSection
+from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm

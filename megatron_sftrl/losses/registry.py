@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from megatron_sftrl.config.registry import Entry, FunctionRegistry, load_module, nearest, origin_of
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput, is_own_number
+from megatron_sftrl.registry import Entry, FunctionRegistry, load_module, nearest, origin_of
 
 __all__ = ["DEFAULT_REGISTRY", "NEEDS", "Loss", "Registry", "build_loss", "load_module", "register_loss"]
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.config.load import config_from_text, resolved_yaml
+from megatron_sftrl.config.load import config_from_text, parse_yaml, resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.config.yaml_text import parse_yaml
 from megatron_sftrl.errors import UserError, error_of, first_of
 
 # A resumed run may change these: none of them changes which numbers training computes, beyond the order

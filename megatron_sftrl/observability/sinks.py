@@ -7,9 +7,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Literal
 
-from megatron_sftrl.config.load import resolved_yaml
+from megatron_sftrl.config.load import parse_yaml, resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.config.yaml_text import parse_yaml
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.metrics import JsonlSink, MetricsSink, MetricsWriter, OptionalSink
 from megatron_sftrl.observability.progress import ProgressSink

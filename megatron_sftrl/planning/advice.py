@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.planning.search import Plan
 
 _MORE_GPUS = (2, 4, 8)

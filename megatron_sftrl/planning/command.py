@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_sftrl.architectures import architecture_of
-from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import build_loss

@@ -14,8 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 from megatron_sftrl.architectures.architecture import Architecture, num_parameters
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.planning.activations import Microbatch
 from megatron_sftrl.planning.communication import block_traffic, pipeline_traffic, state_traffic
 from megatron_sftrl.planning.grid import Grid

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.planning.grid import Grid
 
 

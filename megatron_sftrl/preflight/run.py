@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import RunConfig, TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.sources import check_source, read_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.errors import UserError

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import checkpoint_at, complete_checkpoints, stored_assets

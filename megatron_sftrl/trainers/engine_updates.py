@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompt_set import PromptRow
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.observability.memory import take_device_peak

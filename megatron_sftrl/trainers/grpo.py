@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompt_set import PromptSet
 from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context

@@ -14,8 +14,7 @@ from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.step import BatchLayout
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.errors import UserError

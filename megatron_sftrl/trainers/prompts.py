@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.order import num_training_steps
 from megatron_sftrl.data.prompt_set import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer

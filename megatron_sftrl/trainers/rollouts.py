@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.order import SampleOrder
 from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
 from megatron_sftrl.data.tokenizer import Tokenizer

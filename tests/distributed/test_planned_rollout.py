@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sftrl.architectures.architecture import from_section
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.kv_cache import KvCache
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.hardware import Hardware

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config, resolved_yaml
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.losses.api import is_own_number
 from tests.e2e.grpo_project import (
     GROUP_SIZE,

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 from megatron_sftrl.architectures import architecture_of
-from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.engine.checkpoint import StoredTensors
 from megatron_sftrl.preflight.storage import checkpoint_bytes
 from tests.e2e.grpo_project import GrpoProject

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import load_config
-from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.config.schema import GrpoConfig, RunConfig
 from megatron_sftrl.engine.parallel import destroy_parallel
 from megatron_sftrl.trainers.generate import GenerateRequest, run_generate
 from megatron_sftrl.trainers.grpo import run_grpo

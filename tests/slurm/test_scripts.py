@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.kinds import load_any_config
+from megatron_sftrl.config.load import load_any_config
+from megatron_sftrl.config.schema import GrpoConfig
 from tests.ranks import ROOT
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from megatron_sftrl.config.section import Section
+from megatron_sftrl.config.schema import Section
 
 # The largest number that a reward may return: times a weight that is no larger, it is still one in fp32, and
 # so are sums and squares of it in float64.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs
 from megatron_sftrl.rl.rewards.process import WorkerProcess

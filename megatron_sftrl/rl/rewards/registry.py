@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from megatron_sftrl.config.registry import Entry, FunctionRegistry, origin_of
-from megatron_sftrl.config.rewards import RewardSection, check_rewards
+from megatron_sftrl.config.schema import RewardSection, check_rewards
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.registry import Entry, FunctionRegistry, origin_of
 from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
 
 RewardFunction = Callable[[RewardInputs, Any], RewardOutput]

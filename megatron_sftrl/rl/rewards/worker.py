@@ -17,7 +17,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from megatron_sftrl.config.rewards import RewardSection
+from megatron_sftrl.config.schema import RewardSection
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.rl.rewards.api import LARGEST, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.confinement import Confinement, enter_kernel_domain

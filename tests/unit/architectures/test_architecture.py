@@ -14,7 +14,7 @@ from megatron_sftrl.architectures.architecture import (
     padded_vocab_size,
     to_record,
 )
-from megatron_sftrl.config.model import ArchitectureSection
+from megatron_sftrl.config.schema import ArchitectureSection
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
 

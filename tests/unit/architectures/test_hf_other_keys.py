@@ -17,7 +17,7 @@ from megatron_sftrl.architectures.hf_config import (
     read_hf_config,
 )
 from megatron_sftrl.architectures.hf_other_keys import _OBEYED_ELSEWHERE
-from megatron_sftrl.config.model import ModelSection
+from megatron_sftrl.config.schema import ModelSection
 from megatron_sftrl.trainers.plan import say_notes
 from tests.unit.models.hf_files import read, values
 from tests.unit.models.random_architectures import FAMILIES

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sftrl.config.document import document_schema
-from megatron_sftrl.config.messages import section_type, sections
+from megatron_sftrl.config.messages import document_schema, section_type, sections
 from megatron_sftrl.config.schema import RunConfig
 
 

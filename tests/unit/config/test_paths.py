@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import config_from_text, resolved_yaml
-from megatron_sftrl.config.registry import load_module
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.registry import load_module
 from tests.unit.config.example import example
 
 OF_PATHS = {

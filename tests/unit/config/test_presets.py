@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl import build_loss
-from megatron_sftrl.config.grpo import GrpoConfig
 from megatron_sftrl.config.load import config_from_text, load_config, resolved_yaml
 from megatron_sftrl.config.presets import PRESETS, with_preset
+from megatron_sftrl.config.schema import GrpoConfig
 
 SMALL = {
     "p": {"loss": {"name": "grpo", "clip_high": 0.28}, "optim": {"lr": 1e-6}, "rollout": {"group_size": 16}}

@@ -12,8 +12,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sftrl.architectures.architecture import Architecture, from_section
 from megatron_sftrl.architectures.rope import Rope, yarn_attention_factor
-from megatron_sftrl.config.model import ArchitectureSection, ModelSection
-from megatron_sftrl.config.schema import ParallelSection, TrainSection
+from megatron_sftrl.config.schema import ArchitectureSection, ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine import model
 
 SECTION = ArchitectureSection(

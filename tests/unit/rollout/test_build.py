@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_sftrl.architectures.architecture import from_section
-from megatron_sftrl.config.grpo import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig
 
 SIZES = {
     "family": "qwen3",

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sftrl.config.grpo import GrpoConfig
-from megatron_sftrl.config.schema import RunConfig, TokenizerSection
+from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TokenizerSection
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sftrl.trainers.ends import response_text, stop_ids
 from megatron_sftrl.trainers.plan import RunPlan, export_assets
