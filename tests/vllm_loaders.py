@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture
+from megatron_sftrl.models.architecture import Architecture
 
 
 def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp: int, tp_rank: int) -> Tensor:

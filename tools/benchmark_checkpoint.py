@@ -26,10 +26,10 @@ import torch.distributed as dist
 from benchmark_model import add_model_arguments, benchmark_run, random_batch
 
 from megatron_sftrl import TokenBatch, build_loss
-from megatron_sftrl.architectures.architecture import from_section, num_parameters
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.models.architecture import from_section, num_parameters
 
 LIMIT = 0.2
 

@@ -30,11 +30,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_sftrl.architectures.hf_config import from_hf_config
-from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.output import force_to_disk, plan_files, write_file, write_index
+from megatron_sftrl.models.hf_config import from_hf_config
+from megatron_sftrl.models.hf_output import force_to_disk, plan_files, write_file, write_index
+from megatron_sftrl.models.tensors import hf_shapes
 
 LEAST_SHARE_OF_CP = 0.5
 _SHAPE = {
@@ -229,7 +229,7 @@ def _load(folder: Path, parallel: ParallelContext) -> Callable[[], float]:
     from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
     from megatron_sftrl.engine.hf_weights import load_hf_weights
     from megatron_sftrl.engine.model import build_model_chunks, transformer_config
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models.hf_weights import open_weights
 
     architecture = from_hf_config(folder / "hf")
     model = ModelSection(hf=folder / "hf")

@@ -44,7 +44,7 @@ from generation_contenders import (
     receive,
 )
 
-from megatron_sftrl.architectures.architecture import Architecture, num_parameters
+from megatron_sftrl.models.architecture import Architecture, num_parameters
 from megatron_sftrl.types import Prompt, SamplingParams
 from megatron_sftrl.vocab_parallel.output_layer import linear
 

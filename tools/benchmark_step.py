@@ -25,13 +25,13 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_sftrl import TokenBatch, build_loss
-from megatron_sftrl.architectures.architecture import from_section, num_parameters
 from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.scaling import as_megatron_loss
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.models.architecture import from_section, num_parameters
 
 BASELINE = "megatron cross-entropy"
 STEPS_PER_TURN = 5

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from benchmark_model import benchmark_run
 
-from megatron_sftrl.architectures.architecture import Architecture, from_section
-from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.models.architecture import Architecture, from_section
+from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _vllm(directory: Path, arguments: argparse.Namespace) -> Iterator[Contender]
 
 def _engine(engine: RolloutEngine, policy: PolicyEngine, directory: Path) -> Contender:
     from megatron_sftrl.engine.hf_weights import load_hf_weights
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models.hf_weights import open_weights
 
     with open_weights(directory) as weights:
         load_hf_weights(policy.chunks, weights, policy.architecture)

@@ -11,14 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.architectures.hf_config import read_hf_config
-from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
 from megatron_sftrl.engine.checkpoint import StoredPart, save_converted
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.assets import has_tokenizer, read_assets
-from megatron_sftrl.hf.exchange import fill_part
-from megatron_sftrl.hf.weights import HfWeights, open_weights
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.hf_config import read_hf_config
+from megatron_sftrl.models.hf_output import has_tokenizer, read_assets
+from megatron_sftrl.models.hf_weights import HfWeights, fill_part, open_weights
+from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,17 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture, from_record
-from megatron_sftrl.architectures.hf_config_writer import hf_config_values
-from megatron_sftrl.architectures.tensors import MegatronTensor, hf_shapes, megatron_tensors
 from megatron_sftrl.conversion.exported_tokenizer import with_ids_of_tokenizer_json
 from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, first_of
-from megatron_sftrl.hf.assets import HfAssets, with_dtype, write_assets
-from megatron_sftrl.hf.exchange import fill_whole
-from megatron_sftrl.hf.output import HfFile, plan_files, write_index
-from megatron_sftrl.hf.safetensors_writer import write_safetensors
+from megatron_sftrl.models.architecture import Architecture, from_record
+from megatron_sftrl.models.hf_config import hf_config_values
+from megatron_sftrl.models.hf_output import (
+    HfAssets,
+    HfFile,
+    plan_files,
+    with_dtype,
+    write_assets,
+    write_index,
+)
+from megatron_sftrl.models.hf_tensor_file import write_safetensors
+from megatron_sftrl.models.hf_weights import fill_whole
+from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors
 
 
 def convert_to_hf(

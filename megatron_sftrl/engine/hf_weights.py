@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.tensors import hf_shapes, megatron_tensors
 from megatron_sftrl.engine.checkpoint.tensors import model_tensors
 from megatron_sftrl.engine.model import LanguageModel
-from megatron_sftrl.hf.exchange import fill_part
-from megatron_sftrl.hf.weights import HfWeights
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_weights import HfWeights, fill_part
+from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors
 
 
 @torch.no_grad()

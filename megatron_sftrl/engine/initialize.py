@@ -14,8 +14,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.models.architecture import Architecture
 
 
 @torch.no_grad()

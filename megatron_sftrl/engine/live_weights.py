@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.engine_shards import Box
-from megatron_sftrl.architectures.tensors import megatron_tensors, rectangles
 from megatron_sftrl.engine.checkpoint.tensors import model_tensors
 from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import Box
+from megatron_sftrl.models.tensors import megatron_tensors, rectangles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

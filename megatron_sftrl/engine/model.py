@@ -33,8 +33,6 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.architectures.rope import inverse_frequencies
 from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
@@ -42,6 +40,7 @@ from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, Packe
 from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.weight_gathers import WeightGathers
+from megatron_sftrl.models.architecture import Architecture, inverse_frequencies, padded_vocab_size
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer
 

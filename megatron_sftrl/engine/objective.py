@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import padded_vocab_size
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.losses.api import LossInputs
 from megatron_sftrl.losses.registry import Loss
+from megatron_sftrl.models.architecture import padded_vocab_size
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer, TokenDistribution
 from megatron_sftrl.vocab_parallel.one_pass import TokenValues, one_pass, weighted_sum

@@ -13,7 +13,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.gradient_clock import GradientClock
@@ -35,6 +34,7 @@ from megatron_sftrl.engine.reports import StepReport, microbatch_report, reduce_
 from megatron_sftrl.engine.scaling import as_megatron_loss, finalize_gradients
 from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
 from megatron_sftrl.losses.registry import Loss
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.types import TokenBatch
 
 

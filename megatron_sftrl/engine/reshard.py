@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.engine_shards import EngineLayout, engine_boxes
-from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.engine.live_weights import live_weights
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.reshard_plan import Holdings, plan_rounds
 from megatron_sftrl.engine.weight_stream import ReshardReport, StreamPlan, WeightStream
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import EngineLayout, engine_boxes
+from megatron_sftrl.models.tensors import hf_shapes
 
 
 class Resharder:

@@ -16,8 +16,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_sftrl.architectures.engine_shards import Box
 from megatron_sftrl.errors import UserError, first_of
+from megatron_sftrl.models.engine_shards import Box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

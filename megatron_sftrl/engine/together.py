@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sftrl.errors import UserError, is_full_disk
-from megatron_sftrl.hf.output import new_directory
+from megatron_sftrl.models.hf_output import new_directory
 
 T = TypeVar("T")
 

@@ -20,12 +20,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.engine_shards import Box
 from megatron_sftrl.engine.checksums import checksum
 from megatron_sftrl.engine.live_weights import LiveWeights
 from megatron_sftrl.engine.reshard_messages import Exchange, Received
 from megatron_sftrl.engine.reshard_plan import Piece, Round, volume
 from megatron_sftrl.engine.together import on_every_rank
+from megatron_sftrl.models.engine_shards import Box
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.planning.grid import Grid
 
 Kernels = Literal["torch", "transformer_engine"]

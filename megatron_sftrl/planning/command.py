@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import build_loss
+from megatron_sftrl.models import architecture_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.planning.advice import advice
 from megatron_sftrl.planning.hardware import Hardware, parse_bytes

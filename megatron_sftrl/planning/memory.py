@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.planning.grid import Grid
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.model_state import ModelState, model_state

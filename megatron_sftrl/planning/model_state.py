@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.planning.grid import Grid
 from megatron_sftrl.planning.parameters import Parameter, chunk_parameters
 

@@ -6,8 +6,8 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from megatron_sftrl.architectures.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.architectures.tensors import MegatronTensor, megatron_tensors
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
 from megatron_sftrl.planning.grid import Grid
 
 # The order of torch.nn.Module.named_parameters in a block of engine/local_layers.py. Transformer Engine's

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.planning.activations import Kernels, Microbatch, block_bytes, head_bytes
 from megatron_sftrl.planning.grid import Grid
 from megatron_sftrl.planning.model_state import element_bytes

@@ -6,10 +6,10 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.engine_shards import engine_boxes
-from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import engine_boxes
+from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.planning.activations import Microbatch, forward_bytes
 from megatron_sftrl.planning.grid import Grid
 from megatron_sftrl.planning.hardware import Hardware

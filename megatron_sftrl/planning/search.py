@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.planning.grid import Grid, grid_of
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.memory import MemoryPlan, plan_memory

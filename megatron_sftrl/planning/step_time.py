@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from megatron_sftrl.architectures.architecture import Architecture, num_parameters
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.models.architecture import Architecture, num_parameters
 from megatron_sftrl.planning.activations import Microbatch
 from megatron_sftrl.planning.communication import block_traffic, pipeline_traffic, state_traffic
 from megatron_sftrl.planning.grid import Grid

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.planning.grid import Grid
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.model_state import model_state
 

@@ -7,9 +7,9 @@ import shutil
 import time
 from pathlib import Path
 
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.tensors import hf_shapes
 
 _PATIENCE_S = 10.0  # network file systems show a new file to other nodes only after a while
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

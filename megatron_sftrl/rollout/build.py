@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.rollout.stops import Decode

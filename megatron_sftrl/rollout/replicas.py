@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_sftrl.architectures.engine_shards import EngineLayout
+from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.types import Rollout
 
 

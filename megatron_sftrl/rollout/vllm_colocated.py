@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.engine_shards import EngineLayout
-from megatron_sftrl.architectures.hf_config_writer import hf_config_values
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reshard import Resharder
 from megatron_sftrl.engine.shared_progress import SharedProgress
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.engine.weight_stream import ReshardReport
+from megatron_sftrl.models.engine_shards import EngineLayout
+from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.rollout.engine_memory import EngineMemory, Part
 from megatron_sftrl.rollout.process_state import Guest
 from megatron_sftrl.rollout.replicas import all_rollouts, share_of

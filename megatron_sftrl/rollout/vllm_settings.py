@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import EngineLayout, check_cut
 
 _OLDEST_VLLM = (0, 32)
 _CPU_BLOCK = 128

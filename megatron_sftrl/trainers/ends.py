@@ -10,7 +10,7 @@ from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import checkpoint_at, complete_checkpoints, stored_assets
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.assets import end_ids, read_assets
+from megatron_sftrl.models.hf_output import end_ids, read_assets
 from megatron_sftrl.types import SamplingParams
 
 

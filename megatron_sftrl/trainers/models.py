@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.hf_weights import load_hf_weights
 from megatron_sftrl.engine.model import LanguageModel
@@ -13,7 +12,8 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_every_rank
-from megatron_sftrl.hf.weights import open_weights
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_weights import open_weights
 from megatron_sftrl.trainers.origins import Origins
 from megatron_sftrl.trainers.plan import ConfigT, RunPlan
 

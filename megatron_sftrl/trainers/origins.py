@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_sftrl.engine.checkpoint import FoundCheckpoint, checkpoint_at, hashed_files
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.weights import HfWeights
+from megatron_sftrl.models.hf_weights import HfWeights
 from megatron_sftrl.observability.run_directory import RunDirectory, write_atomically
 
 FILE_NAME = "origins.json"

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from megatron_sftrl.architectures import architecture_of, notes_on
-from megatron_sftrl.architectures.architecture import Architecture
-from megatron_sftrl.architectures.hf_config_writer import hf_config_values
-from megatron_sftrl.architectures.tensors import hf_shapes
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.step import BatchLayout
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.assets import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
-from megatron_sftrl.hf.weights import open_weights
 from megatron_sftrl.losses.registry import Loss, build_loss
+from megatron_sftrl.models import architecture_of, notes_on
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_config import hf_config_values
+from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
+from megatron_sftrl.models.hf_weights import open_weights
+from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.trainers.ends import model_directory, stop_ids
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)

@@ -96,9 +96,9 @@ def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict
     """
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
 
     config = engine_config(directories[0], parallel, "fp32")
     context = initialize_parallel(config.parallel)
@@ -147,7 +147,7 @@ BAD_PROMPTS = {
 def load(policy: PolicyEngine, directory: Path) -> None:
     """Other weights for a policy, whatever its layout."""
     from megatron_sftrl.engine.hf_weights import load_hf_weights
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models.hf_weights import open_weights
 
     with open_weights(directory) as weights:
         load_hf_weights(policy.chunks, weights, policy.architecture)

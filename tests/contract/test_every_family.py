@@ -63,9 +63,9 @@ def observe(
     """Two updates of an engine for each family, in one process."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
 
     seen = {}
     for name, directories in families.items():

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import padded_vocab_size
+from megatron_sftrl.models.architecture import padded_vocab_size
 from tests.distributed.test_conversion import export, run_config
 from tests.hf_models import differing, read_tensors, write_model
 from tests.ranks import run_ranks
@@ -87,12 +87,12 @@ def mbridge_export(hf: Path, folder: Path, parallel: dict) -> dict[str, Tensor]:
     from megatron.core import parallel_state
     from transformers import AutoConfig
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
     from megatron_sftrl.engine.hf_weights import load_hf_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.models.hf_weights import open_weights
 
     config = run_config(hf, parallel, "fp32")
     context = initialize_parallel(config.parallel)

@@ -189,11 +189,11 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     """Build an engine, mistreat it."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
-    from megatron_sftrl.architectures.tensors import hf_shapes
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.models.hf_weights import open_weights
+    from megatron_sftrl.models.tensors import hf_shapes
     from megatron_sftrl.rollout.vllm_colocated import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
     from megatron_sftrl.rollout.vllm_weights import load_weights
@@ -307,9 +307,9 @@ def many_prompts(directory: Path) -> tuple[list[tuple[int, ...]], list[tuple[int
     """Responses to 60 prompts of 100 tokens, together and the last three by themselves."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
     from megatron_sftrl.rollout.vllm_colocated import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
@@ -342,9 +342,9 @@ def test_more_prompts_than_vllm_reads_in_one_step_get_the_same_responses_as_alon
 def start_without_memory(directory: Path) -> str:
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
 
     config = engine_config(directory, {}, "fp32")
     context = initialize_parallel(config.parallel)

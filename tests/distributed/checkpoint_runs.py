@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.models.architecture import from_section
 from tests.distributed.test_layouts import make_config, step_batches
 
 NUM_STEPS = 6

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sftrl.architectures import Architecture
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.models import Architecture
 from megatron_sftrl.types import Prompt, SamplingParams, TokenBatch
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _loaded_policy(config: RunConfig, architecture: Architecture) -> tuple[Paral
     from megatron_sftrl.engine.hf_weights import load_hf_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models.hf_weights import open_weights
 
     context = initialize_parallel(config.parallel)
     policy = PolicyEngine(architecture, config, context, with_optimizer=False)

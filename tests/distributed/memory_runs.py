@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.types import TokenBatch
 from tests.distributed.uncounted_collectives import LABEL, UncountedCollectives
 

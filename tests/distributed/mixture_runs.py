@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import from_section
+from megatron_sftrl.models.architecture import from_section
 from tests.distributed.test_layouts import Curve, make_config, step_batches
 
 NUM_STEPS = 12

@@ -21,9 +21,9 @@ def both_ways(directories: list[Path]) -> list[tuple[list[RolloutGroup], list[Ro
     """On one rank, of each model: responses with and without cache, and how many tokens a cached step ran."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
     from megatron_sftrl.rollout import in_flight
     from megatron_sftrl.rollout.in_process import InProcessEngine
     from tests.contract.rollout_contract import load

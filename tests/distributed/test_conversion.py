@@ -101,13 +101,13 @@ def load_train_and_export(
     """
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
     from megatron_sftrl.engine.hf_weights import load_hf_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.hf.weights import open_weights
     from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.models.hf_weights import open_weights
 
     config = run_config(hf, parallel, dtypes[0])
     context = initialize_parallel(config.parallel)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import padded_vocab_size
+from megatron_sftrl.models.architecture import padded_vocab_size
 from megatron_sftrl.vocab_parallel import output_layer
 from tests.distributed.memory_runs import policy_and_reference
 from tests.distributed.mixture_runs import Place, main_gradients

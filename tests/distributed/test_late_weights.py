@@ -27,13 +27,13 @@ def train(
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine import optimizer
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.models.architecture import from_section
 
     section = {"kind": "moving_average", "decay": 0.5, "sync_every": 1} if loss_name == "curiosft" else None
     config = make_config(parallel, loss=loss_name, fused=fused, reference=section)
@@ -92,7 +92,6 @@ def late_reads() -> dict[str, tuple[bool, bool]]:
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.config.schema import ReferenceSection
     from megatron_sftrl.engine import model as engine_model
     from megatron_sftrl.engine import optimizer
@@ -102,6 +101,7 @@ def late_reads() -> dict[str, tuple[bool, bool]]:
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.models.architecture import from_section
 
     config = make_config(OVERLAPPED)
     assert config.model.architecture is not None

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import ParallelSection, ReferenceSection, RunConfig
+from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.types import TokenBatch
 from tests.grid import grid
 from tests.ranks import run_ranks

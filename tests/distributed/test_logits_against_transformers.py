@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures import architecture_of
-from megatron_sftrl.architectures.architecture import Mixture
+from megatron_sftrl.models import architecture_of
+from megatron_sftrl.models.architecture import Mixture
 from tests.distributed.engine_outputs import engine_config, engine_cos_sin, engine_greedy, engine_logits
 from tests.distributed.hf_models import CONFIGS, VOCAB_SIZE, WINDOW, save_model, transformers_logits
 from tests.ranks import run_ranks

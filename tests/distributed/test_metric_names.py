@@ -16,10 +16,10 @@ def step(parallel: dict, kind: str, fused: str, num_microbatches: int) -> str | 
     """The message of a step's error, or its metrics, gradient norm and whether it trained."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.errors import UserError
+    from megatron_sftrl.models.architecture import from_section
 
     config = make_config(parallel, fused=fused)
     assert config.model.architecture is not None

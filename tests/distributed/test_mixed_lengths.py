@@ -34,9 +34,9 @@ def step(
     """One step of micro-batches of `lengths[dp_rank]` tokens; on every rank."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models.architecture import from_section
 
     config = make_config(parallel, loss=loss_name, fused=fused, tie_embeddings=tied)
     assert config.model.architecture is not None

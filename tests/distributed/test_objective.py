@@ -17,9 +17,9 @@ def calls(fused: str, num_tokens: int) -> list[str]:
     """Which of the model's two ways to its logits are taken for a chunk of 16 tokens, at tp 2 with sp."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models.architecture import from_section
 
     parallel = {"tp": 2, "sequence_parallel": True}
     config = make_config(parallel)
@@ -66,10 +66,10 @@ def logits_made(loss_name: str) -> tuple[int, int]:
     """How many times logits of a chunk are made, policy's and reference's together, and how many chunks."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.models.architecture import from_section
 
     config = make_config({})
     assert config.model.architecture is not None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import from_section
+from megatron_sftrl.models.architecture import from_section
 from tests.distributed.mixture_runs import QWEN3_MOE
 from tests.distributed.test_layouts import make_config, step_batches
 from tests.ranks import run_ranks

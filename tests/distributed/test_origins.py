@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 def start(run_dir: Path, hf: Path, is_resumed: bool) -> str:
     """What a start of the run says of model.hf, the refusal included."""
     from megatron_sftrl.errors import UserError
-    from megatron_sftrl.hf.weights import open_weights
+    from megatron_sftrl.models.hf_weights import open_weights
     from megatron_sftrl.observability.run_directory import RunDirectory
     from megatron_sftrl.trainers.origins import Origins
 

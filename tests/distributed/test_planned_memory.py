@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.planning import activations
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.model_state import buffer_layout, model_state

@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.kv_cache import KvCache
+from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.peak import microbatch_of

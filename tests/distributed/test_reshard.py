@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.architecture import Architecture, from_section
-from megatron_sftrl.architectures.engine_shards import EngineLayout
-from megatron_sftrl.architectures.tensors import hf_shapes
+from megatron_sftrl.models.architecture import Architecture, from_section
+from megatron_sftrl.models.engine_shards import EngineLayout
+from megatron_sftrl.models.tensors import hf_shapes
 from tests.distributed.test_layouts import make_config, step_batches
 from tests.distributed.test_tensor_table import FAMILIES
 from tests.ranks import run_ranks

@@ -79,10 +79,10 @@ def test_collectives_wait_half_a_minute_longer_than_the_watch(minutes: float, se
 def microbatches_of_each_verb() -> dict[str, int]:
     from megatron.core import parallel_state
 
-    from megatron_sftrl.architectures import architecture_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.models import architecture_of
     from tests.distributed.test_layouts import make_config, step_batches
 
     config = make_config({})

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import Architecture, from_section, padded_vocab_size
-from megatron_sftrl.architectures.tensors import MegatronTensor, megatron_tensors
+from megatron_sftrl.models.architecture import Architecture, from_section, padded_vocab_size
+from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
 from tests.distributed.test_layouts import VOCAB_SIZE, make_config
 from tests.ranks import run_ranks
 

@@ -16,9 +16,9 @@ from unittest import mock
 
 import pytest
 
-from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.engine.checkpoint import StoredTensors
+from megatron_sftrl.models import architecture_of
 from megatron_sftrl.preflight.storage import checkpoint_bytes
 from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.product import Ended, call_main, sftrl, sftrl_each

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.types import Prompt, SamplingParams
 from tests.distributed.test_layouts import LOSSES, make_config, step_batches, train
 from tests.unit.losses.test_golden import PATHS, errors

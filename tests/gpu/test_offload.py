@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.observability.memory import take_device_peak
 from tests.distributed.test_layouts import make_config, step_batches
 from tests.e2e.grpo_project import GrpoProject, make_grpo_project, samples_of

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from megatron_sftrl.engine.checkpoint.directory import checkpoint_at
 from megatron_sftrl.errors import first_of, hub_hint
-from megatron_sftrl.hf.assets import read_assets
-from megatron_sftrl.hf.weights import open_weights
+from megatron_sftrl.models.hf_config import from_hf_config
+from megatron_sftrl.models.hf_output import read_assets
+from megatron_sftrl.models.hf_weights import open_weights
 
 HUB = Path("Qwen/Qwen2.5-7B")
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
-from megatron_sftrl.architectures.architecture import Architecture, from_section
-from megatron_sftrl.architectures.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.load import load_any_config, load_config
 from megatron_sftrl.config.schema import ArchitectureSection, GrpoConfig
+from megatron_sftrl.models.architecture import Architecture, from_section
+from megatron_sftrl.models.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, check_canaries
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

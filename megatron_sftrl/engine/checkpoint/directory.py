@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord
 from megatron_sftrl.errors import UserError, hub_hint
-from megatron_sftrl.hf.disk import force_to_disk
+from megatron_sftrl.models.hf_output import force_to_disk
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}(\.old)?\.tmp")

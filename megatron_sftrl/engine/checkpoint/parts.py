@@ -30,7 +30,7 @@ from torch.futures import Future
 from megatron_sftrl.engine.checkpoint.io import finish_format
 from megatron_sftrl.engine.checkpoint.record import FileRecord
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.hf.direct_file import new_direct_file
+from megatron_sftrl.models.direct_file import new_direct_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

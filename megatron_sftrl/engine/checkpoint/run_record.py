@@ -9,12 +9,12 @@ from typing import Any
 import megatron.core
 import torch
 
-from megatron_sftrl.architectures.architecture import Architecture, to_record
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState, differences
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture, to_record
 
 # They change no parameter's shape and no number that the network computes from given weights.
 _FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_sftrl.architectures.architecture import Architecture
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
 from megatron_sftrl.engine.checkpoint.background import BackgroundAction
 from megatron_sftrl.engine.checkpoint.host_copies import HostCopies
@@ -49,7 +48,8 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_rank_zero
-from megatron_sftrl.hf.assets import HfAssets
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_output import HfAssets
 
 _NO_ASSETS = HfAssets(files={})
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sftrl.engine.checkpoint.metadata import read_index
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.stored import StoredTensor, read_part
+from megatron_sftrl.models.hf_tensor_file import StoredTensor, read_part
 
 
 class StoredTensors:

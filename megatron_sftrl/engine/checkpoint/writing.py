@@ -18,7 +18,7 @@ from megatron_sftrl.engine.checkpoint.io import num_bytes, write_tensors
 from megatron_sftrl.engine.checkpoint.record import CheckpointRecord
 from megatron_sftrl.engine.together import on_rank_zero, sum_over_ranks
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.hf.assets import HfAssets
+from megatron_sftrl.models.hf_output import HfAssets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

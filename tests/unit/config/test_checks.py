@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.architectures import architecture_of
 from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.models import architecture_of
 from tests.unit.config.example import example
 
 MIXTURE = (

@@ -43,9 +43,9 @@ def test_decay_goes_from_the_peak_to_the_minimum_ratio(schedule: str) -> None:
 def decayed_parameters(
     parallel: dict[str, object], decays_all: bool = False
 ) -> dict[str, tuple[float, float]]:
-    from megatron_sftrl.architectures.architecture import from_section
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models.architecture import from_section
     from tests.distributed.test_layouts import make_config
 
     config = make_config(parallel, family="qwen2")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.architectures.engine_shards import Box
 from megatron_sftrl.engine.reshard_plan import (
     Holdings,
     Round,
@@ -20,6 +19,7 @@ from megatron_sftrl.engine.reshard_plan import (
     tiling_problem,
     volume,
 )
+from megatron_sftrl.models.engine_shards import Box
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -10,10 +10,9 @@ from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_e
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron_sftrl.architectures.architecture import Architecture, from_section
-from megatron_sftrl.architectures.rope import Rope, yarn_attention_factor
 from megatron_sftrl.config.schema import ArchitectureSection, ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine import model
+from megatron_sftrl.models.architecture import Architecture, Rope, from_section, yarn_attention_factor
 
 SECTION = ArchitectureSection(
     family="mistral",

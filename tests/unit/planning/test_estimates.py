@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_sftrl.architectures.architecture import Architecture, from_section, num_parameters
 from megatron_sftrl.config.schema import ArchitectureSection, ParallelSection, RunConfig
+from megatron_sftrl.models.architecture import Architecture, from_section, num_parameters
 from megatron_sftrl.planning.communication import block_traffic, state_traffic
 from megatron_sftrl.planning.grid import Grid, grid_of
 from megatron_sftrl.planning.hardware import Hardware, parse_bytes

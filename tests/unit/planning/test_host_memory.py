@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.architectures.architecture import from_section, num_parameters
 from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.models.architecture import from_section, num_parameters
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.memory import plan_memory

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.planning.grid import grid_of
 from megatron_sftrl.planning.model_state import model_state
 from tests.unit.config.example import example

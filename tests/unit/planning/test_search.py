@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from megatron_sftrl.architectures.architecture import Architecture, from_section
-from megatron_sftrl.architectures.hf_config import from_hf_config
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.models.architecture import Architecture, from_section
+from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.planning.hardware import Hardware
 from megatron_sftrl.planning.search import plan_run, search_layouts
 from tests.unit.config.example import example

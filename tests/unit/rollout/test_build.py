@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sftrl.architectures.architecture import from_section
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.models.architecture import from_section
 
 SIZES = {
     "family": "qwen3",

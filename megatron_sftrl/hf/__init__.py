@@ -1,1 +1,0 @@
-"""Hugging Face model directories as files: weights read and written, and what travels beside them."""

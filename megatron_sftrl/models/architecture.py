@@ -1,0 +1,311 @@
+"""The sizes and switches of a decoder-only transformer, independent of any training library."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.config.schema import ArchitectureSection
+from megatron_sftrl.errors import UserError
+
+# Rotary position frequencies: every scaling that a supported config.json can ask for, as one function.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """How positions become angles: angle = position * frequency, cos and sin times attention_factor.
+
+    Args:
+        kind: default (RoFormer), linear (positions divided by factor), llama3 (long wavelengths divided by
+            factor) or yarn (arXiv:2309.00071: a ramp between both, by number of rotations).
+        theta: base of the frequencies.
+        factor: context extension, >= 1; 1 for default.
+        original_length: positions before the extension, tokens (llama3, yarn).
+        low_freq_factor, high_freq_factor: original_length over them bounds llama3's interpolated wavelengths.
+        beta_fast, beta_slow: rotations over original_length that bound yarn's ramp.
+        truncate: yarn's ramp begins and ends at whole dimensions.
+        attention_factor: multiplies cos and sin (yarn), 1 otherwise.
+    """
+
+    kind: Literal["default", "linear", "llama3", "yarn"]
+    theta: float
+    factor: float = 1.0
+    original_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """[head_dim / 2] fp32 radians per position, the same fp32 numbers as transformers computes."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    plain = 1.0 / rope.theta**exponents
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(plain, rope)
+    if rope.kind == "yarn":
+        return _yarn(rope.theta**exponents, rope, head_dim)
+    return plain
+
+
+def _llama3(plain: Tensor, rope: Rope) -> Tensor:
+    assert rope.original_length is not None
+    wavelengths = 2 * math.pi / plain
+    longest_kept = rope.original_length / rope.high_freq_factor
+    shortest_divided = rope.original_length / rope.low_freq_factor
+    between = rope.high_freq_factor - rope.low_freq_factor
+    kept = (rope.original_length / wavelengths - rope.low_freq_factor) / between
+    interpolated = (1 - kept) * (plain / rope.factor) + kept * plain
+    scaled = torch.where(wavelengths > shortest_divided, plain / rope.factor, plain)
+    is_between = ~(wavelengths < longest_kept) & ~(wavelengths > shortest_divided)
+    return torch.where(is_between, interpolated, scaled)
+
+
+def _yarn(powers: Tensor, rope: Rope, head_dim: int) -> Tensor:
+    def dimension(rotations: float) -> float:
+        """The dimension that turns `rotations` times over the original length."""
+        assert rope.original_length is not None
+        turns = rope.original_length / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return (1.0 / (rope.factor * powers)) * (1 - kept) + (1.0 / powers) * kept
+
+
+def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """0.1 ln(factor) + 1 (arXiv:2309.00071, eq. 22), or the ratio of two of these with given multipliers."""
+
+    def concentration(multiplier: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+    if mscale and mscale_all_dim:
+        return concentration(mscale) / concentration(mscale_all_dim)
+    return concentration(1.0)
+
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """A mixture of experts in place of each block's MLP.
+
+    Args:
+        num_experts: E, gated MLPs in each block.
+        experts_per_token: of them, those that a token visits: the ones with the largest router logits.
+        normalizes_weights: their softmax weights are divided by their sum.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    normalizes_weights: bool
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f"experts_per_token = {self.experts_per_token} must lie between 1 and num_experts = "
+                f"{self.num_experts}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+
+    Args:
+        family: block layout; names the table of parameter names.
+        num_layers: blocks.
+        hidden_size: H, width of the residual stream.
+        ffn_hidden_size: width of the gated MLP, in a mixture of each expert.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads.
+        head_dim: width of one head; heads * head_dim need not be H.
+        vocab_size: V, before padding for tensor parallelism.
+        max_position_embeddings: longest sequence, tokens.
+        rope: rotary frequencies.
+        sliding_window: positions that a token of a window layer attends to, its own included; None for all.
+        window_layers: the layers, counted from 0, that attend over the sliding window only.
+        norm_eps: added to the variance in RMSNorm.
+        tie_embeddings: the output layer is the embedding.
+        qkv_bias: q, k and v projections have biases.
+        qk_norm: RMSNorm over each head of q and k.
+        mixture: None for a dense model.
+        init_std: standard deviation of random weights.
+    Raises:
+        UserError: sizes that cannot form a network.
+    """
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope: Rope
+    sliding_window: int | None
+    window_layers: tuple[int, ...]
+    norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    mixture: Mixture | None
+    init_std: float
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise UserError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups = {self.num_query_groups}: every group serves as many query heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim = {self.head_dim}: rotary positions need an even number")
+        if self.family == "llama" and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
+                f"{self.num_attention_heads}: transformers refuses such a llama, whatever its head_dim; "
+                "use family mistral, which has the same blocks"
+            )
+        assert (self.sliding_window is None) == (not self.window_layers)
+
+
+def from_section(section: ArchitectureSection) -> Architecture:
+    """The architecture that explicit sizes describe.
+
+    Raises:
+        UserError: a width that the heads do not divide, heads that the groups do not divide.
+    """
+    head_dim = section.head_dim
+    if head_dim is None:
+        head_dim = divided_head_dim(section.hidden_size, section.num_attention_heads)
+    return Architecture(
+        family=section.family,
+        num_layers=section.num_layers,
+        hidden_size=section.hidden_size,
+        ffn_hidden_size=section.ffn_hidden_size,
+        num_attention_heads=section.num_attention_heads,
+        num_query_groups=section.num_query_groups or section.num_attention_heads,
+        head_dim=head_dim,
+        vocab_size=section.vocab_size,
+        max_position_embeddings=section.max_position_embeddings,
+        rope=Rope(kind="default", theta=section.rope_theta),
+        sliding_window=None,
+        window_layers=(),
+        norm_eps=section.norm_eps,
+        tie_embeddings=section.tie_embeddings,
+        qkv_bias=has_qkv_bias(section.family),
+        qk_norm=has_qk_norm(section.family),
+        mixture=_mixture(section),
+        init_std=section.init_std,
+    )
+
+
+def to_record(architecture: Architecture) -> dict[str, Any]:
+    """Every field as plain JSON values, for a checkpoint's record."""
+    return json.loads(json.dumps(asdict(architecture)))
+
+
+def from_record(record: Mapping[str, Any]) -> Architecture:
+    """The architecture that to_record() wrote.
+
+    Raises:
+        UserError: fields that are missing, unknown or do not fit together.
+    """
+    fields = dict(record)
+    try:
+        fields["rope"] = Rope(**fields["rope"])
+        fields["mixture"] = None if fields["mixture"] is None else Mixture(**fields["mixture"])
+        fields["window_layers"] = tuple(fields["window_layers"])
+        return Architecture(**fields)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the record of an architecture is damaged: {error}") from error
+
+
+def _mixture(section: ArchitectureSection) -> Mixture | None:
+    is_mixture = section.family in MIXTURE_FAMILIES
+    if not is_mixture:
+        return None
+    assert section.num_experts is not None and section.experts_per_token is not None
+    return Mixture(
+        num_experts=section.num_experts,
+        experts_per_token=section.experts_per_token,
+        normalizes_weights=True,
+    )
+
+
+def has_qkv_bias(family: Family) -> bool:
+    """Qwen2 is the family with biases on q, k and v."""
+    return family == "qwen2"
+
+
+def has_qk_norm(family: Family) -> bool:
+    """Qwen3 is the family that normalises each head of q and k, also as a mixture."""
+    return family in ("qwen3", "qwen3_moe")
+
+
+def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
+    """hidden_size / num_attention_heads.
+
+    Raises:
+        UserError: the quotient is not whole.
+    """
+    if hidden_size % num_attention_heads:
+        raise UserError(
+            f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_attention_heads}; "
+            "change one of them, or give head_dim"
+        )
+    return hidden_size // num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int, tp: int, *, multiple: int = 1) -> int:
+    """Rows of the embedding so that each tensor-parallel rank holds the same number of them.
+
+    Only the tp size forces padding. TokenDistribution cuts the padded columns off before any loss sees
+    the logits and the export cuts the rows, so the amount of padding changes no number; rounding further
+    up (64 or 128, for the speed of the matrix product) is the caller's choice.
+
+    Args:
+        vocab_size: V, tokens.
+        tp: tensor parallel size.
+        multiple: each rank's share is a multiple of it.
+    Returns:
+        The smallest multiple of tp * multiple that is at least vocab_size.
+    """
+    step = tp * multiple
+    return -(-vocab_size // step) * step
+
+
+def num_parameters(architecture: Architecture) -> int:
+    """Trainable parameters, without vocabulary padding; a tied output layer is counted once."""
+    a = architecture
+    embedding = a.vocab_size * a.hidden_size
+    query_width, key_width = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    attention = a.hidden_size * (2 * query_width + 2 * key_width)
+    attention += (query_width + 2 * key_width) if a.qkv_bias else 0
+    attention += 2 * a.head_dim if a.qk_norm else 0
+    mlp = 3 * a.hidden_size * a.ffn_hidden_size
+    if a.mixture is not None:
+        mlp = a.mixture.num_experts * (mlp + a.hidden_size)
+    norms = 2 * a.hidden_size
+    ends = embedding * (1 if a.tie_embeddings else 2) + a.hidden_size
+    return a.num_layers * (attention + mlp + norms) + ends

@@ -1,0 +1,145 @@
+"""Which part of each Hugging Face tensor one rank of a tensor-parallel rollout engine reads.
+
+The rules are those of vLLM 0.32 (`layers/linear.py`, `layers/vocab_parallel_embedding.py`,
+`layers/fused_moe/routed_experts.py`): its weight loaders take a tensor of the whole shape and narrow it to
+one box for each rank.
+
+    q_proj                      query heads, an equal run of them for each rank
+    k_proj, v_proj              key/value heads; with more ranks than heads, neighbours read the same head
+    gate, up (also of experts)  an equal run of rows
+    o_proj, down                an equal run of columns
+    embedding, output layer     the vocabulary padded to a multiple of 64 is cut evenly, padding is not read
+    norms, routers              everything
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
+
+Box = tuple[tuple[int, int], ...]
+"""(start, stop) of each dimension of a Hugging Face tensor."""
+
+VOCAB_MULTIPLE = 64
+"""vLLM's DEFAULT_VOCAB_PADDING_SIZE, whatever the tensor parallel size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLayout:
+    """How the ranks of a job form rollout engines: runs of `tp` consecutive ranks, one replica each.
+
+    Args:
+        tp: tensor parallel size of each replica; 1 gives every rank every tensor whole.
+        world_size: ranks of the job.
+    Raises:
+        UserError: the ranks do not form whole replicas.
+    """
+
+    tp: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.world_size % self.tp:
+            raise UserError(
+                f"{self.world_size} processes cannot form rollout engines of tp {self.tp}: choose a tp that "
+                "divides the number of processes"
+            )
+
+    @property
+    def num_replicas(self) -> int:
+        """Engines that generate side by side."""
+        return self.world_size // self.tp
+
+    def tp_rank(self, rank: int) -> int:
+        """Place of a global rank in its replica."""
+        return rank % self.tp
+
+    def replica(self, rank: int) -> int:
+        """The replica of a global rank."""
+        return rank // self.tp
+
+    def replica_ranks(self, replica: int) -> tuple[int, ...]:
+        """Global ranks of a replica, in the order of their tp_rank."""
+        return tuple(range(replica * self.tp, (replica + 1) * self.tp))
+
+
+def engine_boxes(architecture: Architecture, *, tp: int, tp_rank: int) -> dict[str, Box]:
+    """The box of every Hugging Face tensor that rank `tp_rank` of an engine reads, in the model's order.
+
+    Args:
+        architecture: of the model.
+        tp: tensor parallel size of the engine.
+        tp_rank: 0 to tp - 1.
+    Returns:
+        One box for each name of `hf_shapes(architecture)`; empty where only padding falls to the rank.
+    Raises:
+        UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
+    """
+    check_cut(architecture, tp)
+    boxes: dict[str, Box] = {}
+    for tensor in megatron_tensors(architecture):
+        for name, rows in _rows_of_names(tensor).items():
+            columns = tuple((0, size) for size in tensor.shape[1:])
+            boxes[name] = _box(tensor, name, rows, columns, architecture, tp, tp_rank)
+    return boxes
+
+
+def check_cut(architecture: Architecture, tp: int) -> None:
+    """Refuse a tensor parallel size that does not suit the model.
+
+    Raises:
+        UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
+    """
+    a = architecture
+    problems = []
+    if a.num_attention_heads % tp:
+        problems.append(f"num_attention_heads = {a.num_attention_heads} is not a multiple of it")
+    if a.num_query_groups % tp and tp % a.num_query_groups:
+        problems.append(f"num_query_groups = {a.num_query_groups} is neither a multiple nor a divisor of it")
+    if a.ffn_hidden_size % tp:
+        problems.append(f"ffn_hidden_size = {a.ffn_hidden_size} is not a multiple of it")
+    padded = padded_vocab_size(a.vocab_size, 1, multiple=VOCAB_MULTIPLE)
+    if padded % tp:
+        problems.append(f"the vocabulary padded to {padded} is not a multiple of it")
+    if problems:
+        raise UserError(
+            f"a rollout engine of tp {tp} cannot hold this model: {'; '.join(problems)}; choose another tp"
+        )
+
+
+def _rows_of_names(tensor: MegatronTensor) -> dict[str, int]:
+    """Rows of each Hugging Face tensor that a Megatron tensor is made of."""
+    rows: dict[str, int] = {}
+    for run in tensor.rows:
+        rows[run.name] = rows.get(run.name, 0) + run.num_rows
+    return rows
+
+
+def _box(
+    tensor: MegatronTensor,
+    name: str,
+    rows: int,
+    columns: Box,
+    architecture: Architecture,
+    tp: int,
+    tp_rank: int,
+) -> Box:
+    if tensor.shard is None:
+        return ((0, rows), *columns)
+    if tensor.shard == "columns":
+        return ((0, rows), _run(columns[0][1], tp, tp_rank))
+    if tensor.has_padding:
+        start, stop = _run(padded_vocab_size(rows, 1, multiple=VOCAB_MULTIPLE), tp, tp_rank)
+        return ((min(start, rows), min(stop, rows)), *columns)
+    if ".k_proj." in name or ".v_proj." in name:
+        heads = min(tp, architecture.num_query_groups)
+        return (_run(rows, heads, tp_rank * heads // tp), *columns)
+    return (_run(rows, tp, tp_rank), *columns)
+
+
+def _run(size: int, parts: int, part: int) -> tuple[int, int]:
+    length = size // parts
+    return part * length, (part + 1) * length

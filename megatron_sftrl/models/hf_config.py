@@ -1,0 +1,367 @@
+"""Reads a Hugging Face config.json: each thing it asks for is honoured, or refused by name.
+
+Only JSON is read, transformers is not imported. Absent keys take the defaults of transformers' own
+configuration classes (version 5.19), so that both build the same network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import (
+    Architecture,
+    Mixture,
+    Rope,
+    divided_head_dim,
+    has_qk_norm,
+    has_qkv_bias,
+)
+from megatron_sftrl.models.hf_families import HfFamily, asked_family, hf_family, judge_other_keys
+from megatron_sftrl.models.hf_positions import read_rope, read_window
+from megatron_sftrl.models.json_reader import JsonReader, read_json_object
+
+_READ_KEYS = frozenset(
+    {
+        "architectures",
+        "attention_bias",
+        "attention_dropout",
+        "attn_logit_softcapping",
+        "auto_map",
+        "final_logit_softcapping",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "is_encoder_decoder",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "mlp_bias",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    }
+)
+
+# output_router_logits and router_aux_loss_coef add a term to the loss that transformers itself computes.
+_MIXTURE_KEYS = frozenset(
+    {
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    }
+)
+
+# They concern storage, generation, labels or caches, never the logits of a forward with the full context;
+# pretraining_tp only split the same products into slices.
+_KEYS_WITHOUT_EFFECT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path attn_implementation
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label label2id length_penalty max_length min_length
+    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version transformers_weights typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
+)
+
+
+def from_hf_config(path: Path | str) -> Architecture:
+    """The architecture that a config.json describes.
+
+    Args:
+        path: the file, or the directory that holds it.
+    Raises:
+        UserError: no such file, not JSON, or every request in it that cannot be honoured.
+    """
+    return read_hf_config(path)[0]
+
+
+def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
+    """As from_hf_config, and a line on each key that asks for something and yet changes nothing."""
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    reader = read_json_object(file)
+    line = asked_family(reader)
+    _refuse_what_is_not_supported(reader, line)
+    num_layers, hidden_size = reader.whole("num_hidden_layers"), reader.whole("hidden_size")
+    heads, vocab_size = reader.whole("num_attention_heads"), reader.whole("vocab_size")
+    groups, head_dim = _num_query_groups(reader, line, heads), _head_dim(reader, line)
+    max_positions = reader.whole("max_position_embeddings", line.max_position_embeddings)
+    rope = read_rope(reader, default_theta=line.rope_theta, max_position_embeddings=max_positions)
+    if rope.kind == "yarn" and line.family == "mixtral" and head_dim is None:
+        reader.problems.append("head_dim is missing: transformers fails on yarn in a Mixtral without it")
+    window, window_layers = read_window(
+        reader, line, num_layers=num_layers, max_position_embeddings=max_positions
+    )
+    width = _ffn_hidden_size(reader, line)
+    norm_eps = reader.number("rms_norm_eps", line.norm_eps)
+    init_std = reader.number("initializer_range", 0.02)
+    tie_embeddings = reader.flag("tie_word_embeddings")
+    mixture = _mixture_values(reader, line)
+    reader.raise_problems()
+    try:
+        architecture = Architecture(
+            family=line.family,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            ffn_hidden_size=width,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            head_dim=head_dim or divided_head_dim(hidden_size, heads),
+            vocab_size=vocab_size,
+            max_position_embeddings=max_positions,
+            rope=rope,
+            sliding_window=window,
+            window_layers=window_layers,
+            norm_eps=norm_eps,
+            tie_embeddings=tie_embeddings,
+            qkv_bias=has_qkv_bias(line.family),
+            qk_norm=has_qk_norm(line.family),
+            mixture=mixture,
+            init_std=init_std,
+        )
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    return architecture, tuple(f"{file}: {note}" for note in dict.fromkeys(reader.notes))
+
+
+def _num_query_groups(reader: JsonReader, line: HfFamily, heads: int) -> int:
+    key = "num_key_value_heads"
+    if line.null_key_value_heads and reader.has(key) and reader.get(key) is None:
+        return heads
+    return reader.whole(key, line.num_key_value_heads or heads)
+
+
+def _head_dim(reader: JsonReader, line: HfFamily) -> int | None:
+    """None for hidden_size / num_attention_heads."""
+    if not reader.has("head_dim"):
+        return line.head_dim
+    if reader.get("head_dim") is None and line.null_head_dim:
+        return None
+    return reader.whole("head_dim", 1)
+
+
+def _ffn_hidden_size(reader: JsonReader, line: HfFamily) -> int:
+    if line.mixture is None:
+        return reader.whole("intermediate_size")
+    return reader.whole(line.mixture.width_key, line.mixture.width)
+
+
+def _mixture_values(reader: JsonReader, line: HfFamily) -> Mixture | None:
+    """The experts; problems are added to the reader."""
+    if line.mixture is None:
+        return None
+    # transformers 5 writes num_local_experts for both families and reads both names.
+    counts = {
+        reader.whole(key, line.mixture.num_experts)
+        for key in ("num_experts", "num_local_experts")
+        if reader.has(key)
+    }
+    if len(counts) > 1:
+        reader.problems.append("num_experts and num_local_experts contradict each other")
+    per_token = reader.whole("num_experts_per_tok", line.mixture.experts_per_token)
+    normalizes = True if line.family == "mixtral" else reader.flag("norm_topk_prob")
+    num_experts = min(counts, default=line.mixture.num_experts)
+    try:
+        return Mixture(num_experts=num_experts, experts_per_token=per_token, normalizes_weights=normalizes)
+    except ValueError as error:
+        reader.problems.append(str(error))
+        return None
+
+
+def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
+    say = reader.problems.append
+    if reader.get("auto_map"):
+        say("auto_map asks for code that comes with the model: remote code is never run")
+    if reader.get("quantization_config"):
+        say("quantization_config: quantised weights cannot be trained; use the unquantised model")
+    if reader.get("is_encoder_decoder"):
+        say("is_encoder_decoder: only decoder-only models are supported")
+    activation = reader.values.get("hidden_act", "silu")
+    if activation != "silu":
+        say(f"hidden_act {activation!r}: only silu (SwiGLU) is supported")
+    # Qwen2 does not read attention_bias: its q, k and v always carry biases and its output never does.
+    if reader.get("attention_bias") and line.family != "qwen2":
+        say("attention_bias: biases on all four projections are not supported")
+    if reader.get("mlp_bias"):
+        say("mlp_bias: biases in the MLP are not supported")
+    if reader.get("attention_dropout"):
+        say(f"attention_dropout {reader.get('attention_dropout')}: dropout is not supported, set 0.0")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if reader.get(key) is not None:
+            say(f"{key} {reader.get(key)!r}: a soft-cap on logits is not supported")
+    known = _READ_KEYS | _KEYS_WITHOUT_EFFECT
+    if line.mixture is not None:
+        known |= _MIXTURE_KEYS
+        _refuse_other_mixtures(reader, line)
+    judge_other_keys(reader, line, reader.values.keys() - known)
+
+
+def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:
+    if reader.get("mlp_only_layers"):
+        reader.say("mlp_only_layers", f" {reader.get('mlp_only_layers')!r}: only a mixture in every layer")
+    if reader.values.get("decoder_sparse_step", 1) != 1:
+        reader.say(
+            "decoder_sparse_step", f" {reader.get('decoder_sparse_step')!r}: only 1, a mixture in every layer"
+        )
+    if reader.get("router_jitter_noise"):
+        reader.say("router_jitter_noise", f" {reader.get('router_jitter_noise')!r}: not supported, set 0.0")
+    if line.family == "mixtral":
+        for key in ("norm_topk_prob", "moe_intermediate_size"):
+            if reader.has(key):
+                reader.say(key, ": MixtralForCausalLM does not read it, remove it")
+
+
+# Writes an architecture as the JSON object of a Hugging Face config.json, the inverse of from_hf_config.
+
+
+def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The JSON object of a config.json that transformers and vLLM load and from_hf_config reads back.
+
+    The keys are those that transformers 5 writes. Beside them stand the older names (rope_theta,
+    rope_scaling, num_experts), equal in value: transformers 4 would otherwise take its own defaults without
+    a word. Token ids are null, since an architecture has no tokenizer and the defaults of transformers (1
+    and 2 for llama) are those of a particular one; whoever knows the tokenizer writes them over.
+
+    Args:
+        architecture: what to describe.
+        dtype: of the weights beside it; None leaves the key out.
+    Raises:
+        UserError: a sliding window in layers for which the family has no key.
+    """
+    a, line = architecture, hf_family(architecture.family)
+    values: dict[str, Any] = {
+        "architectures": [line.architecture],
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": a.hidden_size,
+        "initializer_range": a.init_std,
+        "intermediate_size": a.ffn_hidden_size,
+        "max_position_embeddings": a.max_position_embeddings,
+        "model_type": a.family,
+        "num_attention_heads": a.num_attention_heads,
+        "num_hidden_layers": a.num_layers,
+        "num_key_value_heads": a.num_query_groups,
+        "pad_token_id": None,
+        "rms_norm_eps": a.norm_eps,
+        "tie_word_embeddings": a.tie_embeddings,
+        "use_cache": True,
+        "vocab_size": a.vocab_size,
+        **_rope_values(a.rope),
+        **_window_values(a, line),
+        **_keys_of_mixture(a, line),
+    }
+    if a.family in ("llama", "qwen3", "qwen3_moe"):
+        values["attention_bias"] = False
+    if a.family == "llama":
+        values["mlp_bias"] = False
+    if dtype is not None:
+        values["dtype"] = str(dtype).removeprefix("torch.")
+    return dict(sorted(values.items()))
+
+
+def _rope_values(rope: Rope) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.kind != "default":
+        scaling["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_length
+    if rope.kind == "llama3":
+        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind == "yarn":
+        scaling |= {
+            "attention_factor": rope.attention_factor,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "truncate": rope.truncate,
+        }
+    values: dict[str, Any] = {
+        "rope_parameters": {**scaling, "rope_theta": rope.theta},
+        "rope_theta": rope.theta,
+    }
+    if rope.kind != "default":
+        values["rope_scaling"] = scaling
+    return values
+
+
+def _window_values(a: Architecture, line: HfFamily) -> dict[str, Any]:
+    if line.window != "layers" and len(a.window_layers) not in (0, a.num_layers):
+        raise UserError(
+            f"window_layers {list(a.window_layers)}: {line.architecture} has a sliding window in all of its "
+            f"{a.num_layers} layers or in none; use family qwen2 or qwen3 for a window in some"
+        )
+    if line.window == "none":
+        if a.sliding_window is not None:
+            raise UserError(
+                f"sliding_window {a.sliding_window}: {line.architecture} has none; use family mistral"
+            )
+        return {}
+    values: dict[str, Any] = {"sliding_window": a.sliding_window}
+    if line.window != "always":
+        values["use_sliding_window"] = a.sliding_window is not None
+    if line.window == "layers":
+        in_window = set(a.window_layers)
+        values["layer_types"] = [
+            "sliding_attention" if layer in in_window else "full_attention" for layer in range(a.num_layers)
+        ]
+        # Read only by those who do not know layer_types: the first layer from which all have the window.
+        values["max_window_layers"] = next(
+            (first for first in range(a.num_layers) if in_window >= set(range(first, a.num_layers))),
+            a.num_layers,
+        )
+    return values
+
+
+def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
+    if a.mixture is None:
+        return {}
+    assert line.mixture is not None
+    values: dict[str, Any] = {
+        "num_experts_per_tok": a.mixture.experts_per_token,
+        "num_local_experts": a.mixture.num_experts,
+        "output_router_logits": False,
+    }
+    if a.family == "mixtral":
+        if not a.mixture.normalizes_weights:
+            raise UserError("normalizes_weights = False: a Mixtral always divides the weights by their sum")
+        return {**values, "router_jitter_noise": 0.0}
+    return {
+        **values,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": a.ffn_hidden_size,
+        "norm_topk_prob": a.mixture.normalizes_weights,
+        "num_experts": a.mixture.num_experts,
+    }

@@ -1,0 +1,234 @@
+"""The supported Hugging Face architectures, and what transformers 5 assumes where config.json is silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Family, has_qk_norm, has_qkv_bias
+from megatron_sftrl.models.json_reader import JsonReader, shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureDefaults:
+    """Experts that transformers assumes.
+
+    Args:
+        num_experts, experts_per_token: counts.
+        width_key: the key that holds the width of an expert.
+        width: that width, None if it must be given.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    width_key: str
+    width: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfFamily:
+    """One architecture of transformers, and the defaults of its configuration class.
+
+    Args:
+        family: our name, which is transformers' model_type too.
+        architecture: the class that config.json names.
+        num_key_value_heads: when absent; None for num_attention_heads.
+        null_key_value_heads: a null there means num_attention_heads; otherwise transformers fails on it.
+        head_dim: when absent; None for hidden_size / num_attention_heads.
+        null_head_dim: a null there means that quotient; otherwise transformers fails on it.
+        max_position_embeddings, norm_eps, rope_theta: when absent.
+        window: what decides about a sliding window. none: nothing, every layer attends to all. always:
+            `sliding_window` alone. switch: `use_sliding_window` for all layers. layers: `use_sliding_window`
+            with `layer_types` or `max_window_layers`.
+        sliding_window: when absent, tokens.
+        mixture: None for a dense family.
+    """
+
+    family: Family
+    architecture: str
+    num_key_value_heads: int | None = None
+    null_key_value_heads: bool = False
+    head_dim: int | None = None
+    null_head_dim: bool = True
+    max_position_embeddings: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    window: Literal["none", "always", "switch", "layers"]
+    sliding_window: int | None = None
+    mixture: MixtureDefaults | None = None
+
+
+HF_FAMILIES: tuple[HfFamily, ...] = (
+    HfFamily(
+        family="llama",
+        architecture="LlamaForCausalLM",
+        null_key_value_heads=True,
+        max_position_embeddings=2048,
+        window="none",
+    ),
+    HfFamily(
+        family="mistral",
+        architecture="MistralForCausalLM",
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        window="always",
+        sliding_window=4096,
+    ),
+    HfFamily(
+        family="qwen2",
+        architecture="Qwen2ForCausalLM",
+        num_key_value_heads=32,
+        null_key_value_heads=True,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="layers",
+        sliding_window=4096,
+    ),
+    HfFamily(
+        family="qwen3",
+        architecture="Qwen3ForCausalLM",
+        num_key_value_heads=32,
+        null_key_value_heads=True,
+        head_dim=128,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="layers",
+        sliding_window=4096,
+    ),
+    HfFamily(
+        family="mixtral",
+        architecture="MixtralForCausalLM",
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        window="always",
+        mixture=MixtureDefaults(
+            num_experts=8, experts_per_token=2, width_key="intermediate_size", width=None
+        ),
+    ),
+    HfFamily(
+        family="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        num_key_value_heads=4,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="switch",
+        sliding_window=4096,
+        mixture=MixtureDefaults(
+            num_experts=128, experts_per_token=8, width_key="moe_intermediate_size", width=768
+        ),
+    ),
+)
+
+_GEMMA = frozenset({"gemma2", "gemma3", "gemma3_text"})
+_GEMMA_ARCHITECTURES = frozenset(
+    {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextForCausalLM"}
+)
+
+
+def hf_family(family: Family) -> HfFamily:
+    """The line of the table for one of our families."""
+    return next(line for line in HF_FAMILIES if line.family == family)
+
+
+def asked_family(reader: JsonReader) -> HfFamily:
+    """The family that `architectures`, or without it `model_type`, names.
+
+    Raises:
+        UserError: none, several, or one that is not supported.
+    """
+    asked, model_type = reader.get("architectures"), reader.get("model_type")
+    names = asked if isinstance(asked, list) else []
+    if model_type in _GEMMA or any(str(name) in _GEMMA_ARCHITECTURES for name in names):
+        raise UserError(
+            f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}): Gemma 2 and 3 cannot be "
+            "built, megatron-core 0.16.1 has no norms after attention and MLP (sandwich norms) in its "
+            "TransformerLayer and no logit soft-cap in its attention"
+        )
+    if asked is None:
+        chosen = [line for line in HF_FAMILIES if line.family == model_type]
+    else:
+        chosen = [line for line in HF_FAMILIES if names == [line.architecture]]
+    if not chosen:
+        raise UserError(
+            f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}); "
+            f"supported: {', '.join(line.architecture for line in HF_FAMILIES)}"
+        )
+    if model_type is not None and model_type != chosen[0].family:
+        reader.problems.append(f"model_type {model_type!r} contradicts architectures {asked!r}")
+    return chosen[0]
+
+
+# Keys of a config.json that the network's own class in transformers does not define.
+#
+# They cannot change what transformers computes. Those that another reader of the file obeys are refused,
+# since the trainer and a rollout engine would be different networks; of all others it is said that they do
+# nothing.
+
+
+_NETWORK = "vLLM builds another network with it, transformers does not"
+_ATTENTION = "it changes which positions are attended to"
+_NESTED = "it holds the configuration of another model, whose sizes are not read here"
+_QUANTISED = "quantised weights cannot be trained; use the unquantised model"
+_MIXTURE = "only the experts of MixtralForCausalLM and Qwen3MoeForCausalLM are supported"
+_ROPE = "give the positions as rope_theta and rope_parameters"
+
+_OBEYED_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("bias", "qkv_bias", "qk_norm", "logit_scale", "ada_rms_norm_t_cond"), _NETWORK),
+    **dict.fromkeys(("head_dtype", "hidden_size_per_head", "n_head_kv", "num_kv_heads"), _NETWORK),
+    **dict.fromkeys(("block_configs", "per_layer_config", "is_heterogeneous", "layers_block_type"), _NETWORK),
+    **dict.fromkeys(("attribute_map", "fusion_config", "target_layer_count", "canvas_length"), _NETWORK),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "num_kv_shared_layers"), _NETWORK),
+    **dict.fromkeys(("is_causal", "use_bidirectional_attention", "attention_chunk_size"), _ATTENTION),
+    **dict.fromkeys(("dual_chunk_attention_config", "use_dual_chunk_attention"), _ATTENTION),
+    **dict.fromkeys(("sparse_attention_config", "rswa_window", "index_topk", "attn_type_list"), _ATTENTION),
+    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), _NESTED),
+    **dict.fromkeys(("thinker_config", "llm_config", "language_config"), _NESTED),
+    **dict.fromkeys(("compression_config", "quantization"), _QUANTISED),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "moe_num_experts"), _MIXTURE),
+    **dict.fromkeys(("moe_intermediate_size", "n_routed_experts", "n_shared_experts"), _MIXTURE),
+    **dict.fromkeys(("shared_expert_intermediate_size",), _MIXTURE),
+    **dict.fromkeys(("rotary_emb_base", "rotary_pct", "rotary_emb_fraction", "default_rope_type"), _ROPE),
+    **dict.fromkeys(("mrope_section", "xdrope_section"), _ROPE),
+}
+"""By key, why it is refused."""
+
+
+def judge_other_keys(reader: JsonReader, line: HfFamily, keys: set[str]) -> None:
+    """Refuse what another reader obeys and note the rest; problems and notes are added to the reader.
+
+    Args:
+        reader: of the whole config.json.
+        line: the family that it names.
+        keys: those of its keys that are not read here.
+    """
+    for key in sorted(keys):
+        value = reader.get(key)
+        if key in _OBEYED_ELSEWHERE and not _states_what_is_built(reader, line, key):
+            # null, false, 0 and empty ask for nothing, except where the default is true.
+            if value or (key == "is_causal" and value is not None):
+                reader.say(key, f" {shown(value)}: {_OBEYED_ELSEWHERE[key]}")
+        elif value:
+            reader.note(key, f": {line.architecture} of transformers does not read it; it changes no number")
+
+
+def _states_what_is_built(reader: JsonReader, line: HfFamily, key: str) -> bool:
+    """The value is the one that the network has without the key."""
+    built = {
+        "qkv_bias": has_qkv_bias(line.family),
+        "qk_norm": has_qk_norm(line.family),
+        "is_causal": True,
+        "logit_scale": 1.0,
+        "rotary_pct": 1.0,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_base": reader.get("rope_theta"),
+        "num_kv_heads": reader.get("num_key_value_heads"),
+        "n_head_kv": reader.get("num_key_value_heads"),
+        "head_dtype": "model",
+        "default_rope_type": "default",
+    }
+    value = reader.get(key)
+    return key in built and value is not None and value == built[key]

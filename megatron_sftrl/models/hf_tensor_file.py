@@ -1,0 +1,285 @@
+"""A tensor in a file, and the reading of exactly the bytes of a part of it.
+
+Plain preads instead of a memory map: mapped pages count as this process's memory until the map is closed (the
+whole file after one pass), a slice of a mapped tensor is a view that keeps all of it, and a file that is cut
+short while it is mapped ends the process with SIGBUS instead of an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.models.direct_file import new_direct_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a contiguous tensor lies.
+
+    Args:
+        file: that holds it.
+        offset: of its first byte in the file.
+        shape: of the tensor, () for a scalar.
+        dtype: as stored.
+    """
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def read_part(
+    descriptor: int, stored: StoredTensor, part: Sequence[slice] = (), *, out: Tensor | None = None
+) -> Tensor:
+    """Read a rectangle of a stored tensor.
+
+    Args:
+        descriptor: of the open file; its position is neither used nor moved, so threads may share it.
+        stored: the tensor.
+        part: slices of step 1 of its leading dimensions; those without a slice are read whole.
+        out: where to read to, of the part's shape and the stored dtype, contiguous, on the CPU.
+    Returns:
+        `out`, or without it a [*part] CPU tensor of the stored dtype, contiguous, of its own memory.
+    Raises:
+        UserError: the file ends before the tensor does.
+    """
+    whole_part = (*part, *[slice(None)] * (len(stored.shape) - len(part)))
+    bounds = [range(size)[piece] for size, piece in zip(stored.shape, whole_part, strict=True)]
+    assert all(bound.step == 1 for bound in bounds), "only slices of step 1"
+    shape = tuple(len(bound) for bound in bounds)
+    result = torch.empty(shape, dtype=stored.dtype) if out is None else out
+    assert (tuple(result.shape), result.dtype, result.is_contiguous()) == (shape, stored.dtype, True)
+    if result.numel() == 0:
+        return result
+    buffer = result.view(-1).view(torch.uint8).numpy().data
+    done = 0
+    for start, length in _runs(stored.shape, bounds):
+        num_bytes = length * stored.dtype.itemsize
+        _read_into(
+            descriptor,
+            buffer[done : done + num_bytes],
+            stored.offset + start * stored.dtype.itemsize,
+            file=stored.file,
+        )
+        done += num_bytes
+    assert done == len(buffer)
+    return result
+
+
+def _runs(shape: tuple[int, ...], bounds: Sequence[range]) -> Iterator[tuple[int, int]]:
+    """(first element, number of elements) of each contiguous piece of a rectangle, in order."""
+    # Trailing dimensions that are read whole join the run of the dimension before them.
+    cut = len(shape)
+    while cut > 0 and len(bounds[cut - 1]) == shape[cut - 1]:
+        cut -= 1
+    run_dim = max(cut - 1, 0)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    length = math.prod(len(bound) for bound in bounds[run_dim:])
+    offset = bounds[run_dim].start * strides[run_dim] if shape else 0
+    for index in itertools.product(*bounds[:run_dim]):
+        yield offset + sum(i * stride for i, stride in zip(index, strides, strict=False)), length
+
+
+def _read_into(descriptor: int, buffer: memoryview, offset: int, *, file: Path) -> None:
+    """Fill `buffer` from `offset`; the kernel may give less than asked for (2 GiB at most a call)."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise UserError(
+                f"{file} ends at byte {os.fstat(descriptor).st_size}, inside a tensor: it was cut short "
+                "while it was open; copy or download it again"
+            )
+        done += count
+
+
+# Names, shapes, dtypes and places of the tensors of one weight file, without reading any tensor.
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Args:
+        file: that exists.
+    Returns:
+        Every tensor by its name.
+    Raises:
+        UserError: cut short, no safetensors file, or a dtype that torch has not.
+    """
+    try:
+        # The library checks everything: the offsets lie in the file, without gaps, and agree with the shapes.
+        with safe_open(file, framework="pt"):
+            pass
+    except OSError as error:
+        raise error_of(f"cannot read {file}: {error}", error) from error
+    except SafetensorError as error:
+        raise error_of(_what_is_wrong(file, error), error) from error
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    if unknown := sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys()):
+        raise UserError(
+            f"{file}: tensors of dtype {', '.join(unknown)} cannot be read; expected weights of 16 or 32 "
+            "bits (a quantised model must be dequantised first)"
+        )
+    return {
+        name: StoredTensor(
+            file=file,
+            offset=8 + length + entry["data_offsets"][0],
+            shape=tuple(entry["shape"]),
+            dtype=DTYPES[entry["dtype"]],
+        )
+        for name, entry in header.items()
+    }
+
+
+def read_pickle_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file that torch.save wrote; only tensors are unpickled, no code of the file runs.
+
+    Args:
+        file: that exists.
+    Returns:
+        Every tensor by its name.
+    Raises:
+        UserError: cut short, not a state dict of torch.save's zip format, anything but tensors in it, or a
+            tensor that is not contiguous.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    advice = "expected a dictionary of tensors, saved by torch.save of torch 1.6 or later"
+    try:
+        # A fake tensor knows its place in the file and occupies no memory.
+        with FakeTensorMode():
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise error_of(
+            f"{file} cannot be read with torch.load(weights_only=True): {_reason(error)}; {advice}", error
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{file}: {advice}, got a {type(state).__name__}")
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{file}: {advice}, got {name!r}: a {type(value).__name__}")
+        start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if start is None or not value.is_contiguous():
+            reason = "is not contiguous" if start is not None else "lies in a file of an old format"
+            raise UserError(
+                f"{file}: tensor {name} {reason}; {advice}: load it and save it again as safetensors"
+            )
+        tensors[name] = StoredTensor(
+            file=file,
+            offset=start + value.storage_offset() * value.element_size(),
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+        )
+    return tensors
+
+
+def _reason(error: Exception) -> str:
+    """torch's reason in one line, without its advice to let the file's code run."""
+    found = re.search(r"(?:WeightsUnpickler error: |(?=Trying to load ))([^\n]+)", str(error))
+    return found[1] if found else str(error).partition("\n")[0].partition(" In PyTorch")[0]
+
+
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    """The library's words, with the size that the header promises when the file is shorter."""
+    size = file.stat().st_size
+    again = "copy or download it again"
+    with open(file, "rb") as stream:
+        start = stream.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith(b"version https://git-lfs"):
+            return f"{file} is a git-lfs pointer, not the weights themselves; fetch them with: git lfs pull"
+        if size < 8 or (start[8:9] == b"{" and size < 8 + length):
+            return f"{file} is truncated: it ends after {size} bytes, inside its header; {again}"
+        if start[8:9] == b"{":
+            try:
+                stream.seek(8)
+                header = json.loads(stream.read(length))
+                header.pop("__metadata__", None)
+                ends = [entry["data_offsets"][1] for entry in header.values()]
+                expected = 8 + length + max(ends, default=0)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                expected = size
+            if size < expected:
+                return f"{file} is truncated: its header promises {expected} bytes, it has {size}; {again}"
+    return f"{file} is not a valid safetensors file: {error}; {again}"
+
+
+# A safetensors file written tensor by tensor.
+#
+# The library's save_file wants all tensors of a file in memory. An export that holds one of them at a
+# time, in memory that it uses again, is faster by what the pages of the others would cost, and needs less
+# by a file.
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+def write_safetensors(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file and force it to the disk.
+
+    Args:
+        path: of the file, made new.
+        kinds: dtype and shape of each tensor.
+        tensor: makes the tensor of a name, on the CPU and contiguous; asked once for each, in the order of
+            the file, and done with the one before, whose memory it may use again.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Wide elements first, so that each tensor begins at a multiple of its element's size.
+    names = sorted(kinds, key=lambda name: -kinds[name][0].itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        dtype, shape = kinds[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with new_direct_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            values = tensor(name)
+            assert (values.dtype, tuple(values.shape), values.is_contiguous()) == (*kinds[name], True), name
+            file.write(values.detach().view(-1).view(torch.uint8).numpy().data)

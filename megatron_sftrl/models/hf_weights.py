@@ -1,0 +1,453 @@
+"""The weights of a Hugging Face model directory: shapes at once, tensors or parts of them when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
+from megatron_sftrl.models.hf_tensor_file import (
+    StoredTensor,
+    read_part,
+    read_pickle_header,
+    read_safetensors_header,
+)
+from megatron_sftrl.models.tensors import MegatronTensor, rectangles
+
+# Which files of a model directory hold its weights, and where each tensor is.
+
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLE_FILE = "pytorch_model.bin"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """What was found.
+
+    Args:
+        tensors: every tensor by its name.
+        notes: what a user should know about the choice of the files, for a tool to print.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    notes: tuple[str, ...]
+
+
+def is_old_rope_buffer(name: str) -> bool:
+    """Rotary frequencies, which early Llama files hold as a tensor though the config determines them."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
+    """Find every tensor of a model directory.
+
+    Preferred as transformers does (modeling_utils._get_resolved_checkpoint_files, 5.19): the file that
+    config.json names as transformers_weights, model.safetensors, its index, pytorch_model.bin, its index.
+
+    Args:
+        directory: of the model.
+        allow_pickle: read pickled weights, as tensors only, when there are no others.
+    Returns:
+        Where the tensors are.
+    Raises:
+        UserError: no directory, no weights, pickled weights that are not allowed, broken files, or an index
+            that does not agree with its shards.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"no such directory: {directory}; expected a Hugging Face model directory with config.json and "
+            f"{SINGLE_FILE} or {INDEX_FILE}{hub_hint(directory)}"
+        )
+    name, notes = _choose(directory, allow_pickle=allow_pickle)
+    path = directory / name
+    if name.endswith(".index.json"):
+        return WeightFiles(tensors=_read_sharded(path, is_pickled=name == _PICKLE_INDEX), notes=notes)
+    return WeightFiles(tensors=_read_header(path, is_pickled=name == _PICKLE_FILE), notes=notes)
+
+
+def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...]]:
+    """The file or index to read, and what to say about it."""
+    if named := _named_in_config(directory):
+        return named, (f"{directory}: weights from {named}, which config.json names as transformers_weights",)
+    if (directory / SINGLE_FILE).is_file():
+        both = (directory / INDEX_FILE).is_file()
+        note = (
+            f"{directory} holds {SINGLE_FILE} and {INDEX_FILE}: {SINGLE_FILE} is used, as transformers does"
+        )
+        return SINGLE_FILE, (note,) if both else ()
+    if (directory / INDEX_FILE).is_file():
+        return INDEX_FILE, ()
+    pickled = next((name for name in (_PICKLE_FILE, _PICKLE_INDEX) if (directory / name).is_file()), None)
+    if pickled is None:
+        found = sorted(path.name for path in directory.iterdir() if path.suffix in _LOOKS_LIKE_WEIGHTS)
+        raise UserError(
+            f"no weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found "
+            f"{', '.join(found) if found else 'no weight file at all'}; give the directory of a whole model, "
+            "as save_pretrained writes it"
+        )
+    if not allow_pickle:
+        raise UserError(
+            f"{directory} holds only pickled weights ({pickled}), expected safetensors: pickled files can "
+            "run code when loaded. Convert them to safetensors, or allow it with --allow-pickle "
+            "(model.allow_pickle: true in a run's YAML), which reads tensors only (torch's weights_only)"
+        )
+    return pickled, (f"{directory}: pickled weights ({pickled}) are read with torch's weights_only loading",)
+
+
+_LOOKS_LIKE_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
+
+
+def _named_in_config(directory: Path) -> str | None:
+    """File that config.json asks for; None when it asks for none."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # who reads the config complains about it
+    name = config.get("transformers_weights") if isinstance(config, dict) else None
+    if name is None:
+        return None
+    if not _is_plain_name(name) or not str(name).endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(
+            f"{directory / 'config.json'}: transformers_weights: expected the name of a .safetensors file or "
+            f"of its .index.json in the same directory, got {name!r}"
+        )
+    if not (directory / name).is_file():
+        raise UserError(f"{directory / 'config.json'}: transformers_weights names {name}, which is not there")
+    return name
+
+
+def _read_header(path: Path, *, is_pickled: bool) -> dict[str, StoredTensor]:
+    return read_pickle_header(path) if is_pickled else read_safetensors_header(path)
+
+
+def _read_sharded(index: Path, *, is_pickled: bool) -> dict[str, StoredTensor]:
+    """Every tensor of the shards of an index."""
+    placement = _read_index(index)
+    names = sorted(set(placement.values()))
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(
+            f"{index} names {len(absent)} of {len(names)} shards that are not there: "
+            f"{', '.join(first_of(absent))}; copy or download the missing files"
+        )
+    shards = {name: _read_header(index.parent / name, is_pickled=is_pickled) for name in names}
+    if problems := list(_disagreements(placement, shards)):
+        raise UserError("\n  ".join([f"{index} does not agree with its shards:", *first_of(problems)]))
+    return {name: shards[shard][name] for name, shard in placement.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Name of the shard of each tensor."""
+    try:
+        placement = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not placement or not all(isinstance(name, str) for name in placement.values()):
+            raise TypeError("weight_map is not a table of file names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error_of(
+            f'{index} is no index of shards: expected {{"weight_map": {{tensor: file, ...}}}}, '
+            f"got {type(error).__name__}: {error}",
+            error,
+        ) from error
+    if foreign := sorted({name for name in placement.values() if not _is_plain_name(name)}):
+        raise UserError(
+            f"{index} names shards by paths, which is refused: {', '.join(first_of(foreign))}; expected "
+            "names of files beside it"
+        )
+    return placement
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _disagreements(
+    placement: Mapping[str, str], shards: Mapping[str, Mapping[str, StoredTensor]]
+) -> Iterator[str]:
+    """Each way in which an index and its shards contradict each other."""
+    holders: dict[str, list[str]] = {}
+    for shard, tensors in shards.items():
+        for name in tensors:
+            holders.setdefault(name, []).append(shard)
+    for name, shard in placement.items():
+        if shard not in holders.get(name, ()):
+            yield f"{name}: the index says {shard}, which does not hold it"
+    for name, found in holders.items():
+        if len(found) > 1:
+            yield f"{name}: in {len(found)} shards: {', '.join(found)}"
+        if name not in placement and not is_old_rope_buffer(name):
+            yield f"{name}: in {found[0]}, but not in the index"
+
+
+# What tells the weights of a file from those that a model needs, in a few lines.
+
+
+_EACH_AT_MOST = 4
+"""Problems that are listed one by one; of more, each kind is counted and its first ones are shown."""
+_SHOWN = 2
+_BODY_NAME = re.compile(r"(?P<prefix>.*?)(?P<rest>layers\.\d+\..*|embed_tokens\.weight|norm\.weight)")
+_HF_PREFIX = "model."
+_SIGNS = (
+    (
+        r"\.experts\.(gate_up_proj|down_proj)$",
+        "all experts of a layer are one fused tensor here ({name}): save the model with transformers' "
+        "save_pretrained and its default save_original_format=True, which writes the tensors of each expert",
+    ),
+    (
+        r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.",
+        "these are adapters ({name}): merge them into their model (peft's merge_and_unload) and save that",
+    ),
+    (
+        r"\.(weight_scale|weight_scale_inv|weight_packed|qweight|qzeros|scales|g_idx|absmax|quant_map)$"
+        r"|\.weight\.(absmax|quant_map|quant_state\.[\w.]+)$",
+        "these weights are quantised ({name}): give the unquantised model",
+    ),
+    (
+        r"\.(qkv_proj|query_key_value|W_pack|c_attn|gate_up_proj)\.",
+        "projections are fused into one tensor here ({name}): expected q_proj, k_proj, v_proj, gate_proj and "
+        "up_proj, as transformers' own classes of this architecture save them",
+    ),
+)
+
+
+def mismatch_lines(*, missing: Sequence[str], unexpected: Sequence[str], other: Sequence[str]) -> list[str]:
+    """The problems, at most four lines with a hint; never one line for each of thousands of tensors.
+
+    Args:
+        missing: tensors that are not there, each as it is shown: name, shape and anything to say about it.
+        unexpected: tensors that no model of this kind has, likewise.
+        other: whole sentences about tensors of another shape or dtype.
+    """
+    hint = _hint([each.split(" ")[0] for each in unexpected], [each.split(" ")[0] for each in missing])
+    lines = [f"missing: {each}" for each in missing] + [f"not expected: {each}" for each in unexpected]
+    lines += other
+    if len(lines) + len(hint) > _EACH_AT_MOST:
+        kinds = (("missing", missing), ("not expected", unexpected), ("of another shape or dtype", other))
+        lines = [f"{len(of)} {kind}: {_shown(of)}" for kind, of in kinds if of]
+    return lines + hint
+
+
+def _shown(problems: Sequence[str]) -> str:
+    """The first problems of one kind, in one line."""
+    return "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
+
+
+def _hint(unexpected: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """What the names show about how the file was made, and what to do; nothing where they show nothing."""
+    for pattern, text in _SIGNS:
+        if name := next((name for name in unexpected if re.search(pattern, name)), None):
+            return [text.format(name=name)]
+    absent = {*missing}
+    found = [match for name in unexpected if (match := _BODY_NAME.fullmatch(name))]
+    renamed = [match["prefix"] for match in found if f"{_HF_PREFIX}{match['rest']}" in absent]
+    if len({*renamed}) != 1:
+        return []
+    count = "every name" if len(renamed) == len(unexpected) else f"{len(renamed)} of {len(unexpected)} names"
+    return [
+        f"{count} not expected would fit with {_HF_PREFIX!r} in front instead of {renamed[0]!r}: rename the "
+        "tensors, or load the language model alone with transformers' AutoModelForCausalLM and save it with "
+        "save_pretrained"
+    ]
+
+
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_BYTES = 32 * 2**20
+"""Of each of two tensors that are compared, in memory at a time."""
+
+
+class HfWeights:
+    """Open weight files; close them, or use this as a context manager.
+
+    Reading moves no state, so threads may share it.
+
+    Args:
+        directory: for messages.
+        tensors: where each tensor lies.
+        notes: what a user should know about the choice of the files.
+    """
+
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, StoredTensor], *, notes: tuple[str, ...] = ()
+    ) -> None:
+        self.directory = directory
+        self.notes = notes
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in tensors.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {name: entry.dtype for name, entry in tensors.items()}
+        self._tensors = tensors
+        self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, sorted."""
+        return tuple(sorted({entry.file for entry in self._tensors.values()}))
+
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
+        """Read a tensor or a rectangle of it; only the bytes of the part are read.
+
+        Args:
+            name: one of `shapes`.
+            part: slices of step 1 of the leading dimensions, the others whole; None for the whole tensor.
+        Returns:
+            CPU tensor of the stored dtype, contiguous, of its own memory.
+        Raises:
+            UserError: the file was cut short after it was opened.
+        """
+        stored = self._tensors[name]
+        return read_part(self._descriptors[stored.file], stored, part or ())
+
+    def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
+        """Read a rectangle into a tensor of its shape, any dtype and device; directly where both agree.
+
+        Args:
+            target: filled.
+            name, part: as in read().
+        Raises:
+            UserError: the file was cut short after it was opened.
+        """
+        stored = self._tensors[name]
+        is_direct = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
+        found = read_part(
+            self._descriptors[stored.file], stored, part, out=target.detach() if is_direct else None
+        )
+        if not is_direct:
+            target.copy_(found)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+        """Refuse weights that are not exactly those of a model.
+
+        Two extras are harmless: rotary frequencies of early Llama files, and in a model with tied embeddings
+        an output layer that equals the embedding bit by bit.
+
+        Args:
+            expected: shape of each tensor of the model.
+            tied: the output layer is the embedding.
+        Raises:
+            UserError: tensors that are missing, not expected, of another shape or of another kind of dtype:
+                up to four one by one; of more, the number of each kind, its first ones and what they share.
+        """
+        other = []
+        for name in expected:
+            if name not in self.shapes:
+                continue
+            shape, dtype = self.shapes[name], self.dtypes[name]
+            if shape != tuple(expected[name]):
+                other.append(f"wrong shape: {name}: expected {list(expected[name])}, got {list(shape)}")
+            if dtype not in _READABLE:
+                other.append(
+                    f"wrong dtype: {name}: expected a float of 16, 32 or 64 bits, got {str(dtype)[6:]}: "
+                    "a quantised model must be dequantised first"
+                )
+        missing, unexpected = list(self._missing(expected)), list(self._unexpected(expected, tied=tied))
+        if count := len(missing) + len(unexpected) + len(other):
+            raise UserError(
+                "\n  ".join(
+                    [
+                        f"{self.directory}: the weights are not those of its config.json ({count} "
+                        "problem(s)); give a directory whose config.json and weights belong together:",
+                        *mismatch_lines(missing=missing, unexpected=unexpected, other=other),
+                    ]
+                )
+            )
+
+    def close(self) -> None:
+        """Close the files; nothing can be read afterwards."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _missing(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                hint = (
+                    " (a model that ties its embeddings says tie_word_embeddings: true)"
+                    if name == _OUTPUT
+                    else ""
+                )
+                yield f"{name} {list(shape)}{hint}"
+
+    def _unexpected(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> Iterator[str]:
+        for name, shape in self.shapes.items():
+            if name in expected or is_old_rope_buffer(name):
+                continue
+            if tied and name == _OUTPUT and _EMBEDDING in self.shapes:
+                if not self._are_equal(_OUTPUT, _EMBEDDING):
+                    yield (
+                        f"{name} {list(shape)}: config.json ties it to {_EMBEDDING}, but they "
+                        "differ; set tie_word_embeddings to false if the two are meant to differ"
+                    )
+                continue
+            yield f"{name} {list(shape)}"
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Two matrices are the same bits."""
+        if self.shapes[one] != self.shapes[other] or self.dtypes[one] != self.dtypes[other]:
+            return False
+        if len(self.shapes[one]) != 2:
+            return False
+        row = self.read(one, (slice(0, 1),))
+        rows = max(1, _COMPARED_BYTES // max(1, row.nbytes))
+        for start in range(0, self.shapes[one][0], rows):
+            part = (slice(start, start + rows),)
+            pair = [self.read(name, part).view(-1).view(torch.uint8) for name in (one, other)]
+            if not torch.equal(*pair):
+                return False
+        return True
+
+
+def open_weights(directory: Path, *, allow_pickle: bool = False) -> HfWeights:
+    """Open the weights of a Hugging Face model directory: one file or shards with an index.
+
+    Args:
+        directory: of the model.
+        allow_pickle: also read pytorch_model.bin and its shards, tensors only.
+    Returns:
+        The open weights.
+    Raises:
+        UserError: nothing there that can be read, files that are broken or do not agree; the message says
+            which, and what to do.
+    """
+    found = find_weights(Path(directory), allow_pickle=allow_pickle)
+    return HfWeights(Path(directory), found.tensors, notes=found.notes)
+
+
+# Copies values between parts of Megatron tensors and Hugging Face tensors, as the table of names says.
+
+
+def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], weights: HfWeights) -> None:
+    """Fill `part`, which begins at `offset` of `tensor`, in place; rows of vocabulary padding become zero."""
+    if tensor.has_padding and offset[0] + part.shape[0] > tensor.shape[0]:
+        part.zero_()
+    for rectangle in rectangles(tensor, offset, tuple(part.shape)):
+        weights.read_into(part[rectangle.target], rectangle.name, rectangle.source)
+
+
+def fill_whole(
+    whole: Tensor, name: str, tensor: MegatronTensor, read_into: Callable[[Tensor, tuple[int, ...]], None]
+) -> None:
+    """Fill the Hugging Face tensor `name` in place from the Megatron tensor that holds it.
+
+    Args:
+        whole: of the tensor's shape.
+        name: one of those that `tensor` is made of.
+        tensor: its line of the table.
+        read_into: fills its first argument with the box of the Megatron tensor that begins at the second.
+    """
+    for rectangle in rectangles(tensor, (0,) * len(tensor.shape), tensor.shape):
+        if rectangle.name == name:
+            read_into(whole[rectangle.source], tuple(piece.start for piece in rectangle.target))

@@ -1,0 +1,271 @@
+"""The one table of names: each tensor of a Megatron checkpoint, and the Hugging Face tensors it is made of.
+
+A Megatron tensor is named by its key in a sharded checkpoint (`decoder.layers.mlp.linear_fc1.weight`) and its
+index in the stacked axes (layer, or layer and expert); its rows are runs of rows of Hugging Face tensors, its
+columns are theirs. So any part of it, whatever the layout, is a list of rectangles of Hugging Face tensors.
+Loading, saving, the conversion tools and the resharding to a rollout engine all work on this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sftrl.models.architecture import Architecture
+
+Shard = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rule:
+    """A line of the table.
+
+    Args:
+        megatron: key, below "decoder.layers." for a tensor of every layer.
+        hf: the tensors it is made of, below "model.layers.{layer}." for a tensor of every layer.
+        rows: order of their rows. one: a single tensor. halves: one tensor below the other.
+            groups: for each key/value head its query heads, the key head, the value head.
+        shard: the dimension that tensor parallelism cuts; of `halves` each half is cut. None: every rank has
+            all of it.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    rows: Literal["one", "halves", "groups"] = "one"
+    shard: Shard | None = None
+
+
+_EMBEDDING = _Rule(
+    megatron="embedding.word_embeddings.weight", hf=("model.embed_tokens.weight",), shard="rows"
+)
+_FINAL_NORM = _Rule(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",))
+_OUTPUT = _Rule(megatron="output_layer.weight", hf=("lm_head.weight",), shard="rows")
+
+_ATTENTION = (
+    _Rule(megatron="self_attention.linear_qkv.layer_norm_weight", hf=("input_layernorm.weight",)),
+    _Rule(
+        megatron="self_attention.linear_qkv.weight",
+        hf=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        rows="groups",
+        shard="rows",
+    ),
+    _Rule(megatron="self_attention.linear_proj.weight", hf=("self_attn.o_proj.weight",), shard="columns"),
+)
+_QKV_BIAS = _Rule(
+    megatron="self_attention.linear_qkv.bias",
+    hf=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    rows="groups",
+    shard="rows",
+)
+_QK_NORM = (
+    _Rule(megatron="self_attention.q_layernorm.weight", hf=("self_attn.q_norm.weight",)),
+    _Rule(megatron="self_attention.k_layernorm.weight", hf=("self_attn.k_norm.weight",)),
+)
+_DENSE_MLP = (
+    _Rule(megatron="mlp.linear_fc1.layer_norm_weight", hf=("post_attention_layernorm.weight",)),
+    _Rule(
+        megatron="mlp.linear_fc1.weight",
+        hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        rows="halves",
+        shard="rows",
+    ),
+    _Rule(megatron="mlp.linear_fc2.weight", hf=("mlp.down_proj.weight",), shard="columns"),
+)
+
+
+def _mixture(router: str, gate: str, up: str, down: str) -> tuple[_Rule, ...]:
+    experts = "mlp.experts.experts."
+    return (
+        _Rule(megatron="pre_mlp_layernorm.weight", hf=("post_attention_layernorm.weight",)),
+        _Rule(megatron="mlp.router.weight", hf=(router,)),
+        _Rule(megatron=f"{experts}linear_fc1.weight", hf=(gate, up), rows="halves", shard="rows"),
+        _Rule(megatron=f"{experts}linear_fc2.weight", hf=(down,), shard="columns"),
+    )
+
+
+_MIXTURE_MLP = {
+    "mixtral": _mixture(
+        "block_sparse_moe.gate.weight",
+        "block_sparse_moe.experts.{expert}.w1.weight",
+        "block_sparse_moe.experts.{expert}.w3.weight",
+        "block_sparse_moe.experts.{expert}.w2.weight",
+    ),
+    "qwen3_moe": _mixture(
+        "mlp.gate.weight",
+        "mlp.experts.{expert}.gate_proj.weight",
+        "mlp.experts.{expert}.up_proj.weight",
+        "mlp.experts.{expert}.down_proj.weight",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfRows:
+    """Consecutive rows of a Hugging Face tensor.
+
+    Args:
+        name: of the tensor.
+        start: its first row here.
+        num_rows: rows.
+    """
+
+    name: str
+    start: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MegatronTensor:
+    """One tensor of the model, whole, without vocabulary padding.
+
+    Args:
+        key: its name in a sharded checkpoint.
+        index: its place in the stacked axes: (), (layer,) or (layer, expert).
+        stack: sizes of the stacked axes.
+        shape: (rows,) or (rows, columns).
+        shard: the dimension that tensor parallelism cuts; None for a tensor that every rank has whole.
+        num_parts: equal parts of the rows that tensor parallelism cuts one by one (2 for a gated MLP).
+        is_expert: expert parallelism spreads it, and etp cuts it instead of tp.
+        has_padding: rows of padding may follow in a model (vocabulary).
+        rows: what it is made of, in order.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    stack: tuple[int, ...]
+    shape: tuple[int, ...]
+    shard: Shard | None
+    num_parts: int
+    is_expert: bool
+    has_padding: bool
+    rows: tuple[HfRows, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rectangle:
+    """A part of a Hugging Face tensor, and where it lies in a part of a Megatron tensor.
+
+    Args:
+        name: of the Hugging Face tensor.
+        source: its slices there, one a dimension.
+        target: its slices in the part.
+    """
+
+    name: str
+    source: tuple[slice, ...]
+    target: tuple[slice, ...]
+
+
+def megatron_tensors(architecture: Architecture) -> Iterator[MegatronTensor]:
+    """Every tensor of the model, in the order of its computation; a tied output layer is not one."""
+    yield _tensor(_EMBEDDING, architecture)
+    for layer in range(architecture.num_layers):
+        for rule in _layer_rules(architecture):
+            if architecture.mixture is not None and "{expert}" in rule.hf[0]:
+                for expert in range(architecture.mixture.num_experts):
+                    yield _tensor(rule, architecture, layer=layer, expert=expert)
+            else:
+                yield _tensor(rule, architecture, layer=layer)
+    yield _tensor(_FINAL_NORM, architecture)
+    if not architecture.tie_embeddings:
+        yield _tensor(_OUTPUT, architecture)
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a Hugging Face checkpoint of this architecture holds."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in megatron_tensors(architecture):
+        for run in tensor.rows:
+            rows = max(run.start + run.num_rows, shapes.get(run.name, (0,))[0])
+            shapes[run.name] = (rows, *tensor.shape[1:])
+    return shapes
+
+
+def rectangles(
+    tensor: MegatronTensor, offset: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[Rectangle]:
+    """What the part [offset, offset + shape) of `tensor` is made of; rows of padding are made of nothing.
+
+    Args:
+        tensor: of the table.
+        offset, shape: of the part, one number a dimension, without the stacked axes.
+    """
+    columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
+    whole_columns = tuple(slice(0, size) for size in shape[1:])
+    first = 0
+    for run in tensor.rows:
+        start = max(first, offset[0])
+        stop = min(first + run.num_rows, offset[0] + shape[0])
+        if start < stop:
+            source = run.start + start - first
+            yield Rectangle(
+                name=run.name,
+                source=(slice(source, source + stop - start), *columns),
+                target=(slice(start - offset[0], stop - offset[0]), *whole_columns),
+            )
+        first += run.num_rows
+
+
+def _layer_rules(architecture: Architecture) -> tuple[_Rule, ...]:
+    return (
+        *_ATTENTION,
+        *((_QKV_BIAS,) if architecture.qkv_bias else ()),
+        *(_QK_NORM if architecture.qk_norm else ()),
+        *(_DENSE_MLP if architecture.mixture is None else _MIXTURE_MLP[architecture.family]),
+    )
+
+
+def _tensor(
+    rule: _Rule, architecture: Architecture, *, layer: int | None = None, expert: int | None = None
+) -> MegatronTensor:
+    index = tuple(number for number in (layer, expert) if number is not None)
+    mixture = architecture.mixture
+    stack = (architecture.num_layers, mixture.num_experts if mixture else 0)[: len(index)]
+    prefix = "" if layer is None else f"model.layers.{layer}."
+    names = [prefix + name.format(expert=expert) for name in rule.hf]
+    rows = tuple(_rows(rule, names, architecture))
+    columns = _num_columns(rule, architecture)
+    return MegatronTensor(
+        key=("" if layer is None else "decoder.layers.") + rule.megatron,
+        index=index,
+        stack=stack,
+        shape=(sum(run.num_rows for run in rows), *((columns,) if columns else ())),
+        shard=rule.shard,
+        num_parts=2 if rule.rows == "halves" else 1,
+        is_expert=expert is not None,
+        has_padding=rule in (_EMBEDDING, _OUTPUT),
+        rows=rows,
+    )
+
+
+def _rows(rule: _Rule, names: list[str], a: Architecture) -> Iterator[HfRows]:
+    if rule.rows == "groups":
+        query_rows = a.num_attention_heads // a.num_query_groups * a.head_dim
+        for group in range(a.num_query_groups):
+            for name, size in zip(names, (query_rows, a.head_dim, a.head_dim), strict=True):
+                yield HfRows(name=name, start=group * size, num_rows=size)
+    else:
+        for name in names:
+            yield HfRows(name=name, start=0, num_rows=_num_rows(rule, a))
+
+
+def _num_rows(rule: _Rule, a: Architecture) -> int:
+    """Rows of each Hugging Face tensor of a rule that is not `groups`."""
+    if rule in (_EMBEDDING, _OUTPUT):
+        return a.vocab_size
+    if rule in _QK_NORM:
+        return a.head_dim
+    if rule.megatron.endswith("router.weight"):
+        assert a.mixture is not None
+        return a.mixture.num_experts
+    return a.ffn_hidden_size if rule.rows == "halves" else a.hidden_size
+
+
+def _num_columns(rule: _Rule, a: Architecture) -> int | None:
+    """Columns of a rule's tensors, None for vectors."""
+    if rule is _QKV_BIAS or rule.megatron.endswith(("norm.weight", "norm_weight")):
+        return None
+    if rule.megatron.endswith("linear_proj.weight"):
+        return a.num_attention_heads * a.head_dim
+    return a.ffn_hidden_size if rule.megatron.endswith("linear_fc2.weight") else a.hidden_size

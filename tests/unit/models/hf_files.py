@@ -1,0 +1,69 @@
+"""config.json files for tests, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_config import from_hf_config
+
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+}
+
+
+def values(model_type: str = "llama", **changes: object) -> dict[str, object]:
+    """The keys that have no default, and changes to them."""
+    return {
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "vocab_size": 1000,
+        **changes,
+    }
+
+
+def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
+    """What we make of a config.json, by file and by directory."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    assert from_hf_config(file) == from_hf_config(tmp_path)
+    return from_hf_config(file)
+
+
+def transformers_rotary(config: Any) -> tuple[Tensor, float]:
+    """(frequencies, factor on cos and sin) of the rotary module of a transformers configuration's model."""
+    name = config.model_type
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    rotary = getattr(module, f"{CLASSES[name]}RotaryEmbedding")(config)
+    return rotary.inv_freq, rotary.attention_scaling
+
+
+def window_layers_of(config: Any) -> tuple[int | None, tuple[int, ...]]:
+    """(window, layers) as the attention modules of transformers' own model carry them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    windows = []
+    for layer in model.model.layers:
+        # Mistral and Mixtral read it from the configuration at each forward.
+        reads_config = config.model_type in ("mistral", "mixtral")
+        owner = config if reads_config else layer.self_attn
+        windows.append(getattr(owner, "sliding_window", None))
+    layers = tuple(number for number, window in enumerate(windows) if window is not None)
+    return (windows[layers[0]] if layers else None), layers

@@ -1,0 +1,100 @@
+"""Random small architectures of every family, for properties that hold for all of them."""
+
+from __future__ import annotations
+
+import random
+from typing import get_args
+
+from megatron_sftrl.models.architecture import (
+    MIXTURE_FAMILIES,
+    Architecture,
+    Family,
+    Mixture,
+    Rope,
+    has_qk_norm,
+    has_qkv_bias,
+)
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+
+def random_architecture(rng: random.Random, family: Family) -> Architecture:
+    """Sizes that form a network and that no two fields share by construction."""
+    groups, num_layers = rng.randint(1, 4), rng.randint(1, 4)
+    heads = groups * rng.randint(1, 4)
+    max_positions = rng.randint(8, 9000)
+    window, window_layers = _window(rng, family, num_layers, max_positions)
+    return Architecture(
+        family=family,
+        num_layers=num_layers,
+        hidden_size=heads * rng.randint(1, 3) if family == "llama" else rng.randint(3, 24),
+        ffn_hidden_size=rng.randint(1, 24),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=2 * rng.randint(1, 8),
+        vocab_size=rng.randint(3, 40),
+        max_position_embeddings=max_positions,
+        rope=random_rope(rng),
+        sliding_window=window,
+        window_layers=window_layers,
+        norm_eps=10 ** rng.uniform(-7, -3),
+        tie_embeddings=rng.random() < 0.5,
+        qkv_bias=has_qkv_bias(family),
+        qk_norm=has_qk_norm(family),
+        mixture=_mixture(rng, family),
+        init_std=rng.uniform(0.001, 0.5),
+    )
+
+
+def random_rope(rng: random.Random) -> Rope:
+    theta = 10 ** rng.uniform(2, 7)
+    kind = rng.choice(["default", "linear", "llama3", "yarn"])
+    if kind == "default":
+        return Rope(kind="default", theta=theta)
+    factor = rng.choice([1.0, 2.0, rng.uniform(1, 40)])
+    if kind == "linear":
+        return Rope(kind="linear", theta=theta, factor=factor)
+    original_length = rng.randint(8, 40000)
+    if kind == "llama3":
+        low = rng.uniform(0.5, 4)
+        return Rope(
+            kind="llama3",
+            theta=theta,
+            factor=factor,
+            original_length=original_length,
+            low_freq_factor=low,
+            high_freq_factor=low + rng.uniform(0.1, 8),
+        )
+    beta_slow = rng.choice([1.0, rng.uniform(0.1, 8)])
+    return Rope(
+        kind="yarn",
+        theta=theta,
+        factor=factor,
+        original_length=original_length,
+        beta_fast=beta_slow + rng.uniform(0, 60),
+        beta_slow=beta_slow,
+        truncate=rng.random() < 0.5,
+        attention_factor=rng.uniform(0.5, 2),
+    )
+
+
+def _window(
+    rng: random.Random, family: Family, num_layers: int, max_positions: int
+) -> tuple[int | None, tuple[int, ...]]:
+    if family == "llama" or rng.random() < 0.4:
+        return None, ()
+    layers = tuple(range(num_layers))
+    if family in ("qwen2", "qwen3"):
+        layers = tuple(layer for layer in layers if rng.random() < 0.6) or layers
+    return rng.randint(1, max_positions - 1), layers
+
+
+def _mixture(rng: random.Random, family: Family) -> Mixture | None:
+    if family not in MIXTURE_FAMILIES:
+        return None
+    num_experts = rng.randint(1, 5)
+    return Mixture(
+        num_experts=num_experts,
+        experts_per_token=rng.randint(1, num_experts),
+        normalizes_weights=family == "mixtral" or rng.random() < 0.5,
+    )

@@ -1,0 +1,147 @@
+"""A config.json that we write: read back the same by us, and the same network for transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sftrl.models.architecture import Architecture, Family, inverse_frequencies
+from megatron_sftrl.models.hf_config import from_hf_config, hf_config_values
+from tests.unit.models.hf_files import transformers_rotary, window_layers_of
+from tests.unit.models.random_architectures import FAMILIES, random_architecture
+
+
+def write(directory: Path, architecture: Architecture, dtype: torch.dtype | None = None) -> None:
+    text = json.dumps(hf_config_values(architecture, dtype=dtype))
+    (directory / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_read_back_as_the_same_architecture(tmp_path: Path, family: Family) -> None:
+    rng = random.Random(40)
+    for _ in range(100):
+        architecture = random_architecture(rng, family)
+        write(tmp_path, architecture)
+        assert from_hf_config(tmp_path) == architecture
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, family: Family) -> None:
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(41)
+    for _ in range(20):
+        ours = random_architecture(rng, family)
+        write(tmp_path, ours, torch.bfloat16)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        assert theirs.architectures == [f"{type(theirs).__name__.removesuffix('Config')}ForCausalLM"]
+        assert (theirs.model_type, theirs.dtype) == (family, torch.bfloat16)
+        assert (theirs.rms_norm_eps, theirs.initializer_range) == (ours.norm_eps, ours.init_std)
+        assert theirs.max_position_embeddings == ours.max_position_embeddings
+        assert window_layers_of(theirs) == (ours.sliding_window, ours.window_layers)
+        frequencies, factor = transformers_rotary(theirs)
+        assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), frequencies)
+        assert ours.rope.attention_factor == factor
+        if ours.mixture is not None:
+            assert theirs.num_experts == theirs.num_local_experts == ours.mixture.num_experts
+            assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
+        if family == "qwen3_moe":
+            assert ours.mixture is not None
+            assert theirs.norm_topk_prob == ours.mixture.normalizes_weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
+    tmp_path: Path, family: Family
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    architecture = random_architecture(random.Random(42), family)
+    written = hf_config_values(architecture, dtype=torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    # The older names, which transformers 5 reads and replaces by the newer ones.
+    older = {"rope_theta", "rope_scaling", *({"num_experts"} if family == "qwen3_moe" else ())}
+    newer = {key: value for key, value in written.items() if key not in older}
+
+    (tmp_path / "own").mkdir()
+    own = transformers.AutoConfig.for_model(family, dtype="float32", architectures=["X"])
+    own.save_pretrained(tmp_path / "own")
+    own_keys = json.loads((tmp_path / "own" / "config.json").read_text()).keys()
+    # Its version, a slicing of the same products, and the weight of a loss that transformers computes.
+    left_out = {"transformers_version", "pretraining_tp", "router_aux_loss_coef"}
+    # Two of its classes have no field for head_dim, but their attention reads it.
+    added = {"head_dim"} if family in ("qwen2", "qwen3_moe") else set()
+    assert newer.keys() == (own_keys - left_out) | added
+
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert newer == {key: saved[key] for key in newer}
+
+
+def test_an_older_reader_finds_the_same_positions_under_the_older_names() -> None:
+    rng = random.Random(43)
+    for _ in range(30):
+        values = hf_config_values(random_architecture(rng, "llama"), dtype=None)
+        scaling = values.get("rope_scaling", {"rope_type": "default"})
+        assert {**scaling, "rope_theta": values["rope_theta"]} == values["rope_parameters"]
+
+
+def test_an_older_reader_finds_the_window_of_the_last_layers_in_max_window_layers() -> None:
+    architecture = replace(
+        random_architecture(random.Random(44), "qwen2"),
+        num_layers=4,
+        max_position_embeddings=100,
+        sliding_window=10,
+        window_layers=(2, 3),
+    )
+    assert hf_config_values(architecture, dtype=None)["max_window_layers"] == 2
+    scattered = replace(architecture, window_layers=(0, 2))
+    assert hf_config_values(scattered, dtype=None)["max_window_layers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, "bfloat16"), (torch.float32, "float32"), (None, None)]
+)
+def test_the_dtype_is_written_by_name_or_not_at_all(dtype: torch.dtype | None, expected: str | None) -> None:
+    architecture = random_architecture(random.Random(45), "llama")
+    assert hf_config_values(architecture, dtype=dtype).get("dtype") == expected
+
+
+def test_no_token_is_claimed_that_the_architecture_does_not_know(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path, random_architecture(random.Random(46), "llama"))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "window_layers", "message"),
+    [
+        ("llama", (0, 1, 2), "LlamaForCausalLM has none; use family mistral"),
+        ("mistral", (1,), "MistralForCausalLM has a sliding window in all of its 3 layers or in none"),
+        ("mixtral", (0, 2), "MixtralForCausalLM has a sliding window in all"),
+        ("qwen3_moe", (0,), "Qwen3MoeForCausalLM has a sliding window in all"),
+    ],
+)
+def test_a_window_for_which_the_family_has_no_key_is_refused(
+    family: Family, window_layers: tuple[int, ...], message: str
+) -> None:
+    architecture = replace(
+        random_architecture(random.Random(47), family),
+        num_layers=3,
+        sliding_window=5,
+        window_layers=window_layers,
+    )
+    with pytest.raises(ValueError, match=message):
+        hf_config_values(architecture, dtype=None)
+
+
+def test_a_mixtral_that_does_not_normalise_its_weights_is_refused() -> None:
+    architecture = random_architecture(random.Random(48), "mixtral")
+    assert architecture.mixture is not None
+    architecture = replace(architecture, mixture=replace(architecture.mixture, normalizes_weights=False))
+    with pytest.raises(ValueError, match="a Mixtral always divides the weights"):
+        hf_config_values(architecture, dtype=None)

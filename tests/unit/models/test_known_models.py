@@ -1,0 +1,179 @@
+"""Published models: their config.json gives their published number of parameters and their own positions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sftrl.models.architecture import Rope, num_parameters
+from tests.unit.models.hf_files import CLASSES, read
+
+LLAMA3_2_ROPE = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def config(model_type: str, sizes: tuple[int, int, int, int, int, int], **more: object) -> dict[str, object]:
+    """The usual keys of a config.json, and more."""
+    hidden, width, layers, heads, groups, vocab = sizes
+    return {
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        **more,
+    }
+
+
+LLAMA2_7B = config(
+    "llama",
+    (4096, 11008, 32, 32, 32, 32000),
+    max_position_embeddings=4096,
+    pretraining_tp=1,
+    rope_scaling=None,
+)
+LLAMA3_2_1B = config(
+    "llama",
+    (2048, 8192, 16, 32, 8, 128256),
+    attention_bias=False,
+    head_dim=64,
+    max_position_embeddings=131072,
+    mlp_bias=False,
+    rope_scaling=LLAMA3_2_ROPE,
+    rope_theta=500000.0,
+    tie_word_embeddings=True,
+)
+LLAMA3_1_8B = config(
+    "llama",
+    (4096, 14336, 32, 32, 8, 128256),
+    max_position_embeddings=131072,
+    rope_scaling={**LLAMA3_2_ROPE, "factor": 8.0},
+    rope_theta=500000.0,
+)
+MISTRAL_7B_V01 = config(
+    "mistral", (4096, 14336, 32, 32, 8, 32000), max_position_embeddings=32768, sliding_window=4096
+)
+MISTRAL_7B_V03 = config(
+    "mistral",
+    (4096, 14336, 32, 32, 8, 32768),
+    max_position_embeddings=32768,
+    rope_theta=1000000.0,
+    sliding_window=None,
+)
+QWEN2_5 = {"max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "use_mrope": False}
+QWEN2_5_7B = config(
+    "qwen2", (3584, 18944, 28, 28, 4, 152064), max_position_embeddings=131072, rope_theta=1000000.0, **QWEN2_5
+)
+QWEN2_5_05B_YARN = config(
+    "qwen2",
+    (896, 4864, 24, 14, 2, 151936),
+    max_position_embeddings=32768,
+    rope_theta=1000000.0,
+    tie_word_embeddings=True,
+    rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    **QWEN2_5,
+)
+QWEN3 = {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960, "rope_theta": 1000000}
+QWEN3_8B = config(
+    "qwen3",
+    (4096, 12288, 36, 32, 8, 151936),
+    max_window_layers=36,
+    sliding_window=None,
+    use_sliding_window=False,
+    **QWEN3,
+)
+MIXTRAL_8X7B = config(
+    "mixtral",
+    (4096, 14336, 32, 32, 8, 32000),
+    max_position_embeddings=32768,
+    num_experts_per_tok=2,
+    num_local_experts=8,
+    output_router_logits=False,
+    router_aux_loss_coef=0.02,
+    rope_theta=1000000.0,
+    sliding_window=None,
+)
+QWEN3_30B_A3B = config(
+    "qwen3_moe",
+    (2048, 6144, 48, 32, 4, 151936),
+    decoder_sparse_step=1,
+    max_window_layers=48,
+    mlp_only_layers=[],
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    num_experts=128,
+    num_experts_per_tok=8,
+    output_router_logits=False,
+    router_aux_loss_coef=0.001,
+    sliding_window=None,
+    use_sliding_window=False,
+    **QWEN3,
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "parameters"),
+    [
+        (LLAMA2_7B, 6_738_415_616),
+        (LLAMA3_2_1B, 1_235_814_400),
+        (LLAMA3_1_8B, 8_030_261_248),
+        (MISTRAL_7B_V01, 7_241_732_096),
+        (MISTRAL_7B_V03, 7_248_023_552),
+        (QWEN2_5_7B, 7_615_616_512),
+        (QWEN2_5_05B_YARN, 494_032_768),
+        (QWEN3_8B, 8_190_735_360),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (QWEN3_30B_A3B, 30_532_122_624),
+    ],
+)
+def test_a_published_model_has_its_published_number_of_parameters(
+    tmp_path: Path, content: dict[str, object], parameters: int
+) -> None:
+    assert num_parameters(read(tmp_path, content)) == parameters
+
+
+def test_published_windows_are_honoured_where_they_are_in_use(tmp_path: Path) -> None:
+    first = read(tmp_path, MISTRAL_7B_V01)
+    assert (first.sliding_window, first.window_layers) == (4096, tuple(range(32)))
+    for content in (MISTRAL_7B_V03, QWEN2_5_7B, QWEN3_8B, MIXTRAL_8X7B, QWEN3_30B_A3B):
+        assert read(tmp_path, content).sliding_window is None
+
+
+def test_published_positions_are_read_with_every_parameter(tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA3_2_1B).rope == Rope(
+        kind="llama3",
+        theta=500000.0,
+        factor=32.0,
+        original_length=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    # 0.1 ln(4) + 1, YaRN eq. 22.
+    assert read(tmp_path, QWEN2_5_05B_YARN).rope == Rope(
+        kind="yarn", theta=1e6, factor=4.0, original_length=32768, attention_factor=1.1386294361119891
+    )
+    assert read(tmp_path, MIXTRAL_8X7B).rope == Rope(kind="default", theta=1e6)
+
+
+def test_a_mixture_that_does_not_ask_for_normalised_weights_gets_none(tmp_path: Path) -> None:
+    def normalizes(content: dict[str, object]) -> bool:
+        mixture = read(tmp_path, content).mixture
+        assert mixture is not None
+        return mixture.normalizes_weights
+
+    assert normalizes(QWEN3_30B_A3B)
+    assert not normalizes({key: value for key, value in QWEN3_30B_A3B.items() if key != "norm_topk_prob"})
+    assert normalizes(MIXTRAL_8X7B)

@@ -1,0 +1,219 @@
+"""The table of names: whole against transformers, and its rectangles against tensors put together by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sftrl.models.architecture import Architecture, Family, num_parameters
+from megatron_sftrl.models.hf_config import hf_config_values
+from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors, rectangles
+from tests.unit.models.random_architectures import FAMILIES, random_architecture
+
+NUM_CASES = 50
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def cases(num_cases: int = NUM_CASES) -> Iterator[Architecture]:
+    """Every family in turn."""
+    rng = random.Random(20)
+    for number in range(num_cases):
+        yield random_architecture(rng, FAMILIES[number % len(FAMILIES)])
+
+
+def numbered_hf_tensors(architecture: Architecture) -> dict[str, Tensor]:
+    """Tensors of the shapes in the table in which no value occurs twice (exact in fp32 below 2^24)."""
+    first, tensors = 0, {}
+    for name, shape in hf_shapes(architecture).items():
+        size = torch.Size(shape).numel()
+        tensors[name] = torch.arange(first, first + size, dtype=torch.float32).view(shape)
+        first += size
+    assert first < 2**24
+    return tensors
+
+
+def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> Tensor:
+    """The Megatron tensor, written from Megatron's own layout and not from the rows of the table."""
+    if tensor.key == "embedding.word_embeddings.weight":
+        return hf["model.embed_tokens.weight"]
+    if tensor.key == "output_layer.weight":
+        return hf["lm_head.weight"]
+    if tensor.key == "decoder.final_layernorm.weight":
+        return hf["model.norm.weight"]
+    block = f"model.layers.{tensor.index[0]}."
+    name = tensor.key.removeprefix("decoder.layers.")
+    if name.startswith("self_attention.linear_qkv.") and "layer_norm" not in name:
+        kind = name.rsplit(".", 1)[1]
+        heads = [hf[f"{block}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+        # [groups, heads of the group * head_dim, ...] each: Attention.get_query_key_value_tensors splits
+        # dimension 1 into queries, key and value of the group.
+        per_group = [part.view(a.num_query_groups, -1, *part.shape[1:]) for part in heads]
+        return torch.cat(per_group, dim=1).flatten(0, 1)
+    simple = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    }
+    if name in simple:
+        return hf[block + simple[name]]
+    if a.family == "mixtral":
+        mlp, gate, up, down = f"{block}block_sparse_moe.", "w1", "w3", "w2"
+    else:
+        mlp, gate, up, down = f"{block}mlp.", "gate_proj", "up_proj", "down_proj"
+    if name == "mlp.router.weight":
+        return hf[f"{mlp}gate.weight"]
+    if tensor.is_expert:
+        mlp = f"{mlp}experts.{tensor.index[1]}."
+    if name.endswith("linear_fc2.weight"):
+        return hf[f"{mlp}{down}.weight"]
+    assert name.endswith("linear_fc1.weight")
+    return torch.cat([hf[f"{mlp}{gate}.weight"], hf[f"{mlp}{up}.weight"]])
+
+
+def random_tiling(rng: random.Random, shape: tuple[int, ...]) -> list[Box]:
+    """(offset, shape) of boxes that cover `shape` once."""
+    cuts = []
+    for size in shape:
+        inner = sorted(rng.sample(range(1, size), min(size - 1, rng.randint(0, 3))))
+        cuts.append(list(itertools.pairwise([0, *inner, size])))
+    return [
+        (tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans))
+        for spans in itertools.product(*cuts)
+    ]
+
+
+def test_every_row_of_every_hugging_face_tensor_is_covered_exactly_once() -> None:
+    for architecture in cases():
+        counts = {name: torch.zeros(shape[0]) for name, shape in hf_shapes(architecture).items()}
+        for tensor in megatron_tensors(architecture):
+            assert tensor.shape[0] == sum(run.num_rows for run in tensor.rows)
+            for run in tensor.rows:
+                counts[run.name][run.start : run.start + run.num_rows] += 1
+        assert all(bool((count == 1).all()) for count in counts.values()), architecture
+
+
+def test_key_and_index_name_a_tensor_and_the_stack_holds_every_index() -> None:
+    for architecture in cases():
+        tensors = list(megatron_tensors(architecture))
+        assert len({(tensor.key, tensor.index) for tensor in tensors}) == len(tensors)
+        for key, same in itertools.groupby(sorted(tensors, key=lambda t: t.key), key=lambda t: t.key):
+            members = list(same)
+            assert len({(t.stack, t.shape, t.shard, t.num_parts) for t in members}) == 1, key
+            grid = itertools.product(*(range(size) for size in members[0].stack))
+            assert sorted(t.index for t in members) == list(grid), key
+
+
+def test_random_boxes_put_the_megatron_tensors_together_and_take_them_apart_again() -> None:
+    rng = random.Random(21)
+    for architecture in cases():
+        hf = numbered_hf_tensors(architecture)
+        back = {name: torch.full_like(tensor, torch.nan) for name, tensor in hf.items()}
+        for tensor in megatron_tensors(architecture):
+            whole = by_hand(tensor, architecture, hf)
+            assert tuple(whole.shape) == tensor.shape, tensor.key
+            for offset, shape in random_tiling(rng, tensor.shape):
+                inside = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+                box = torch.full(shape, torch.nan)
+                for part in rectangles(tensor, offset, shape):
+                    assert torch.isnan(box[part.target]).all(), "rectangles overlap"
+                    box[part.target] = hf[part.name][part.source]
+                    assert torch.isnan(back[part.name][part.source]).all(), "a value is written twice"
+                    back[part.name][part.source] = whole[inside][part.target]
+                assert torch.equal(box, whole[inside]), (tensor.key, tensor.index, offset, shape)
+        assert all(torch.equal(back[name], hf[name]) for name in hf)
+
+
+@pytest.mark.parametrize("first", [0, 3, 11])
+def test_rows_of_padding_are_made_of_nothing(first: int) -> None:
+    architecture = next(cases())
+    tensor = next(megatron_tensors(architecture))
+    assert tensor.has_padding
+    rows = architecture.vocab_size
+    inside = max(0, rows - first)
+    parts = list(rectangles(tensor, (first, 0), (rows + 5, tensor.shape[1])))
+    assert [part.target[0] for part in parts] == ([slice(0, inside)] if inside else [])
+    assert not list(rectangles(tensor, (rows, 0), (5, tensor.shape[1])))
+
+
+def test_only_the_vocabulary_has_padding() -> None:
+    for architecture in cases(6):
+        padded = {tensor.key for tensor in megatron_tensors(architecture) if tensor.has_padding}
+        ends = {"embedding.word_embeddings.weight", "output_layer.weight"}
+        assert padded == (ends - {"output_layer.weight"} if architecture.tie_embeddings else ends)
+
+
+def test_a_group_is_its_query_heads_its_key_head_and_its_value_head() -> None:
+    rng = random.Random(22)
+    architecture = random_architecture(rng, "qwen2")
+    while (
+        architecture.num_query_groups == 1
+        or architecture.num_query_groups == architecture.num_attention_heads
+    ):
+        architecture = random_architecture(rng, "qwen2")
+    a, d = architecture, architecture.head_dim
+    per_group = a.num_attention_heads // a.num_query_groups
+    expected = []
+    for group in range(a.num_query_groups):
+        expected += [("q", head * d) for head in range(group * per_group, (group + 1) * per_group)]
+        expected += [("k", group * d), ("v", group * d)]
+    for kind in ("weight", "bias"):
+        tensor = next(t for t in megatron_tensors(a) if t.key.endswith(f"linear_qkv.{kind}"))
+        rows = [
+            (run.name.removeprefix("model.layers.0.self_attn.")[0], run.start + first)
+            for run in tensor.rows
+            for first in range(0, run.num_rows, d)
+        ]
+        assert rows == expected
+
+
+def test_parameters_are_the_sum_of_the_shapes() -> None:
+    for architecture in cases():
+        total = sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
+        assert num_parameters(architecture) == total, architecture
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_names_and_shapes_are_those_of_transformers_model(tmp_path: Path, family: Family) -> None:
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(23)
+    for _ in range(13):
+        architecture = random_architecture(rng, family)
+        (tmp_path / "config.json").write_text(json.dumps(hf_config_values(architecture, dtype=None)))
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if architecture.tie_embeddings:
+            del theirs["lm_head.weight"]
+        assert hf_shapes(architecture) == theirs
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_names_and_shapes_are_those_that_transformers_saves_a_mixture_with(
+    tmp_path: Path, family: Family
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors import safe_open
+
+    rng = random.Random(24)
+    for number in range(4):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        architecture = random_architecture(rng, family)
+        (directory / "config.json").write_text(json.dumps(hf_config_values(architecture, dtype=None)))
+        config = transformers.AutoConfig.from_pretrained(directory)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        with safe_open(directory / "model.safetensors", "pt") as file:
+            theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        assert hf_shapes(architecture) == theirs

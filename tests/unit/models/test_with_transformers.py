@@ -1,0 +1,110 @@
+"""transformers loads a directory of ours as if it had written it, and chooses the same weight files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_sftrl.models.hf_output import (
+    new_directory,
+    plan_files,
+    read_assets,
+    with_dtype,
+    write_assets,
+    write_file,
+    write_index,
+)
+from megatron_sftrl.models.hf_weights import open_weights
+from tests.unit.data.tokenizers_for_tests import template_path, write_byte_level
+
+MESSAGES = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
+
+
+def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    return model
+
+
+def copy_model(source: Path, out: Path, *, tokenizer: Path, template: Path | None, max_bytes: int) -> None:
+    """Through everything of ours that reads and writes."""
+    with open_weights(source) as weights:
+        tensors = {name: weights.read(name).bfloat16() for name in weights.shapes}
+    sizes = [(name, tensor.nbytes) for name, tensor in tensors.items()]
+    files = plan_files(sizes, max_bytes=max_bytes)
+    with new_directory(out, num_bytes=sum(size for _, size in sizes)) as directory:
+        for file in files:
+            write_file(directory, file, tensors)
+        write_index(directory, files, sizes)
+        assets = read_assets(model=source, tokenizer=tokenizer, chat_template=template)
+        write_assets(directory, with_dtype(assets, torch.bfloat16))
+
+
+@pytest.mark.parametrize("max_bytes", [10**9, 3000], ids=["one file", "sharded"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_what_we_write(tmp_path: Path, max_bytes: int, tied: bool) -> None:
+    model = save_tiny_model(tmp_path / "source", tied=tied)
+    tokenizer = write_byte_level(tmp_path / "tokenizer", template="chatml")
+    out = tmp_path / "out"
+    copy_model(tmp_path / "source", out, tokenizer=tokenizer, template=None, max_bytes=max_bytes)
+    loaded, report = AutoModelForCausalLM.from_pretrained(str(out), output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == torch.bfloat16
+    expected = model.bfloat16().state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("template", [None, "inst"])
+def test_the_tokenizer_that_we_write_renders_the_template_that_was_asked_for(
+    tmp_path: Path, template: str | None
+) -> None:
+    save_tiny_model(tmp_path / "source")
+    source = write_byte_level(tmp_path / "tokenizer", template="chatml")
+    wanted = template_path(template or "chatml")
+    out = tmp_path / "out"
+    override = None if template is None else wanted
+    copy_model(tmp_path / "source", out, tokenizer=source, template=override, max_bytes=10**9)
+    before, after = AutoTokenizer.from_pretrained(str(source)), AutoTokenizer.from_pretrained(str(out))
+    expected = before.apply_chat_template(MESSAGES, chat_template=wanted.read_text(), tokenize=False)
+    assert after.apply_chat_template(MESSAGES, tokenize=False) == expected
+    assert after("Hi there\n")["input_ids"] == before("Hi there\n")["input_ids"]
+
+
+def test_the_named_templates_of_transformers_own_directories_travel(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tiny_model(source)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(write_byte_level(tmp_path / "tokenizer", template="chatml"))
+    )
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "with tools"}
+    tokenizer.save_pretrained(source)
+    out = tmp_path / "out"
+    copy_model(source, out, tokenizer=source, template=None, max_bytes=10**9)
+    assert AutoTokenizer.from_pretrained(str(out)).chat_template == tokenizer.chat_template
+
+
+def test_a_single_file_wins_over_an_index_in_transformers_too(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, seed=1).save_pretrained(tmp_path, max_shard_size="5KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with torch.no_grad():
+        single = save_tiny_model(tmp_path / "single", seed=2)
+    (tmp_path / "single" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path)).state_dict()[name]
+    with open_weights(tmp_path) as weights:
+        assert torch.equal(weights.read(name), loaded)
+    assert torch.equal(loaded, single.state_dict()[name])
