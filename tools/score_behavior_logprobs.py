@@ -21,10 +21,9 @@ from typing import Any
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.data.behavior import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
-from megatron_sftrl.data.dataset import Dataset, tokenize_sources
+from megatron_sftrl.data.dataset import Dataset, pack_examples, tokenize_sources
 from megatron_sftrl.data.loader import StepLoader
-from megatron_sftrl.data.store import pack_examples
+from megatron_sftrl.data.rows import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.data.round_trip import PROBES
-from megatron_sftrl.data.tokenizer_backends import class_defaults
+from megatron_sftrl.data.tokenizer_backends import PROBES, class_defaults
 from megatron_sftrl.models.hf_output import HfAssets, write_assets
 
 _RULES, _CONFIG = "tokenizer.json", "tokenizer_config.json"

@@ -6,14 +6,256 @@ nothing but memory-mapped arrays, and the same step gives the same batches howev
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.dataset import Dataset
-from megatron_sftrl.data.order import SampleOrder
-from megatron_sftrl.data.packing import StepNormalization
-from megatron_sftrl.data.step import BatchLayout, StepData, lay_out_step
+from megatron_sftrl.data.packing import (
+    Assignment,
+    Carried,
+    Example,
+    StepNormalization,
+    build_token_batch,
+    padded_batch_length,
+    plan_microbatches,
+    predicting_length,
+)
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.types import TokenBatch
+
+# One optimizer step laid out over ranks and micro-batches: the same for demonstrations and for rollouts.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLayout:
+    """What the layout of the ranks asks of a batch.
+
+    Args:
+        dp_rank: this rank's place among dp_size.
+        dp_size: data-parallel ranks.
+        sequence_multiple_of: each sequence is padded to a multiple of it (2 * cp when cp > 1).
+        pad_to_multiple_of: T is a multiple of it (tp * cp under sequence parallelism).
+        microbatch_multiple: so is the number of micro-batches (pp under virtual pipeline parallelism).
+        uniform_length: all micro-batches of a step, on all ranks, have the same T (pp > 1).
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    sequence_multiple_of: int = 1
+    pad_to_multiple_of: int = 1
+    microbatch_multiple: int = 1
+    uniform_length: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepData:
+    """One step of one rank, and facts about the whole step that are equal on all ranks.
+
+    Args:
+        batches: this rank's micro-batches; their token_weight sums to 1 over the step and all ranks (over
+            all steps, in an evaluation).
+        rows: index into the dataset of every sequence of the step, in the order they were drawn.
+        microbatch_rows: microbatch_rows[dp_rank][microbatch], the rows that each micro-batch holds.
+        num_sequences: over all ranks.
+        num_loss_tokens: learned tokens over all ranks.
+        num_tokens: positions with a real token, over all ranks.
+        num_padded_tokens: positions computed over all ranks, padding included.
+    """
+
+    batches: tuple[TokenBatch, ...]
+    rows: tuple[int, ...]
+    microbatch_rows: tuple[tuple[tuple[int, ...], ...], ...]
+    num_sequences: int
+    num_loss_tokens: int
+    num_tokens: int
+    num_padded_tokens: int
+
+
+def lay_out_step(
+    num_tokens: Sequence[int],
+    example: Callable[[int], Example],
+    *,
+    batch: BatchSection,
+    layout: BatchLayout,
+    normalization: StepNormalization,
+    pad_id: int,
+    carried: Sequence[Carried],
+) -> StepData:
+    """Spread a step's sequences over ranks and micro-batches, and build this rank's.
+
+    Args:
+        num_tokens: of each sequence of the step; its place in this list is its row.
+        example: the sequence at a place; asked for those of this rank only.
+        batch: sizes and packing.
+        layout: of the ranks.
+        normalization: of the step.
+        pad_id: any valid id.
+        carried: as build_token_batch.
+    Raises:
+        UserError: a sequence does not fit into batch.max_tokens.
+    """
+    multiple = layout.sequence_multiple_of
+    lengths = [predicting_length(length, multiple) for length in num_tokens]
+    max_tokens = batch.max_tokens
+    plan = plan_microbatches(
+        lengths,
+        dp_size=layout.dp_size,
+        micro_size=batch.micro_size,
+        packing=batch.packing,
+        # Padding for context parallelism comes on top of what the user counted.
+        max_tokens=None if max_tokens is None else predicting_length(max_tokens + 1, multiple),
+        microbatch_multiple=layout.microbatch_multiple,
+    )
+    totals = _batch_lengths(plan, lengths, layout)
+    batches = tuple(
+        build_token_batch(
+            [example(position) for position in positions],
+            normalization=normalization,
+            pad_id=pad_id,
+            sequence_multiple_of=multiple,
+            pad_to_multiple_of=layout.pad_to_multiple_of,
+            pad_to_length=total,
+            carried=carried,
+        )
+        for positions, total in zip(plan[layout.dp_rank], totals[layout.dp_rank], strict=True)
+    )
+    return StepData(
+        batches=batches,
+        rows=tuple(range(len(num_tokens))),
+        microbatch_rows=tuple(tuple(map(tuple, microbatches)) for microbatches in plan),
+        num_sequences=len(num_tokens),
+        num_loss_tokens=normalization.num_loss_tokens,
+        num_tokens=sum(num_tokens) - len(num_tokens),
+        num_padded_tokens=sum(map(sum, totals)),
+    )
+
+
+def _batch_lengths(plan: Assignment, lengths: list[int], layout: BatchLayout) -> list[list[int]]:
+    """T of every micro-batch of every rank."""
+    totals = [
+        [
+            padded_batch_length(
+                sum(lengths[position] for position in positions),
+                sequence_multiple_of=layout.sequence_multiple_of,
+                pad_to_multiple_of=layout.pad_to_multiple_of,
+            )
+            for positions in microbatches
+        ]
+        for microbatches in plan
+    ]
+    if not layout.uniform_length:
+        return totals
+    longest = max(map(max, totals))
+    return [[longest] * len(microbatches) for microbatches in totals]
+
+
+# Which row comes when: a pure function of the seed, so that a run resumes at the exact sample.
+#
+# The only state of the order is the number of samples consumed. It knows nothing about ranks or layouts.
+
+
+class SampleOrder:
+    """An endless sequence of row indices, a new permutation each epoch. Owns one memoised permutation."""
+
+    def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
+        """Fix the order.
+
+        Args:
+            num_rows: R, at least 1.
+            seed: the run's seed, at least 0.
+            shuffle: False keeps the order of the files in every epoch.
+        Raises:
+            UserError: there is no row, or the seed is negative.
+        """
+        if num_rows < 1 or seed < 0:
+            raise UserError(f"sample order: expected num_rows >= 1 and seed >= 0, got {num_rows} and {seed}")
+        self.num_rows = num_rows
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def row(self, position: int) -> int:
+        """The row at `position` of the endless sequence.
+
+        Args:
+            position: samples consumed before it.
+        Returns:
+            0 <= row < num_rows.
+        """
+        epoch, inside = divmod(position, self.num_rows)
+        if not self._shuffle:
+            return inside
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, epoch_permutation(self.num_rows, self._seed, epoch)
+        return int(self._permutation[inside])
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """`count` rows from position `start` on; an epoch's end is crossed without a gap.
+
+        Args:
+            start: samples consumed before them.
+            count: how many.
+        Returns:
+            Row indices.
+        """
+        return [self.row(position) for position in range(start, start + count)]
+
+
+def epoch_permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Order of the rows in one epoch.
+
+    Ranks of raw Philox output: numpy guarantees the bits of a bit generator for ever, but not those of
+    `Generator.permutation` (NEP 19), and an order must survive an upgrade between two halves of a run.
+
+    Args:
+        num_rows: R.
+        seed: the run's seed.
+        epoch: from 0.
+    Returns:
+        [R] int64, a permutation.
+    """
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
+    return np.argsort(bits, kind="stable")
+
+
+def num_training_steps(
+    *,
+    steps: int | None,
+    epochs: int | None,
+    num_rows: int,
+    global_size: int,
+    size_key: str = "batch.global_size",
+) -> int:
+    """Optimizer steps of a run.
+
+    Args:
+        steps: train.steps.
+        epochs: train.epochs; the incomplete last batch of the run is left out.
+        num_rows: rows of the training data.
+        global_size: sequences per step.
+        size_key: the setting that global_size comes from, for the message.
+    Returns:
+        Number of steps.
+    Raises:
+        UserError: not exactly one of steps and epochs, or the epochs do not fill one batch.
+    """
+    if (steps is None) == (epochs is None):
+        raise UserError("give exactly one of train.steps and train.epochs")
+    if steps is not None:
+        return steps
+    total = (epochs or 0) * num_rows
+    if total < global_size:
+        raise UserError(
+            f"train.epochs = {epochs} over {num_rows} rows gives {total} sequences, expected at least "
+            f"{size_key} = {global_size}; lower {size_key} or raise train.epochs"
+        )
+    return total // global_size
 
 
 class StepLoader:

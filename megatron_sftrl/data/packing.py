@@ -4,17 +4,124 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_sftrl.data.example import Example
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import Aggregation, token_weights
 from megatron_sftrl.types import TokenBatch
+
+# One tokenized demonstration, and what happens to it when it is too long.
+
+
+Truncation = Literal["error", "drop", "right", "left_prompt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A sequence whose mask lies on the tokens themselves; packing alone shifts it to predicting positions.
+
+    Args:
+        tokens: [n] int32, prompt and response.
+        loss_mask: [n] bool, True where the token is learned; never at position 0, which nothing predicts.
+        behavior_logprobs: [k] fp32 nats, one per True of loss_mask, in order; None without scores.
+        row: number of the row over all sources, from 0.
+        source: where the row stands, such as `train.jsonl:17`.
+        old_logprobs, rollout_logprobs, advantages: [k] fp32, of a generated response; None elsewhere.
+    """
+
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    behavior_logprobs: NDArray[np.float32] | None
+    row: int
+    source: str
+    old_logprobs: NDArray[np.float32] | None = None
+    rollout_logprobs: NDArray[np.float32] | None = None
+    advantages: NDArray[np.float32] | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that are learned."""
+        return int(self.loss_mask.sum())
+
+    @property
+    def loss_token_ids(self) -> NDArray[np.int32]:
+        """[k] int32, the ids that behaviour scores belong to."""
+        return self.tokens[self.loss_mask]
+
+
+def truncate(
+    example: Example, *, max_length: int, truncation: Truncation, keep_first: bool
+) -> Example | None:
+    """Bring a sequence down to `max_length` the way the user asked for.
+
+    right cuts the end (the end token with it); left_prompt cuts the start of the prompt.
+
+    Args:
+        example: the sequence, never modified.
+        max_length: tokens that may remain.
+        truncation: data.truncation.
+        keep_first: left_prompt leaves the first token, which opens every sequence, in its place.
+    Returns:
+        The same example when it fits, a shorter one, or None when it is to be dropped.
+    Raises:
+        UserError: it is too long and truncation is `error`; nothing of the response would remain; or with
+            left_prompt the response alone does not fit.
+    """
+    num_tokens = len(example.tokens)
+    if num_tokens <= max_length:
+        return example
+    if truncation == "drop":
+        return None
+    if truncation == "error":
+        raise UserError(
+            f"{example.source}: expected at most data.max_length = {max_length} tokens, got {num_tokens}; "
+            "raise data.max_length or set data.truncation to drop, right or left_prompt"
+        )
+    if truncation == "right":
+        return _cut_right(example, max_length)
+    return _cut_prompt(example, max_length, keep_first=keep_first)
+
+
+def _cut_right(example: Example, max_length: int) -> Example:
+    mask = example.loss_mask[:max_length]
+    kept = int(mask.sum())
+    if kept == 0:
+        first = int(np.argmax(example.loss_mask))
+        raise UserError(
+            f"{example.source}: the response is fully truncated: it starts at token {first} and "
+            f"data.max_length is {max_length}; raise data.max_length or set data.truncation to left_prompt "
+            "or drop"
+        )
+    scores = example.behavior_logprobs
+    return replace(
+        example,
+        tokens=example.tokens[:max_length],
+        loss_mask=mask,
+        behavior_logprobs=None if scores is None else scores[:kept],
+    )
+
+
+def _cut_prompt(example: Example, max_length: int, *, keep_first: bool) -> Example:
+    excess = len(example.tokens) - max_length
+    first_learned = int(np.argmax(example.loss_mask))
+    start = 1 if keep_first else 0
+    # One token has to stay in front of the response: the first learned token is predicted from it.
+    removable = first_learned - max(start, 1)
+    if excess > removable:
+        rest = len(example.tokens) - removable
+        raise UserError(
+            f"{example.source}: cutting the prompt is not enough: {rest} tokens remain without it and "
+            f"data.max_length is {max_length}; raise data.max_length or set data.truncation to right or drop"
+        )
+    kept = np.r_[0:start, start + excess : len(example.tokens)]
+    return replace(example, tokens=example.tokens[kept], loss_mask=example.loss_mask[kept])
+
 
 Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages"]
 """Fields of an Example that stand under the same name in a TokenBatch."""
@@ -150,3 +257,108 @@ def _cumulative(lengths: Sequence[int]) -> Tensor:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+# Which sequence goes into which micro-batch of which data-parallel rank: a pure function of the lengths.
+#
+# Every rank computes the whole plan and takes its part, so nothing is communicated and all ranks run the
+# same number of micro-batches: a rank with fewer would leave the others waiting in a collective for ever.
+
+
+Assignment = list[list[list[int]]]
+"""assignment[dp_rank][microbatch] = positions in the step, possibly none."""
+
+
+def plan_microbatches(
+    lengths: Sequence[int],
+    *,
+    dp_size: int,
+    micro_size: int,
+    packing: bool,
+    max_tokens: int | None,
+    microbatch_multiple: int = 1,
+) -> Assignment:
+    """Split one optimizer step.
+
+    Without packing a micro-batch holds `micro_size` sequences of similar length. With packing, sequences
+    are put into as few micro-batches of at most `max_tokens` as first-fit-decreasing finds, then spread
+    evenly over as many as all ranks need.
+
+    Args:
+        lengths: tokens of each sequence of the step, its own padding included.
+        dp_size: data-parallel ranks.
+        micro_size: sequences per micro-batch, without packing.
+        packing: fill by tokens instead.
+        max_tokens: tokens per micro-batch, with packing.
+        microbatch_multiple: the number of micro-batches of a rank is a multiple of it (the pipeline size,
+            under virtual pipeline parallelism).
+    Returns:
+        Each position of `lengths` exactly once; every rank has the same number of micro-batches, at least
+        one, and those that got no sequence are empty.
+    Raises:
+        UserError: a sequence is longer than max_tokens, or packing without max_tokens.
+    """
+    assert dp_size >= 1 and micro_size >= 1 and microbatch_multiple >= 1
+    longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    wave = dp_size * microbatch_multiple
+    if packing:
+        if max_tokens is None:
+            raise UserError("batch.packing needs batch.max_tokens")
+        groups = _pack(lengths, longest_first, capacity=max_tokens, multiple=wave)
+    else:
+        groups = [longest_first[i : i + micro_size] for i in range(0, len(lengths), micro_size)]
+    groups += [[] for _ in range(-len(groups) % wave or (0 if groups else wave))]
+    groups.sort(key=lambda group: (-sum(lengths[i] for i in group), min(group, default=len(lengths))))
+    assignment: Assignment = [[] for _ in range(dp_size)]
+    for start in range(0, len(groups), dp_size):
+        # Back and forth, so that no rank gets the longest group of every round.
+        ranks = range(dp_size) if (start // dp_size) % 2 == 0 else reversed(range(dp_size))
+        for rank, group in zip(ranks, groups[start : start + dp_size], strict=True):
+            assignment[rank].append(sorted(group))
+    return assignment
+
+
+def _pack(
+    lengths: Sequence[int], longest_first: Sequence[int], *, capacity: int, multiple: int
+) -> list[list[int]]:
+    """Groups of at most `capacity` tokens, as few as first-fit-decreasing finds, evenly filled."""
+    for position in longest_first[:1]:
+        if lengths[position] > capacity:
+            raise UserError(
+                f"batch.max_tokens = {capacity} is smaller than a sequence of {lengths[position]} tokens; "
+                "raise batch.max_tokens to at least data.max_length"
+            )
+    fitted = _first_fit(lengths, longest_first, capacity)
+    num_groups = len(fitted) + -len(fitted) % multiple
+    balanced = _least_loaded(lengths, longest_first, capacity, num_groups)
+    return fitted if balanced is None else balanced
+
+
+def _first_fit(lengths: Sequence[int], longest_first: Sequence[int], capacity: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for position in longest_first:
+        length = lengths[position]
+        index = next((i for i, free in enumerate(room) if free >= length), None)
+        if index is None:
+            groups.append([])
+            room.append(capacity)
+            index = len(groups) - 1
+        groups[index].append(position)
+        room[index] -= length
+    return groups
+
+
+def _least_loaded(
+    lengths: Sequence[int], longest_first: Sequence[int], capacity: int, num_groups: int
+) -> list[list[int]] | None:
+    """Longest first, each into the emptiest group; None when that overflows a group first-fit could avoid."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    loads = [0] * num_groups
+    for position in longest_first:
+        index = min(range(num_groups), key=loads.__getitem__)
+        if loads[index] + lengths[position] > capacity:
+            return None
+        groups[index].append(position)
+        loads[index] += lengths[position]
+    return groups

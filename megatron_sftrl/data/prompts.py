@@ -1,12 +1,92 @@
-"""The tokens that end a response."""
+"""The prompts of a GRPO run: tokenized once, each with the row that its rewards look at."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 
-from megatron_sftrl.data.chat import tokenize_row
+from megatron_sftrl.data.chat import encode_prompt, tokenize_row
+from megatron_sftrl.data.conversation import read_prompt
+from megatron_sftrl.data.rows import check_source, describe_row, read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRow:
+    """One row of prompts.
+
+    Args:
+        tokens: ids that responses continue.
+        values: the row as it was read.
+        source: where it stands, such as `train.jsonl:17`.
+    """
+
+    tokens: tuple[int, ...]
+    values: Mapping[str, object]
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """Rows in the order of their files.
+
+    Args:
+        rows: at least one.
+        fingerprint: hash of tokens and rows, so that a resume on changed prompts is noticed.
+    """
+
+    rows: tuple[PromptRow, ...]
+    fingerprint: str
+
+
+def read_prompt_set(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_length: int, key: str = "data.train"
+) -> PromptSet:
+    """Read and tokenize every row; `key` is where the paths stand in the configuration.
+
+    Raises:
+        UserError: a source or row that cannot be used, a prompt that is too long, a source without rows.
+    """
+    rows = []
+    digest = hashlib.sha256()
+    for path in paths:
+        check_source(path, key)
+        before = len(rows)
+        for row in read_rows(path):
+            source = describe_row(path, row.number)
+            try:
+                tokens = tuple(encode_prompt(tokenizer, read_prompt(row.values)))
+            except ValueError as error:
+                raise UserError(f"{source}: {error}") from error
+            if len(tokens) > max_prompt_length:
+                raise UserError(
+                    f"{source}: expected at most data.max_prompt_length = {max_prompt_length} tokens, got "
+                    f"{len(tokens)}; raise it or remove the row"
+                )
+            rows.append(PromptRow(tokens=tokens, values=row.values, source=source))
+            digest.update(_as_json(tokens, row.values, source))
+        if len(rows) == before:
+            raise UserError(f"{key}: no prompts in {path}; remove it from {key}, or write it again")
+    return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest())
+
+
+def _as_json(tokens: tuple[int, ...], values: Mapping[str, object], source: str) -> bytes:
+    """What the fingerprint covers of a row; rows travel to the reward workers as JSON."""
+    try:
+        return json.dumps([tokens, values], sort_keys=True).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: expected text, numbers, lists and objects in every column, which reach the rewards "
+            f"as JSON, got {error}; convert or remove the column"
+        ) from error
+
+
+# The tokens that end a response.
 
 
 def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -9,42 +9,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.round_trip import examine
 from megatron_sftrl.data.template import ChatTemplate
+from megatron_sftrl.data.tokenizer_backends import TokenizerBackend, examine
 from megatron_sftrl.errors import UserError, error_of, hub_hint
-
-
-class TokenizerBackend(Protocol):
-    """What a library must offer to stand behind a `Tokenizer`.
-
-    Args:
-        unknown_ids: ids that stand for text the vocabulary does not have.
-    """
-
-    unknown_ids: frozenset[int]
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` at the start of a sequence, special tokens in the text recognised, none added."""
-        ...
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of `text` in the middle of a sequence: no invented space in front where that can be avoided."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens included, without any cleaning up."""
-        ...
-
-    def normalize(self, text: str) -> str:
-        """`text` as the tokenizer's normalizer leaves it."""
-        ...
-
-    def identity(self) -> str:
-        """Text that changes whenever the same input could give other ids."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from rich.table import Table
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.conversation import read_prompt
-from megatron_sftrl.data.sources import check_source, read_rows
+from megatron_sftrl.data.rows import check_source, read_rows
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.preflight.gpu_memory import memory_problem, own_gpu_bytes
 from megatron_sftrl.preflight.network import (

@@ -6,10 +6,9 @@ import sys
 from dataclasses import dataclass
 
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.data.behavior import scorer_warnings
 from megatron_sftrl.data.dataset import Dataset, load_dataset
-from megatron_sftrl.data.loader import StepLoader
-from megatron_sftrl.data.order import num_training_steps
+from megatron_sftrl.data.loader import StepLoader, num_training_steps
+from megatron_sftrl.data.rows import scorer_warnings
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError

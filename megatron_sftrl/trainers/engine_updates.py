@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_sftrl.config.schema import GrpoConfig
-from megatron_sftrl.data.prompt_set import PromptRow
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.observability.memory import take_device_peak
 from megatron_sftrl.rl.rewards import Scored

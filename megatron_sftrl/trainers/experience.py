@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_sftrl.config.schema import BatchSection
-from megatron_sftrl.data.example import Example
-from megatron_sftrl.data.packing import StepNormalization
-from megatron_sftrl.data.prompt_set import PromptRow
-from megatron_sftrl.data.step import BatchLayout, StepData, lay_out_step
+from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
+from megatron_sftrl.data.packing import Example, StepNormalization
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.losses.api import Aggregation
 from megatron_sftrl.rl.advantages import AdvantageEstimator, group_advantages
 from megatron_sftrl.rl.group_filters import by_group

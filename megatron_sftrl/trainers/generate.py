@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.conversation import read_prompt
-from megatron_sftrl.data.sources import describe_row, read_rows
+from megatron_sftrl.data.rows import describe_row, read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from megatron_sftrl.config.schema import GrpoConfig
-from megatron_sftrl.data.prompt_set import PromptSet
+from megatron_sftrl.data.prompts import PromptSet
 from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.reports import StepReport, combine_reports

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
-from megatron_sftrl.data.step import BatchLayout
+from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import Loss, build_loss

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from megatron_sftrl.config.schema import GrpoConfig
-from megatron_sftrl.data.order import num_training_steps
-from megatron_sftrl.data.prompt_set import PromptSet, read_prompt_set
+from megatron_sftrl.data.loader import num_training_steps
+from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards import OwnRow, Reward, RewardPool, check_own_rows, spread

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_sftrl.config.schema import GrpoConfig
-from megatron_sftrl.data.order import SampleOrder
-from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
+from megatron_sftrl.data.loader import SampleOrder
+from megatron_sftrl.data.prompts import PromptRow, PromptSet
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.shared_progress import SharedProgress

@@ -6,7 +6,7 @@ import math
 
 import torch.distributed as dist
 
-from megatron_sftrl.data.step import StepData
+from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.policy import PolicyEngine
 
 

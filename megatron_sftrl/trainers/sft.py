@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.data.step import StepData
+from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context

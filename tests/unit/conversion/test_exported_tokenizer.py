@@ -10,7 +10,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from megatron_sftrl.conversion.exported_tokenizer import with_ids_of_tokenizer_json
-from megatron_sftrl.data.round_trip import PROBES
+from megatron_sftrl.data.tokenizer_backends import PROBES
 from megatron_sftrl.models.hf_output import HfAssets, read_assets, write_assets
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.dataset import Dataset, load_dataset
-from megatron_sftrl.data.prompt_set import read_prompt_set
+from megatron_sftrl.data.prompts import read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 

@@ -12,8 +12,7 @@ import pytest
 
 from megatron_sftrl.config.schema import BatchSection, TokenizerSection
 from megatron_sftrl.data.dataset import Dataset, load_dataset
-from megatron_sftrl.data.loader import StepLoader
-from megatron_sftrl.data.step import BatchLayout, StepData
+from megatron_sftrl.data.loader import BatchLayout, StepData, StepLoader
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 

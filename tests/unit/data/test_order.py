@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.data.order import SampleOrder, epoch_permutation, num_training_steps
+from megatron_sftrl.data.loader import SampleOrder, epoch_permutation, num_training_steps
 
 
 def test_each_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_sftrl.data.plan import plan_microbatches
+from megatron_sftrl.data.packing import plan_microbatches
 
 
 def random_plans():

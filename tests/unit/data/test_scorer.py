@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.behavior import SCORER_COLUMN, read_scorer, scorer, scorer_warnings
 from megatron_sftrl.data.dataset import load_dataset
+from megatron_sftrl.data.rows import SCORER_COLUMN, read_scorer, scorer, scorer_warnings
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 

@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.round_trip import PROBES
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_sftrl.data.tokenizer_backends import PROBES
 from tests.unit.data.tokenizers_for_tests import SENTENCEPIECE_MODEL, template_path, write_byte_level
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_sftrl.config.schema import BatchSection
-from megatron_sftrl.data.prompt_set import PromptRow
-from megatron_sftrl.data.step import BatchLayout
+from megatron_sftrl.data.loader import BatchLayout
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.advantages import AdvantageEstimator
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response, as_example, with_advantages

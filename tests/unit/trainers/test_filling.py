@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_sftrl.data.prompt_set import PromptRow, PromptSet
+from megatron_sftrl.data.prompts import PromptRow, PromptSet
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
 from megatron_sftrl.trainers.filling import NO_DRAWS, Draws, fill, num_to_draw

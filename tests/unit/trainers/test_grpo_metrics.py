@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sftrl.data.prompt_set import PromptRow
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
 from megatron_sftrl.trainers.filling import Draws

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_sftrl.data.prompt_set import PromptRow
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
 from megatron_sftrl.trainers.samples import SampleLog
