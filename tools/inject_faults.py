@@ -30,8 +30,7 @@ import megatron_sftrl.trainers.sft
 from megatron_sftrl.cli import main as sftrl
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import GrpoConfig
-from megatron_sftrl.engine.checkpoint.directory import complete_checkpoints, file_problem
-from megatron_sftrl.engine.checkpoint.record import read_record
+from megatron_sftrl.engine.checkpoint.directory import complete_checkpoints, file_problem, read_record
 
 TIMING = (
     "seconds/", "tokens_per_second", "peak_memory_bytes", "rollout/tokens", "reward/slowest_seconds",

@@ -65,7 +65,7 @@ def save_both_ways(directory: str, span: Span) -> tuple[int, int, float]:
 @torch.no_grad()
 def change_everything(policy, reference) -> None:
     """Every tensor that a checkpoint holds, in place."""
-    from megatron_sftrl.engine.checkpoint.optimizer import optimizer_shares
+    from megatron_sftrl.engine.checkpoint.tensors import optimizer_shares
 
     models = [policy, reference] if reference is not None else [policy]
     tensors = [parameter for model in models for chunk in model.chunks for parameter in chunk.parameters()]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
-from megatron_sftrl.engine.checkpoint.record import read_record
+from megatron_sftrl.engine.checkpoint.directory import read_record
 from tests.distributed.checkpoint_runs import NUM_STEPS, Outcome, Span, engines, run_span, stored_tensors
 
 NUM_KILLS = 8

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.engine.checkpoint.directory import file_record, step_name
-from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, TrainerState
+from megatron_sftrl.engine.checkpoint.directory import (
+    FILE_NAME,
+    CheckpointRecord,
+    TrainerState,
+    file_record,
+    step_name,
+)
 from tools.inject_faults import Job, steps_repeated
 
 

@@ -7,17 +7,19 @@ model, `boxes` cut a sharded optimizer's flat ranges into them, `io` writes and 
 """
 
 from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets
-from megatron_sftrl.engine.checkpoint.directory import checkpoint_at, complete_checkpoints
-from megatron_sftrl.engine.checkpoint.integrity import hashed_files
-from megatron_sftrl.engine.checkpoint.parts import StoredPart
-from megatron_sftrl.engine.checkpoint.record import TrainerState
+from megatron_sftrl.engine.checkpoint.directory import (
+    TrainerState,
+    checkpoint_at,
+    complete_checkpoints,
+    hashed_files,
+)
+from megatron_sftrl.engine.checkpoint.format import StoredPart, StoredTensors
 from megatron_sftrl.engine.checkpoint.store import (
     CheckpointStore,
     FoundCheckpoint,
     find_checkpoint,
     load_weights,
 )
-from megatron_sftrl.engine.checkpoint.stored_tensors import StoredTensors
 
 __all__ = [
     "CheckpointStore",

@@ -10,9 +10,14 @@ import megatron.core
 import torch
 import torch.distributed as dist
 
-from megatron_sftrl.engine.checkpoint.directory import file_record
-from megatron_sftrl.engine.checkpoint.parts import StoredPart, write_parts
-from megatron_sftrl.engine.checkpoint.record import FILE_NAME, CheckpointRecord, FileRecord, TrainerState
+from megatron_sftrl.engine.checkpoint.directory import (
+    FILE_NAME,
+    CheckpointRecord,
+    FileRecord,
+    TrainerState,
+    file_record,
+)
+from megatron_sftrl.engine.checkpoint.format import StoredPart, write_parts
 from megatron_sftrl.engine.together import new_directory_together, on_rank_zero, sum_over_ranks
 from megatron_sftrl.models.architecture import Architecture, to_record
 from megatron_sftrl.models.hf_output import LOCK, HfAssets, write_assets

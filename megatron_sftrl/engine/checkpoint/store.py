@@ -10,46 +10,260 @@ host memory; writing.py then does the same on a thread of its own (background.py
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
 
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
 from megatron_sftrl.engine.checkpoint.background import BackgroundAction
-from megatron_sftrl.engine.checkpoint.host_copies import HostCopies
-from megatron_sftrl.engine.checkpoint.integrity import Verification, verified_record
-from megatron_sftrl.engine.checkpoint.io import check_tensors, read_tensors, stored_dtypes, stored_shapes
-from megatron_sftrl.engine.checkpoint.optimizer import optimizer_shares, optimizer_step, set_optimizer_step
-from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState
-from megatron_sftrl.engine.checkpoint.run_record import (
-    check_architecture,
-    check_record,
-    describe_run,
-    layout_of,
-    stored_reference,
+from megatron_sftrl.engine.checkpoint.converted import store_assets
+from megatron_sftrl.engine.checkpoint.directory import (
+    CheckpointRecord,
+    TrainerState,
+    Verification,
+    differences,
+    hashed_files,
+    verified_record,
+)
+from megatron_sftrl.engine.checkpoint.format import (
+    check_tensors,
+    num_bytes,
+    read_tensors,
+    stored_dtypes,
+    stored_here,
+    stored_shapes,
+    write_tensors,
 )
 from megatron_sftrl.engine.checkpoint.tensors import (
     model_tensors,
+    optimizer_shares,
+    optimizer_step,
     optimizer_tensors,
     restore_rng_states,
     rng_states,
     rng_tensors,
+    set_optimizer_step,
 )
-from megatron_sftrl.engine.checkpoint.writing import Written, write_checkpoint
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.together import on_rank_zero
-from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.engine.together import on_rank_zero, sum_over_ranks
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture, to_record
 from megatron_sftrl.models.hf_output import HfAssets
+
+# A run as the record of a checkpoint tells it, and whether a record is of this run.
+
+
+# They change no parameter's shape and no number that the network computes from given weights.
+_FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")
+
+
+def describe_run(
+    state: TrainerState, policy: PolicyEngine, reference: ReferenceModel | None, step: int
+) -> CheckpointRecord:
+    """The record of a checkpoint of this run that has no files yet.
+
+    Args:
+        state: where the run stands.
+        policy, reference: of the run.
+        step: updates that the optimizer has applied.
+    """
+    return CheckpointRecord(
+        trainer=state,
+        architecture=to_record(policy.architecture),
+        dtype=_dtype(policy),
+        optimizer=policy.optim.name,
+        optimizer_step=step,
+        reference=stored_reference(reference),
+        layout=layout_of(policy.parallel),
+        versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+        files={},
+    )
+
+
+def check_record(
+    record: CheckpointRecord, policy: PolicyEngine, reference: ReferenceModel | None, path: Path
+) -> None:
+    """Refuse a checkpoint whose state is not that of this run; every rank has the same record.
+
+    Raises:
+        UserError: on every rank, naming each difference.
+    """
+    problems = _architecture_differences(record, policy.architecture)
+    problems += differences(
+        {"model.dtype": record.dtype, "optim.name": record.optimizer, "moving reference": record.reference},
+        {
+            "model.dtype": _dtype(policy),
+            "optim.name": policy.optim.name,
+            "moving reference": stored_reference(reference),
+        },
+    )
+    _raise_if_different(problems, path)
+
+
+def check_architecture(record: CheckpointRecord, architecture: Architecture, path: Path) -> None:
+    """Refuse a checkpoint of a model of other sizes.
+
+    Raises:
+        UserError: on every rank, naming each difference.
+    """
+    _raise_if_different(_architecture_differences(record, architecture), path)
+
+
+def stored_reference(reference: ReferenceModel | None) -> str | None:
+    """Kind of the reference in a checkpoint: a frozen one is made again, a moving average is state."""
+    if reference is None or reference.section.kind == "frozen":
+        return None
+    return reference.section.kind
+
+
+def layout_of(parallel: ParallelContext) -> dict[str, str | int]:
+    """Sizes of the parallel axes and the kind of device."""
+    return {
+        "tp": parallel.tp_size,
+        "pp": parallel.pp_size,
+        "vp": parallel.vp_size,
+        "cp": parallel.cp_size,
+        "ep": parallel.ep_size,
+        "etp": parallel.etp_size,
+        "dp": parallel.dp_size,
+        "device": parallel.device.type,
+    }
+
+
+def _architecture_differences(record: CheckpointRecord, architecture: Architecture) -> list[str]:
+    def relevant(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if name not in _FREE_ARCHITECTURE_FIELDS}
+
+    return differences(relevant(record.architecture), relevant(to_record(architecture)))
+
+
+def _raise_if_different(problems: list[str], path: Path) -> None:
+    if problems:
+        raise UserError(
+            f"checkpoint {path} belongs to another run; nothing was loaded:\n  " + "\n  ".join(problems)
+        )
+
+
+def _dtype(policy: PolicyEngine) -> str:
+    return "bf16" if policy.config.params_dtype == torch.bfloat16 else "fp32"
+
+
+# From tensors to a complete checkpoint directory, while the training waits or beside it.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A checkpoint that is complete.
+
+    Args:
+        num_bytes: of its files.
+        seconds: from the first byte until everything was on the disk under its name.
+    """
+
+    num_bytes: int
+    seconds: float
+
+
+def write_checkpoint(
+    tensors: Sequence[ShardedTensor],
+    record: CheckpointRecord,
+    *,
+    directory: Path,
+    assets: HfAssets,
+    keep_last: int,
+    group: dist.ProcessGroup | None = None,
+    on_progress: Callable[[], None] | None = None,
+) -> Written:
+    """Write a checkpoint of `record.trainer.step` and remove old ones; every rank calls it.
+
+    Args:
+        tensors: of this rank; nothing changes them meanwhile.
+        record: without files.
+        directory: of the run's checkpoints.
+        assets: stored beside the tensors.
+        keep_last: complete checkpoints that stay.
+        group: of all ranks; the default one when not given.
+        on_progress: called for each tensor that is written and each file that is hashed.
+    Raises:
+        UserError, RuntimeError: on every rank, when it could not be written (a full disk is the user's);
+            earlier checkpoints are as they were.
+    """
+    began, step = time.monotonic(), record.trainer.step
+    total = sum_over_ranks(num_bytes(tensors), group)
+    temporary = on_rank_zero(lambda: checkpoint_directory.begin(directory, step, num_bytes=total), group)
+    try:
+        write_tensors(tensors, temporary, group, on_progress)
+        on_rank_zero(lambda: store_assets(temporary, assets), group)
+        whole = dataclasses.replace(record, files=hashed_files(temporary, group, on_progress=on_progress))
+        on_rank_zero(lambda: checkpoint_directory.complete(temporary, whole, keep_last=keep_last), group)
+    except (UserError, RuntimeError) as error:  # on every rank, from together.py
+        on_rank_zero(lambda: checkpoint_directory.discard(temporary), group)
+        kind = UserError if isinstance(error, UserError) else RuntimeError
+        raise kind(
+            f"the checkpoint of step {step} could not be written to {directory}; earlier checkpoints are "
+            f"untouched. {error}"
+        ) from error
+    return Written(
+        num_bytes=sum(file.size for file in whole.files.values()), seconds=time.monotonic() - began
+    )
+
+
+# Copies of a checkpoint's tensors that training does not touch, in host memory that is used again.
+
+
+class HostCopies:
+    """Memory of one copy of what this rank stores, taken at the first copy: new pages cost more than copying.
+
+    torch's own stager (torch.distributed.checkpoint.staging, 2.13) copies the whole storage under a tensor:
+    of a sharded optimizer's views, every rank would copy the buffers of all ranks.
+
+    Args:
+        device: of the tensors; the memory is pinned where it is CUDA.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def copy(self, tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
+        """The tensors that this rank stores, with data of their own; the call before loses its.
+
+        Args:
+            tensors: any; those that another rank stores are left out.
+        """
+        copies = []
+        for tensor in stored_here(tensors):
+            assert tensor.data is not None
+            copy = self._place(tensor, tensor.data)
+            copies.append(dataclasses.replace(tensor, data=copy.copy_(tensor.data, non_blocking=True)))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return copies
+
+    def _place(self, tensor: ShardedTensor, data: Tensor) -> Tensor:
+        """A storage for each tensor: torch's writer would copy once more what is a part of its storage."""
+        key = (tensor.key, tensor.global_offset)
+        found = self._memory.get(key)
+        if found is None or found.shape != data.shape or found.dtype != data.dtype:
+            is_cuda = self._device.type == "cuda"
+            found = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=is_cuda)
+            self._memory[key] = found
+        return found
+
 
 _NO_ASSETS = HfAssets(files={})
 

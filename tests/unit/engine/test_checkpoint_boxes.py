@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_sftrl.engine.checkpoint.boxes import boxes_of_range
+from megatron_sftrl.engine.checkpoint.tensors import boxes_of_range
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 3, 4), (2, 3, 2), (5, 1)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
-from megatron_sftrl.engine.checkpoint.record import CheckpointRecord, TrainerState, read_record
+from megatron_sftrl.engine.checkpoint.directory import CheckpointRecord, TrainerState, read_record
 
 
 def record(step: int) -> CheckpointRecord:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from megatron_sftrl.engine.checkpoint.metadata import read_index
+from megatron_sftrl.engine.checkpoint.format import read_index
 
 
 class AsOlderPythonsPickle:

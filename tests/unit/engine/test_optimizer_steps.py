@@ -28,7 +28,7 @@ def steps_around_a_resume(counts_empty: bool) -> list[int]:
     from megatron_sftrl.engine import cpu_backend
 
     cpu_backend.install()
-    from megatron_sftrl.engine.checkpoint.optimizer import optimizer_step, set_optimizer_step
+    from megatron_sftrl.engine.checkpoint.tensors import optimizer_step, set_optimizer_step
 
     def leaf() -> SimpleNamespace:
         inner = CountsPerGroup(counts_empty=counts_empty)
