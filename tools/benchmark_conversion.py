@@ -227,7 +227,7 @@ def _to_hf(folder: Path, _: ParallelContext) -> Callable[[], float]:
 
 def _load(folder: Path, parallel: ParallelContext) -> Callable[[], float]:
     from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.engine.model import build_model_chunks, transformer_config
     from megatron_sftrl.models.hf_weights import open_weights
 

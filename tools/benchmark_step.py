@@ -29,8 +29,7 @@ from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.scaling import as_megatron_loss
-from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.models.architecture import from_section, num_parameters
 
 BASELINE = "megatron cross-entropy"

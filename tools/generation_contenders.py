@@ -147,7 +147,7 @@ def _vllm(directory: Path, arguments: argparse.Namespace) -> Iterator[Contender]
 
 
 def _engine(engine: RolloutEngine, policy: PolicyEngine, directory: Path) -> Contender:
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.models.hf_weights import open_weights
 
     with open_weights(directory) as weights:

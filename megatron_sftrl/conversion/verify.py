@@ -14,8 +14,7 @@ from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSec
 from megatron_sftrl.engine.checkpoint import find_checkpoint, load_weights
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.engine.scaling import as_megatron_loss
-from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.types import TokenBatch
 

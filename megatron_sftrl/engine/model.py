@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -39,10 +43,46 @@ from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_o
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.engine.weight_gathers import WeightGathers
 from megatron_sftrl.models.architecture import Architecture, inverse_frequencies, padded_vocab_size
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer
+
+# Weights that are still on their way from the ranks whose optimizer moved them.
+#
+# With parallel.overlap_param_gather a rank updates its share of the weights, and the others' shares arrive
+# during the next forward: calling a module waits for that module's weights. Code that reads a weight and
+# does not call its module has to wait itself, through LanguageModel.wait_for_weights().
+
+
+class WeightGathers:
+    """The all-gathers of one chunk's weights.
+
+    Megatron's own start_param_sync(force_sync=True) returns once an all-gather that is under way has ended,
+    also when that one began before the last update (0.16.1, 0.19.2); the rules here leave no such one behind.
+
+    Args:
+        wrapped: the chunk in Megatron's DDP, with overlap_param_gather.
+    """
+
+    def __init__(self, wrapped: DistributedDataParallel) -> None:
+        self._groups = [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]
+
+    def wait(self) -> None:
+        """Return when every weight is what the last update made it; a collective over data-parallel ranks."""
+        for group in self._groups:
+            if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                group.start_param_sync(force_sync=True)
+
+    def before_update(self) -> None:
+        """Let what is under way end: it reads and writes the memory that the optimizer is about to change."""
+        for group in self._groups:
+            if group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
+
+    def after_update(self) -> None:
+        """From now on the other ranks' weights are old, whatever was gathered between backward and update."""
+        for group in self._groups:
+            group.param_gather_dispatched = False
 
 
 class LanguageModel(GPTModel):
@@ -329,3 +369,67 @@ def _block_spec(
         layer_specs=[layer] * num_layers,
         layer_norm=RMSNorm,  # type: ignore[arg-type]
     )
+
+
+# Random initial weights that depend on the seed and the parameter's name, never on the layout.
+#
+# megatron-core draws weights rank by rank, so tp2 and pp2 would start from different models. Here each
+# parameter is drawn whole from a generator seeded by (seed, name, layer), and a rank keeps its slice.
+
+
+@torch.no_grad()
+def initialize_weights(chunks: list[LanguageModel], architecture: Architecture, *, seed: int) -> None:
+    """Fill every parameter: normal(0, std) matrices, ones in norms, zeros in biases and padding.
+
+    Output projections of attention and MLP use std / sqrt(2 * num_layers) (GPT-2), as Megatron does.
+    """
+    for chunk in chunks:
+        for shard in _sharded_tensors(chunk.sharded_state_dict()):
+            _fill(shard, architecture, seed)
+
+
+@torch.no_grad()
+def zero_weights(chunks: list[LanguageModel]) -> None:
+    """Defined values everywhere, rows of vocabulary padding included, before weights are loaded."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.zero_()
+
+
+def _sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
+    for value in state.values():
+        if isinstance(value, ShardedTensor):
+            yield value
+        elif isinstance(value, ShardedTensorFactory):
+            # The gated MLP's two halves are views into one parameter.
+            yield from value.build()  # type: ignore[misc]
+
+
+def _fill(shard: ShardedTensor, architecture: Architecture, seed: int) -> None:
+    data, stacked = shard.data, shard.prepend_axis_num
+    assert data is not None
+    if shard.key.endswith("bias"):
+        data.zero_()
+    elif "norm" in shard.key.rsplit("linear_", 1)[-1]:
+        # "layer_norm_weight" of Transformer Engine's fused linear, or a norm of its own.
+        data.fill_(1.0)
+    else:
+        whole_shape = shard.global_shape[stacked:]
+        offset = shard.global_offset[stacked:]
+        whole = _draw(shard.key, shard.global_offset[:stacked], whole_shape, architecture, seed)
+        slices = tuple(slice(start, start + size) for start, size in zip(offset, data.shape, strict=True))
+        data.copy_(whole[slices])
+
+
+def _draw(
+    key: str, layer: tuple[int, ...], shape: tuple[int, ...], architecture: Architecture, seed: int
+) -> Tensor:
+    is_vocabulary = shape[0] >= architecture.vocab_size and ("embedding" in key or "output_layer" in key)
+    rows = architecture.vocab_size if is_vocabulary else shape[0]
+    is_output_projection = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    std = architecture.init_std / (math.sqrt(2 * architecture.num_layers) if is_output_projection else 1.0)
+    digest = hashlib.sha256(f"{seed}:{key}:{layer}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    drawn = torch.zeros(shape)
+    drawn[:rows] = torch.randn((rows, *shape[1:]), generator=generator) * std
+    return drawn

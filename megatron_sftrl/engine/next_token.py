@@ -15,8 +15,7 @@ from megatron_sftrl.engine.context_parallel import local_rows
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.scaling import as_megatron_loss
-from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.types import SamplingParams, TokenBatch
 from megatron_sftrl.vocab_parallel.output_layer import linear
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,14 +16,24 @@ from torch import Tensor
 
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
-from megatron_sftrl.engine.gradient_clock import GradientClock
-from megatron_sftrl.engine.initialize import initialize_weights, zero_weights
 from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
-from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
-from megatron_sftrl.engine.objective import Objective, OutputHead
-from megatron_sftrl.engine.offload import TrainingState
+from megatron_sftrl.engine.model import (
+    LanguageModel,
+    build_model_chunks,
+    initialize_weights,
+    transformer_config,
+    zero_weights,
+)
+from megatron_sftrl.engine.objective import (
+    Objective,
+    OutputHead,
+    StepReport,
+    microbatch_report,
+    reduce_reports,
+)
 from megatron_sftrl.engine.optimizer import (
     OptimStep,
+    TrainingState,
     build_optimizer,
     learning_rate,
     step_if_finite,
@@ -30,12 +41,55 @@ from megatron_sftrl.engine.optimizer import (
 )
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.reports import StepReport, microbatch_report, reduce_reports
-from megatron_sftrl.engine.scaling import as_megatron_loss, finalize_gradients
-from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, finalize_gradients, run_schedule
 from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.types import TokenBatch
+
+# How long a rank takes to its own gradients, before it waits for those of others.
+
+
+class GradientClock:
+    """Seconds from the beginning of a forward to the end of this rank's backward, summed until collected.
+
+    The reduction over data-parallel ranks, where the fast ones wait for the slow, is not in them. Waiting
+    inside (tensor, context, expert and pipeline parallel) is: ranks that share a model copy look alike.
+
+    Args:
+        device: CUDA: events in its stream are timed, without waiting for it. CPU: the wall clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._started: float | torch.cuda.Event = 0.0
+        self._spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """A forward begins."""
+        self._started = self._now()
+
+    def stop(self) -> None:
+        """The last backward of this rank has been done, or queued."""
+        self._spans.append((self._started, self._now()))
+
+    def collect(self) -> float:
+        """Seconds since the last call; counting starts anew. The device has done what was queued."""
+        spans, self._spans = self._spans, []
+        return sum(_seconds(start, stop) for start, stop in spans)
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event):
+        return start.elapsed_time(stop) / 1e3
+    assert isinstance(start, float) and isinstance(stop, float)
+    return stop - start
 
 
 class PolicyEngine:

@@ -11,8 +11,7 @@ from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
 from megatron_sftrl.engine.objective import OutputHead
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.engine.scaling import as_megatron_loss
-from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.types import TokenBatch
 

@@ -6,7 +6,7 @@ import torch
 
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.shared_progress import SharedProgress
+from megatron_sftrl.engine.together import SharedProgress
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.api import RolloutEngine

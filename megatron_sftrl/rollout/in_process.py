@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.shared_progress import SharedProgress
+from megatron_sftrl.engine.together import SharedProgress
 from megatron_sftrl.engine.weight_stream import ReshardReport
 from megatron_sftrl.rollout.in_flight import Wanted, generate_in_flight
 from megatron_sftrl.rollout.requests import check_prompts

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reshard import Resharder
-from megatron_sftrl.engine.shared_progress import SharedProgress
-from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.engine.weight_stream import ReshardReport
 from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.models.hf_config import hf_config_values

@@ -15,8 +15,8 @@ import torch
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptSet
 from megatron_sftrl.engine.checkpoint import CheckpointStore
+from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
-from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from megatron_sftrl.engine.reports import StepReport
+from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.errors import UserError
 
 _NAMED_AT_MOST = 16

@@ -12,8 +12,7 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.shared_progress import SharedProgress
-from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.metrics import MetricsWriter

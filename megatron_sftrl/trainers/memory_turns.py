@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_sftrl.engine.offload import TrainingState
+from megatron_sftrl.engine.optimizer import TrainingState
 from megatron_sftrl.rollout.api import RolloutEngine
 
 

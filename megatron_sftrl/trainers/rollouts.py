@@ -13,8 +13,7 @@ from megatron_sftrl.data.loader import SampleOrder
 from megatron_sftrl.data.prompts import PromptRow, PromptSet
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.engine.shared_progress import SharedProgress
-from megatron_sftrl.engine.together import on_every_rank
+from megatron_sftrl.engine.together import SharedProgress, on_every_rank
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.group_filters import informative_groups

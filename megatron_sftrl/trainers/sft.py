@@ -11,9 +11,9 @@ import torch
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.checkpoint import CheckpointStore
+from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
-from megatron_sftrl.engine.reports import StepReport, combine_reports
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.observability.hang import HangWatch
 from megatron_sftrl.observability.memory import peak_memory_bytes

@@ -146,7 +146,7 @@ BAD_PROMPTS = {
 
 def load(policy: PolicyEngine, directory: Path) -> None:
     """Other weights for a policy, whatever its layout."""
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.models.hf_weights import open_weights
 
     with open_weights(directory) as weights:
@@ -209,8 +209,7 @@ def whole_logits(policy: PolicyEngine, sequences: Sequence[list[int]]) -> list[T
     import torch.distributed as dist
 
     from megatron_sftrl.engine.context_parallel import local_rows
-    from megatron_sftrl.engine.scaling import as_megatron_loss
-    from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+    from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
     from megatron_sftrl.types import TokenBatch
 
     context = policy.parallel

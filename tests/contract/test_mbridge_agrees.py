@@ -88,7 +88,7 @@ def mbridge_export(hf: Path, folder: Path, parallel: dict) -> dict[str, Tensor]:
     from transformers import AutoConfig
 
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.models import architecture_of

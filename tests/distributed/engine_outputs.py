@@ -42,8 +42,7 @@ def engine_logits(
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.context_parallel import local_rows
-    from megatron_sftrl.engine.scaling import as_megatron_loss
-    from megatron_sftrl.engine.schedule import LastStageInput, run_schedule
+    from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 
     context, policy = _loaded_policy(config, architecture)
 
@@ -107,7 +106,7 @@ def engine_cos_sin(config: RunConfig, architecture: Architecture, length: int) -
 
 
 def _loaded_policy(config: RunConfig, architecture: Architecture) -> tuple[ParallelContext, PolicyEngine]:
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.models.hf_weights import open_weights

@@ -102,7 +102,7 @@ def load_train_and_export(
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.losses.registry import build_loss

@@ -54,7 +54,7 @@ def numbered(architecture: Architecture) -> dict[str, Tensor]:
 
 def build(parallel: Any, run: Any, architecture: Architecture, hf: dict[str, Tensor]) -> list[Any]:
     """Chunks that hold the given Hugging Face tensors."""
-    from megatron_sftrl.engine.hf_weights import load_hf_weights
+    from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.engine.model import build_model_chunks, transformer_config
 
     config = transformer_config(architecture, run.model, run.parallel, run.train, is_cuda=False)
@@ -377,8 +377,7 @@ BUCKET = 2**20
 
 def measured_memory() -> tuple[int, int, int, int]:
     """Most bytes of tensors alive at once in an update, as reported, the bound, and those of all weights."""
-    from megatron_sftrl.engine.initialize import initialize_weights
-    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.engine.model import build_model_chunks, initialize_weights, transformer_config
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.reshard import Resharder
 

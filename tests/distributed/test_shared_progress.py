@@ -16,7 +16,7 @@ def share(mark: Path, fails: bool) -> tuple[int, str]:
 
     from megatron_sftrl.config.schema import ParallelSection
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.engine.shared_progress import SharedProgress
+    from megatron_sftrl.engine.together import SharedProgress
 
     parallel = initialize_parallel(ParallelSection())
     num_moves = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.engine.reports import StepReport, combine_reports
+from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.engine.reports import StepReport
+from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.trainers.guards import no_gradient_warning
 
 
