@@ -31,9 +31,9 @@ from torch import Tensor
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.reshard import Resharder
 from megatron_sftrl.models.architecture import Architecture, from_section, num_parameters
 from megatron_sftrl.models.engine_shards import EngineLayout
+from megatron_sftrl.rollout.reshard import Resharder
 
 CASES = (("tp2", {"tp": 2}, 1), ("tp2", {"tp": 2}, 2), ("pp2", {"pp": 2}, 2), ("tp1", {}, 1))
 """Name and layout of the trainer, tp of the engine."""

@@ -133,7 +133,7 @@ def _in_process(directory: Path, arguments: argparse.Namespace) -> Iterator[Cont
 def _vllm(directory: Path, arguments: argparse.Namespace) -> Iterator[Contender]:
     from megatron_sftrl.engine.parallel import parallel_context
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+    from megatron_sftrl.rollout.vllm import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     config = config_of(directory, arguments)

@@ -6,11 +6,13 @@ replicas, and which ranks form an engine, is the engine's own business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.weight_stream import ReshardReport
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.rollout.reshard import ReshardReport
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 
@@ -58,3 +60,82 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release everything."""
         ...
+
+
+# When a response has come to its end: the same rule for every engine.
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Text of token ids, special tokens written out."""
+
+_SPARE_TOKENS = 16
+"""More than a decoder changes at the start of its input, and than tokens without a text stand in a row."""
+
+
+class Stops:
+    """Whether the last token of a response ends it.
+
+    Args:
+        sampling: its stop_ids and stop.
+        decode: needed for sampling.stop only.
+    """
+
+    def __init__(self, sampling: SamplingParams, decode: Decode | None) -> None:
+        assert decode is not None or not sampling.stop, "an engine without decode() knows no texts"
+        self._ids, self._texts, self._decode = sampling.stop_ids, sampling.stop, decode
+        # Every token of the text holds at least a byte of it.
+        self._window = max((len(text.encode()) for text in self._texts), default=0) + _SPARE_TOKENS
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        """Asked after every token: it is an end token, or completes a text."""
+        if tokens[-1] in self._ids:
+            return True
+        if not self._texts:
+            return False
+        assert self._decode is not None
+        text = self._decode(tokens[-self._window :])
+        return any(each in text for each in self._texts)
+
+
+# What every engine asks of prompts before it generates, and the random stream of a response.
+
+
+def check_prompts(
+    prompts: Sequence[Prompt], sampling: SamplingParams, *, max_length: int, limit: str, vocab_size: int
+) -> None:
+    """Refuse prompts that an engine cannot continue.
+
+    Args:
+        prompts: equal on every rank, so that every rank raises.
+        sampling: for max_new_tokens.
+        max_length: tokens of prompt and response together.
+        limit: what sets max_length, for the message.
+        vocab_size: V.
+    Raises:
+        UserError: names the first prompt that is empty, too long, or has ids outside the vocabulary.
+    """
+    for prompt in prompts:
+        if not prompt.tokens:
+            raise UserError(f"prompt {prompt.id} is empty: expected at least one token")
+        if len(prompt.tokens) + sampling.max_new_tokens > max_length:
+            raise UserError(
+                f"prompt {prompt.id} has {len(prompt.tokens)} tokens and with max_new_tokens "
+                f"{sampling.max_new_tokens} passes the {max_length} tokens of {limit}: shorten one of them"
+            )
+        if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < vocab_size:
+            raise UserError(
+                f"prompt {prompt.id} has token ids from {min(prompt.tokens)} to {max(prompt.tokens)}, the "
+                f"model has 0 to {vocab_size - 1}: is this the model's tokenizer?"
+            )
+
+
+def response_seed(seed: int, prompt: int, sample: int) -> int:
+    """63 bits for an engine that seeds each response; neither batching nor replicas change them.
+
+    Args:
+        seed: of SamplingParams.
+        prompt: id of the prompt.
+        sample: number of the response.
+    """
+    digest = hashlib.blake2b(f"{seed}:{prompt}:{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -9,10 +9,9 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import SharedProgress
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.rollout.api import RolloutEngine
+from megatron_sftrl.rollout.api import Decode, RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
-from megatron_sftrl.rollout.stops import Decode
-from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+from megatron_sftrl.rollout.vllm import VllmEngine
 from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
 
 

@@ -35,8 +35,8 @@ from tests.ranks import close_ranks, run_ranks
 
 if TYPE_CHECKING:
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.engine.weight_stream import WeightStream
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+    from megatron_sftrl.rollout.reshard import WeightStream
+    from megatron_sftrl.rollout.vllm import VllmEngine
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it"
@@ -65,7 +65,7 @@ SCENARIOS = {
 
 def make_engine(policy: PolicyEngine, *, tp: int) -> VllmEngine:
     """Seven responses at once; tiny buckets, and NaN in what a rank's engine is not meant to read."""
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+    from megatron_sftrl.rollout.vllm import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     settings = VllmSettings(
@@ -194,9 +194,8 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     from megatron_sftrl.models import architecture_of
     from megatron_sftrl.models.hf_weights import open_weights
     from megatron_sftrl.models.tensors import hf_shapes
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+    from megatron_sftrl.rollout.vllm import VllmEngine, load_weights
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
-    from megatron_sftrl.rollout.vllm_weights import load_weights
 
     config = engine_config(directory, {}, "fp32")
     architecture = architecture_of(config.model)
@@ -310,7 +309,7 @@ def many_prompts(directory: Path) -> tuple[list[tuple[int, ...]], list[tuple[int
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.models import architecture_of
-    from megatron_sftrl.rollout.vllm_colocated import VllmEngine
+    from megatron_sftrl.rollout.vllm import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     config = engine_config(directory, {}, "fp32")

@@ -24,7 +24,7 @@ def both_ways(directories: list[Path]) -> list[tuple[list[RolloutGroup], list[Ro
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.models import architecture_of
-    from megatron_sftrl.rollout import in_flight
+    from megatron_sftrl.rollout import in_process
     from megatron_sftrl.rollout.in_process import InProcessEngine
     from tests.contract.rollout_contract import load
 
@@ -41,9 +41,9 @@ def both_ways(directories: list[Path]) -> list[tuple[list[RolloutGroup], list[Ro
         load(policy, directory)
         engine = InProcessEngine(context, max_responses=4)
         engine.update(policy, version=0)
-        with mock.patch.object(in_flight, "pack_new_tokens", wraps=in_flight.pack_new_tokens) as packed:
+        with mock.patch.object(in_process, "pack_new_tokens", wraps=in_process.pack_new_tokens) as packed:
             cached = engine.generate(prompts, SAMPLING)
-        with mock.patch.object(in_flight, "uses_transformer_engine", return_value=True):
+        with mock.patch.object(in_process, "uses_transformer_engine", return_value=True):
             anew = engine.generate(prompts, SAMPLING)
         found.append((cached, anew, packed.call_count))
         parallel_state.destroy_model_parallel()

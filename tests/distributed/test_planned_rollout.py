@@ -97,7 +97,7 @@ def measure(run: GrpoConfig, num_held_out: int) -> Held:
 
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.rollout import in_flight
+    from megatron_sftrl.rollout import in_process
     from megatron_sftrl.rollout.build import build_engine
 
     assert run.model.architecture is not None
@@ -116,13 +116,13 @@ def measure(run: GrpoConfig, num_held_out: int) -> Held:
         top_p=rollout.top_p,
         seed=1,
     )
-    make, caches = in_flight.KvCache, []
+    make, caches = in_process.KvCache, []
 
     def remember(**sizes: int) -> KvCache:
         caches.append(make(**sizes))
         return caches[-1]
 
-    with mock.patch.object(in_flight, "KvCache", remember):
+    with mock.patch.object(in_process, "KvCache", remember):
         peak = allocated_peak(lambda: engine.generate(prompts, sampling))
     parallel_state.destroy_model_parallel()
     cache = storage_bytes(tensor for each in caches for pair in each._layers.values() for tensor in pair)

@@ -99,7 +99,7 @@ def reshard_families(
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.engine.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import Resharder
 
     updates: list[Update] = []
     parallel = initialize_parallel(make_config(layout).parallel)
@@ -211,7 +211,7 @@ def test_a_parameter_that_is_missing_or_ambiguous_is_refused_everywhere_before_a
 
 def refused_construction(defect: str) -> str:
     """The message of a Resharder over a policy of which rank 1 tells something wrong."""
-    from megatron_sftrl.engine import reshard
+    from megatron_sftrl.rollout import reshard
 
     parallel, architecture, chunks, _ = small_policy({"tp": 2})
     if parallel.rank == 1 and defect == "dtype":
@@ -258,7 +258,8 @@ def destroy() -> None:
 
 def corrupted_update(has_checksums: bool) -> tuple[str, int]:
     """The error of an update in which one bit changes on the way to rank 1, and how many values are wrong."""
-    from megatron_sftrl.engine import reshard, reshard_messages
+    from megatron_sftrl.rollout import reshard
+    from megatron_sftrl.rollout import reshard as reshard_messages
 
     parallel, architecture, chunks, hf = small_policy({"tp": 2})
     resharder = reshard.Resharder(
@@ -302,7 +303,7 @@ def test_a_bit_that_changes_on_the_way_stops_the_update_on_every_rank() -> None:
 
 def interrupted_update(how: str) -> str:
     """The error of an update that rank 1's engine does not take to the end."""
-    from megatron_sftrl.engine.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import Resharder
 
     parallel, architecture, chunks, _ = small_policy({"pp": 2})
     resharder = Resharder(chunks, architecture, parallel, EngineLayout(tp=1, world_size=2), bucket_bytes=TINY)
@@ -339,8 +340,8 @@ def trained_streams() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a Resharder made before the first step streams before and after it."""
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.engine.reshard import Resharder
     from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.rollout.reshard import Resharder
 
     overlapped = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
     run = make_config(overlapped, family="llama")
@@ -379,7 +380,7 @@ def measured_memory() -> tuple[int, int, int, int]:
     """Most bytes of tensors alive at once in an update, as reported, the bound, and those of all weights."""
     from megatron_sftrl.engine.model import build_model_chunks, initialize_weights, transformer_config
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.engine.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import Resharder
 
     run = make_config({"tp": 2}, family="llama", hidden_size=256, ffn_hidden_size=1024, vocab_size=4096)
     assert run.model.architecture is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sftrl.engine.checksums import checksum
+from megatron_sftrl.rollout.reshard import checksum
 
 SIZE = 2**18 + 5  # more than one chunk
 

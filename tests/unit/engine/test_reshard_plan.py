@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.engine.reshard_plan import (
+from megatron_sftrl.models.engine_shards import Box
+from megatron_sftrl.rollout.reshard_plan import (
     Holdings,
     Round,
     intersection,
@@ -19,7 +20,6 @@ from megatron_sftrl.engine.reshard_plan import (
     tiling_problem,
     volume,
 )
-from megatron_sftrl.models.engine_shards import Box
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sftrl.rollout.engine_memory import EngineMemory
+from megatron_sftrl.rollout.vllm import EngineMemory
 
 
 @pytest.fixture

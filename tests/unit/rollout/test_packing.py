@@ -11,7 +11,7 @@ import torch
 
 from megatron_sftrl.engine.kv_cache import KvCache
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.rollout.packing import Packed, pack_new_tokens, pack_prefixes
+from megatron_sftrl.rollout.in_process import Packed, pack_new_tokens, pack_prefixes
 
 PREFIXES = {3: (31, 32, 33), 0: (1,), 5: (51, 52, 53, 54, 55), 1: (11, 12)}
 

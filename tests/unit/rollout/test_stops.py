@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_sftrl.rollout.stops import Stops
+from megatron_sftrl.rollout.api import Stops
 from megatron_sftrl.types import SamplingParams
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import PromptRow
-from megatron_sftrl.engine.weight_stream import ReshardReport
+from megatron_sftrl.rollout.reshard import ReshardReport
 from megatron_sftrl.trainers import engine_updates
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches

@@ -10,25 +10,23 @@ import gc
 import json
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.reshard import Resharder
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
-from megatron_sftrl.engine.weight_stream import ReshardReport
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.models.hf_config import hf_config_values
-from megatron_sftrl.rollout.engine_memory import EngineMemory, Part
+from megatron_sftrl.rollout.api import Decode, Stops, check_prompts, response_seed
 from megatron_sftrl.rollout.process_state import Guest
-from megatron_sftrl.rollout.replicas import all_rollouts, share_of
-from megatron_sftrl.rollout.requests import check_prompts, response_seed
-from megatron_sftrl.rollout.stops import Decode, Stops
+from megatron_sftrl.rollout.reshard import Resharder, ReshardReport
 from megatron_sftrl.rollout.vllm_settings import (
     VllmSettings,
     check_vllm,
@@ -36,13 +34,144 @@ from megatron_sftrl.rollout.vllm_settings import (
     environment,
     memory_advice,
 )
-from megatron_sftrl.rollout.vllm_weights import load_weights
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
+    from vllm import LLM
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.outputs import RequestOutput
     from vllm.v1.executor import Executor
+
+
+# The memory of an engine that shares its GPU: gone while the trainer trains, back in parts for an update.
+
+
+Part = Literal["weights", "kv_cache"]
+"""What an engine wakes by itself: weights come first, since an update needs room for its messages, too."""
+
+
+class EngineMemory:
+    """Which parts of an engine's memory are there.
+
+    Args:
+        sleep: gives everything back; weights and cache are lost.
+        wake: takes memory for one part.
+        is_cuda: on the CPU no engine can give memory back, and neither is called.
+    """
+
+    def __init__(self, *, sleep: Callable[[], None], wake: Callable[[Part], object], is_cuda: bool) -> None:
+        self._sleep, self._wake, self._is_cuda = sleep, wake, is_cuda
+        self._asleep: set[Part] = set()
+
+    def sleep(self) -> None:
+        """Give everything back, whatever is there."""
+        if self._is_cuda and len(self._asleep) < 2:
+            self._sleep()
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, part: Part) -> None:
+        """Take memory for a part that is asleep; its contents are arbitrary."""
+        if part not in self._asleep:
+            return
+        assert part == "weights" or "weights" not in self._asleep, "weights wake before the cache"
+        # The engine takes its memory from the driver, not from what torch keeps for the trainer's next step.
+        torch.cuda.empty_cache()
+        self._wake(part)
+        self._asleep.remove(part)
+
+
+# Prompts dealt to engines that generate side by side, and their responses brought together again.
+
+
+def share_of(num_prompts: int, layout: EngineLayout, rank: int) -> range:
+    """Numbers of the prompts that the replica of `rank` continues: every num_replicas-th."""
+    return range(layout.replica(rank), num_prompts, layout.num_replicas)
+
+
+def all_rollouts(
+    mine: list[Rollout], layout: EngineLayout, rank: int, *, num_prompts: int, size: int
+) -> list[tuple[Rollout, ...]]:
+    """The groups of all prompts, in order, on every rank; collective over the whole job.
+
+    Args:
+        mine: this rank's, `size` for each prompt of share_of(); the ranks of a replica have the same.
+        layout: of the engines.
+        rank: in the job.
+        num_prompts: of all replicas.
+        size: rollouts of a prompt.
+    """
+    is_first = layout.tp_rank(rank) == 0
+    drawn = hash(tuple(rollout.response_tokens for rollout in mine))
+    everyone: list[tuple[int, list[Rollout]]] = [None] * layout.world_size  # type: ignore[list-item]
+    dist.all_gather_object(everyone, (drawn, mine if is_first else []))
+    groups: dict[int, tuple[Rollout, ...]] = {}
+    for replica in range(layout.num_replicas):
+        ranks = layout.replica_ranks(replica)
+        tokens = {everyone[each][0] for each in ranks}
+        assert len(tokens) == 1, f"ranks {ranks} are one engine and drew different tokens"
+        rollouts = everyone[ranks[0]][1]
+        for index, prompt in enumerate(share_of(num_prompts, layout, ranks[0])):
+            groups[prompt] = tuple(rollouts[index * size : (index + 1) * size])
+    return [groups[prompt] for prompt in range(num_prompts)]
+
+
+# New weights for a running vLLM engine, and the proof that it took all of them.
+
+
+def load_weights(
+    llm: LLM, model: torch.nn.Module, weights: Iterable[tuple[str, Tensor]], *, is_cuda: bool
+) -> None:
+    """Replace every weight of a running engine.
+
+    This is vLLM's reload_weights, which keeps to itself what was loaded, with two repairs for the CPU:
+    without them the engine goes on with the earlier weights there, silently.
+
+    Args:
+        llm: engine.
+        model: of this rank in it.
+        weights: (Hugging Face name, tensor of the whole shape).
+        is_cuda: where the engine runs.
+    Raises:
+        UserError: a name that the engine does not have, or a parameter of it that lacks elements.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    config = llm.llm_engine.vllm_config
+    expected = {name for name, _ in model.named_parameters()}
+    if not is_cuda:
+        for module in model.modules():
+            method: Any = getattr(module, "quant_method", None)
+            if isinstance(method, FusedMoEMethodBase):
+                # A kernel that is there keeps the experts' weights as it packed them first.
+                method.moe_kernel = None
+    with set_current_vllm_config(config), torch.no_grad():
+        initialize_layerwise_reload(model)
+        try:
+            missing = expected - model.load_weights(weights)  # type: ignore[operator]
+            for name, module in model.named_modules():
+                loaded = get_layerwise_info(module).load_numel
+                size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+                # Finished layers have been reset to 0. The vocabulary's padding is never loaded.
+                if 0 < loaded < size and not isinstance(module, VocabParallelEmbedding):
+                    missing.add(f"{name} ({loaded} of {size} elements)")
+        finally:
+            # Also after a failure: what was left half loaded would count in the next update.
+            finalize_layerwise_reload(model, config.model_config)
+        if not is_cuda:
+            for module in model.modules():
+                if isinstance(module, ParallelLMHead):
+                    # A tied head is not among the loaded layers, and holds a packed copy of its own.
+                    head: Any = module
+                    head.quant_method.process_weights_after_loading(head)
+    if missing:
+        raise UserError(
+            f"no weight of the policy reached these parameters of the rollout engine: {sorted(missing)}; use "
+            "rollout.engine: in_process, and report this architecture"
+        )
 
 
 class VllmEngine:

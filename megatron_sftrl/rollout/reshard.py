@@ -1,0 +1,501 @@
+"""Moves the live policy's weights out of the trainer's shards into a rollout engine's, without a checkpoint.
+
+Who holds what is told once, when the Resharder is made; an update then costs the messages for the parts that
+a rank's engine needs and the rank does not hold. Where trainer and engine cut alike, there are none.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sftrl.engine.live_weights import LiveWeights, live_weights
+from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.together import on_every_rank
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import Box, EngineLayout, engine_boxes
+from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.rollout.reshard_plan import Holdings, Piece, Round, plan_rounds, volume
+
+# A sum over the exact bits of a tensor, computed where the tensor lies.
+
+
+_CHUNK = 2**18
+"""Elements at a time: the 64-bit temporaries stay below 8 MiB."""
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> int:
+    """sum_i (2 i + 1) w_i modulo 2^64 over the elements' bit patterns w_i, in row-major order.
+
+    The factors are odd, so a change of any one element changes the sum; exchanging two different elements
+    of at most 32 bits changes it too, because (w_i - w_j) 2 (i - j) is no multiple of 2^64.
+
+    Args:
+        tensor: any shape, dtype and device; need not be contiguous.
+    Returns:
+        A signed 64-bit number.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        words = flat[start : start + _CHUNK].view(_WORDS[tensor.element_size()]).long()
+        place = torch.arange(start, start + words.numel(), device=tensor.device)
+        total += (words * (2 * place + 1)).sum()
+    return int(total)
+
+
+# One exchange of messages between ranks: pack and send, later receive; one message for each pair of ranks.
+#
+# Between the two a rank unpacks the exchange before: what travels does not wait for memory to be copied.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """What one exchange brought.
+
+    Args:
+        values: of each piece, shaped like its box.
+        checksums: of each piece, as its holder computed it; empty without checksums.
+        num_bytes: received.
+        sent_bytes: sent.
+    """
+
+    values: Mapping[Piece, Tensor]
+    checksums: Mapping[Piece, int]
+    num_bytes: int
+    sent_bytes: int
+
+
+class Exchange:
+    """The messages of a round, on their way from the moment this is made.
+
+    Every rank makes the exchange of a round, finishes the one before, and so on. Gloo and NCCL deliver the
+    messages of a pair of ranks in the order of the calls, and the plan gives both ends the same order, so no
+    tags are needed.
+
+    Args:
+        each: the rank's part in the round.
+        weights: this rank's.
+        dtype, device: of the weights.
+        has_checksums: send the sums of all pieces, too.
+    """
+
+    def __init__(
+        self,
+        each: Round,
+        weights: LiveWeights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_checksums: bool,
+    ) -> None:
+        self._receives = each.receives
+        self._inbox = {
+            source: torch.empty(_num_elements(pieces), dtype=dtype, device=device)
+            for source, pieces in each.receives.items()
+        }
+        self._outbox = {}
+        for receiver, pieces in each.sends.items():
+            self._outbox[receiver] = torch.empty(_num_elements(pieces), dtype=dtype, device=device)
+            for piece, place in _places(pieces, self._outbox[receiver]):
+                place.copy_(weights.read(piece.name, piece.box))
+        self._sums: dict[int, Tensor] = {}
+        self._own_sums: dict[int, Tensor] = {}
+        if has_checksums:
+            self._sums = {
+                source: torch.empty(len(pieces), dtype=torch.int64, device=device)
+                for source, pieces in each.receives.items()
+            }
+            self._own_sums = {
+                receiver: torch.tensor(
+                    [checksum(weights.read(piece.name, piece.box)) for piece in pieces], device=device
+                )
+                for receiver, pieces in each.sends.items()
+            }
+        operations = [
+            *_operations(dist.irecv, self._inbox),
+            *_operations(dist.isend, self._outbox),
+            *_operations(dist.irecv, self._sums),
+            *_operations(dist.isend, self._own_sums),
+        ]
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights on their way, in both directions."""
+        return sum(buffer.nbytes for buffer in (*self._inbox.values(), *self._outbox.values()))
+
+    def finish(self) -> Received:
+        """Wait for the messages of the others, and for one's own to be sent; called once."""
+        for work in self._works:
+            work.wait()
+        inbox, outbox, self._inbox, self._outbox = self._inbox, self._outbox, {}, {}
+        return Received(
+            values={
+                piece: place
+                for source, pieces in self._receives.items()
+                for piece, place in _places(pieces, inbox[source])
+            },
+            checksums={
+                piece: total
+                for source, totals in self._sums.items()
+                for piece, total in zip(self._receives[source], totals.tolist(), strict=True)
+            },
+            num_bytes=sum(buffer.nbytes for buffer in inbox.values()),
+            sent_bytes=sum(buffer.nbytes for buffer in outbox.values()),
+        )
+
+
+def _num_elements(pieces: Sequence[Piece]) -> int:
+    return sum(volume(piece.box) for piece in pieces)
+
+
+def _places(pieces: Sequence[Piece], message: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """Each piece and where it lies in the message, as a view of the piece's shape."""
+    sizes = [volume(piece.box) for piece in pieces]
+    for piece, flat in zip(pieces, message.split(sizes), strict=True):
+        yield piece, flat.view([stop - start for start, stop in piece.box])
+
+
+def _operations(direction: Callable, buffers: Mapping[int, Tensor]) -> Iterator[dist.P2POp]:
+    for peer, buffer in buffers.items():
+        yield dist.P2POp(direction, buffer, peer)
+
+
+# One update of a rollout engine: the tensors one after another, and the proof that none was missed.
+#
+#     with resharder.stream() as stream:
+#         engine.load(stream)             # for name, tensor in stream: ...
+#     resharder.last_report
+#
+# Every rank opens the stream at the same time. The end of the block is collective: a rank whose engine
+# refused a tensor still takes part in the messages that others wait for, and then the same ValueError is
+# raised everywhere.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardReport:
+    """What one update cost this rank.
+
+    Args:
+        seconds: inside the stream: messages and copies, not the engine's own work on the tensors.
+        received_bytes: of weights, from other ranks.
+        sent_bytes: of weights, to other ranks.
+        copied_bytes: of weights that the rank already held.
+        peak_bytes: most that message buffers and the tensor being filled occupied at once.
+        num_tensors: yielded.
+        num_rounds: exchanges of messages.
+    """
+
+    seconds: float
+    received_bytes: int
+    sent_bytes: int
+    copied_bytes: int
+    peak_bytes: int
+    num_tensors: int
+    num_rounds: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Weights that reached the engine, 10^9 bytes a second."""
+        return (self.received_bytes + self.copied_bytes) / max(self.seconds, 1e-9) / 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamPlan:
+    """What a rank's stream yields and where it comes from.
+
+    Args:
+        shapes: of every tensor, in the order of the stream.
+        share: the box of each that the rank's engine reads.
+        rounds: the rank's exchanges.
+        dtype: of the weights.
+        device: of the weights.
+        is_checked: fill what the engine does not read with NaN.
+        has_checksums: compare the bits of every piece at its holder and here.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    share: Mapping[str, Box]
+    rounds: Sequence[Round]
+    dtype: torch.dtype
+    device: torch.device
+    is_checked: bool
+    has_checksums: bool
+
+
+@dataclass(slots=True)
+class _Count:
+    seconds: float = 0.0
+    received: int = 0
+    sent: int = 0
+    copied: int = 0
+    peak: int = 0
+    yielded: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class WeightStream:
+    """Iterator of (Hugging Face name, tensor) for this rank's engine, and a context manager.
+
+    A tensor has the whole Hugging Face shape and the trainer's dtype, and owns its memory: the stream never
+    touches it again, so a consumer may keep it. Of its elements only the share of this rank's engine is
+    filled (`engine_boxes`); the rest is memory that was never written, or NaN in checked mode. On the CPU
+    pages never written cost nothing. An engine of tp 1 gets everything.
+
+    Args:
+        plan: of this rank.
+        weights: this rank's live weights; nothing may change them before finish().
+        on_finish: called with the report when every rank has finished well.
+    """
+
+    def __init__(
+        self, plan: StreamPlan, weights: LiveWeights, *, on_finish: Callable[[ReshardReport], None]
+    ) -> None:
+        self._on_finish = on_finish
+        self.report: ReshardReport | None = None
+        self._plan = plan
+        self._weights = weights
+        self._count = _Count()
+        self._items = self._produce()
+        self._is_broken = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not self._is_broken:
+            self._finish(f"{type(error).__name__}: {error}", cause=error)
+        elif error is None:
+            self.finish()
+
+    def __iter__(self) -> Self:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> tuple[str, Tensor]:
+        start = time.perf_counter()
+        try:
+            return next(self._items)
+        except StopIteration:
+            raise
+        except BaseException:
+            # A message failed: the others are not where this rank is, and waiting for them would hang.
+            self._is_broken = True
+            raise
+        finally:
+            self._count.seconds += time.perf_counter() - start
+
+    def finish(self) -> ReshardReport:
+        """Prove that every tensor was taken exactly once, on every rank; collective, called once.
+
+        Returns:
+            What the update cost this rank.
+        Raises:
+            RuntimeError: on every rank: a rank did not take every tensor, or received other bits than were
+                sent.
+        """
+        return self._finish(None, cause=None)
+
+    def _finish(self, failure: str | None, *, cause: Exception | None) -> ReshardReport:
+        if self.report is not None:
+            return self.report
+        num_taken = len(self._count.yielded)
+        for _ in self:  # messages that other ranks wait for
+            pass
+        on_every_rank(lambda: self._check(num_taken, failure, cause))
+        if self._plan.device.type == "cuda":
+            start = time.perf_counter()
+            torch.cuda.synchronize(self._plan.device)
+            self._count.seconds += time.perf_counter() - start
+        count = self._count
+        self.report = ReshardReport(
+            seconds=count.seconds,
+            received_bytes=count.received,
+            sent_bytes=count.sent,
+            copied_bytes=count.copied,
+            peak_bytes=count.peak,
+            num_tensors=len(count.yielded),
+            num_rounds=len(self._plan.rounds),
+        )
+        self._on_finish(self.report)
+        return self.report
+
+    def _check(self, num_taken: int, failure: str | None, cause: Exception | None) -> None:
+        names = list(self._plan.shapes)
+        if failure is not None:
+            after = f"after {num_taken} of {len(names)} tensors"
+            raise RuntimeError(f"the rollout engine stopped {after}: {failure}") from cause
+        if num_taken < len(names):
+            raise RuntimeError(
+                f"the rollout engine took {num_taken} of {len(names)} tensors; the first it left is "
+                f"{names[num_taken]}: iterate to the end before finish()"
+            )
+        assert self._count.yielded == names
+        if self._count.problems:
+            raise RuntimeError("\n".join(self._count.problems))
+
+    def _produce(self) -> Iterator[tuple[str, Tensor]]:
+        plan, count = self._plan, self._count
+        whole, filled = torch.empty(0, dtype=plan.dtype, device=plan.device), 0
+        underway = self._begin(0)
+        for number, each in enumerate(plan.rounds):
+            count.peak = max(count.peak, underway.num_bytes + whole.nbytes)
+            received = underway.finish()
+            count.received += received.num_bytes
+            count.sent += received.sent_bytes
+            if number + 1 < len(plan.rounds):
+                # It travels while this rank unpacks, and while the engine loads.
+                underway = self._begin(number + 1)
+            messages, pieces = received.num_bytes + underway.num_bytes, _by_name(each, received)
+            for band in each.bands:
+                if band.rows[0] == 0:
+                    whole, filled = self._new(band.name), 0
+                count.peak = max(count.peak, messages + whole.nbytes)
+                for piece in pieces.get(band.name, ()):
+                    self._fill(whole, piece, received)
+                    filled += volume(piece.box)
+                if band.is_last:
+                    assert filled == volume(plan.share[band.name]), f"{band.name}: {filled} elements arrived"
+                    count.yielded.append(band.name)
+                    # No reference stays here: the consumer's is the only one.
+                    taken, whole = whole, whole.new_empty(0)
+                    yield band.name, taken
+                    del taken
+            # Else this round's messages would still be there when the one after the next begins.
+            del received, pieces
+
+    def _begin(self, number: int) -> Exchange:
+        plan = self._plan
+        return Exchange(
+            plan.rounds[number],
+            self._weights,
+            dtype=plan.dtype,
+            device=plan.device,
+            has_checksums=plan.has_checksums,
+        )
+
+    def _new(self, name: str) -> Tensor:
+        plan = self._plan
+        if plan.is_checked:
+            return torch.full(plan.shapes[name], torch.nan, dtype=plan.dtype, device=plan.device)
+        return torch.empty(plan.shapes[name], dtype=plan.dtype, device=plan.device)
+
+    def _fill(self, whole: Tensor, piece: Piece, received: Received) -> None:
+        target = whole[tuple(slice(start, stop) for start, stop in piece.box)]
+        value = received.values.get(piece)
+        if value is None:
+            value = self._weights.read(piece.name, piece.box)
+            self._count.copied += value.nbytes
+        target.copy_(value)
+        if self._plan.has_checksums:
+            expected = received.checksums[piece] if piece in received.checksums else checksum(value)
+            if checksum(target) != expected:
+                self._count.problems.append(
+                    f"{piece.name} {[list(bounds) for bounds in piece.box]} did not arrive as it was sent: "
+                    "checksums differ; nothing was generated with it, start again and test the network"
+                )
+
+
+def _by_name(each: Round, received: Received) -> dict[str, list[Piece]]:
+    pieces: dict[str, list[Piece]] = {}
+    for piece in (*each.copies, *received.values):
+        pieces.setdefault(piece.name, []).append(piece)
+    return pieces
+
+
+class Resharder:
+    """Streams of the policy's weights for the engine ranks of this job; construction is collective.
+
+    Args:
+        chunks: the policy's chunks on this rank, without DDP.
+        architecture: of the policy.
+        parallel: this rank's place.
+        layout: how the ranks form engines; `EngineLayout(tp=1, world_size=...)` for whole tensors everywhere.
+        bucket_bytes: an update takes at most the memory of two buckets and the largest tensor. (A row of a
+            tensor travels whole, however large.)
+        is_checked: fill what the engine does not read with NaN, so that a wrong share shows.
+        has_checksums: compare the bits of every part at its holder and at its receiver.
+    Raises:
+        UserError: on every rank: an engine that cannot cut the model like this, a part of the model that no
+            rank holds or that two hold differently, weights of several dtypes.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[LanguageModel],
+        architecture: Architecture,
+        parallel: ParallelContext,
+        layout: EngineLayout,
+        *,
+        bucket_bytes: int,
+        is_checked: bool = False,
+        has_checksums: bool = False,
+    ) -> None:
+        if bucket_bytes < 1:
+            raise UserError(f"bucket_bytes = {bucket_bytes}: at least 1, commonly 256 MiB or more")
+        assert layout.world_size == parallel.world_size
+        self.layout = layout
+        self.last_report: ReshardReport | None = None
+        self._chunks, self._architecture = chunks, architecture
+        shares = [engine_boxes(architecture, tp=layout.tp, tp_rank=rank) for rank in range(layout.tp)]
+        wanted = [shares[layout.tp_rank(rank)] for rank in range(parallel.world_size)]
+        weights = live_weights(chunks, architecture)
+        self._boxes = weights.boxes()
+        holdings: list[tuple[Holdings, set[torch.dtype]]] = [None] * parallel.world_size  # type: ignore[list-item]
+        mine = Holdings(host=socket.gethostname(), boxes=self._boxes)
+        dist.all_gather_object(holdings, (mine, weights.dtypes()))
+        dtypes = set[torch.dtype]().union(*(kinds for _, kinds in holdings))
+        if len(dtypes) != 1:
+            raise UserError(
+                f"weights of one dtype are expected, got {sorted(map(str, dtypes))}: set model.dtype"
+            )
+        (dtype,) = dtypes
+        shapes = hf_shapes(architecture)
+        self._plan = StreamPlan(
+            shapes=shapes,
+            share=wanted[parallel.rank],
+            rounds=plan_rounds(
+                shapes,
+                wanted,
+                [each for each, _ in holdings],
+                rank=parallel.rank,
+                element_bytes=dtype.itemsize,
+                # Three messages share two buckets: the received one that is unpacked, and both directions of
+                # the exchange that is under way meanwhile.
+                bucket_bytes=max(1, 2 * bucket_bytes // 3),
+            ),
+            dtype=dtype,
+            device=parallel.device,
+            is_checked=is_checked,
+            has_checksums=has_checksums,
+        )
+
+    def stream(self) -> WeightStream:
+        """The weights as they are now; every rank opens its stream, and ends it, at the same time.
+
+        Call it after PolicyEngine.gather_parameters(). Nothing may change the weights before the end.
+
+        Returns:
+            An iterator of (Hugging Face name, tensor), to be used as a context manager.
+        """
+        weights = live_weights(self._chunks, self._architecture)
+        assert weights.boxes() == self._boxes, "the policy was cut anew after the Resharder was made"
+        return WeightStream(self._plan, weights, on_finish=self._keep)
+
+    def _keep(self, report: ReshardReport) -> None:
+        self.last_report = report
