@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
 
 from megatron_sftrl.errors import UserError
 
@@ -108,3 +112,192 @@ def check_rewards(groups: Mapping[GroupT, Sequence[float]]) -> None:
                     f"{LARGEST_REWARD:g} in size, got {reward}; leave a sample out that its verifier could "
                     "not judge"
                 )
+
+
+# Which groups of responses are trained on: those in which one was better than another.
+#
+# Groups are found by id, never by position: responses of one prompt may arrive apart from each other,
+# late, or in part only.
+
+
+ValueT = TypeVar("ValueT")
+
+
+def by_group(group_ids: Sequence[GroupT], values: Sequence[ValueT]) -> dict[GroupT, list[ValueT]]:
+    """The values of each group: groups by first appearance, values in the order given.
+
+    Args:
+        group_ids: of each response.
+        values: of each response: rewards, or places in a list.
+    Raises:
+        UserError: not one value per id.
+    """
+    if len(group_ids) != len(values):
+        raise UserError(
+            f"by_group: expected one value per id, got {len(group_ids)} ids, {len(values)} values"
+        )
+    groups: dict[GroupT, list[ValueT]] = {}
+    for group, value in zip(group_ids, values, strict=True):
+        groups.setdefault(group, []).append(value)
+    return groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSelection(Generic[GroupT]):
+    """The outcome of dynamic sampling.
+
+    Args:
+        kept: ids of groups whose rewards differ, in their order.
+        dropped: ids of the others. With nothing kept there is nothing to learn: sample again, or skip the
+            step.
+    """
+
+    kept: tuple[GroupT, ...]
+    dropped: tuple[GroupT, ...]
+
+
+def informative_groups(groups: Mapping[GroupT, Sequence[float]]) -> GroupSelection[GroupT]:
+    """Keep the groups in which some response did better than another     (dynamic sampling, arXiv:2503.14476)
+
+    The paper keeps a prompt when 0 < number correct < G; for rewards that are not 0 or 1 that is: when they
+    are not all equal. [1, 0, 0, 0] is kept whatever the advantage estimator: its single success is what
+    there is to learn. A group that came back in part and has one response is dropped.
+
+    Args:
+        groups: rewards by group id.
+    Raises:
+        UserError: no groups, an empty group, a reward that is not finite.
+    """
+    check_rewards(groups)
+    kept = tuple(group for group, rewards in groups.items() if not is_uninformative(rewards))
+    dropped = tuple(group for group, rewards in groups.items() if is_uninformative(rewards))
+    return GroupSelection(kept=kept, dropped=dropped)
+
+
+# Numbers that say how a batch of rollouts went: rewards, pass@k, and how far engine and trainer disagree.
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The probability that at least one of k responses is right, from n responses of which c are.
+
+        1 - C(n - c, k) / C(n, k)          unbiased for every k <= n          (arXiv:2107.03374, eq. 1)
+
+    Counted in integers: no cancellation and no overflow for any n.
+
+    Args:
+        num_samples: n.
+        num_correct: c, in 0..n.
+        k: in 1..n.
+    Raises:
+        UserError: k or c out of range.
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise UserError(
+            "pass_at_k: expected 0 <= correct <= samples and 1 <= k <= samples, got "
+            f"{num_correct} correct of {num_samples}, k = {k}; generate at least k responses per prompt"
+        )
+    ways = math.comb(num_samples, k)
+    return (ways - math.comb(num_samples - num_correct, k)) / ways
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardStatistics:
+    """Of one batch of groups.
+
+    Args:
+        mean, std: over all responses; std of the sample (n - 1), 0 for one response.
+        num_groups: groups in all.
+        num_zero_variance_groups: groups whose rewards are all equal: they have no gradient.
+    """
+
+    mean: float
+    std: float
+    num_groups: int
+    num_zero_variance_groups: int
+
+
+def reward_statistics(groups: Mapping[GroupT, Sequence[float]]) -> RewardStatistics:
+    """Summarise the rewards of a batch.
+
+    Args:
+        groups: rewards by group id.
+    Raises:
+        UserError: no groups, an empty group, a reward that is not finite.
+    """
+    check_rewards(groups)
+    rewards = [reward for group in groups.values() for reward in group]
+    mean = math.fsum(rewards) / len(rewards)
+    variance = math.fsum((reward - mean) ** 2 for reward in rewards) / max(len(rewards) - 1, 1)
+    return RewardStatistics(
+        mean=mean,
+        std=math.sqrt(variance),
+        num_groups=len(groups),
+        num_zero_variance_groups=sum(is_uninformative(group) for group in groups.values()),
+    )
+
+
+def mean_pass_at_k(groups: Mapping[GroupT, Sequence[bool]], k: int) -> float:
+    """pass@k averaged over groups; every group counts once, whatever its size.
+
+    Args:
+        groups: by group id, whether each response is right.
+        k: at most the size of the smallest group.
+    Raises:
+        UserError: no groups, or a group of fewer than k responses.
+    """
+    if not groups:
+        raise UserError("mean_pass_at_k: expected at least one group, got none")
+    values = [pass_at_k(len(group), sum(map(bool, group)), k) for group in groups.values()]
+    return math.fsum(values) / len(values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobMismatch:
+    """How far two computations of the same log-probabilities are apart.
+
+    Args:
+        mean, maximum, percentile_999: of |difference|, nats; the 99.9th percentile is the smallest value
+            that at least 99.9 % of the tokens do not exceed.
+        multiplicative_error: mean of exp(|difference|), 1 when equal. NeMo-RL's token_mult_prob_error (its
+            guide "Adding New Models"), which calls more than 1.05 a problem. It is the mean of the
+            exponentials, at least exp(mean): few tokens far apart weigh more.
+        num_tokens: compared.
+    """
+
+    mean: float
+    maximum: float
+    percentile_999: float
+    multiplicative_error: float
+    num_tokens: int
+
+
+def logprob_mismatch(first: Tensor, second: Tensor, loss_mask: Tensor) -> LogprobMismatch:
+    """Compare two [T] vectors of log-probabilities, nats, over the loss tokens.
+
+    A NaN or infinity on a loss token is an infinite difference, so that a threshold sees it; equal
+    infinities are no exception, since neither can be trained on. What stands at masked positions is not
+    looked at.
+
+    Args:
+        first, second: [T] floating point; the order does not matter.
+        loss_mask: [T] bool.
+    Raises:
+        UserError: shapes that differ, or no loss token.
+    """
+    if not first.shape == second.shape == loss_mask.shape:
+        raise UserError(
+            f"logprob_mismatch: expected three vectors of one shape, got {list(first.shape)}, "
+            f"{list(second.shape)} and {list(loss_mask.shape)}"
+        )
+    apart = (first.detach().double() - second.detach().double()).abs()[loss_mask.bool()]
+    if apart.numel() == 0:
+        raise UserError("logprob_mismatch: expected at least one loss token, got none; check the loss masks")
+    apart = apart.nan_to_num(nan=torch.inf, posinf=torch.inf).sort().values
+    rank = math.ceil(0.999 * apart.numel()) - 1  # not torch.quantile: it refuses 2^24 values and more
+    return LogprobMismatch(
+        mean=apart.mean().item(),
+        maximum=apart[-1].item(),
+        percentile_999=apart[rank].item(),
+        multiplicative_error=apart.exp().mean().item(),
+        num_tokens=apart.numel(),
+    )

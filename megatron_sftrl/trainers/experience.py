@@ -12,8 +12,7 @@ from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
 from megatron_sftrl.data.packing import Example, StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.losses.api import Aggregation
-from megatron_sftrl.rl.advantages import AdvantageEstimator, group_advantages
-from megatron_sftrl.rl.group_filters import by_group
+from megatron_sftrl.rl.advantages import AdvantageEstimator, by_group, group_advantages
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.types import Rollout
 

@@ -24,7 +24,7 @@ from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.timers import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries, constant_answers, describe_failures
-from megatron_sftrl.rl.rewards.api import Json
+from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.build import build_engine, check_engine
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_sftrl.rl.advantages import logprob_mismatch, mean_pass_at_k, reward_statistics
 from megatron_sftrl.rl.rewards import reward_metrics
-from megatron_sftrl.rl.statistics import logprob_mismatch, mean_pass_at_k, reward_statistics
 from megatron_sftrl.trainers.experience import Response, first_rewards, grouped, known_rewards
 from megatron_sftrl.trainers.rollouts import Collected
 

@@ -12,7 +12,7 @@ from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards import OwnRow, Reward, RewardPool, check_own_rows, spread
-from megatron_sftrl.rl.rewards.api import Json
+from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.trainers.plan import RunPlan
 
 _NUM_TRIED = 8

@@ -16,7 +16,7 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.timers import Timers
-from megatron_sftrl.rl.group_filters import informative_groups
+from megatron_sftrl.rl.advantages import informative_groups
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored, failed_everywhere
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.ends import response_text

@@ -3,21 +3,25 @@
 Importing this folder registers the rewards below; it loads neither torch nor a verifier's library.
 """
 
-from megatron_sftrl.rl.rewards import exact_match, format, length, math, reasoning_gym
-from megatron_sftrl.rl.rewards.api import Canary, RewardConfig, RewardInputs, RewardOutput
-from megatron_sftrl.rl.rewards.canary import check_canaries, constant_answers
-from megatron_sftrl.rl.rewards.own_rows import OwnRow, check_own_rows, spread
+from megatron_sftrl.rl.rewards import math, reasoning_gym, text
+from megatron_sftrl.rl.rewards.checks import OwnRow, check_canaries, check_own_rows, constant_answers, spread
 from megatron_sftrl.rl.rewards.pool import RewardPool
-from megatron_sftrl.rl.rewards.registry import Reward, build_rewards, register_reward
-from megatron_sftrl.rl.rewards.scored import (
+from megatron_sftrl.rl.rewards.registry import (
+    Canary,
     Part,
+    Reward,
+    RewardConfig,
+    RewardInputs,
+    RewardOutput,
     Scored,
+    build_rewards,
     describe_failures,
     failed_everywhere,
+    register_reward,
     reward_metrics,
 )
 
-BUILT_IN = (exact_match, format, length, math, reasoning_gym)
+BUILT_IN = (math, reasoning_gym, text)
 
 __all__ = [
     "BUILT_IN",

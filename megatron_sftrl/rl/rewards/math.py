@@ -19,10 +19,16 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
 from megatron_sftrl.rl.rewards.math_answers import LONGEST_ANSWER, are_equal, num_items
 from megatron_sftrl.rl.rewards.math_text import canonical, plain_words
-from megatron_sftrl.rl.rewards.registry import register_reward
+from megatron_sftrl.rl.rewards.registry import (
+    Canary,
+    Json,
+    RewardConfig,
+    RewardInputs,
+    RewardOutput,
+    register_reward,
+)
 
 # Far enough back to hold the last number that a reader would call the answer.
 TAIL = 4000

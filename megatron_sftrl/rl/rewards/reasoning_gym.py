@@ -15,8 +15,14 @@ from functools import cache
 from typing import Literal
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards.api import Canary, Json, RewardConfig, RewardInputs, RewardOutput
-from megatron_sftrl.rl.rewards.registry import register_reward
+from megatron_sftrl.rl.rewards.registry import (
+    Canary,
+    Json,
+    RewardConfig,
+    RewardInputs,
+    RewardOutput,
+    register_reward,
+)
 
 # These compare grids of numbers, which are tuples in the library and lists once they went through JSON: the
 # right answer would get 0.05.

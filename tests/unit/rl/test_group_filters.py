@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.rl.group_filters import by_group, informative_groups
+from megatron_sftrl.rl.advantages import by_group, informative_groups
 
 
 def test_responses_find_their_group_by_id_in_whatever_order_they_arrive():

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_sftrl.rl.statistics import logprob_mismatch, mean_pass_at_k, pass_at_k, reward_statistics
+from megatron_sftrl.rl.advantages import logprob_mismatch, mean_pass_at_k, pass_at_k, reward_statistics
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_sftrl.rl.rewards import RewardInputs
-from megatron_sftrl.rl.rewards.api import Json
+from megatron_sftrl.rl.rewards.registry import Json
 
 
 def sample(response: str, *, tokens: int = 1, prompt: str = "", **row: Json) -> RewardInputs:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
 from megatron_sftrl.rl.rewards import RewardOutput, RewardPool, build_rewards, constant_answers
-from megatron_sftrl.rl.rewards.api import Json
+from megatron_sftrl.rl.rewards.registry import Json
 from tests.unit.rl.rewards.samples import sample
 
 

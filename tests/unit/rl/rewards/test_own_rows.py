@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
 from megatron_sftrl.rl.rewards import OwnRow, RewardPool, build_rewards, check_own_rows, spread
-from megatron_sftrl.rl.rewards.api import Json
+from megatron_sftrl.rl.rewards.registry import Json
 
 HOSTILE = str(Path(__file__).with_name("hostile.py"))
 SUM = {"source_dataset": "chain_sum"}

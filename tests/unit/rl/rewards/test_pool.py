@@ -22,7 +22,7 @@ from megatron_sftrl.rl.rewards import (
     failed_everywhere,
     reward_metrics,
 )
-from megatron_sftrl.rl.rewards.scored import Part, weighted
+from megatron_sftrl.rl.rewards.registry import Part, weighted
 from tests.unit.rl.rewards.samples import sample
 
 HOSTILE = str(Path(__file__).with_name("hostile.py"))
@@ -303,7 +303,7 @@ def test_a_response_that_is_a_program_reads_nothing_about_the_trainer_in_proc(
 
 def test_the_kernel_hides_the_trainers_files_and_environment_where_no_audit_event_tells() -> None:
     script = (
-        "import os\nfrom megatron_sftrl.rl.rewards.confinement import enter_kernel_domain\n"
+        "import os\nfrom megatron_sftrl.rl.rewards.worker import enter_kernel_domain\n"
         "print(enter_kernel_domain())\n"
         "for look in (lambda path: os.readlink(path + 'cwd'), lambda path: open(path + 'environ').close()):\n"
         "    look('/proc/self/')\n"

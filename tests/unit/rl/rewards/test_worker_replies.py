@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.rewards.api import RewardOutput
+from megatron_sftrl.rl.rewards.registry import RewardOutput
 from megatron_sftrl.rl.rewards.worker import _reply
 
 
