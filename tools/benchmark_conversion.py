@@ -171,7 +171,7 @@ def _in_child(name: str, folder: Path) -> dict:
 def _measured(name: str, folder: Path) -> dict:
     from megatron_sftrl.config.schema import ParallelSection
     from megatron_sftrl.engine.parallel import parallel_context
-    from megatron_sftrl.observability.memory import return_freed_memory
+    from megatron_sftrl.observability.watch import return_freed_memory
 
     return_freed_memory()  # as the tools do
     with parallel_context(ParallelSection()) as parallel:

@@ -21,7 +21,7 @@ from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_a
 from megatron_sftrl.engine.checkpoint import stored_assets
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.models.hf_config import from_hf_config
-from megatron_sftrl.observability.memory import return_freed_memory
+from megatron_sftrl.observability.watch import return_freed_memory
 
 
 def main() -> None:

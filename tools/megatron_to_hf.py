@@ -19,7 +19,7 @@ from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_a
 from megatron_sftrl.conversion.to_hf import convert_to_hf
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.observability.memory import return_freed_memory
+from megatron_sftrl.observability.watch import return_freed_memory
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from megatron_sftrl.conversion.verify import compare_logits
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.hf_output import TOKENIZER_FILES
-from megatron_sftrl.observability.memory import peak_memory_bytes
+from megatron_sftrl.observability.watch import peak_memory_bytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
+import secrets
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from megatron_sftrl.config.load import parse_yaml, resolved_yaml
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError, error_of
-from megatron_sftrl.observability.run_directory import write_atomically
+from megatron_sftrl.observability.run_directory import RunDirectory, write_atomically
 
 
 class MetricsSink(Protocol):
@@ -176,3 +184,202 @@ def _plain(value: float) -> float | int | None:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+# The line that tells a person how far a run is: a bar on a terminal, a line now and then elsewhere.
+
+
+_SHOWN = ("reward/mean", "loss", "grad_norm", "tokens_per_second")
+
+
+class ProgressSink:
+    """Shows step, loss, gradient norm, speed and the time that is left.
+
+    Without a terminal (a Slurm log, a pipe) it prints a plain line at the first step, at the last one and
+    every `seconds_between_lines`.
+
+    Args:
+        total_steps: of the whole run.
+        first_step: steps already done before this process, so that they do not count as speed.
+        stream: where to write; standard error when not given.
+        seconds_between_lines: without a terminal.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        target = sys.stderr if stream is None else stream
+        self._total = total_steps
+        self._first = first_step
+        self._stream = target
+        self._pause = seconds_between_lines
+        self._clock = clock
+        self._start = clock()
+        self._last_line = float("-inf")
+        self._bar = _open_bar(total_steps, first_step, target) if target.isatty() else None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show one step's numbers."""
+        now = self._clock()
+        left = eta(step - self._first, self._total - step, now - self._start)
+        text = "  ".join([*_numbers(metrics), f"eta {left}"])
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, numbers=text)
+        elif step >= self._total or now - self._last_line >= self._pause:
+            self._last_line = now
+            print(f"step {step}/{self._total}  {text}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def eta(steps_done: int, steps_left: int, seconds: float) -> str:
+    """Time that is left at the mean speed so far, as h:mm:ss; ? before the first step."""
+    if steps_done < 1:
+        return "?"
+    left = round(seconds / steps_done * max(steps_left, 0))
+    return f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+
+
+def _open_bar(total: int, completed: int, stream: TextIO) -> Progress:
+    bar = Progress(
+        TextColumn("step"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        console=Console(file=stream),
+    )
+    bar.add_task("step", total=total, completed=completed, numbers="")
+    bar.start()
+    return bar
+
+
+def _numbers(metrics: Mapping[str, float]) -> list[str]:
+    shown = []
+    for name in _SHOWN:
+        if name in metrics:
+            label = "tokens/s" if name == "tokens_per_second" else name
+            value = f"{metrics[name]:,.0f}" if name == "tokens_per_second" else f"{metrics[name]:.4g}"
+            shown.append(f"{label} {value}")
+    return shown
+
+
+# The optional places for a run's numbers: Weights & Biases and TensorBoard.
+
+
+def open_metrics(
+    directory: RunDirectory, config: TrainingConfig, *, resume_step: int, total_steps: int
+) -> MetricsWriter:
+    """The writer that config.log asks for: metrics.jsonl always, the others when switched on. Rank 0 only.
+
+    Args:
+        directory: the opened run directory.
+        config: the run.
+        resume_step: last step of the resumed checkpoint, 0 for a new run.
+        total_steps: optimizer steps of the whole run.
+    Raises:
+        UserError: a package that a sink needs is not installed, a damaged metrics.jsonl.
+    """
+    if config.log.tensorboard:
+        _need_package("tensorboard", key="log.tensorboard")
+    mode = config.log.wandb
+    sinks: list[MetricsSink] = [JsonlSink(directory.metrics, resume_step=resume_step)]
+    if config.log.tensorboard:
+        sinks.append(
+            OptionalSink("log.tensorboard", lambda: TensorBoardSink(directory, resume_step=resume_step))
+        )
+    if mode != "off":
+        sinks.append(OptionalSink("log.wandb", lambda: WandbSink(directory, config, mode=mode)))
+    if config.log.progress:
+        sinks.append(
+            OptionalSink(
+                "log.progress", lambda: ProgressSink(total_steps=total_steps, first_step=resume_step)
+            )
+        )
+    return MetricsWriter(sinks)
+
+
+class WandbSink:
+    """One Weights & Biases run per run directory, continued on resume under the id kept there.
+
+    Steps are logged as the x axis `step`, not as wandb's own counter, which refuses to go back when a run
+    resumes from a checkpoint older than its last logged step.
+
+    Args:
+        directory: holds the id and, in offline mode, the data (`wandb sync <run_dir>/wandb/offline-run-*`).
+        config: stored with the run.
+        mode: offline or online.
+    Raises:
+        UserError: wandb itself says that it is used wrongly; online without an API key, say.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, config: TrainingConfig, *, mode: Literal["offline", "online"]
+    ) -> None:
+        import wandb
+        from wandb.errors import UsageError
+
+        if not directory.wandb_id.exists():
+            write_atomically(directory.wandb_id, secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb_project,
+                name=directory.path.resolve().name,
+                id=directory.wandb_id.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                mode=mode,
+                dir=str(directory.path.resolve()),
+                config=parse_yaml(resolved_yaml(config), source="resolved.yaml").value,
+                settings=wandb.Settings(silent=True),
+            )
+        except UsageError as error:
+            raise UserError(f"log.wandb: {mode} cannot begin: {error}") from error
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log one step."""
+        self._run.log({"step": step, **metrics})
+
+    def close(self) -> None:
+        """Flush and end the wandb run."""
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Scalar events under <run_dir>/tensorboard; on resume the points after the checkpoint are hidden.
+
+    Raises:
+        UserError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, directory: RunDirectory, *, resume_step: int) -> None:
+        _need_package("tensorboard", key="log.tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(directory.tensorboard), purge_step=resume_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one point to each curve."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def _need_package(name: str, *, key: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"{key} needs the package {name}, which is not installed: pip install {name}, or {key}=null"
+        )

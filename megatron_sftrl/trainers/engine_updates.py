@@ -8,7 +8,7 @@ from dataclasses import replace
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.observability.memory import take_device_peak
+from megatron_sftrl.observability.watch import take_device_peak
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response

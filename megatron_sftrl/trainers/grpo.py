@@ -18,11 +18,9 @@ from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.observability.hang import HangWatch
-from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
-from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.observability.watch import HangWatch, Timers, peak_memory_bytes
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries, constant_answers, describe_failures
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.build import build_engine, check_engine

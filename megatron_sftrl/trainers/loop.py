@@ -14,11 +14,10 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
-from megatron_sftrl.observability.hang import HangWatch
-from megatron_sftrl.observability.metrics import MetricsWriter
+from megatron_sftrl.observability.metrics import MetricsWriter, open_metrics
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
-from megatron_sftrl.observability.sinks import open_metrics
+from megatron_sftrl.observability.watch import HangWatch
 from megatron_sftrl.trainers.origins import Origins
 
 

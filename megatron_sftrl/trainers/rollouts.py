@@ -15,7 +15,7 @@ from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.advantages import informative_groups
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored, failed_everywhere
 from megatron_sftrl.rollout.api import RolloutEngine

@@ -15,10 +15,8 @@ from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.together import on_rank_zero
-from megatron_sftrl.observability.hang import HangWatch
-from megatron_sftrl.observability.memory import peak_memory_bytes
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
-from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.observability.watch import HangWatch, Timers, peak_memory_bytes
 from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.gates import Crossing, Gates, stop_at, tell
 from megatron_sftrl.trainers.guards import no_gradient_warning, stop_on_nonfinite_streak, tell_skipped

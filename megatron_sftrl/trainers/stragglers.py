@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.observability.stragglers import Place, StragglerWatch
+from megatron_sftrl.observability.watch import Place, StragglerWatch
 
 
 class Stragglers:

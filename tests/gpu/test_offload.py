@@ -11,7 +11,7 @@ import torch
 
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import from_section
-from megatron_sftrl.observability.memory import take_device_peak
+from megatron_sftrl.observability.watch import take_device_peak
 from tests.distributed.test_layouts import make_config, step_batches
 from tests.e2e.grpo_project import GrpoProject, make_grpo_project, samples_of
 from tests.e2e.product import run_product

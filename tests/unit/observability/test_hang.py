@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.observability.watch import Timers
 
 ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
 import ctypes, sys, time
-from megatron_sftrl.observability.hang import HangWatch
+from megatron_sftrl.observability.watch import HangWatch
 
 def stand_still(how):
     if how == "waits":

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from megatron_sftrl.observability.progress import ProgressSink, eta
+from megatron_sftrl.observability.metrics import ProgressSink, eta
 
 
 class Clock:

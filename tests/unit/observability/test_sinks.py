@@ -10,9 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.observability.metrics import JsonlSink, MetricsWriter, OptionalSink, read_metrics
+from megatron_sftrl.observability.metrics import (
+    JsonlSink,
+    MetricsWriter,
+    OptionalSink,
+    open_metrics,
+    read_metrics,
+)
 from megatron_sftrl.observability.run_directory import open_run_directory
-from megatron_sftrl.observability.sinks import open_metrics
 from tests.unit.config.example import example
 
 

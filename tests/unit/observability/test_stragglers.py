@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.observability.stragglers import STEPS, Place, StragglerWatch
+from megatron_sftrl.observability.watch import STEPS, Place, StragglerWatch
 
 
 def watch_of(*stages: int) -> StragglerWatch:

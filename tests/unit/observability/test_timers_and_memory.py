@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sftrl.observability.memory import peak_memory_bytes
-from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.observability.watch import Timers, peak_memory_bytes
 
 
 class Clock:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from megatron_sftrl.data.prompts import PromptRow, PromptSet
-from megatron_sftrl.observability.timers import Timers
+from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.trainers.guards import named_step
 from megatron_sftrl.trainers.rollouts import RolloutCollector, check_groups
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
