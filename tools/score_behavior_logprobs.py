@@ -31,8 +31,8 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
-from megatron_sftrl.trainers.plan import batch_layout, plan_model
-from megatron_sftrl.trainers.scoring import score_responses
+from megatron_sftrl.trainers.checked import batch_layout, plan_model
+from megatron_sftrl.trainers.experience import score_responses
 
 
 def main() -> None:

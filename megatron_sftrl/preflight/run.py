@@ -35,7 +35,7 @@ from megatron_sftrl.preflight.verdict import (
     compare_versions,
 )
 from megatron_sftrl.rollout.build import check_engine
-from megatron_sftrl.trainers.plan import RunPlan, plan_run
+from megatron_sftrl.trainers.checked import RunPlan, plan_run
 
 
 def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float | None) -> None:

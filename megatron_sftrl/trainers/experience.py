@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
 from megatron_sftrl.data.packing import Example, StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
+from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.losses.api import Aggregation
 from megatron_sftrl.rl.advantages import AdvantageEstimator, by_group, group_advantages
 from megatron_sftrl.rl.rewards import Scored
@@ -159,3 +162,47 @@ def with_advantages(responses: Sequence[Response], estimator: AdvantageEstimator
         replace(each, advantage=0.0 if each.scored.reward is None else next(values[each.group]))
         for each in responses
     ]
+
+
+# Log-probabilities of learned tokens under the policy, collected from all ranks.
+
+
+def score_responses(
+    policy: PolicyEngine, data: StepData, *, temperature: float = 1.0
+) -> dict[int, list[float]]:
+    """Score the learned tokens of every sequence of a step; every rank calls it and gets all of them.
+
+    Args:
+        policy: the model.
+        data: this rank's micro-batches.
+        temperature: logits are divided by it.
+    Returns:
+        By row of the step: nats of each learned token, in order.
+    Raises:
+        FloatingPointError: on every rank: some that are NaN or infinite.
+    """
+    parallel = policy.parallel
+    mine: dict[int, list[float]] = {}
+    with policy.evaluation():
+        logprobs = policy.logprobs(data.batches, temperature=temperature)
+    # Empty on all but the last pipeline stage.
+    if logprobs:
+        for values, batch, rows in zip(
+            logprobs, data.batches, data.microbatch_rows[parallel.dp_rank], strict=True
+        ):
+            starts = batch.cu_seqlens.tolist()
+            whole, mask = values.cpu(), batch.loss_mask
+            for row, start, stop in zip(rows, starts, starts[1:], strict=False):
+                mine[row] = whole[start:stop][mask[start:stop]].tolist()
+    shares: list[dict[int, list[float]] | None] = [None] * parallel.world_size
+    dist.all_gather_object(shares, mine)
+    bad = [rank for rank, share in enumerate(shares) if not all(map(_is_finite, (share or {}).values()))]
+    if bad:
+        raise FloatingPointError(
+            f"log-probabilities under the policy are NaN or infinite, on rank {', '.join(map(str, bad))}"
+        )
+    return {row: values for share in shares if share for row, values in share.items()}
+
+
+def _is_finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))

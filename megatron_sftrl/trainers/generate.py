@@ -20,8 +20,7 @@ from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
-from megatron_sftrl.trainers.ends import check_stop_ids, response_text, stop_ids
-from megatron_sftrl.trainers.plan import plan_model
+from megatron_sftrl.trainers.checked import check_stop_ids, plan_model, response_text, stop_ids
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 _RESPONSES_AT_ONCE = 512

@@ -21,28 +21,52 @@ from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.observability.metrics import MetricsWriter
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.watch import HangWatch, Timers, peak_memory_bytes
-from megatron_sftrl.rl.rewards import RewardPool, check_canaries, constant_answers, describe_failures
+from megatron_sftrl.rl.advantages import logprob_mismatch, mean_pass_at_k, reward_statistics
+from megatron_sftrl.rl.rewards import (
+    RewardPool,
+    check_canaries,
+    constant_answers,
+    describe_failures,
+    reward_metrics,
+)
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.build import build_engine, check_engine
+from megatron_sftrl.trainers.checked import RunPlan, batch_layout, export_assets, plan_run
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
-from megatron_sftrl.trainers.experience import ExperienceBatches, Response
-from megatron_sftrl.trainers.filling import Draws
-from megatron_sftrl.trainers.gates import Gates, stop_at, tell
-from megatron_sftrl.trainers.grpo_metrics import (
-    HELD_OUT,
-    filling_metrics,
-    mismatch_metrics,
-    response_metrics,
+from megatron_sftrl.trainers.experience import (
+    ExperienceBatches,
+    Response,
+    first_rewards,
+    grouped,
+    known_rewards,
+    score_responses,
 )
 from megatron_sftrl.trainers.guards import (
+    Gates,
     named_step,
     no_gradient_warning,
+    stop_at,
     stop_on_idle_streak,
     stop_on_nonfinite_streak,
+    tell,
     tell_skipped,
 )
-from megatron_sftrl.trainers.loop import (
+from megatron_sftrl.trainers.origins import Origins
+from megatron_sftrl.trainers.rollouts import (
+    Collected,
+    Draws,
+    RolloutCollector,
+    SampleLog,
+    check_rows,
+    num_rollout_steps,
+    open_prompts,
+    try_own_answers,
+)
+from megatron_sftrl.trainers.run import (
+    StopRequest,
+    Stragglers,
     begin_run,
+    build_models,
     follow,
     hold,
     metrics_on_rank_zero,
@@ -50,16 +74,102 @@ from megatron_sftrl.trainers.loop import (
     save_numbers,
     shared_progress,
 )
-from megatron_sftrl.trainers.models import build_models
-from megatron_sftrl.trainers.origins import Origins
-from megatron_sftrl.trainers.plan import RunPlan, batch_layout, export_assets, plan_run
-from megatron_sftrl.trainers.prompts import check_rows, num_rollout_steps, open_prompts, try_own_answers
-from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
-from megatron_sftrl.trainers.samples import SampleLog
-from megatron_sftrl.trainers.scoring import score_responses
-from megatron_sftrl.trainers.stop import StopRequest
-from megatron_sftrl.trainers.stragglers import Stragglers
 from megatron_sftrl.types import SamplingParams
+
+# The numbers of one GRPO step that its responses alone decide.
+
+
+SUCCESS = 0.5
+"""A response succeeds when the first reward of the run gives it at least this, before its weight."""
+
+HELD_OUT = tuple(
+    f"valid/{name}"
+    for name in (
+        "reward/mean",
+        "reward/lenient_mean",
+        "reward/pass_at_1",
+        "reward/unscored",
+        "rollout/response_tokens",
+    )
+)
+"""What an evaluation on held-out prompts measures."""
+
+
+def response_metrics(collected: Collected) -> dict[str, float]:
+    """Rewards, pass@k and lengths over everything that was generated, left-out groups included.
+
+    A response without a reward is neither right nor wrong. It is left out of every number about rewards but
+    its own, reward/unscored, and pass@k is over the groups of which k responses have one. A number that no
+    response is left for is not there.
+    """
+    responses = collected.generated
+    lengths = [len(each.rollout.response_tokens) for each in responses]
+    return {
+        **_reward_numbers(responses),
+        **reward_metrics([each.scored for each in responses]),
+        "rollout/prompts": len(grouped(responses)),
+        "rollout/trained_responses": sum(each.scored.reward is not None for each in collected.responses),
+        "rollout/response_tokens": sum(lengths) / len(lengths),
+        "rollout/longest_response": max(lengths),
+        "rollout/truncated": sum(not each.rollout.is_finished for each in responses) / len(responses),
+    }
+
+
+def _reward_numbers(responses: Sequence[Response]) -> dict[str, float]:
+    """Spread of the rewards, and how often the first one says that a response is right."""
+    numbers: dict[str, float] = {}
+    if rewards := known_rewards(responses):
+        statistics = reward_statistics(rewards)
+        numbers["reward/std"] = statistics.std
+        numbers["reward/zero_variance_groups"] = statistics.num_zero_variance_groups / statistics.num_groups
+    successes = {
+        group: [reward >= SUCCESS for reward in rewards]
+        for group, rewards in first_rewards(responses).items()
+    }
+    for k in {1, min(map(len, grouped(responses).values()))}:
+        if large := {group: found for group, found in successes.items() if len(found) >= k}:
+            numbers[f"reward/pass_at_{k}"] = mean_pass_at_k(large, k)
+    return numbers
+
+
+def filling_metrics(collected: Collected, *, wanted: int) -> dict[str, float]:
+    """How dynamic sampling filled the step; nothing without it.
+
+    Args:
+        collected: of the step.
+        wanted: groups of a full step.
+    Returns:
+        rollout/rounds of generation; rollout/useful_groups, the share of the groups whose first rewards
+        differ; rollout/filled, groups that are trained on over `wanted`; rollout/put_back, prompts that the
+        next step draws again.
+    """
+    if not collected.num_rounds:
+        return {}
+    draws = collected.draws
+    return {
+        "rollout/rounds": collected.num_rounds,
+        "rollout/useful_groups": draws.useful / draws.drawn,
+        "rollout/filled": len(grouped(collected.responses)) / wanted,
+        "rollout/put_back": draws.drawn - collected.num_prompts,
+    }
+
+
+def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
+    """How far the engine's log-probabilities are from the trainer's, over all generated tokens.
+
+    Args:
+        responses: with old_logprobs.
+    """
+    ours = torch.tensor([value for each in responses for value in each.old_logprobs])
+    engine = torch.tensor([value for each in responses for value in each.rollout.logprobs])
+    found = logprob_mismatch(ours, engine, torch.ones_like(ours, dtype=torch.bool))
+    return {
+        "mismatch/mean": found.mean,
+        "mismatch/max": found.maximum,
+        "mismatch/p999": found.percentile_999,
+        "mismatch/multiplicative_error": found.multiplicative_error,
+    }
+
 
 _PHASES = ("reshard", "generate", "reward", "old_logprobs", "update")
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+from megatron_sftrl.config.schema import GateSection
 from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.errors import UserError
 
@@ -118,3 +122,126 @@ def stop_on_idle_streak(streak: int, *, limit: int, step: int, numbers: Mapping[
 def _named(suspects: Sequence[str]) -> str:
     more = f" and {len(suspects) - _NAMED_AT_MOST} more" if len(suspects) > _NAMED_AT_MOST else ""
     return ", ".join(suspects[:_NAMED_AT_MOST]) + more
+
+
+# Limits on what a step measured: crossed for long enough, a gate warns or ends the run.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """A gate that has been crossed for its number of steps.
+
+    Args:
+        text: what happened, for people.
+        stops: the gate ends the run.
+    """
+
+    text: str
+    stops: bool
+
+
+class Gates:
+    """Counts for how many steps in a row each gate has been crossed; a resumed run counts anew.
+
+    Args:
+        sections: the run's gates.
+        defaults: of the run's loss; those on a metric that the run has a gate on are left out. They warn
+            after 1, 2, 4, 8, ... times their steps.
+        held_out: metrics of an evaluation, which only some steps have; None where they are those of a step,
+            under valid/.
+        sometimes: further metrics that a whole step may lack.
+    Raises:
+        UserError: a gate on a held-out metric that no evaluation has.
+    """
+
+    def __init__(
+        self,
+        sections: Sequence[GateSection],
+        *,
+        defaults: Sequence[GateSection] = (),
+        held_out: Sequence[str] | None = (),
+        sometimes: Sequence[str] = (),
+    ) -> None:
+        written = {gate.metric for gate in sections}
+        self._sections = (*sections, *(gate for gate in defaults if gate.metric not in written))
+        self._num_written = len(sections)
+        self._sometimes = frozenset(sometimes)
+        self._held_out = None if held_out is None else frozenset(held_out)
+        for gate in self._sections:
+            if held_out is None:
+                break
+            if gate.metric.startswith("valid/") and gate.metric not in held_out:
+                known = f"are {', '.join(held_out)}" if held_out else "need data.valid"
+                raise UserError(f"gates: there is no metric {gate.metric!r}; held-out metrics {known}")
+        self._streaks = [0] * len(self._sections)
+
+    def check(self, step: int, metrics: Mapping[str, float], *, is_whole: bool) -> list[Crossing]:
+        """Look at one step's numbers; a number that is NaN crosses every gate on it.
+
+        Args:
+            step: they are of.
+            metrics: by name.
+            is_whole: the policy was updated, so that every metric of training is there. A gate on one that is
+                not there waits for a step that has it.
+        Raises:
+            UserError: a gate on a metric that a whole step does not have, with those it has.
+        """
+        crossed = []
+        for index, gate in enumerate(self._sections):
+            if gate.metric not in metrics:
+                if is_whole and not self._may_come(gate.metric, metrics):
+                    raise UserError(_unknown(gate.metric, metrics))
+                continue
+            value = metrics[gate.metric]
+            is_below = gate.below is not None and value < gate.below
+            is_above = gate.above is not None and value > gate.above
+            is_crossed = is_below or is_above or math.isnan(value)
+            self._streaks[index] = self._streaks[index] + 1 if is_crossed else 0
+            if self._is_told(index, gate):
+                limit = f"below {gate.below}" if gate.below is not None else f"above {gate.above}"
+                crossed.append(
+                    Crossing(
+                        text=f"step {step}: {gate.metric} = {value:.6g} is {limit}, "
+                        f"{self._streaks[index]} step(s) in a row",
+                        stops=gate.action == "stop",
+                    )
+                )
+        return crossed
+
+    def _is_told(self, index: int, gate: GateSection) -> bool:
+        times, rest = divmod(self._streaks[index], gate.steps)
+        if index < self._num_written:
+            return times > 0
+        # A user did not ask for it: a line in every step of a long run would hide the rest.
+        return rest == 0 and times.bit_count() == 1
+
+    def _may_come(self, name: str, metrics: Mapping[str, float]) -> bool:
+        """A metric that this step lacks is one of an evaluation, or one that a step may lack."""
+        if name in self._sometimes:
+            return True
+        if self._held_out is not None:
+            return name in self._held_out
+        is_evaluated = any(each.startswith("valid/") for each in metrics)
+        return name.startswith("valid/") and not is_evaluated and name.removeprefix("valid/") in metrics
+
+
+def tell(crossings: Sequence[Crossing]) -> None:
+    """A line on standard error for each; rank 0 only."""
+    for crossing in crossings:
+        print(f"gate: {crossing.text}", file=sys.stderr, flush=True)
+
+
+def stop_at(crossings: Sequence[Crossing]) -> None:
+    """End the run, whose checkpoint is saved, where a gate stops it.
+
+    Raises:
+        UserError: with what happened.
+    """
+    if texts := [crossing.text for crossing in crossings if crossing.stops]:
+        raise UserError(f"a gate ended the run, its checkpoint is saved: {'; '.join(texts)}")
+
+
+def _unknown(name: str, metrics: Mapping[str, float]) -> str:
+    near = difflib.get_close_matches(name, list(metrics), n=1)
+    meant = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"gates: there is no metric {name!r}{meant}; this run has {', '.join(sorted(metrics))}"

@@ -2,27 +2,122 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
 from megatron_sftrl.config.schema import GrpoConfig
-from megatron_sftrl.data.loader import SampleOrder
-from megatron_sftrl.data.prompts import PromptRow, PromptSet
+from megatron_sftrl.data.loader import SampleOrder, num_training_steps
+from megatron_sftrl.data.prompts import PromptRow, PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.advantages import informative_groups
-from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored, failed_everywhere
+from megatron_sftrl.rl.rewards import (
+    OwnRow,
+    Reward,
+    RewardInputs,
+    RewardPool,
+    Scored,
+    check_own_rows,
+    failed_everywhere,
+    spread,
+)
+from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
-from megatron_sftrl.trainers.ends import response_text
-from megatron_sftrl.trainers.experience import Response, first_rewards, with_advantages
-from megatron_sftrl.trainers.filling import NO_DRAWS, Draws, fill, num_to_draw
+from megatron_sftrl.trainers.checked import RunPlan, response_text
+from megatron_sftrl.trainers.experience import Response, first_rewards, grouped, with_advantages
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
+
+# How many prompts a step of dynamic sampling draws, and which of the useful groups it trains on.
+
+
+_MARGIN = 2.0
+"""Standard deviations by which a draw is larger than what it takes on average: 98 of 100 draws suffice."""
+
+_MOST_AT_ONCE = 4
+"""Most prompts of one draw, in multiples of rollout.prompts_per_step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """What became of prompts that were drawn; of the last step it is the share that the next one counts on.
+
+    Args:
+        drawn: prompts that were answered.
+        useful: of them, those whose responses were not all equally good.
+    """
+
+    drawn: int = 0
+    useful: int = 0
+
+    def __add__(self, other: Draws) -> Draws:
+        return Draws(drawn=self.drawn + other.drawn, useful=self.useful + other.useful)
+
+
+NO_DRAWS = Draws()
+
+
+def num_to_draw(missing: int, *, seen: Draws, wanted: int) -> int:
+    """Prompts to draw so that `missing` of them are useful, most probably.
+
+    Until m useful ones are found at a useful share s it takes m / s draws on average, with a standard
+    deviation of sqrt(m (1 - s)) / s (negative binomial distribution), so that
+
+        n = (m + 2 sqrt(m (1 - s))) / s
+
+    Args:
+        missing: m, at least 1.
+        seen: the last step's draws and this step's, from which s is taken.
+        wanted: prompts of a full step: what is drawn while no share is known, and a quarter of the most.
+    """
+    if not seen.useful:
+        return missing if not seen.drawn else wanted
+    share = seen.useful / seen.drawn
+    number = (missing + _MARGIN * math.sqrt(missing * (1 - share))) / share
+    return min(math.ceil(number), _MOST_AT_ONCE * wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filling:
+    """What a step takes of the groups that it found.
+
+    Args:
+        trained: ids of the groups that are trained on, whole mini-batches of them.
+        num_prompts: how far the order of the data has moved. Useful groups beyond what is trained are put
+            back: the next step draws their prompts again and answers them with its own policy.
+    """
+
+    trained: tuple[int, ...]
+    num_prompts: int
+
+
+def fill(useful: Sequence[int], *, first: int, drawn: int, wanted: int, multiple_of: int) -> Filling:
+    """Choose the first `wanted` useful groups, or as many whole mini-batches as there are.
+
+    An update of a part of a mini-batch would have the step size of a whole one. A search that found no whole
+    one puts nothing back: the same policy would draw the same responses again.
+
+    Args:
+        useful: ids, which are places in the order of the data, ascending.
+        first: place of the step's first prompt.
+        drawn: prompts of the step.
+        wanted: groups of a full step, a multiple of `multiple_of`.
+        multiple_of: groups of the smallest number of whole mini-batches that ends with a group.
+    """
+    assert wanted % multiple_of == 0, "config.checks refuses mini-batches that do not divide a step"
+    count = min(len(useful), wanted) // multiple_of * multiple_of
+    is_put_back = 0 < count < len(useful)
+    return Filling(trained=tuple(useful[:count]), num_prompts=useful[count] - first if is_put_back else drawn)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,3 +322,159 @@ def check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, s
             raise FloatingPointError(
                 f"the engine's log-probabilities of its responses to prompt {prompt.id} are NaN or infinite"
             )
+
+
+# rollouts.jsonl: what the policy answered, for people to read; in step with metrics.jsonl after a resume.
+
+
+class SampleLog:
+    """Appends one line for each response of a step's first groups.
+
+    Args:
+        path: the file; created, or continued.
+        tokenizer: to show token ids as text.
+        num_groups: written of each step, left-out groups included.
+        resume_step: last step that the resumed checkpoint holds; lines of later steps, which will be taken
+            again, are removed.
+    Raises:
+        UserError: a line that is not a JSON object with a step, or a file that cannot be read or written.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, *, num_groups: int, resume_step: int) -> None:
+        self._path, self._tokenizer, self._num_groups = path, tokenizer, num_groups
+        try:
+            if path.exists():
+                _keep_steps_up_to(path, resume_step)
+            path.open("a").close()  # what cannot be written shall not come out after the first step
+        except (OSError, UnicodeDecodeError) as error:
+            raise error_of(f"the samples cannot be written to {path}: {error}", error) from error
+
+    def write(self, step: int, responses: Sequence[Response]) -> None:
+        """One step's responses, group by group.
+
+        Raises:
+            UserError: they cannot be written, and would not be after a restart; a disk is full, say.
+            RuntimeError: the file system fails.
+        """
+        groups = list(grouped(responses).values())[: self._num_groups]
+        lines = [
+            json.dumps(self._sample(response, step), ensure_ascii=False) + "\n"
+            for group in groups
+            for response in group
+        ]
+        try:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise error_of(
+                f"the samples of step {step} cannot be written to {self._path}: {error}; start the run again "
+                "(a full disk: after freeing space), it goes on from its last checkpoint",
+                error,
+            ) from error
+
+    def _sample(self, response: Response, step: int) -> dict[str, object]:
+        rollout = response.rollout
+        return {
+            "step": step,
+            "group": response.group,
+            "source": response.row.source,
+            "prompt": self._tokenizer.decode(rollout.prompt_tokens),
+            "response": self._tokenizer.decode(rollout.response_tokens),
+            "reward": response.scored.reward,
+            "rewards": {
+                part.name: part.reward if part.outcome == "ok" else None for part in response.scored.parts
+            },
+            "outcomes": {part.name: part.outcome for part in response.scored.parts},
+            "advantage": response.advantage,
+            "is_finished": rollout.is_finished,
+            "prompt_tokens": rollout.prompt_tokens,
+            "response_tokens": rollout.response_tokens,
+        }
+
+
+def _keep_steps_up_to(path: Path, last_step: int) -> None:
+    """Remove lines of later steps, and a last line that a crash has torn."""
+    # Not splitlines(): a response may hold characters that it takes for the end of a line.
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise UserError(
+                f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}; repair or "
+                "remove the file"
+            ) from None
+        if step <= last_step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+# The prompts of a GRPO run, held against its rewards and its length before anything is built.
+
+
+_NUM_TRIED = 8
+"""Rows of each set of prompts whose own answers are scored before a run."""
+
+
+def open_prompts(plan: RunPlan[GrpoConfig]) -> tuple[PromptSet, PromptSet | None]:
+    """Prompts to train on, and held-out ones where the run has some.
+
+    Raises:
+        UserError: as read_prompt_set, or epochs that do not fill a step.
+    """
+    data = plan.config.data
+    limit = data.max_prompt_length
+    train = read_prompt_set(data.train, plan.tokenizer, max_prompt_length=limit)
+    num_rollout_steps(plan.config, train)
+    if not data.valid:
+        return train, None
+    return train, read_prompt_set(data.valid, plan.tokenizer, max_prompt_length=limit, key="data.valid")
+
+
+def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
+    """Steps of the whole run; under dynamic sampling an epoch counts the prompts of full groups.
+
+    Raises:
+        UserError: epochs that do not fill a step.
+    """
+    return num_training_steps(
+        steps=config.train.steps,
+        epochs=config.train.epochs,
+        num_rows=len(prompts.rows),
+        global_size=config.rollout.prompts_per_step,
+        size_key="rollout.prompts_per_step",
+    )
+
+
+def check_rows(rewards: Sequence[Reward], *prompts: PromptSet) -> None:
+    """Every row holds what the rewards look at, in a form that they can read.
+
+    Raises:
+        UserError: names the first row that does not.
+    """
+    for row in (row for each in prompts for row in each.rows):
+        for reward in rewards:
+            try:
+                reward.check_row(cast(dict[str, Json], row.values))
+            except ValueError as error:
+                raise UserError(f"{row.source}: {error}") from error
+
+
+def try_own_answers(rewards: RewardPool, tokenizer: Tokenizer, *prompts: PromptSet) -> None:
+    """Score the answers of a few rows of each set as responses; on stderr, the rows on which a reward failed.
+
+    Raises:
+        UserError: as check_own_rows.
+    """
+    rows = [
+        OwnRow(
+            source=each.rows[place].source,
+            prompt=tokenizer.decode(each.rows[place].tokens),
+            values=cast(dict[str, Json], each.rows[place].values),
+        )
+        for each in prompts
+        for place in spread(len(each.rows), _NUM_TRIED)
+    ]
+    for note in check_own_rows(rewards, rows):
+        print(f"note: {note}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 def slowed_steps(slow: int) -> list[dict[str, float]]:
     """Numbers of two steps in which one rank waits until the other has its gradients, and a little longer."""
     from megatron_sftrl.losses.registry import build_loss
-    from megatron_sftrl.trainers.stragglers import Stragglers
+    from megatron_sftrl.trainers.run import Stragglers
 
     with engines(Span(parallel={})) as (parallel, policy, _):
         stragglers, store = Stragglers(policy, parallel), dist.distributed_c10d._get_default_store()
@@ -56,7 +56,7 @@ def test_one_process_has_nobody_to_compare_with() -> None:
 
 
 def numbers_of_one() -> dict[str, float]:
-    from megatron_sftrl.trainers.stragglers import Stragglers
+    from megatron_sftrl.trainers.run import Stragglers
 
     with engines(Span(parallel={})) as (parallel, policy, _), torch.no_grad():
         return Stragglers(policy, parallel).numbers()

@@ -92,7 +92,7 @@ def workers_do_not_start() -> contextlib.AbstractContextManager:
 
 
 def samples_cannot_be_written() -> contextlib.AbstractContextManager:
-    from megatron_sftrl.trainers.samples import SampleLog
+    from megatron_sftrl.trainers.rollouts import SampleLog
 
     return mock.patch.object(SampleLog, "write", side_effect=STALE)
 

@@ -80,7 +80,7 @@ def answers(number: int) -> list[bool]:
 
     from megatron_sftrl.config.schema import ParallelSection
     from megatron_sftrl.engine.parallel import parallel_context
-    from megatron_sftrl.trainers.stop import StopRequest
+    from megatron_sftrl.trainers.run import StopRequest
 
     def note(received: int, frame: object) -> None:
         raise AssertionError("the handler from before is not in force meanwhile")

@@ -18,7 +18,7 @@ from megatron_sftrl.models.hf_config import (
     read_hf_config,
 )
 from megatron_sftrl.models.hf_families import _OBEYED_ELSEWHERE
-from megatron_sftrl.trainers.plan import say_notes
+from megatron_sftrl.trainers.checked import say_notes
 from tests.unit.models.hf_files import read, values
 from tests.unit.models.random_architectures import FAMILIES
 

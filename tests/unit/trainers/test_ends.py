@@ -11,8 +11,7 @@ import pytest
 
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TokenizerSection
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_sftrl.trainers.ends import response_text, stop_ids
-from megatron_sftrl.trainers.plan import RunPlan, export_assets
+from megatron_sftrl.trainers.checked import RunPlan, export_assets, response_text, stop_ids
 from megatron_sftrl.types import SamplingParams
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 

@@ -11,8 +11,7 @@ import pytest
 from megatron_sftrl.data.prompts import PromptRow, PromptSet
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
-from megatron_sftrl.trainers.filling import NO_DRAWS, Draws, fill, num_to_draw
-from megatron_sftrl.trainers.rollouts import Collected, RolloutCollector
+from megatron_sftrl.trainers.rollouts import NO_DRAWS, Collected, Draws, RolloutCollector, fill, num_to_draw
 from megatron_sftrl.types import Rollout, SamplingParams
 
 ROLLOUT = Rollout(prompt_tokens=(1,), response_tokens=(2,), logprobs=(0.0,), is_finished=True)

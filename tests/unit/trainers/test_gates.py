@@ -9,7 +9,7 @@ import pytest
 from megatron_sftrl.config.schema import GateSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import build_loss
-from megatron_sftrl.trainers.gates import Gates
+from megatron_sftrl.trainers.guards import Gates
 
 
 def stopped_steps(gate: GateSection, values: list[float]) -> list[int]:

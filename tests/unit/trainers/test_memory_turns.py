@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sftrl.trainers.memory_turns import MemoryTurns
+from megatron_sftrl.trainers.engine_updates import MemoryTurns
 
 
 class Recorder:

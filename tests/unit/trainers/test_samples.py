@@ -13,7 +13,7 @@ import pytest
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
-from megatron_sftrl.trainers.samples import SampleLog
+from megatron_sftrl.trainers.rollouts import SampleLog
 from megatron_sftrl.types import Rollout
 
 

@@ -17,7 +17,7 @@ def said_of(value: float) -> str:
     """What is said when rank 1 computes `value` for a learned token, and NaN where nothing is learned."""
     import torch.distributed as dist
 
-    from megatron_sftrl.trainers.scoring import score_responses
+    from megatron_sftrl.trainers.experience import score_responses
 
     rank = dist.get_rank()
     numbers = torch.tensor([math.nan, value if rank == 1 else -1.0, -2.0])
