@@ -14,9 +14,71 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_sftrl import __version__
-from megatron_sftrl.doctor.arguments import add_doctor_arguments
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.planning.arguments import add_plan_arguments
+
+# The options of `sftrl plan`; nothing heavy is imported here, since every command builds the parser.
+
+
+_RATES = (
+    ("peak-tflops", 989.0, "dense bf16, of one GPU"),
+    ("hbm", 3350.0, "GB/s of a GPU's memory"),
+    ("nvlink", 450.0, "GB/s of a GPU inside the node, in one direction"),
+    ("network", 50.0, "GB/s of a GPU between nodes, in one direction"),
+    ("host-link", 10.0, "GB/s between a GPU and its host"),
+    ("efficiency", 0.6, "share of peak and memory rate that kernels reach: an assumption"),
+    ("link-efficiency", 0.8, "share of the links' rates that collectives reach: an assumption"),
+)
+
+
+def add_plan_arguments(plan: argparse.ArgumentParser) -> None:
+    """What the command line of `sftrl plan` may hold."""
+    plan.add_argument("config", help="YAML file of a run; of its model only config.json is read")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.tp=8")
+    plan.add_argument("--gpus", type=_count, required=True, help="GPUs of the job")
+    plan.add_argument("--gpu-memory", default="80GB", help="of one GPU; GB is 10^9 bytes, GiB 2^30 (80GB)")
+    plan.add_argument("--search", action="store_true", help="list the fastest layouts that fit")
+    plan.add_argument("--top", type=_count, default=8, help="layouts in that list (8)")
+    plan.add_argument("--mean-length", type=_count, help="tokens of a sequence in estimates (the longest)")
+    plan.add_argument("--json", type=Path, help="write everything to this file, too")
+    plan.add_argument("--gpus-per-node", type=_count, default=8, help="GPUs joined by NVLink (8)")
+    plan.add_argument("--reserve", default="6GB", help="of a GPU for CUDA, NCCL and the allocator (6GB)")
+    for name, default, meaning in _RATES:
+        plan.add_argument(f"--{name}", type=float, default=default, help=f"{meaning} ({default:g})")
+    plan.add_argument(
+        "--kernels",
+        choices=("transformer_engine", "torch"),
+        default="transformer_engine",
+        help="whose layers: torch where Transformer Engine is not installed (transformer_engine)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
+
+
+# The options of `sftrl doctor`, apart from what carries them out: the command line loads nothing heavy.
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add them to the parser of the command."""
+    parser.add_argument("what", choices=("loss",), help="what is examined")
+    parser.add_argument("--loss", metavar="NAME", help="registered name; not needed for a file of one loss")
+    parser.add_argument(
+        "--module", action="append", default=[], metavar="FILE", help="file of your own losses (repeatable)"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="key=value", help="of the loss, e.g. beta=5.0"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PROPERTY", help="look at this one (repeatable)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the step that is drawn (0)")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, metavar="S", help="seconds for a layout of several ranks (30)"
+    )
+
 
 _USER_ERROR = 2
 _STOPPED = os.EX_TEMPFAIL  # 75: ended early on request, with a checkpoint
@@ -246,7 +308,7 @@ def _preflight(parsed: argparse.Namespace) -> None:
     from megatron_sftrl.config.load import load_any_config
 
     config = load_any_config(parsed.config, parsed.overrides)
-    from megatron_sftrl.preflight.run import run_preflight
+    from megatron_sftrl.apps.preflight.run import run_preflight
 
     least = None if parsed.min_bandwidth is None else parsed.min_bandwidth * 1e9
     run_preflight(config, timeout_s=parsed.timeout, least_rate=least)
@@ -265,7 +327,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.planning.command import request_of, run_plan
+    from megatron_sftrl.apps.plan.command import request_of, run_plan
 
     run_plan(request_of(parsed))
 
@@ -284,7 +346,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from megatron_sftrl.doctor.command import request_of, run_doctor
+    from megatron_sftrl.apps.doctor.command import request_of, run_doctor
 
     return 0 if run_doctor(request_of(parsed)) else 1
 

@@ -1,4 +1,4 @@
-"""The rank workers of the test session: the pool of megatron_sftrl/doctor/ranks.py, kept until the end.
+"""The rank workers of the test session: the pool of megatron_sftrl/apps/doctor/ranks.py, kept until the end.
 
 assert run_ranks(2, total, 3) == [6, 6]           # total: a module-level function, see the pool
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.doctor.ranks import RankError, RankPool, free_port
+from megatron_sftrl.apps.doctor.ranks import RankError, RankPool, free_port
 
 __all__ = ["POOL", "ROOT", "RankError", "close_ranks", "free_port", "run_ranks"]
 

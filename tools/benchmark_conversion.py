@@ -191,7 +191,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _to_megatron(folder: Path, _: ParallelContext) -> Callable[[], float]:
-    from megatron_sftrl.conversion.from_hf import Layout, convert_from_hf
+    from megatron_sftrl.apps.convert.from_hf import Layout, convert_from_hf
 
     def work() -> float:
         start = time.perf_counter()
@@ -209,7 +209,7 @@ def _to_megatron(folder: Path, _: ParallelContext) -> Callable[[], float]:
 
 
 def _to_hf(folder: Path, _: ParallelContext) -> Callable[[], float]:
-    from megatron_sftrl.conversion.to_hf import convert_to_hf
+    from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 
     def work() -> float:
         start = time.perf_counter()

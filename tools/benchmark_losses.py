@@ -51,8 +51,8 @@ from loss_contenders import PLAIN, Sizes, contenders, make_batch, make_model, ma
 from loss_report import fraction_line, loss_facts, report_lines, write_json
 from other_kernels import KERNELS
 
+from megatron_sftrl.apps.doctor.ranks import free_port
 from megatron_sftrl.config.schema import ParallelSection
-from megatron_sftrl.doctor.ranks import free_port
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.errors import UserError
 

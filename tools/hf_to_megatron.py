@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_sftrl.apps.convert.from_hf import Layout, check_layout, convert_from_hf
+from megatron_sftrl.apps.convert.report import ByteProgress, dtype_named, report_assets, verify
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.schema import ParallelSection
-from megatron_sftrl.conversion.from_hf import Layout, check_layout, convert_from_hf
-from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_assets, verify
 from megatron_sftrl.engine.checkpoint import stored_assets
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.models.hf_config import from_hf_config

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_sftrl.apps.convert.report import ByteProgress, dtype_named, report_assets, verify
+from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.cli import run_command
 from megatron_sftrl.config.schema import ParallelSection
-from megatron_sftrl.conversion.report import ByteProgress, dtype_named, report_assets, verify
-from megatron_sftrl.conversion.to_hf import convert_to_hf
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.watch import return_freed_memory

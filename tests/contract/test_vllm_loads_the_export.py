@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl.conversion.from_hf import Layout
+from megatron_sftrl.apps.convert.from_hf import Layout
 from tests.distributed.hf_models import ORIGINAL_LENGTH
 from tests.distributed.test_conversion import convert_there_and_back
 from tests.hf_models import write_model

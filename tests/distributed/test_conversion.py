@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sftrl.apps.convert.from_hf import Layout, convert_from_hf
+from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.conversion.from_hf import Layout, convert_from_hf
-from megatron_sftrl.conversion.to_hf import convert_to_hf
 from tests.distributed.test_layouts import VOCAB_SIZE, step_batches
 from tests.hf_models import FAMILIES, differing, read_tensors, write_model
 from tests.ranks import run_ranks

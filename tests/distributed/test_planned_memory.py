@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_sftrl.apps.plan import activations
+from megatron_sftrl.apps.plan.activations import microbatch_of, step_peak
+from megatron_sftrl.apps.plan.model_state import buffer_layout, chunk_parameters, grid_of, model_state
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.models.architecture import from_section
-from megatron_sftrl.planning import activations
-from megatron_sftrl.planning.grid import grid_of
-from megatron_sftrl.planning.model_state import buffer_layout, model_state
-from megatron_sftrl.planning.parameters import chunk_parameters
-from megatron_sftrl.planning.peak import microbatch_of, step_peak
 from megatron_sftrl.vocab_parallel import output_layer
 from tests.distributed.memory_runs import Held, measure
 from tests.distributed.test_layouts import make_config

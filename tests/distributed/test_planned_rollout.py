@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_sftrl.apps.plan.activations import microbatch_of
+from megatron_sftrl.apps.plan.job import Hardware
+from megatron_sftrl.apps.plan.memory import rollout_memory
+from megatron_sftrl.apps.plan.model_state import grid_of
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.kv_cache import KvCache
 from megatron_sftrl.models.architecture import from_section
-from megatron_sftrl.planning.grid import grid_of
-from megatron_sftrl.planning.hardware import Hardware
-from megatron_sftrl.planning.peak import microbatch_of
-from megatron_sftrl.planning.rollout_memory import rollout_memory
 from megatron_sftrl.types import Prompt, SamplingParams
 from tests.distributed.memory_runs import allocated_peak, storage_bytes
 from tests.distributed.test_layouts import make_config

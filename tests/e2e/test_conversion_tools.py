@@ -105,7 +105,7 @@ def test_dtypes_are_kept_or_chosen_on_both_ways(hf: Path, checkpoint: Path, tmp_
 
 def swap_gate_and_up() -> None:
     """An export that writes the gate's rows under the name of the other half, and these under the gate's."""
-    from megatron_sftrl.conversion import to_hf
+    from megatron_sftrl.apps.convert import to_hf
 
     right = to_hf.fill_whole
 

@@ -16,10 +16,10 @@ from unittest import mock
 
 import pytest
 
+from megatron_sftrl.apps.preflight.node import checkpoint_bytes
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.engine.checkpoint import StoredTensors
 from megatron_sftrl.models import architecture_of
-from megatron_sftrl.preflight.storage import checkpoint_bytes
 from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.product import Ended, call_main, sftrl, sftrl_each
 from tests.e2e.project import Project
@@ -81,14 +81,14 @@ def test_one_process_needs_no_launcher(line: list[str]) -> None:
 
 
 def other_versions() -> contextlib.AbstractContextManager:
-    from megatron_sftrl.preflight import node
+    from megatron_sftrl.apps.preflight import node
 
     right = node._version
     return mock.patch.object(node, "_version", lambda name: "0.0" if name == "torch" else right(name))
 
 
 def wrong_clock() -> contextlib.AbstractContextManager:
-    from megatron_sftrl.preflight import run
+    from megatron_sftrl.apps.preflight import run
 
     right = run.clock_after_barrier
 
@@ -137,7 +137,7 @@ def test_a_node_that_lacks_the_data_is_named(line: list[str], tmp_path: Path) ->
 
 
 def a_stale_handle() -> contextlib.AbstractContextManager:
-    from megatron_sftrl.preflight import run
+    from megatron_sftrl.apps.preflight import run
 
     return mock.patch.object(run, "leave_mark", side_effect=OSError(errno.ESTALE, "Stale file handle"))
 
@@ -153,7 +153,7 @@ def test_a_file_system_that_fails_is_named_as_a_failure_and_beside_a_mistake_as_
 
 
 def slow_reader() -> contextlib.AbstractContextManager:
-    from megatron_sftrl.preflight import network
+    from megatron_sftrl.apps.preflight import network
 
     def slow(text: bytes) -> object:
         time.sleep(0.1)
@@ -181,7 +181,7 @@ def test_a_gpu_that_is_too_small_for_the_model_is_told(line: list[str]) -> None:
 
 
 def on_a_gpu_of(num_bytes: int, line: list[str], port: int) -> Ended:
-    with mock.patch("megatron_sftrl.preflight.run.own_gpu_bytes", return_value=num_bytes):
+    with mock.patch("megatron_sftrl.apps.preflight.run.own_gpu_bytes", return_value=num_bytes):
         return call_main([line], [port])[0]
 
 

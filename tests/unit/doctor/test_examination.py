@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 import megatron_sftrl
-from megatron_sftrl.doctor.checks import CHECKS
-from megatron_sftrl.doctor.evaluation import LossSpec
-from megatron_sftrl.doctor.examination import Examination, Finding, examine
-from megatron_sftrl.doctor.ranks import RankError, RankPool
+from megatron_sftrl.apps.doctor.checks import CHECKS, Examination, Finding, examine
+from megatron_sftrl.apps.doctor.evaluation import LossSpec
+from megatron_sftrl.apps.doctor.ranks import RankError, RankPool
 from megatron_sftrl.losses.registry import DEFAULT_REGISTRY
 from tests.ranks import POOL
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sftrl.doctor.case import LENGTHS, VOCAB_SIZE, draw_case
-from megatron_sftrl.doctor.layouts import Layout, groups_of, pieces_of
+from megatron_sftrl.apps.doctor.case import LENGTHS, VOCAB_SIZE, Layout, draw_case, groups_of, pieces_of
 from megatron_sftrl.losses.registry import NEEDS
 
 

@@ -1,0 +1,304 @@
+"""Bytes that one micro-batch leaves behind for its backward, block by block and at the loss.
+
+Counted tensor by tensor as the layers save them. "torch" are the layers of engine/local_layers.py, held
+against measured peaks on the CPU. "transformer_engine" are the terms of Korthikanti et al. (arXiv:2205.05198,
+section 4: the tensors that each operation's backward reads, attention without its scores) for SwiGLU, grouped
+queries and no dropout; they were not measured.
+
+    t   tokens of a micro-batch on this rank, T / cp
+    u   tokens of the residual stream, t / tp under sequence parallelism, else t
+    e   bytes of an activation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sftrl.apps.plan.model_state import Grid, element_bytes
+from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+
+Kernels = Literal["torch", "transformer_engine"]
+Fused = Literal["auto", "on", "off"]
+_FP32, _INT64 = 4, 8
+_LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
+"""vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
+_FUSED_CHUNK = {"torch": 112 * 2**20, "transformer_engine": 512 * 2**20}
+"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """One micro-batch as a rank sees it.
+
+    Args:
+        tokens: t.
+        residual_tokens: u.
+        longest: tokens of its longest sequence, before context parallelism.
+        element: e.
+        kernels: whose layers.
+    """
+
+    tokens: int
+    residual_tokens: int
+    longest: int
+    element: int
+    kernels: Kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockBytes:
+    """One transformer block.
+
+    Args:
+        input: the residual stream before it, all that full recomputation keeps.
+        saved: kept for its backward.
+        forward: most that its forward holds beyond `saved` and its input.
+        backward: most that its backward adds to `saved`.
+    """
+
+    input: int
+    saved: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadBytes:
+    """The final norm, the output layer and the loss, on the last stage.
+
+    Args:
+        saved: kept for the backward, without logits.
+        logits: [t, V/tp] of one model, or the chunk of them that exists at a time.
+        is_fused: logits live for a chunk, not for a micro-batch.
+        forward: most that the loss adds to the logits of policy and reference.
+        backward: most that the backward of loss and output layer adds to them.
+    """
+
+    saved: int
+    logits: int
+    is_fused: bool
+    forward: int
+    backward: int
+
+
+def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> BlockBytes:
+    """What one block holds for one micro-batch."""
+    stream = batch.residual_tokens * architecture.hidden_size * batch.element
+    gathered = batch.tokens * architecture.hidden_size * batch.element
+    mlp = _expert_bytes if architecture.mixture else _mlp_bytes
+    saved = _attention_bytes(architecture, grid, batch) + mlp(architecture, grid, batch)
+    # A product's gradient replaces what the backward has let go by then.
+    work = _widest(architecture, grid, batch) + 2 * stream + gathered * grid.sequence_parallel
+    if architecture.mixture is not None:
+        # Token visits are permuted, exchanged and sorted by expert: what a step reads, and what it writes.
+        work += 2 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
+    return BlockBytes(
+        input=stream,
+        saved=saved,
+        forward=work,
+        backward=work + _largest_gradient(architecture, grid, batch),
+    )
+
+
+def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Most that one block's forward holds when no backward follows, its input included: in its MLP."""
+    mlp = _expert_bytes if architecture.mixture else _mlp_bytes
+    norm = _norm_bytes(architecture.hidden_size, batch)
+    stream = batch.residual_tokens * architecture.hidden_size * batch.element
+    gathered = batch.tokens * architecture.hidden_size * batch.element
+    return mlp(architecture, grid, batch) - norm + 4 * stream + gathered * grid.sequence_parallel
+
+
+def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused) -> HeadBytes:
+    """What the last stage holds for one micro-batch behind its blocks."""
+    columns = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp
+    logits = batch.tokens * columns * batch.element
+    gathered = batch.tokens * architecture.hidden_size * batch.element
+    weight = columns * architecture.hidden_size * batch.element
+    chunk, saved = _LOGIT_CHUNK[batch.kernels], _norm_bytes(architecture.hidden_size, batch)
+    if fused == "on" or (fused == "auto" and logits > _FUSED_CHUNK[batch.kernels]):
+        # The gradient takes the place of the chunk's logits; what is left is that of the hidden states.
+        states = (2 + grid.sequence_parallel) * gathered
+        size = min(logits, _FUSED_CHUNK[batch.kernels])
+        # The policy's logits of the next chunk are made while the ranks reduce over this one.
+        ahead = min(logits - size, size) if grid.tp > 1 else 0
+        at_work = chunk + states + ahead
+        return HeadBytes(saved=saved, logits=size, is_fused=True, forward=at_work, backward=at_work)
+    return HeadBytes(
+        saved=saved,
+        logits=logits,
+        is_fused=False,
+        forward=chunk,
+        backward=logits + max(chunk, weight + (1 + grid.sequence_parallel) * gathered),
+    )
+
+
+def _norm_bytes(width: int, batch: Microbatch, tokens: int | None = None, out: bool = True) -> int:
+    """Input and output of an RMSNorm; the torch one keeps its input in fp32, and the normalised values."""
+    tokens = batch.residual_tokens if tokens is None else tokens
+    kept = batch.element if batch.kernels == "transformer_engine" else _FP32 + batch.element
+    return tokens * (width * (kept + batch.element * out) + _FP32)
+
+
+def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Norm, q/k/v, rotation, attention, output projection."""
+    t, e = batch.tokens, batch.element
+    query = t * (a.num_attention_heads // grid.tp) * a.head_dim * e
+    keys = t * (a.num_query_groups // grid.tp) * a.head_dim * e
+    total = _norm_bytes(a.hidden_size, batch)
+    if a.qk_norm:
+        for heads in (a.num_attention_heads, a.num_query_groups):
+            total += _norm_bytes(a.head_dim, batch, tokens=t * (heads // grid.tp), out=False)
+    total += t * (a.num_attention_heads // grid.tp) * _FP32  # log-sum-exp
+    if batch.kernels == "transformer_engine":
+        return total + 2 * query + 2 * keys  # q, k, v and the output, which the projection reads as well
+    if a.qkv_bias and grid.sequence_parallel:  # BiasedColumnParallelLinear keeps the gathered input
+        total += (t - batch.residual_tokens) * a.hidden_size * e
+    total += 3 * t * a.head_dim * e  # cos and sin
+    total += t * (3 * _INT64 + 1)  # rows of the packed tokens
+    if grid.cp > 1:  # the mask by positions, as SDPA's additive values
+        total += t * batch.longest * (e + 1)
+    # Reading the packed sequences out copies q, k and v; putting them back copies the output.
+    return total + query + 2 * grid.cp * keys + query + query
+
+
+def _mlp_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Norm, both halves of fc1, silu, the shifted linear half and the product: Megatron's unfused SwiGLU."""
+    width = a.ffn_hidden_size // grid.tp
+    return _norm_bytes(a.hidden_size, batch) + 5 * batch.tokens * width * batch.element
+
+
+def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Norm, router, dispatched tokens, and as many products as the tokens visit experts, evenly spread."""
+    assert a.mixture is not None
+    tokens = routed_tokens(a, grid, batch)
+    router = batch.residual_tokens * (
+        a.mixture.experts_per_token * (2 * _INT64 + _FP32) + a.mixture.num_experts * (1 + batch.element)
+    )
+    width = 6 * (a.ffn_hidden_size // grid.etp)
+    return _norm_bytes(a.hidden_size, batch) + router + tokens * (a.hidden_size + width) * batch.element
+
+
+def routed_tokens(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Token visits that a rank's experts see, when the router spreads them evenly.
+
+    The tensor-parallel ranks of an expert gather each other's tokens.
+    """
+    assert a.mixture is not None
+    return batch.residual_tokens * a.mixture.experts_per_token * grid.etp
+
+
+def _widest(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """[tokens, F] of one product in the MLP."""
+    if a.mixture is not None:
+        return routed_tokens(a, grid, batch) * (a.ffn_hidden_size // grid.etp) * batch.element
+    return batch.tokens * (a.ffn_hidden_size // grid.tp) * batch.element
+
+
+def _largest_gradient(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Of a weight, before it is added to the fp32 buffer."""
+    cuts = grid.etp if a.mixture else grid.tp
+    return 2 * a.ffn_hidden_size // cuts * a.hidden_size * batch.element
+
+
+# The most that one step's forward and backward hold at once on a rank, beyond the model's state.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPeak:
+    """Bytes at the fullest moment of a step on one rank.
+
+    Args:
+        blocks: kept for the backward of all micro-batches in flight, and the block at work.
+        logits: of policy and reference, their gradient, the loss's buffers; 0 before the last stage.
+        reference_states: last hidden states of the reference, for every micro-batch of the step.
+        reference_forward: the most that the reference's own forward holds, which is over by then.
+    """
+
+    blocks: int
+    logits: int
+    reference_states: int
+    reference_forward: int
+
+    @property
+    def training(self) -> int:
+        """While the policy runs."""
+        return self.blocks + self.logits + self.reference_states
+
+
+def microbatch_of(config: TrainingConfig, grid: Grid, kernels: Kernels) -> Microbatch:
+    """The largest micro-batch that the batch section allows."""
+    multiple = 2 * grid.cp if grid.cp > 1 else 1
+    whole = config.batch.max_tokens or config.batch.micro_size * _round_up(config.max_length, multiple)
+    tokens = _round_up(whole, multiple * grid.tp) // grid.cp
+    return Microbatch(
+        tokens=tokens,
+        residual_tokens=tokens // grid.tp if grid.sequence_parallel else tokens,
+        longest=config.max_length,
+        element=element_bytes(config),
+        kernels=kernels,
+    )
+
+
+def step_peak(
+    architecture: Architecture,
+    config: TrainingConfig,
+    grid: Grid,
+    batch: Microbatch,
+    *,
+    stage: int,
+    num_microbatches: int,
+) -> StepPeak:
+    """What a stage's rank holds at the fullest moment.
+
+    Args:
+        architecture, config, grid: of the run.
+        batch: the largest micro-batch.
+        stage: pipeline stage.
+        num_microbatches: of a rank in one step.
+    """
+    block = block_bytes(architecture, grid, batch)
+    is_full, has_reference = config.train.recompute == "full", config.reference is not None
+    per_chunk = architecture.num_layers // grid.num_chunks
+    in_flight = chunks_in_flight(grid, stage=stage, num_microbatches=num_microbatches)
+    kept = block.input if is_full else block.saved
+    blocks = in_flight * per_chunk * kept
+    # What the stages exchange is kept until its backward, and an output on its way.
+    exchanged = (in_flight + 1) * block.input if grid.pp > 1 else 0
+    # The block at work: recomputed, and the gradients in it.
+    at_work = (block.saved if is_full else 0) + block.backward
+    if stage < grid.pp - 1:
+        return StepPeak(
+            blocks=blocks + exchanged + at_work,
+            logits=0,
+            reference_states=0,
+            reference_forward=(2 * block.input + block.forward) * has_reference,
+        )
+    head = head_bytes(architecture, grid, batch, config.loss.fused)
+    num_models = 1 + has_reference
+    # The graph of the micro-batch before is let go after this one's forward, and its logits with it.
+    held = num_models * head.logits
+    earlier = held if num_microbatches > 1 and not head.is_fused else 0
+    at_head = max(earlier + head.forward, head.backward)
+    states = num_microbatches * block.input * has_reference
+    return StepPeak(
+        blocks=blocks + exchanged + head.saved + max(0, at_work - at_head),
+        logits=held + at_head,
+        reference_states=states,
+        reference_forward=(states + 2 * block.input + block.forward) * has_reference,
+    )
+
+
+def chunks_in_flight(grid: Grid, *, stage: int, num_microbatches: int) -> int:
+    """Forwards of a chunk whose backward is still to come, at most (1F1B, interleaved where vp > 1)."""
+    if grid.pp == 1:
+        return 1
+    behind = grid.pp - stage - 1
+    warm_up = behind if grid.vp == 1 else 2 * behind + (grid.vp - 1) * grid.pp
+    return min(num_microbatches * grid.vp, warm_up + 1)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,150 @@
+"""What a plan is made for: the machine, and the work of one step."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+
+from megatron_sftrl.apps.plan.activations import Kernels
+from megatron_sftrl.apps.plan.model_state import Grid
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+
+# What a step has to work through: micro-batches of one rank, tokens, operations.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One step of `sftrl sft`, or one step of `sftrl grpo` with all its updates.
+
+    Args:
+        length: tokens of a sequence, of all of them in an estimate.
+        num_microbatches: of one rank in one update.
+        microbatch_tokens: filled, over the context-parallel ranks.
+        num_updates: optimizer steps.
+        num_responses: generated in the step; 0 without rollouts.
+    """
+
+    length: int
+    num_microbatches: int
+    microbatch_tokens: int
+    num_updates: int
+    num_responses: int
+
+
+def workload_of(config: TrainingConfig, grid: Grid, *, mean_length: int | None = None) -> Workload:
+    """The work of a step when every sequence has `mean_length` tokens, the longest allowed when not given."""
+    length = min(mean_length or config.max_length, config.max_length)
+    batch = config.batch
+    per_microbatch = batch.micro_size
+    if batch.max_tokens is not None:
+        per_microbatch = max(1, batch.max_tokens // length)
+    wave = grid.dp * (grid.pp if grid.vp > 1 else 1)
+    groups = _round_up(math.ceil(batch.global_size / per_microbatch), wave)
+    responses = updates = 0
+    if isinstance(config, GrpoConfig):
+        responses = config.rollout.prompts_per_step * config.rollout.group_size
+        updates = responses // batch.global_size * config.rollout.passes
+    return Workload(
+        length=length,
+        num_microbatches=groups // grid.dp,
+        microbatch_tokens=per_microbatch * length,
+        num_updates=updates or 1,
+        num_responses=responses,
+    )
+
+
+def block_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
+    """Operations of one block's forward, over its tensor and expert ranks: 2 for a weight that a token meets.
+
+    A query meets half of its sequence's keys on average.
+    """
+    a = architecture
+    query, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    weights = a.hidden_size * (2 * query + 2 * keys)
+    visits = a.mixture.experts_per_token if a.mixture else 1
+    weights += visits * 3 * a.hidden_size * a.ffn_hidden_size
+    weights += a.hidden_size * a.mixture.num_experts if a.mixture else 0
+    return tokens * (2.0 * weights + 2.0 * length * query)
+
+
+def head_flops(architecture: Architecture, *, tokens: int) -> float:
+    """Operations of the forward of the output layer."""
+    return 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
+
+
+def model_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
+    """Forward and backward of the policy without recomputation: what a utilisation counts."""
+    blocks = architecture.num_layers * block_flops(architecture, tokens=tokens, length=length)
+    return 3.0 * (blocks + head_flops(architecture, tokens=tokens))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# The machine that a plan is made for: stated rates and assumptions, nothing is looked up.
+
+
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """GPUs in nodes; the defaults are an H100 SXM with one 400 Gbit/s port a GPU.
+
+    Args:
+        gpu_memory: bytes of one GPU.
+        reserve: of them for CUDA, cuBLAS and NCCL, and for what the allocator cannot use, bytes.
+        gpus_per_node: joined by NVLink.
+        peak_flops: of one GPU on dense bf16 matrices, per second.
+        nvlink, network, host_link: bytes per second of one GPU in one direction: inside the node, between
+            nodes, to the memory of the host.
+        memory_bandwidth: of the GPU, bytes per second.
+        efficiency: share of peak_flops and memory_bandwidth that kernels reach.
+        link_efficiency: share of the links' rates that collectives reach.
+        kernels: whose layers run.
+    Raises:
+        UserError: a rate or size that is not positive, an efficiency above 1.
+    """
+
+    gpu_memory: float
+    reserve: float = 6e9
+    gpus_per_node: int = 8
+    peak_flops: float = 989e12
+    nvlink: float = 450e9
+    network: float = 50e9
+    host_link: float = 10e9
+    memory_bandwidth: float = 3.35e12
+    efficiency: float = 0.6
+    link_efficiency: float = 0.8
+    kernels: Kernels = "transformer_engine"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "kernels":
+                continue
+            most = 1.0 if "efficiency" in field.name else math.inf
+            if not 0 < value <= most:
+                limits = "between 0 and 1" if most == 1 else "above 0"
+                raise UserError(f"{field.name.replace('_', ' ')}: expected a number {limits}, got {value}")
+
+    def link(self, *, stride: int, size: int) -> float:
+        """Bytes per second in a group of `size` ranks that stand `stride` apart: of its slowest link."""
+        is_inside = stride * size <= self.gpus_per_node
+        return (self.nvlink if is_inside else self.network) * self.link_efficiency
+
+
+def parse_bytes(text: str) -> float:
+    """Bytes of "80GB" (10^9 each) or "80GiB" (2^30 each).
+
+    Raises:
+        UserError: no number with a unit, or nothing at all.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"expected a size such as 80GB or 80GiB, got {text!r}")
+    return float(match[1]) * _UNITS[match[2]]

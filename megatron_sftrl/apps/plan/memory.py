@@ -1,0 +1,288 @@
+"""The memory of each pipeline stage, phase by phase, item by item; a run fits when every phase does."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from megatron_sftrl.apps.plan.activations import Microbatch, StepPeak, forward_bytes, microbatch_of, step_peak
+from megatron_sftrl.apps.plan.job import Hardware, workload_of
+from megatron_sftrl.apps.plan.model_state import Grid, ModelState, element_bytes, model_state
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import engine_boxes
+from megatron_sftrl.models.tensors import hf_shapes
+
+# What generating takes on one rank beside the trainer's state, and how many responses run at once.
+
+
+VLLM_WORK = 3e9
+"""Bytes that vLLM is taken to need for its forward and its CUDA graphs: an assumption."""
+_CACHE_GROWTH = 128
+"""engine/kv_cache.py: tokens of memory that a layer takes at least beyond what it must hold."""
+_DRAWING_BLOCK = 128
+"""engine/next_token.py: entries of the vocabulary that are summed together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutMemory:
+    """Bytes of one rank.
+
+    Args:
+        weights: of the engine; 0 where it reads the trainer's.
+        cache: keys and values.
+        work: most that the engine's forward, its growing cache or its drawing holds beyond the whole cache.
+        update: messages and the tensor being filled while weights move, when the cache is asleep.
+        num_concurrent: responses of full length that the cache holds, per engine.
+        bytes_per_token: of keys and values, on one rank.
+    """
+
+    weights: float
+    cache: float
+    work: float
+    update: float
+    num_concurrent: int
+    bytes_per_token: int
+
+
+def rollout_memory(
+    architecture: Architecture, config: GrpoConfig, grid: Grid, batch: Microbatch, hardware: Hardware
+) -> RolloutMemory:
+    """Of the engine that rollout.engine names.
+
+    Raises:
+        UserError: a model that an engine of rollout.vllm.tp cannot cut.
+    """
+    if config.rollout.engine == "in_process":
+        return _in_process(architecture, config, grid, batch)
+    vllm, element = config.rollout.vllm, element_bytes(config)
+    num_elements, largest = _engine_elements(architecture, vllm.tp)
+    weights = float(num_elements * element)
+    heads = max(1, architecture.num_query_groups // vllm.tp)
+    per_token = 2 * architecture.num_layers * heads * architecture.head_dim * element
+    cache = vllm.gpu_memory_utilization * hardware.gpu_memory - weights - VLLM_WORK
+    fits = int(max(0.0, cache) // (per_token * config.max_length))
+    return RolloutMemory(
+        weights=weights,
+        cache=max(0.0, cache),
+        work=VLLM_WORK,
+        update=2.0 * vllm.bucket_mb * 2**20 + largest * element,
+        num_concurrent=min(vllm.max_num_seqs, fits),
+        bytes_per_token=per_token,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _engine_elements(architecture: Architecture, tp: int) -> tuple[int, int]:
+    """What the first rank of an engine reads, and the largest whole tensor."""
+    boxes = engine_boxes(architecture, tp=tp, tp_rank=0)
+    read = sum(math.prod(stop - start for start, stop in box) for box in boxes.values())
+    return read, max(math.prod(shape) for shape in hf_shapes(architecture).values())
+
+
+def _in_process(
+    architecture: Architecture, config: GrpoConfig, grid: Grid, batch: Microbatch
+) -> RolloutMemory:
+    """The trainer's own forward: with a cache where there is one, else over whole prefixes.
+
+    Of a training step whose prompts and responses are as long as they may be; an evaluation keeps to as many.
+    """
+    rollout, longest = config.rollout, config.max_length
+    slots, prompts = rollout.in_flight(grid.dp)
+    drawing = float(slots * _drawing_bytes(architecture, config, grid))
+    if grid.cp > 1 or batch.kernels != "torch":
+        work = _prefix_bytes(architecture, grid, batch, prefixes=slots, length=longest)
+        return RolloutMemory(
+            weights=0.0,
+            cache=0.0,
+            work=max(work, drawing),
+            update=0.0,
+            num_concurrent=slots,
+            bytes_per_token=0,
+        )
+    num_layers = architecture.num_layers // grid.pp
+    groups = architecture.num_query_groups // grid.tp
+    per_token = 2 * num_layers * groups * architecture.head_dim * batch.element
+    cache = float((slots + 1) * longest * per_token)
+    prompt_length, missing = config.data.max_prompt_length, 0.0
+    is_more = config.has_validation or config.filters.dynamic_sampling
+    if slots * grid.dp >= rollout.prompts_per_step * rollout.group_size and not is_more:
+        # All begin together; else places that come free are taken again beside a whole cache.
+        missing = cache * max(0.0, 1 - (prompt_length + _CACHE_GROWTH) / longest)
+    prefill = _prefix_bytes(architecture, grid, batch, prefixes=prompts, length=prompt_length)
+    # A layer's keys and values are copied when they need more memory.
+    return RolloutMemory(
+        weights=0.0,
+        cache=cache,
+        work=max(prefill - missing, drawing, cache / num_layers),
+        update=0.0,
+        num_concurrent=slots,
+        bytes_per_token=per_token,
+    )
+
+
+def _prefix_bytes(
+    architecture: Architecture, grid: Grid, batch: Microbatch, *, prefixes: int, length: int
+) -> float:
+    """Of a forward over prefixes of one length, spread over pp micro-batches."""
+    multiple = 2 * grid.cp if grid.cp > 1 else 1
+    tokens = -(-prefixes // grid.pp) * (-(-length // multiple) * multiple) // grid.cp
+    packed = replace(
+        batch,
+        tokens=tokens,
+        residual_tokens=tokens // grid.tp if grid.sequence_parallel else tokens,
+        longest=length,
+    )
+    return float(forward_bytes(architecture, grid, packed))
+
+
+def _drawing_bytes(architecture: Architecture, config: GrpoConfig, grid: Grid) -> int:
+    """Of one response while its next token is drawn (engine/next_token.py): fp32 logits, float64 weights."""
+    sampling, size = config.rollout, architecture.vocab_size
+    logits = 4 * (1 + (grid.pp > 1) + (sampling.temperature != 1))
+    weights = 16 if size % _DRAWING_BLOCK else 8  # and once more, filled up to whole blocks
+    if sampling.top_k or sampling.top_p < 1:
+        weights = 41  # as they are, sorted, their order, cumulated, truncated; and a flag
+    return size * (logits + weights)
+
+
+VLLM_ASLEEP = 2e9
+"""Bytes of CUDA graphs and workspaces that a sleeping vLLM is taken to keep: an assumption."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A part of a step, and what a rank holds in it.
+
+    Args:
+        name: of the part.
+        items: bytes by what they are for, in the order in which they are shown.
+    """
+
+    name: str
+    items: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Every phase on the ranks of one pipeline stage."""
+
+    stage: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def fullest(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """All stages.
+
+    Args:
+        stages: in order.
+        rollout: of the rollout engine, None without one.
+        host_reference: bytes of an offloaded reference in the memory of each node, over its GPUs.
+        host_checkpoint: bytes that the copies of an asynchronous save take in the memory of a node, at most.
+    """
+
+    stages: tuple[StageMemory, ...]
+    rollout: RolloutMemory | None
+    host_reference: float
+    host_checkpoint: float
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda stage: stage.fullest.total)
+
+
+def plan_memory(
+    architecture: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware
+) -> MemoryPlan:
+    """What the ranks of every stage need, when micro-batches are as large as the batch section allows.
+
+    Raises:
+        UserError: a rollout engine that cannot cut the model.
+    """
+    batch = microbatch_of(config, grid, hardware.kernels)
+    num_microbatches = workload_of(config, grid).num_microbatches
+    rollout = None
+    if isinstance(config, GrpoConfig):
+        rollout = rollout_memory(architecture, config, grid, batch, hardware)
+    stages = []
+    is_offloaded = config.reference is not None and config.reference.placement == "offload"
+    largest_reference, largest_copy = 0, 0
+    for stage in range(grid.pp):
+        state = model_state(architecture, config, grid, stage=stage)
+        peak = step_peak(architecture, config, grid, batch, stage=stage, num_microbatches=num_microbatches)
+        phases = _phases(state, peak, rollout, hardware, is_offloaded=is_offloaded)
+        stages.append(StageMemory(stage=stage, phases=phases))
+        largest_reference = max(largest_reference, state.reference + state.reference_average)
+        largest_copy = max(largest_copy, _copies_on_node(state, config, grid, hardware))
+    on_host = largest_reference * min(hardware.gpus_per_node, grid.world_size) if is_offloaded else 0
+    return MemoryPlan(
+        stages=tuple(stages),
+        rollout=rollout,
+        host_reference=float(on_host),
+        host_checkpoint=float(largest_copy if config.checkpoint.async_save else 0),
+    )
+
+
+def _copies_on_node(state: ModelState, config: TrainingConfig, grid: Grid, hardware: Hardware) -> int:
+    """Bytes that the ranks of a node store: weights once, a distributed optimizer share by share."""
+    num_ranks = min(hardware.gpus_per_node, grid.world_size)
+    num_stages, rest = divmod(num_ranks, grid.tp * grid.cp * grid.dp)
+    once = max(grid.tp, grid.etp * grid.ep)
+    num_first = num_stages * once + min(once, rest)
+    is_moving = config.reference is not None and config.reference.kind != "frozen"
+    weights = state.parameters + (state.reference_average or state.reference) * is_moving
+    num_shares = num_ranks if config.parallel.distributed_optimizer else num_first
+    return num_first * weights + num_shares * state.optimizer
+
+
+def _phases(
+    state: ModelState,
+    peak: StepPeak,
+    rollout: RolloutMemory | None,
+    hardware: Hardware,
+    *,
+    is_offloaded: bool,
+) -> tuple[Phase, ...]:
+    base = {
+        "parameters": float(state.parameters),
+        "gradients (fp32)": float(state.gradients),
+        "optimizer": float(state.optimizer),
+    }
+    reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
+    average = {"reference's fp32 average": float(state.reference_average)} if state.reference_average else {}
+    average = {} if is_offloaded else average
+    here = {"reference": float(state.reference)} | average if state.reference else {}
+    between = {name: 0.0 if is_offloaded else size for name, size in here.items()}
+    at_loss = {"reference": float(state.reference_ends)} if here and is_offloaded else here
+    asleep = {"vLLM asleep": VLLM_ASLEEP} if rollout is not None and rollout.weights else {}
+    states = {"reference's hidden states": float(peak.reference_states)} if peak.reference_states else {}
+    logits = {"logits and loss": float(peak.logits)} if peak.logits else {}
+    activations = {"activations": float(peak.blocks)}
+    phases = [Phase(name="training", items=base | at_loss | states | activations | logits | asleep | reserve)]
+    if state.reference:
+        forward = {"activations": float(peak.reference_forward)}
+        phases.append(Phase(name="reference forward", items=base | here | forward | asleep | reserve))
+    if rollout is not None:
+        engine = {
+            "rollout weights": rollout.weights,
+            "key/value cache": rollout.cache,
+            "rollout work": rollout.work,
+        }
+        phases.append(Phase(name="generating", items=base | between | engine | reserve))
+    if rollout is not None and rollout.weights:
+        moving = {"rollout weights": rollout.weights, "reshard buckets": rollout.update}
+        phases.append(Phase(name="moving weights", items=base | between | moving | asleep | reserve))
+    return tuple(phases)

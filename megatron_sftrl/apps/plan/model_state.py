@@ -1,0 +1,346 @@
+"""Bytes of parameters, gradients and optimizer state on one rank: what Megatron's DDP and optimizer allocate.
+
+Gradients are fp32. Without the distributed optimizer every tensor stands alone. With it, parameters and
+gradients lie in buffers of buckets: a tensor starts at a multiple of 64 elements, a bucket ends at a multiple
+of lcm(dp, 128), and each data-parallel rank keeps Adam's moments (and fp32 weights of a bf16 model) for its
+equal share of every bucket (megatron-core 0.16.1, distributed/param_and_grad_buffer.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_sftrl.config.schema import ParallelSection, TrainingConfig
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
+
+# How many ranks stand along each axis.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Sizes of the axes; tp * cp * dp * pp ranks in all, dealt anew for experts as etp * ep * edp * pp.
+
+    Args:
+        tp, pp, vp, cp, dp: as in the parallel section.
+        ep, etp, edp: of the experts; edp is what is left over for copies of an expert.
+        sequence_parallel: the residual stream is split over tp.
+    """
+
+    tp: int
+    pp: int
+    vp: int
+    cp: int
+    dp: int
+    ep: int
+    etp: int
+    edp: int
+    sequence_parallel: bool
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces that the layers are cut into, over all pipeline stages."""
+        return self.pp * self.vp
+
+
+def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
+    """The axes of a job that config.checks has accepted."""
+    etp = parallel.etp or parallel.tp
+    return Grid(
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vp=parallel.vp,
+        cp=parallel.cp,
+        dp=world_size // (parallel.tp * parallel.pp * parallel.cp),
+        ep=parallel.ep,
+        etp=etp,
+        edp=world_size // (etp * parallel.ep * parallel.pp),
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+# The parameters of one model chunk on one rank, in the order in which Megatron's DDP meets them.
+
+
+# The order of torch.nn.Module.named_parameters in a block of engine/local_layers.py. Transformer Engine's
+# blocks have norms elsewhere; that moves padding, of at most 63 elements a tensor.
+_ORDER = (
+    "linear_qkv.layer_norm_weight",
+    "linear_proj.weight",
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "q_layernorm.weight",
+    "k_layernorm.weight",
+    "linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.weight",
+    "router.weight",
+    "linear_fc1.weight",
+    "linear_fc2.weight",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One rank's part of one tensor.
+
+    Args:
+        key: of the tensor, see architectures/tensors.py.
+        num_elements: held by the rank.
+        is_expert: lives on the experts' grid.
+        is_shared: the embedding of a tied model that the first and the last stage both hold.
+    """
+
+    key: str
+    num_elements: int
+    is_expert: bool = False
+    is_shared: bool = False
+
+
+@functools.lru_cache(maxsize=64)
+def chunk_parameters(
+    architecture: Architecture, grid: Grid, *, has_embedding: bool, has_output: bool
+) -> tuple[Parameter, ...]:
+    """The parameters of a chunk.
+
+    Args:
+        architecture: of the model.
+        grid: of the job.
+        has_embedding: it is the first chunk of the first pipeline stage.
+        has_output: it is the last chunk of the last stage.
+    """
+    vocabulary = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp * architecture.hidden_size
+    is_shared = architecture.tie_embeddings and grid.pp > 1
+    block = _block(architecture, tp=grid.tp, ep=grid.ep, etp=grid.etp)
+    found = [*block * (architecture.num_layers // grid.num_chunks)]
+    if has_embedding:
+        key = "embedding.word_embeddings.weight"
+        found.insert(0, Parameter(key=key, num_elements=vocabulary, is_shared=is_shared))
+    if has_output:
+        found.append(Parameter(key="decoder.final_layernorm.weight", num_elements=architecture.hidden_size))
+    if has_output and (is_shared or not architecture.tie_embeddings):
+        found.append(Parameter(key="output_layer.weight", num_elements=vocabulary, is_shared=is_shared))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _block(architecture: Architecture, *, tp: int, ep: int, etp: int) -> tuple[Parameter, ...]:
+    """The parameters of one block on any rank."""
+    # One block tells for all: the table of a large mixture has tens of thousands of lines.
+    one = replace(architecture, num_layers=1, sliding_window=None, window_layers=())
+    tensors = [tensor for tensor in megatron_tensors(one) if tensor.index]
+    num_experts = architecture.mixture.num_experts // ep if architecture.mixture else 0
+    mine = [tensor for tensor in tensors if not tensor.is_expert or tensor.index[1] < num_experts]
+    return tuple(
+        Parameter(
+            key=tensor.key,
+            num_elements=math.prod(tensor.shape) // _cuts(tensor, tp=tp, etp=etp),
+            is_expert=tensor.is_expert,
+        )
+        for tensor in sorted(mine, key=_place)
+    )
+
+
+def _cuts(tensor: MegatronTensor, *, tp: int, etp: int) -> int:
+    if tensor.shard is None:
+        return 1
+    return etp if tensor.is_expert else tp
+
+
+def _place(tensor: MegatronTensor) -> tuple[int, int]:
+    """Experts follow each other, each with both of its matrices."""
+    within = next(place for place, name in enumerate(_ORDER) if tensor.key.endswith(name))
+    return (len(_ORDER) + tensor.index[1], within) if tensor.is_expert else (within, 0)
+
+
+_FP32 = 4
+_PARAMETER_START, _BUCKET_END = 64, 128
+_SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """Bytes on one rank.
+
+    Args:
+        parameters: weights that the forward reads, padding included.
+        gradients: fp32 buffers.
+        optimizer: moments, and fp32 weights where the model's are bf16; without step counters.
+        reference: weights of a reference model, which has no buffers and no padding; 0 without one.
+        reference_average: fp32 average behind the bf16 weights of a reference that follows the policy.
+        reference_ends: of them embedding and output layer, which are on the device while the policy runs even
+            when the rest is offloaded.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    reference: int
+    reference_average: int
+    reference_ends: int
+
+    @property
+    def trained(self) -> int:
+        """Everything but the reference."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """One buffer, in elements.
+
+    Args:
+        num_elements: padding included.
+        spans: (start, stop) of each tensor.
+        buckets: (start, stop) of each bucket.
+    """
+
+    num_elements: int
+    spans: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+
+
+def model_state(
+    architecture: Architecture,
+    config: TrainingConfig,
+    grid: Grid,
+    *,
+    stage: int,
+    dp_cp_rank: int | None = None,
+    edp_rank: int | None = None,
+) -> ModelState:
+    """What one rank holds between steps.
+
+    Args:
+        architecture: of the model.
+        config: dtype, optimizer, reference and distributed optimizer.
+        grid: of the job.
+        stage: pipeline stage.
+        dp_cp_rank: place among the dp * cp ranks that share the optimizer; None for a bound of all shares, a
+            few kilobytes of padding above the largest.
+        edp_rank: the same among the copies of an expert.
+    """
+    element = element_bytes(config)
+    moments = 8 if config.optim.name == "adamw" else 4 * (config.optim.momentum > 0)
+    per_weight = moments + (_FP32 if element < _FP32 else 0)
+    parts = [
+        _chunk_elements(
+            architecture,
+            grid,
+            has_embedding=stage == 0 and chunk == 0,
+            has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
+            is_distributed=config.parallel.distributed_optimizer,
+            is_bucketed=config.parallel.overlap_grad_reduce,
+            ranks=(dp_cp_rank, edp_rank),
+        )
+        for chunk in range(grid.vp)
+    ]
+    has_reference = config.reference is not None
+    is_averaged = config.reference is not None and config.reference.kind == "moving_average"
+    return ModelState(
+        parameters=element * sum(part.held for part in parts),
+        gradients=_FP32 * sum(part.held for part in parts),
+        optimizer=per_weight * sum(part.owned for part in parts),
+        reference=element * sum(part.plain for part in parts) * has_reference,
+        reference_average=_FP32 * sum(part.plain for part in parts) * (is_averaged and element < _FP32),
+        reference_ends=element * sum(part.ends for part in parts) * has_reference,
+    )
+
+
+def element_bytes(config: TrainingConfig) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.model.dtype == "bf16" else _FP32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Elements:
+    """Of one chunk: without padding, those outside the blocks, in buffers, in this rank's optimizer."""
+
+    plain: int
+    ends: int
+    held: int
+    owned: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _chunk_elements(
+    architecture: Architecture,
+    grid: Grid,
+    *,
+    has_embedding: bool,
+    has_output: bool,
+    is_distributed: bool,
+    is_bucketed: bool,
+    ranks: tuple[int | None, int | None],
+) -> _Elements:
+    members = chunk_parameters(architecture, grid, has_embedding=has_embedding, has_output=has_output)
+    plain = sum(each.num_elements for each in members)
+    ends = sum(each.num_elements for each in members if not each.key.startswith("decoder."))
+    if not is_distributed:
+        return _Elements(plain=plain, ends=ends, held=plain, owned=plain)
+    # Megatron cuts the first chunk of the first stage only, and that only to overlap its messages.
+    bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * grid.dp)
+    held = owned = 0
+    for is_expert, num_ranks, rank in ((False, grid.dp * grid.cp, ranks[0]), (True, grid.edp, ranks[1])):
+        buffer = buffer_layout(
+            [each for each in members if each.is_expert == is_expert],
+            num_ranks,
+            bucket_size=bucket_size if is_bucketed and has_embedding else None,
+        )
+        held += buffer.num_elements
+        owned += _owned(buffer, num_ranks, rank)
+    return _Elements(plain=plain, ends=ends, held=held, owned=owned)
+
+
+def buffer_layout(parameters: Sequence[Parameter], num_ranks: int, *, bucket_size: int | None) -> Buffer:
+    """Where the distributed optimizer puts parameters and gradients, the last one first.
+
+    Args:
+        parameters: of one chunk and one kind, in the order of the module.
+        num_ranks: that share the optimizer.
+        bucket_size: elements at which a bucket is closed; None for one bucket.
+    """
+    multiple = math.lcm(num_ranks, _BUCKET_END)
+    spans: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    bucket_start = end = 0
+    is_open = False
+    for each in reversed(parameters):
+        start = _round_up(end, _PARAMETER_START)
+        if each.is_shared and is_open:  # it has a bucket of its own
+            buckets.append((bucket_start, _round_up(start, multiple)))
+            start = bucket_start = buckets[-1][1]
+        end = start + each.num_elements
+        spans.append((start, end))
+        is_open = True
+        if each.is_shared or (bucket_size is not None and end - bucket_start >= bucket_size):
+            buckets.append((bucket_start, _round_up(end, multiple)))
+            bucket_start = end = buckets[-1][1]
+            is_open = False
+    if is_open:
+        buckets.append((bucket_start, _round_up(end, multiple)))
+    return Buffer(num_elements=buckets[-1][1] if buckets else 0, spans=tuple(spans), buckets=tuple(buckets))
+
+
+def _owned(buffer: Buffer, num_ranks: int, rank: int | None) -> int:
+    """Elements of parameters in a rank's share of every bucket; None: of a share, padding included."""
+    total = 0
+    for start, end in buffer.buckets:
+        share = (end - start) // num_ranks
+        if rank is None:
+            total += share
+            continue
+        low, high = start + rank * share, start + (rank + 1) * share
+        total += sum(max(0, min(high, b) - max(low, a)) for a, b in buffer.spans)
+    return total
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,209 @@
+"""Layouts of a run that its checks accept and that fit, fastest estimate first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_sftrl.apps.plan.job import Hardware
+from megatron_sftrl.apps.plan.memory import MemoryPlan, plan_memory
+from megatron_sftrl.apps.plan.model_state import Grid, grid_of
+from megatron_sftrl.apps.plan.step_time import StepEstimate, estimate_step
+from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+
+_LARGEST_CP = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One layout of a run.
+
+    Args:
+        config: of the run in this layout.
+        grid: its axes.
+        memory: what it needs.
+        estimate: what a step takes.
+        problems: why it does not fit; empty when it does.
+    """
+
+    config: TrainingConfig
+    grid: Grid
+    memory: MemoryPlan
+    estimate: StepEstimate
+    problems: tuple[str, ...]
+
+    @property
+    def overrides(self) -> str:
+        """key=value words that ask for this layout."""
+        parallel = self.config.parallel
+        words = [f"parallel.{name}={getattr(parallel, name)}" for name in ("tp", "pp", "vp", "cp")]
+        words.append(f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}")
+        if self.grid.ep > 1 or parallel.etp is not None:
+            words += [f"parallel.ep={parallel.ep}", f"parallel.etp={self.grid.etp}"]
+        return " ".join([*words, f"train.recompute={self.config.train.recompute}"])
+
+
+def plan_run(
+    architecture: Architecture,
+    config: TrainingConfig,
+    num_gpus: int,
+    hardware: Hardware,
+    *,
+    loss_needs: tuple[str, ...],
+    mean_length: int | None = None,
+) -> Plan:
+    """What the run needs as it is written.
+
+    Raises:
+        UserError: settings that the run itself would refuse.
+    """
+    check_run(config, architecture, num_gpus, loss_needs=loss_needs)
+    grid = grid_of(config.parallel, num_gpus)
+    memory = plan_memory(architecture, config, grid, hardware)
+    estimate = estimate_step(
+        architecture, config, grid, hardware, rollout=memory.rollout, mean_length=mean_length
+    )
+    problems = tuple(_problems(memory, hardware))
+    return Plan(config=config, grid=grid, memory=memory, estimate=estimate, problems=problems)
+
+
+def search_layouts(
+    architecture: Architecture,
+    config: TrainingConfig,
+    num_gpus: int,
+    hardware: Hardware,
+    *,
+    loss_needs: tuple[str, ...],
+    mean_length: int | None = None,
+) -> list[Plan]:
+    """Every layout that fits, fastest first; tp and etp stay inside a node."""
+    found = []
+    for candidate in candidates(architecture, config, num_gpus, hardware):
+        try:
+            plan = plan_run(
+                architecture,
+                candidate,
+                num_gpus,
+                hardware,
+                loss_needs=loss_needs,
+                mean_length=mean_length,
+            )
+        except UserError:  # the run's own checks refuse this layout
+            continue
+        if not plan.problems:
+            found.append(plan)
+    return sorted(found, key=lambda plan: plan.estimate.total)
+
+
+def candidates(
+    architecture: Architecture, config: TrainingConfig, num_gpus: int, hardware: Hardware
+) -> Iterator[TrainingConfig]:
+    """The run in every layout worth asking about: sizes that divide what they cut."""
+    a = architecture
+    experts = a.mixture.num_experts if a.mixture else 1
+    for tp in _divisors(a.num_attention_heads, most=min(num_gpus, hardware.gpus_per_node)):
+        for pp in _divisors(a.num_layers, most=num_gpus // tp):
+            for cp in (size for size in _divisors(num_gpus // (tp * pp), most=_LARGEST_CP)):
+                for vp in _divisors(a.num_layers // pp) if pp > 1 else [1]:
+                    for ep in _divisors(experts, most=num_gpus):
+                        for etp in sorted({1, tp}) if a.mixture else [None]:
+                            for recompute in ("none", "full"):
+                                yield _in_layout(config, tp, pp, vp, cp, ep, etp, recompute)
+
+
+def _in_layout(
+    config: TrainingConfig, tp: int, pp: int, vp: int, cp: int, ep: int, etp: int | None, recompute: str
+) -> TrainingConfig:
+    sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
+    parallel = config.parallel.model_copy(update={**sizes, "sequence_parallel": tp > 1})
+    train = config.train.model_copy(update={"recompute": recompute})
+    return config.model_copy(update={"parallel": parallel, "train": train})
+
+
+def _problems(memory: MemoryPlan, hardware: Hardware) -> Iterator[str]:
+    limit = hardware.gpu_memory
+    for stage in memory.stages:
+        phase = stage.fullest
+        if phase.total > limit:
+            largest = sorted(phase.items.items(), key=lambda item: -item[1])[:3]
+            named = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in largest)
+            yield (
+                f"pipeline stage {stage.stage} needs {phase.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB in "
+                f"the phase {phase.name!r} (largest: {named})"
+            )
+    rollout = memory.rollout
+    if rollout is not None and rollout.weights and rollout.num_concurrent == 0:
+        yield (
+            f"vLLM's share of the memory holds its weights ({rollout.weights / 1e9:.1f} GB) and "
+            f"{rollout.cache / 1e9:.1f} GB of cache, less than one response needs: raise "
+            "rollout.vllm.gpu_memory_utilization or rollout.vllm.tp"
+        )
+
+
+def _divisors(number: int, *, most: int | None = None) -> Sequence[int]:
+    return [each for each in range(1, min(number, most or number) + 1) if number % each == 0]
+
+
+# What to change in a run that does not fit: only what the planner has tried and found to fit.
+
+
+_MORE_GPUS = (2, 4, 8)
+_SMALLER_SHARES = (0.45, 0.4, 0.35, 0.3)
+
+Search = Callable[[Sequence[str], int], Sequence[Plan]]
+"""From further overrides and a number of GPUs to the layouts that fit, fastest first."""
+Attempt = Callable[[Sequence[str]], Plan | None]
+"""From further overrides to the plan in the run's own layout; None where the run's checks refuse it."""
+
+
+def advice(config: TrainingConfig, num_gpus: int, *, attempt: Attempt, search: Search) -> list[str]:
+    """Lines that each name one way to make the run fit: a setting, else a layout, else more GPUs.
+
+    Args:
+        config: that does not fit.
+        num_gpus: it was planned for.
+        attempt, search: of the planner, for this run and machine.
+    """
+    words = list(_savings(config))
+    lines = []
+    for word in words:
+        plan = attempt([word])
+        if plan is not None and not plan.problems:
+            lines.append(f"{word} ({_needs(plan)})")
+    if lines:
+        return lines
+    for also in ([], words):
+        if found := search(also, num_gpus):
+            return [f"{' '.join([*also, found[0].overrides])} ({_needs(found[0])})"]
+    for factor in _MORE_GPUS:
+        if found := search(words, num_gpus * factor):
+            overrides = " ".join([*words, found[0].overrides])
+            return [f"{num_gpus * factor} GPUs with {overrides} ({_needs(found[0])})"]
+    return [
+        f"nothing that the planner knows makes it fit on up to {num_gpus * _MORE_GPUS[-1]} GPUs: shorten "
+        f"{config.length_keys} (and batch.max_tokens), or take GPUs with more memory"
+    ]
+
+
+def _savings(config: TrainingConfig) -> Iterator[str]:
+    """Settings that save memory and are not in use, the cheapest in time first."""
+    parallel = config.parallel
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel=true"
+    if not parallel.distributed_optimizer and config.optim.name == "adamw":
+        yield "parallel.distributed_optimizer=true"
+    if isinstance(config, GrpoConfig) and config.rollout.engine == "vllm":
+        share = config.rollout.vllm.gpu_memory_utilization
+        for smaller in (each for each in _SMALLER_SHARES if each < share):
+            yield f"rollout.vllm.gpu_memory_utilization={smaller}"
+    if config.reference is not None and config.reference.placement == "resident":
+        yield "reference.placement=offload"
+    if config.train.recompute == "none":
+        yield "train.recompute=full"
+
+
+def _needs(plan: Plan) -> str:
+    return f"{plan.memory.fullest.fullest.total / 1e9:.1f} GB"

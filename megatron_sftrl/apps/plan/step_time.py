@@ -1,0 +1,301 @@
+"""An estimate of a step's time: operations and bytes over stated rates, and the pipeline's idle share.
+
+    step = (m + (pp - 1) / vp) * slowest stage's micro-batch + gradients + optimizer
+
+m micro-batches of a rank; a micro-batch costs its operations at `efficiency` of the peak and its messages at
+`link_efficiency` of the links, one after the other: what overlaps is not credited, but for gradients and
+weights over dp, which hide behind the last micro-batch where the run says so. (Bubble: Narayanan et al.,
+arXiv:2104.04473.)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from megatron_sftrl.apps.plan.activations import Microbatch, microbatch_of
+from megatron_sftrl.apps.plan.job import Hardware, Workload, block_flops, head_flops, model_flops, workload_of
+from megatron_sftrl.apps.plan.memory import RolloutMemory
+from megatron_sftrl.apps.plan.model_state import Grid, chunk_parameters, element_bytes, model_state
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.models.architecture import Architecture, num_parameters
+
+# Bytes that one rank sends along each axis, from the sizes of the collectives; nothing here is measured.
+#
+# A ring sends (n - 1) / n of the whole for an all-gather, a reduce-scatter or an all-to-all over n ranks,
+# and twice that for an all-reduce.
+
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTraffic:
+    """Bytes that a rank sends for one block and one micro-batch, in its forward and in its backward."""
+
+    tp: tuple[float, float]
+    cp: tuple[float, float]
+    ep: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTraffic:
+    """Bytes that a rank sends in an update: gradients and weights, over dp x cp and for experts over edp."""
+
+    dense: float
+    experts: float
+
+
+def block_traffic(architecture: Architecture, grid: Grid, batch: Microbatch) -> BlockTraffic:
+    """Of one block; under recomputation its forward runs twice."""
+    a, stream = architecture, float(batch.tokens * architecture.hidden_size * batch.element)
+    num_regions = 2 if a.mixture is None else 1  # attention, and a dense MLP: one collective in, one out
+    once = _ring(stream, grid.tp) * 2 * num_regions
+    # Under sequence parallelism the backward gathers the inputs of the matrix products again.
+    again = _ring(stream, grid.tp) * num_regions * grid.sequence_parallel
+    keys = 2.0 * batch.tokens * grid.cp * (a.num_query_groups // grid.tp) * a.head_dim * batch.element
+    over_cp = _ring(keys, grid.cp)
+    visits, over_etp = 0.0, 0.0
+    if a.mixture is not None:
+        visits = float(batch.residual_tokens * a.mixture.experts_per_token * a.hidden_size * batch.element)
+        over_etp = 2 * _ring(visits * grid.etp, grid.etp)
+    over_ep = 2 * _ring(visits, grid.ep)
+    backward_cp = over_cp * (2 if batch.kernels == "transformer_engine" else 1)
+    return BlockTraffic(
+        tp=(once + over_etp, once + again + over_etp), cp=(over_cp, backward_cp), ep=(over_ep, over_ep)
+    )
+
+
+def pipeline_traffic(architecture: Architecture, grid: Grid, batch: Microbatch) -> float:
+    """Bytes that a middle stage sends for one micro-batch: its outputs forward, their gradients back."""
+    stream = float(batch.residual_tokens * architecture.hidden_size * batch.element)
+    return 2 * grid.vp * stream if grid.pp > 1 else 0.0
+
+
+def state_traffic(
+    architecture: Architecture, config: TrainingConfig, grid: Grid, *, stage: int
+) -> StateTraffic:
+    """Gradients are summed in fp32; the distributed optimizer then gathers weights instead of gradients."""
+    back = element_bytes(config) if config.parallel.distributed_optimizer else _FP32
+    sizes = [0, 0]
+    for chunk in range(grid.vp):
+        dense, experts = _chunk_sizes(
+            architecture,
+            grid,
+            has_embedding=stage == 0 and chunk == 0,
+            has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
+        )
+        sizes = [sizes[0] + dense, sizes[1] + experts]
+    return StateTraffic(
+        dense=_ring(sizes[0] * float(_FP32 + back), grid.dp * grid.cp),
+        experts=_ring(sizes[1] * float(_FP32 + back), grid.edp),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunk_sizes(
+    architecture: Architecture, grid: Grid, *, has_embedding: bool, has_output: bool
+) -> tuple[int, int]:
+    """Elements of one chunk outside and inside of experts."""
+    members = chunk_parameters(architecture, grid, has_embedding=has_embedding, has_output=has_output)
+    experts = sum(each.num_elements for each in members if each.is_expert)
+    return sum(each.num_elements for each in members) - experts, experts
+
+
+def _ring(whole: float, num_ranks: int) -> float:
+    return whole * (num_ranks - 1) / num_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEstimate:
+    """Of one step; every number is an estimate.
+
+    Args:
+        seconds: by part of the step.
+        bubble: idle share of the forward and backward.
+        utilisation: of the peak by the policy's own operations (no recomputation, no reference), in the part
+            that trains.
+        tokens: trained on in one step, over all ranks.
+        gigabytes: sent by one rank of the busiest stage, by axis.
+        num_microbatches: of one rank in one update.
+        sequence_length: tokens of every sequence, as assumed.
+    """
+
+    seconds: dict[str, float]
+    bubble: float
+    utilisation: float
+    tokens: int
+    gigabytes: dict[str, float]
+    num_microbatches: int
+    sequence_length: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    """Seconds of one micro-batch on the slowest stage."""
+
+    forward: float
+    backward: float
+    reference: float
+    reference_head: float
+
+
+def estimate_step(
+    architecture: Architecture,
+    config: TrainingConfig,
+    grid: Grid,
+    hardware: Hardware,
+    *,
+    rollout: RolloutMemory | None = None,
+    mean_length: int | None = None,
+) -> StepEstimate:
+    """Time, utilisation and messages of one step.
+
+    Args:
+        architecture, config, grid, hardware: of the run.
+        rollout: memory of the rollout engine, for a run that has one.
+        mean_length: tokens of a sequence, prompt and response together; the longest when not given.
+    """
+    work = workload_of(config, grid, mean_length=mean_length)
+    batch = _filled(microbatch_of(config, grid, hardware.kernels), grid, work)
+    cost = _pass(architecture, config, grid, hardware, batch, work)
+    waves = work.num_microbatches + (grid.pp - 1) / grid.vp
+    update = waves * (cost.forward + cost.backward + cost.reference_head)
+    parts = {"forward and backward": update * work.num_updates}
+    if config.reference is not None:
+        parts["reference forward"] = waves * cost.reference * work.num_updates
+        parts["reference to and from the host"] = work.num_updates * _offload_seconds(
+            architecture, config, grid, hardware
+        )
+    dense, experts = _state_seconds(architecture, config, grid, hardware)
+    hidden = cost.backward if config.parallel.overlap_grad_reduce else 0.0
+    parts["gradients and weights over dp"] = max(0.0, dense + experts - hidden) * work.num_updates
+    parts["optimizer"] = _optimizer_seconds(architecture, config, grid, hardware) * work.num_updates
+    train = sum(parts.values())
+    if isinstance(config, GrpoConfig):
+        # Every response is scored once before the updates.
+        scored = work.num_updates / config.rollout.passes
+        parts["old log-probabilities"] = waves * cost.forward * scored
+        if rollout is not None and rollout.weights:
+            parts["generating"] = _generation_seconds(architecture, config, grid, hardware, rollout, work)
+    tokens = work.num_updates * config.batch.global_size * work.length
+    useful = model_flops(architecture, tokens=tokens, length=work.length)
+    return StepEstimate(
+        seconds={name: seconds for name, seconds in parts.items() if seconds > 0},
+        bubble=1.0 - work.num_microbatches / waves,
+        utilisation=useful / (train * grid.world_size * hardware.peak_flops),
+        tokens=tokens,
+        gigabytes=_gigabytes(architecture, config, grid, batch, work),
+        num_microbatches=work.num_microbatches,
+        sequence_length=work.length,
+    )
+
+
+def _filled(batch: Microbatch, grid: Grid, work: Workload) -> Microbatch:
+    """The micro-batch with the tokens that the estimate assumes."""
+    tokens = -(-work.microbatch_tokens // (grid.cp * grid.tp)) * grid.tp
+    residual = tokens // grid.tp if grid.sequence_parallel else tokens
+    return replace(batch, tokens=tokens, residual_tokens=residual)
+
+
+def _pass(
+    a: Architecture,
+    config: TrainingConfig,
+    grid: Grid,
+    hardware: Hardware,
+    batch: Microbatch,
+    work: Workload,
+) -> _Pass:
+    rate = hardware.peak_flops * hardware.efficiency * grid.tp * grid.cp
+    num_blocks = a.num_layers // grid.pp
+    blocks = num_blocks * block_flops(a, tokens=work.microbatch_tokens, length=work.length) / rate
+    head = head_flops(a, tokens=work.microbatch_tokens) / rate
+    traffic = block_traffic(a, grid, batch)
+    tp_link = hardware.link(stride=1, size=grid.tp)
+    cp_link = hardware.link(stride=grid.tp, size=grid.cp)
+    ep_link = hardware.link(stride=grid.etp, size=grid.ep)
+    talk = [
+        num_blocks * (traffic.tp[way] / tp_link + traffic.cp[way] / cp_link + traffic.ep[way] / ep_link)
+        for way in (0, 1)
+    ]
+    stage_link = hardware.link(stride=grid.tp * grid.cp * grid.dp, size=grid.pp)
+    exchange = pipeline_traffic(a, grid, batch) / stage_link
+    again = (blocks + talk[0]) * (config.train.recompute == "full")
+    has_reference = config.reference is not None
+    return _Pass(
+        forward=blocks + head + talk[0] + exchange / 2,
+        backward=2 * (blocks + head) + talk[1] + again + exchange / 2,
+        reference=(blocks + talk[0] + exchange / 2) * has_reference,
+        reference_head=head * has_reference,
+    )
+
+
+def _offload_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
+    if config.reference is None or config.reference.placement == "resident":
+        return 0.0
+    return 2.0 * model_state(a, config, grid, stage=0).reference / hardware.host_link
+
+
+def _state_seconds(
+    a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware
+) -> tuple[float, float]:
+    traffic = state_traffic(a, config, grid, stage=0)
+    dense = hardware.link(stride=grid.tp, size=grid.dp * grid.cp)
+    experts = hardware.link(stride=grid.etp * grid.ep, size=grid.edp)
+    return traffic.dense / dense, traffic.experts / experts
+
+
+def _optimizer_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
+    """Every byte of the state read and written, the gradients of the share read."""
+    state = model_state(a, config, grid, stage=0)
+    return 2.5 * state.optimizer / (hardware.memory_bandwidth * hardware.efficiency)
+
+
+def _generation_seconds(
+    a: Architecture,
+    config: GrpoConfig,
+    grid: Grid,
+    hardware: Hardware,
+    rollout: RolloutMemory,
+    work: Workload,
+) -> float:
+    """Prompts at the rate of matrix products, then one token of each response at a time.
+
+    A token costs one reading of weights and cache. Every response is as long as the estimate assumes.
+    """
+    tp = config.rollout.vllm.tp
+    responses = math.ceil(work.num_responses / (grid.world_size // tp))
+    together = min(responses, max(1, rollout.num_concurrent))
+    rate = hardware.peak_flops * hardware.efficiency * tp
+    flops = 2.0 * num_parameters(a)
+    if a.mixture is not None:
+        flops = a.num_layers * block_flops(a, tokens=1, length=0) + head_flops(a, tokens=1)
+    prompt = min(config.data.max_prompt_length, work.length // 2)
+    cache = together * rollout.bytes_per_token * (prompt + (work.length - prompt) / 2)
+    read = (rollout.weights + cache) / (hardware.memory_bandwidth * hardware.efficiency)
+    token = max(read, together * flops / rate)
+    prefill = responses / config.rollout.group_size * prompt * flops / rate
+    return prefill + math.ceil(responses / together) * (work.length - prompt) * token
+
+
+def _gigabytes(
+    a: Architecture, config: TrainingConfig, grid: Grid, batch: Microbatch, work: Workload
+) -> dict[str, float]:
+    traffic, state = block_traffic(a, grid, batch), state_traffic(a, config, grid, stage=0)
+    forwards = 1 + (config.train.recompute == "full") + (config.reference is not None)
+    passes = work.num_microbatches * work.num_updates
+    blocks = passes * (a.num_layers // grid.pp)
+    sent = {
+        axis: blocks * (forwards * forward + backward)
+        for axis, (forward, backward) in (("tp", traffic.tp), ("cp", traffic.cp), ("ep", traffic.ep))
+    }
+    sent["pp"] = passes * pipeline_traffic(a, grid, batch)
+    sent["dp"] = work.num_updates * state.dense
+    sent["edp"] = work.num_updates * state.experts
+    return {axis: value / 1e9 for axis, value in sent.items() if value > 0}

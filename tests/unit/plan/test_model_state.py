@@ -1,0 +1,59 @@
+"""Sizes of real models: the ranks' parts add up to the published number of parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sftrl.apps.plan.model_state import grid_of, model_state
+from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.models.hf_config import from_hf_config
+from tests.unit.config.example import example
+from tests.unit.plan.public_models import PARAMETERS, model_directory
+
+LAYOUTS = {
+    "Llama-3.3-70B-Instruct": {"tp": 8, "pp": 4, "vp": 5},
+    "Qwen2.5-72B-Instruct": {"tp": 4, "pp": 8},
+    "Qwen3-30B-A3B": {"tp": 2, "pp": 2, "ep": 8, "etp": 1},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_parts_of_all_ranks_are_the_published_parameters(name: str, tmp_path: Path) -> None:
+    architecture = from_hf_config(model_directory(name, tmp_path))
+    parallel = ParallelSection.model_validate(LAYOUTS[name])
+    grid = grid_of(parallel, 64)
+    run = example("model.dtype=bf16", "loss={name: sft}", "reference=null").model_copy(
+        update={"parallel": parallel}
+    )
+    states = [model_state(architecture, run, grid, stage=stage) for stage in range(grid.pp)]
+    # Norms and routers stand on every tensor-parallel rank, and attention in a mixture on more ranks than an
+    # expert: less than 4 % of these models in all.
+    per_rank = sum(state.parameters for state in states) / 2
+    if architecture.mixture is None:
+        assert per_rank * grid.tp == pytest.approx(PARAMETERS[name], rel=1e-3)
+    a, mixture = architecture, architecture.mixture
+    if mixture is not None:
+        experts = a.num_layers * mixture.num_experts * 3 * a.hidden_size * a.ffn_hidden_size
+        dense = PARAMETERS[name] - experts
+        assert per_rank == pytest.approx(experts / grid.ep + dense / grid.tp, rel=5e-3)
+
+
+def test_bytes_follow_the_dtypes_and_the_distributed_optimizer_divides_the_optimizer(tmp_path: Path) -> None:
+    architecture = from_hf_config(model_directory("Llama-3.3-70B-Instruct", tmp_path))
+    for dtype, sharded, expected in (
+        ("bf16", False, (2, 4, 12)),
+        ("fp32", False, (4, 4, 8)),
+        ("bf16", True, (2, 4, 12 / 4)),
+        ("fp32", True, (4, 4, 8 / 4)),
+    ):
+        parallel = ParallelSection(tp=8, pp=2, distributed_optimizer=sharded)
+        run = example(f"model.dtype={dtype}", "reference.placement=offload").model_copy(
+            update={"parallel": parallel}
+        )
+        state = model_state(architecture, run, grid_of(parallel, 64), stage=0)
+        elements = state.reference / {"bf16": 2, "fp32": 4}[dtype]
+        found = [size / elements for size in (state.parameters, state.gradients, state.optimizer)]
+        # Tensors of 8192 columns need next to no padding.
+        assert found == pytest.approx(expected, rel=1e-6)
