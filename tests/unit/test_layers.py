@@ -15,21 +15,26 @@ PACKAGE = ROOT / "megatron_sftrl"
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"types", "config", "vocab_parallel", "architectures"}),
-    frozenset({"hf"}),
+    frozenset({"types", "config", "registry", "vocab_parallel"}),
+    frozenset({"models"}),
     frozenset({"losses", "data", "rl", "observability"}),
     frozenset({"__init__"}),  # the public names: nothing above a loss
-    frozenset({"planning"}),
     frozenset({"engine"}),
-    frozenset({"rollout", "conversion"}),
+    frozenset({"rollout"}),
     frozenset({"trainers"}),
-    frozenset({"preflight", "doctor"}),
+    frozenset({"apps"}),  # they stand on the core, nothing in the core imports them
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
-VLLM_FILES = {PACKAGE / "rollout" / name for name in ("vllm_colocated.py", "vllm_weights.py")}
+VLLM_FILES = {PACKAGE / "rollout" / "vllm.py"}
 LONGEST_FILE = 600
 LONGEST_FUNCTION = 80
+SMALLEST_WITH_ONE_DOOR = 100
+SMALL_FOR_A_REASON = {
+    "losses/gift.py": "a loss, found by its name",
+    "losses/likelihood.py": "losses, found by their names",
+}
+"""Files that are shorter and have a single importer: plug-ins, optional imports, processes of their own."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = [
@@ -133,6 +138,46 @@ def test_a_file_is_one_idea_and_says_which(file: Path) -> None:
     source = file.read_text(encoding="utf-8")
     assert source.count("\n") <= LONGEST_FILE
     assert ast.get_docstring(ast.parse(source)), "a file opens with what it is for"
+
+
+def importers() -> dict[Path, set[Path]]:
+    """The files of the package that import each of its files."""
+    file_of = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
+    found: dict[Path, set[Path]] = {file: set() for file in FILES}
+    for file in FILES:
+        for module in modules_of(file):
+            if module in file_of and file_of[module] != file:
+                found[file_of[module]].add(file)
+    return found
+
+
+def test_a_small_file_with_one_importer_has_a_reason() -> None:
+    small = {
+        str(file.relative_to(PACKAGE))
+        for file, users in importers().items()
+        if file.name != "__init__.py"
+        and len(users) == 1
+        and file.read_text(encoding="utf-8").count("\n") < SMALLEST_WITH_ONE_DOOR
+    }
+    assert small == set(SMALL_FOR_A_REASON), "fold it into the file whose reader has to open it"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    uses: dict[Path, set[Path]] = {file: set() for file in FILES}
+    for file, users in importers().items():
+        for user in users:
+            uses[user].add(file)
+    done: set[Path] = set()
+
+    def visit(file: Path, way: tuple[Path, ...]) -> None:
+        assert file not in way, " -> ".join(str(each.relative_to(PACKAGE)) for each in (*way, file))
+        if file not in done:
+            for other in sorted(uses[file]):
+                visit(other, (*way, file))
+            done.add(file)
+
+    for file in FILES:
+        visit(file, ())
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
