@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 source tools/environment.sh test
 bash tests/oracles.sh
 bash tests/slurm/install.sh
+# Compiled once, not in every one of some hundred processes.
+unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
 ruff check .
 ruff format --check .

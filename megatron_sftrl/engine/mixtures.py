@@ -33,7 +33,7 @@ class BalancedRouter(TopKRouter):
         aux_m = E sum_i f_i P_i       f_i: expert i's share of the k T_m choices, P_i: its mean probability
 
     The step gains coeff * sum_m aux_m T_m / T_step over all micro-batches and replicas; T counts real tokens.
-    Megatron multiplies aux_m by the rank's tokens, for a division that scaling.py takes out.
+    Megatron multiplies aux_m by the rank's tokens, for a division that schedule.py takes out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

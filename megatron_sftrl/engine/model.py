@@ -246,7 +246,7 @@ def transformer_config(
         # Weights come from engine/initialize.py or a checkpoint, the same in every layout.
         perform_initialization=False,
         use_cpu_initialization=not is_cuda,
-        # Normalisation is data (token_weight): the schedule must neither average nor scale. See scaling.py.
+        # Normalisation is data (token_weight): the schedule must neither average nor scale. See schedule.py.
         calculate_per_token_loss=True,
         recompute_granularity="full" if train.recompute == "full" else None,
         recompute_method="uniform" if train.recompute == "full" else None,

@@ -11,7 +11,7 @@ Everything is relative to M, so that log-probabilities of logits near 1e4 keep a
 every quantity that does not change when a constant is added to z, and only such quantities leave this
 folder. Hence M is a constant for the gradient.
 
-sums.py has one rank's sums, evaluation.py the order of events, gradients.py the way back.
+arithmetic.py has one rank's sums and the way back, evaluation.py the order of events.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two Triton kernels: the sums of sums.py and the gradient of gradients.py, each in one pass, in fp32.
+"""Two Triton kernels: the sums and the gradient of arithmetic.py, each in one pass, in fp32.
 
 The forward reads every logit once; the backward reads it once and writes it once. What a plan consists of
 comes as compile-time tuples over which `static_range` is unrolled, so one source serves every loss. Shifts

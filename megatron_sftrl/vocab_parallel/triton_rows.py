@@ -1,6 +1,6 @@
 """Which arithmetic runs as Triton kernels, and their launch.
 
-The PyTorch versions, in sums.py and gradients.py, say what is to be computed: they are the only ones on the
+The PyTorch versions, in arithmetic.py, say what is to be computed: they are the only ones on the
 CPU and in float64, and the kernels are tested against them. Triton comes with PyTorch for CUDA.
 """
 
@@ -53,7 +53,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> None:
-    """What `sums.fill_sums` does, for a plan that is covered; each logit is read once."""
+    """What `arithmetic.fill_sums` does, for a plan that is covered; each logit is read once."""
     from megatron_sftrl.vocab_parallel import triton_kernels as kernels
 
     logits, origins = _origins(plan.sources)
@@ -89,7 +89,7 @@ def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> N
 
 
 def fill_gradient(gradient: Tensor, plan: Plan, i: int, terms: Terms, maxima: Tensor) -> Tensor:
-    """What `gradients.fill_gradient` does, for a plan that is covered; one read and one write."""
+    """What `arithmetic.fill_gradient` does, for a plan that is covered; one read and one write."""
     from megatron_sftrl.vocab_parallel import triton_kernels as kernels
 
     order = [i, *sorted({*terms.linear, *terms.other} - {i})]

@@ -23,7 +23,7 @@ Kernels = Literal["torch", "transformer_engine"]
 Fused = Literal["auto", "on", "off"]
 _FP32, _INT64 = 4, 8
 _LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
-"""vocab_parallel/rows.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
+"""vocab_parallel/arithmetic.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
 _FUSED_CHUNK = {"torch": 112 * 2**20, "transformer_engine": 512 * 2**20}
 """vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused."""
 

@@ -183,7 +183,7 @@ class PlanRequest:
 
 
 def request_of(parsed: argparse.Namespace) -> PlanRequest:
-    """The request that a command line makes (planning/arguments.py).
+    """The request that a command line makes.
 
     Raises:
         UserError: a size without a unit, a rate that is not positive.

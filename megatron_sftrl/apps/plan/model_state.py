@@ -92,7 +92,7 @@ class Parameter:
     """One rank's part of one tensor.
 
     Args:
-        key: of the tensor, see architectures/tensors.py.
+        key: of the tensor, see models/tensors.py.
         num_elements: held by the rank.
         is_expert: lives on the experts' grid.
         is_shared: the embedding of a tied model that the first and the last stage both hold.

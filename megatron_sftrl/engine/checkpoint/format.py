@@ -380,7 +380,7 @@ def _overlap(
 
 # A checkpoint's tensors written one at a time, with no model and no second copy in memory.
 #
-# For the conversion tools. The files are those of io.py: a training run loads what is written here.
+# For the conversion tools. A training run loads what is written here.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

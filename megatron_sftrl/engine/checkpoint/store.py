@@ -1,6 +1,6 @@
 """A run on the disk and back: saved atomically, loaded into any layout, refused when it does not fit.
 
-What a checkpoint holds is told in tensors.py and record.py. Not in it: a frozen
+What a checkpoint holds is told in tensors.py and directory.py. Not in it: a frozen
 reference (it is made again from the configuration), gradients, the configuration itself (run_dir has
 it), and the sampler's state (a function of seed and consumed_samples).
 

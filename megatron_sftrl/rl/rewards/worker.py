@@ -1,4 +1,4 @@
-"""What runs inside a reward worker: `python -m megatron_sftrl.rl.rewards.worker`, started by process.py.
+"""What runs inside a reward worker: `python -m megatron_sftrl.rl.rewards.worker`, started by pool.py.
 
 It reads JSON lines from the socket that it finds as file descriptor 0 and writes one JSON line for each:
 first the setup, answered by ready or failed, then jobs. Nothing but that socket ties it to the trainer, and
