@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_sftrl", "megatron_sftrl.*"]),
-    package_data={"megatron_sftrl": ["py.typed"]},
+    package_data={"megatron_sftrl": ["py.typed"], "megatron_sftrl.config": ["presets/*.yaml"]},
     python_requires=">=3.11",
     # tests/unit/test_dependencies.py holds this list against what is imported.
     install_requires=[

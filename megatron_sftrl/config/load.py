@@ -8,12 +8,14 @@ begin with `~` or contain $VARIABLES; resolved.yaml has them replaced.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
@@ -21,7 +23,6 @@ from pydantic import ValidationError
 
 from megatron_sftrl.config.checks import idle_settings
 from megatron_sftrl.config.messages import Origins, explain, unknown_key
-from megatron_sftrl.config.presets import PRESETS, with_preset
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.errors import UserError, error_of, first_of
 
@@ -153,6 +154,98 @@ def _walk(
         seen[key.value] = line
         lines[(*path, key.value)] = line
         _walk(value, (*path, key.value), lines, open_nodes, source)
+
+
+# Presets: published settings by name. `preset: dapo` fills in what the run's file leaves open. A preset holds
+# only what a paper or its released script states; everything else keeps its own default.
+
+
+Tree = Mapping[str, Any]
+"""A part of a run's file: keys to values, or to further trees."""
+
+
+class _PresetFiles(Mapping[str, Tree]):
+    """NAME.yaml of a folder by NAME, each read when it is asked for, and read-only."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Tree:
+        if name not in self._names():
+            raise KeyError(name)
+        file = self._folder / f"{name}.yaml"
+        return _frozen(parse_yaml(read_config_text(file), source=str(file)).value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        return sorted(file.stem for file in self._folder.glob("*.yaml"))
+
+
+def _frozen(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return MappingProxyType({key: _frozen(item) for key, item in value.items()})
+
+
+PRESETS: Mapping[str, Tree] = _PresetFiles(Path(__file__).with_name("presets"))
+"""Presets by name."""
+
+
+def with_preset(raw: Tree, presets: Mapping[str, Tree]) -> dict[str, Any]:
+    """The run's tree with its preset's settings below it, and without the key `preset`.
+
+    A key that the run gives wins over the preset's, whatever its value; a key that it does not give, the
+    preset's sections included, comes from the preset. What comes out has every setting once, in its own
+    place, and expanding it again changes nothing.
+
+    Args:
+        raw: as parsed, with overrides applied and before validation; not modified.
+        presets: by name.
+    Returns:
+        A new tree; `raw` itself, copied, where it names no preset.
+    Raises:
+        UserError: an unknown preset, or one for another loss than the run asks for.
+    """
+    name = raw.get("preset")
+    rest = {key: value for key, value in raw.items() if key != "preset"}
+    if name is None:
+        return _below({}, rest)
+    if not isinstance(name, str) or name not in presets:
+        near = difflib.get_close_matches(str(name), list(presets), n=1, cutoff=0.4)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"unknown preset {name!r}{meant}; there are: {', '.join(sorted(presets))}")
+    preset = presets[name]
+    wanted, offered = _loss_name(raw), _loss_name(preset)
+    if wanted is not None and offered is not None and wanted != offered:
+        raise UserError(
+            f"preset {name!r} sets options of loss {offered!r}, and loss.name is {wanted!r}: remove one of "
+            "preset and loss.name"
+        )
+    return _below(preset, rest)
+
+
+def _below(defaults: Tree, given: Tree) -> dict[str, Any]:
+    """Both trees in one new tree; where both hold a value, the given one."""
+    merged: dict[str, Any] = {}
+    for key in (*defaults, *(key for key in given if key not in defaults)):
+        low, high = defaults.get(key), given.get(key)
+        if isinstance(high, Mapping):
+            merged[key] = _below(low if isinstance(low, Mapping) else {}, high)
+        elif isinstance(low, Mapping) and high is None:
+            merged[key] = _below(low, {})  # `loss:` with nothing below it is a section without keys
+        else:
+            merged[key] = given.get(key, low)
+    return merged
+
+
+def _loss_name(tree: Tree) -> object:
+    loss = tree.get("loss")
+    return loss.get("name") if isinstance(loss, Mapping) else None
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)

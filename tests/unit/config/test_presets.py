@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_sftrl import build_loss
-from megatron_sftrl.config.load import config_from_text, load_config, resolved_yaml
-from megatron_sftrl.config.presets import PRESETS, with_preset
+from megatron_sftrl.config import load
+from megatron_sftrl.config.load import PRESETS, config_from_text, load_config, resolved_yaml, with_preset
 from megatron_sftrl.config.schema import GrpoConfig
 
 SMALL = {
@@ -167,3 +168,22 @@ def test_a_run_with_a_preset_is_written_out_and_read_back_the_same(name: str):
     assert config.loss.options["clip_high"] == PRESETS[name]["loss"]["clip_high"]
     text = resolved_yaml(config)
     assert resolved_yaml(config_from_text(text, source="resolved.yaml", schema=GrpoConfig)) == text
+
+
+def test_a_preset_is_read_when_it_is_named_and_the_list_reads_none(monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    text_of = load.read_config_text
+    monkeypatch.setattr(load, "read_config_text", lambda file: read.append(file.name) or text_of(file))
+    assert len(PRESETS) == len(list(PRESETS)) >= 7
+    assert "../presets/dapo" not in PRESETS
+    assert read == []
+    with_preset({"preset": "gspo"}, PRESETS)
+    assert set(read) == {"gspo.yaml"}
+
+
+def test_every_preset_says_its_source_and_the_key_names_them_all():
+    for name in PRESETS:
+        file = Path(load.__file__).with_name("presets") / f"{name}.yaml"
+        assert re.match(r"# .*arXiv:\d{4}\.\d{5}", file.read_text(encoding="utf-8")), name
+    explained = GrpoConfig.model_fields["preset"].description or ""
+    assert set(re.findall(r"[a-z_]+", explained.partition(":")[2])) == set(PRESETS)
