@@ -17,8 +17,6 @@ machine disturbs all alike; figures are medians over the repeats of the ratio to
                     transformers for sft, verl for entropy; for pear, which has no release, as in the paper.
                     One process only; a reference's output layer is included. See released_losses.py
     NAME            the registered loss, fused with the output layer; a reference's output layer is included
-    NAME, MKL       the same, its matrix products by the library that all others use (CPU; see
-                    vocab_parallel/output_layer.py): what is left is gained by the order of events
     NAME, logits    the same loss with the logits of policy and reference in memory
 
 Who cannot run is named under the table with the reason. When a loss ran with its released formula, its share

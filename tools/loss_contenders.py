@@ -18,7 +18,7 @@ from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.vocab_parallel import OutputLayer
 from megatron_sftrl.vocab_parallel.one_pass import one_pass, weighted_sum
 
-PLAIN, RELEASED_SUFFIX, LOGITS_SUFFIX, MKL_SUFFIX = "plain", ", released", ", logits", ", MKL"
+PLAIN, RELEASED_SUFFIX, LOGITS_SUFFIX = "plain", ", released", ", logits"
 LOSSES: dict[str, dict[str, Any]] = {
     "sft": {},
     "gift": {},
@@ -36,15 +36,14 @@ def contenders(*, tp: int, device_type: str) -> tuple[list[str], dict[str, str]]
     left_out = {} if tp == 1 else dict.fromkeys(dense, "one process only")
     reasons = {name: why_not(name, device_type=device_type, tp=tp) for name in KERNELS}
     left_out |= {name: reason for name, reason in reasons.items() if reason}
-    suffixes = [LOGITS_SUFFIX] if device_type == "cuda" else [MKL_SUFFIX, LOGITS_SUFFIX]
-    others = [name + suffix for suffix in suffixes for name in ("sft", "gift", "curiosft")]
+    others = [name + LOGITS_SUFFIX for name in ("sft", "gift", "curiosft")]
     names = [PLAIN, *KERNELS, *dense, *LOSSES, *others]
     return [name for name in names if name not in left_out], left_out
 
 
 def num_products(name: str) -> int:
     """Of [T, H] with [H, V]: three that training cannot do without, and one of a reference."""
-    loss = name.removesuffix(RELEASED_SUFFIX).removesuffix(LOGITS_SUFFIX).removesuffix(MKL_SUFFIX)
+    loss = name.removesuffix(RELEASED_SUFFIX).removesuffix(LOGITS_SUFFIX)
     return 4 if loss in LOSSES and _has_reference(loss) else 3
 
 
@@ -123,7 +122,7 @@ def make_step(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Calla
     elif name.endswith(LOGITS_SUFFIX):
         total = functools.partial(_with_logits, name.removesuffix(LOGITS_SUFFIX), model, batch, sizes)
     else:
-        total = functools.partial(_fused, name.removesuffix(MKL_SUFFIX), model, batch, sizes)
+        total = functools.partial(_fused, name, model, batch, sizes)
 
     def step() -> Tensor:
         model.hidden.grad = None
@@ -132,15 +131,7 @@ def make_step(name: str, model: Model, batch: TokenBatch, sizes: Sizes) -> Calla
         loss.backward()
         return loss.detach()
 
-    return _without_onednn(step) if name.endswith(MKL_SUFFIX) else step
-
-
-def _without_onednn(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def by_mkl() -> Tensor:
-        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
-            return step()
-
-    return by_mkl
+    return step
 
 
 def _plain(model: Model, batch: TokenBatch) -> Tensor:

@@ -25,7 +25,6 @@ from torch import Tensor
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
 from megatron_sftrl.engine.local_layers import rms_norm
-from megatron_sftrl.vocab_parallel.output_layer import linear
 
 
 @torch.no_grad()
@@ -95,7 +94,7 @@ def _attention(
 ) -> Tensor:
     projection, core = attention.linear_qkv, attention.core_attention
     head_dim = attention.hidden_size_per_attention_head
-    mixed = linear(x, projection.weight, projection.bias)
+    mixed = F.linear(x, projection.weight, projection.bias)
     # [T, groups/tp, heads per group + 2, head_dim]: the query heads of a group, its key, its value.
     mixed = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
     turned, value = mixed[:, :, :-1], mixed[:, :, -1]
@@ -118,7 +117,7 @@ def _attention(
 
 
 def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    gate, up = linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
+    gate, up = F.linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
     return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up), group)
 
 
@@ -130,7 +129,7 @@ def _experts(mlp: MoELayer, x: Tensor, group: dist.ProcessGroup, *, is_split: bo
 
 
 def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    partial = linear(x, projection.weight)
+    partial = F.linear(x, projection.weight)
     if group.size() > 1:
         dist.all_reduce(partial, group=group)
     return partial

@@ -17,7 +17,6 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.types import SamplingParams, TokenBatch
-from megatron_sftrl.vocab_parallel.output_layer import linear
 
 _BLOCK = 128
 """Entries of the vocabulary that are summed together before one of them is drawn."""
@@ -90,7 +89,7 @@ def _decoded_logits(policy: PolicyEngine, tokens: Tensor, rows: Tensor, places: 
     hidden_states = model.new_token_states(tokens.to(parallel.device), places)
     with cpu_backend.without_redirection():
         layer = model.output(hidden_states)
-        logits = linear(layer.hidden, layer.weight)
+        logits = F.linear(layer.hidden, layer.weight)
         # V-sized copies are as dear as a small model's layers: none where every row is wanted.
         return _gather_vocabulary(logits[: rows.numel()].float(), parallel)
 
@@ -110,7 +109,7 @@ def _scheduled_logits(
         whole = stage.batch.cu_seqlens * parallel.cp_size
         # Logits of the wanted rows only: those of all tokens of all prompts are the largest tensor by far.
         hidden = _rows_over_cp(layer.hidden, rows, whole, parallel)
-        logits = linear(hidden, layer.weight).float()  # [S, V_padded/tp]
+        logits = F.linear(hidden, layer.weight).float()  # [S, V_padded/tp]
         return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(logits, parallel))
 
     return run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)

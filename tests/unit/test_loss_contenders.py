@@ -21,14 +21,12 @@ from released_losses import RELEASED
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ParallelSection
-from megatron_sftrl.vocab_parallel import output_layer
 from tests.ranks import ROOT, run_ranks
 from tests.unit.kernel_gap import gap
 
 SAME = [
     ("plain", "sft"),
     ("plain", "sft, logits"),
-    ("plain", "sft, MKL"),
     ("gift, logits", "gift"),
     ("curiosft, logits", "curiosft"),
 ]
@@ -52,18 +50,6 @@ def gradients(tp: int) -> dict[str, tuple[Tensor, ...]]:
             found[name] = (loss, model.hidden.grad, model.main_grad)
     parallel_state.destroy_model_parallel()
     return found
-
-
-@pytest.mark.parametrize(("name", "times"), [("gift", 4), ("gift, MKL", 0)])
-def test_what_goes_by_mkl_leaves_onednn_alone(name: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Tensor] = []
-    linear = output_layer._onednn_linear
-    monkeypatch.setattr(
-        output_layer, "_onednn_linear", lambda *args: (made.append(args[0]), linear(*args))[1]
-    )
-    sizes = Sizes(tokens=64, vocab_size=1024, hidden=64, tp=1)  # a product of four million multiply-adds
-    make_step(name, make_model(sizes, CPU), make_batch(sizes, CPU), sizes)()
-    assert len(made) == times
 
 
 @pytest.mark.parametrize("tp", [1, 2])

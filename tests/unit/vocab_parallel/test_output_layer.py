@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_sftrl.vocab_parallel import OutputLayer, output_layer
-from megatron_sftrl.vocab_parallel import output_layer as products
 from megatron_sftrl.vocab_parallel.output_layer import GradientSums
 
 H = 6
@@ -34,7 +33,7 @@ def test_chunks_cover_every_token_once_and_fit(
 def test_the_weights_gradient_of_a_bf16_layer_is_summed_in_its_fp32_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "_MIXED_COLUMNS", 8)
+    monkeypatch.setattr(output_layer, "_MIXED_COLUMNS", 8)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, gradient = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((40, H), (20, H), (40, 20))
