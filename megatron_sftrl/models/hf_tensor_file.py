@@ -14,15 +14,16 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError, error_of
-from megatron_sftrl.models.direct_file import new_direct_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,11 +242,16 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
     return f"{file} is not a valid safetensors file: {error}; {again}"
 
 
-# A safetensors file written tensor by tensor.
-#
-# The library's save_file wants all tensors of a file in memory. An export that holds one of them at a
-# time, in memory that it uses again, is faster by what the pages of the others would cost, and needs less
-# by a file.
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that did not exist; all of it is on the disk when the block has ended without an error."""
+    with open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# A safetensors file written tensor by tensor: the library's save_file wants all tensors of a file in memory.
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -277,7 +283,7 @@ def write_safetensors(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with new_direct_file(path) as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             values = tensor(name)

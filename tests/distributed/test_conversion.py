@@ -13,6 +13,7 @@ All products of these would take minutes and say no more than a set that covers
 from __future__ import annotations
 
 import functools
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from megatron_sftrl.apps.convert.from_hf import Layout, convert_from_hf
 from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.errors import UserError
 from tests.distributed.test_layouts import VOCAB_SIZE, step_batches
 from tests.hf_models import FAMILIES, differing, read_tensors, write_model
 from tests.ranks import run_ranks
@@ -50,17 +52,19 @@ def convert_there_and_back(hf: Path, folder: Path, layouts: list[Layout]) -> Non
     from megatron_sftrl.engine.parallel import initialize_parallel
 
     initialize_parallel(ParallelSection())
-    for number, layout in enumerate(layouts):
-        checkpoint = convert_from_hf(
-            hf,
-            folder / f"checkpoint-{number}",
-            layout=layout,
-            dtype=None,
-            allow_pickle=False,
-            on_bytes=lambda done, total: None,
-        )
-        export(checkpoint, folder / f"export-{number}")
-    parallel_state.destroy_model_parallel()
+    try:
+        for number, layout in enumerate(layouts):
+            checkpoint = convert_from_hf(
+                hf,
+                folder / f"checkpoint-{number}",
+                layout=layout,
+                dtype=None,
+                allow_pickle=False,
+                on_bytes=lambda done, total: None,
+            )
+            export(checkpoint, folder / f"export-{number}")
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def export(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
@@ -170,6 +174,31 @@ def test_the_tools_give_back_every_bit(family: str, num_processes: int, tmp_path
         found = tmp_path / f"export-{number}"
         assert differing(expected, read_tensors(found)) == [], layouts[number]
         assert (found / "model.safetensors.index.json").exists()
+
+
+def convert_on_full_disks(hf: Path, folder: Path) -> list[str]:
+    """What the user is told where no file may grow beyond 20 kB, there and back."""
+    limits, said = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    convert_there_and_back(hf, folder, [Layout()])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for work in (
+            lambda: convert_there_and_back(hf, folder / "full", [Layout()]),
+            lambda: export(folder / "checkpoint-0", folder / "full" / "export-0"),
+        ):
+            with pytest.raises(UserError) as caught:
+                work()
+            said.append(str(caught.value))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return [*said, *map(str, (folder / "full").iterdir())]
+
+
+def test_a_disk_that_fills_up_is_told_as_the_users_error_and_nothing_is_left(tmp_path: Path) -> None:
+    hf = write_model(tmp_path / "hf", "llama")
+    [said] = run_ranks(1, convert_on_full_disks, hf, tmp_path)
+    assert len(said) == 2
+    assert all("File too large" in each for each in said)
 
 
 SEQUENCE = {"tp": 2, "sequence_parallel": True}

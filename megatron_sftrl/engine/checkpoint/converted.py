@@ -8,19 +8,17 @@ from pathlib import Path
 
 import megatron.core
 import torch
-import torch.distributed as dist
 
 from megatron_sftrl.engine.checkpoint.directory import (
     FILE_NAME,
     CheckpointRecord,
-    FileRecord,
     TrainerState,
-    file_record,
+    hashed_files,
 )
 from megatron_sftrl.engine.checkpoint.format import StoredPart, write_parts
 from megatron_sftrl.engine.together import new_directory_together, on_rank_zero, sum_over_ranks
 from megatron_sftrl.models.architecture import Architecture, to_record
-from megatron_sftrl.models.hf_output import LOCK, HfAssets, write_assets
+from megatron_sftrl.models.hf_output import HfAssets, write_assets
 
 _ASSETS = "hf"
 """Folder of a checkpoint with what travels beside weights: config.json, tokenizer, chat template."""
@@ -45,7 +43,7 @@ def save_converted(
     """
     total = sum_over_ranks(sum(part.num_bytes for part in parts))
     with new_directory_together(out, num_bytes=total) as temporary:
-        written = write_parts([replace(part, key=f"policy.{part.key}") for part in parts], temporary)
+        write_parts([replace(part, key=f"policy.{part.key}") for part in parts], temporary)
         on_rank_zero(lambda: store_assets(temporary, assets))
         record = CheckpointRecord(
             trainer=TrainerState(),
@@ -56,24 +54,10 @@ def save_converted(
             reference=None,
             layout={},
             versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
-            files=_all_files(temporary, written),
+            files=hashed_files(temporary),
         )
         on_rank_zero(lambda: (temporary / FILE_NAME).write_text(record.to_json()))
     return out
-
-
-def _all_files(directory: Path, written: dict[str, FileRecord]) -> dict[str, FileRecord]:
-    """Size and hash of each file below `directory`, given those that this rank hashed when it wrote them."""
-    everyone: list[dict[str, FileRecord]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, written)
-    known = {name: record for each in everyone for name, record in each.items()}
-
-    def all_of_them() -> dict[str, FileRecord]:
-        paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != LOCK)
-        names = [str(path.relative_to(directory)) for path in paths]
-        return {name: known.get(name) or file_record(directory / name) for name in names}
-
-    return on_rank_zero(all_of_them)
 
 
 def store_assets(checkpoint: Path, assets: HfAssets) -> None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
-from megatron_sftrl.models.hf_output import force_to_disk
+from megatron_sftrl.models.hf_output import LOCK, force_to_disk
 
 # checkpoint.json: what a checkpoint is, readable by people, and what its files must look like.
 
@@ -305,7 +305,9 @@ def hashed_files(
     if names is None:
         names = on_rank_zero(
             lambda: sorted(
-                str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+                str(path.relative_to(directory))
+                for path in directory.rglob("*")
+                if path.is_file() and path.name != LOCK
             ),
             group,
         )

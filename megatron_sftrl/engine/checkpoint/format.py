@@ -9,14 +9,13 @@ be importable. The files are the same, and dist_checkpointing.load reads them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -46,11 +45,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
-from megatron_sftrl.engine.checkpoint.directory import FileRecord
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of, first_of
-from megatron_sftrl.models.direct_file import new_direct_file
-from megatron_sftrl.models.hf_tensor_file import StoredTensor, read_part
+from megatron_sftrl.models.hf_tensor_file import StoredTensor, new_file, read_part
 
 # The index of a checkpoint's tensors (.metadata), read without trusting it.
 #
@@ -408,12 +405,11 @@ class StoredPart:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_parts(parts: Sequence[StoredPart], directory: Path) -> dict[str, FileRecord]:
+def write_parts(parts: Sequence[StoredPart], directory: Path) -> None:
     """Write this process's parts; every rank calls it, and together they cover each tensor once.
 
-    Returns:
-        Size and hash of the files that this process wrote and forced to the disk, by name. The index is
-        none of them.
+    The files are forced to the disk.
+
     Raises:
         UserError: on every rank, when any rank could not make or write a part.
     """
@@ -424,7 +420,6 @@ def write_parts(parts: Sequence[StoredPart], directory: Path) -> dict[str, FileR
     writer = _OneAtATimeWriter(directory)
     on_every_rank(lambda: torch_checkpoint.save(state, storage_writer=writer, planner=_MakingPlanner(parts)))
     on_rank_zero(lambda: finish_format(directory))
-    return writer.files
 
 
 class _MakingPlanner(MCoreSavePlanner):
@@ -453,26 +448,29 @@ class _OneAtATimeWriter(torch_checkpoint.FileSystemWriter):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._directory = directory
-        self.files: dict[str, FileRecord] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
-            # Hashed on the way: the disk need not be asked for the bytes again.
-            digest = hashlib.sha256()
-            file = new_direct_file(self._directory / name, on_bytes=digest.update)
-            with file as stream, _without_checksums():
+            with new_file(self._directory / name) as stream, _without_checksums():
                 for item in plan.items:
                     start = stream.tell()
-                    torch.save(planner.resolve_data(item), cast(IO[bytes], stream))
+                    _save(planner.resolve_data(item), stream)
                     length = stream.tell() - start
                     place = _StorageInfo(relative_path=name, offset=start, length=length)
                     results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
-            self.files[name] = FileRecord(size=stream.tell(), sha256=digest.hexdigest())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _save(values: Any, stream: BinaryIO) -> None:
+    try:
+        torch.save(values, stream)
+    except RuntimeError as error:
+        # After a failed write torch ends its archive all the same, and raises about that.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @contextlib.contextmanager
