@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from html_report import Curve, Series, Table, write_report
 from task import is_correct
 
 from megatron_sftrl.observability.metrics import read_metrics
-from megatron_sftrl.observability.report import Curve, Series, Table, write_report
 
 SMALLEST_RISE = 0.05
 """Of the sampled accuracy, by both stages together: what GIFT is for shows in what GRPO makes of it."""

@@ -1,4 +1,4 @@
-"""The report is one file that needs nothing else, and shows what it was given."""
+"""The report of the quick start is one file that needs nothing else, and shows what it was given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_sftrl.observability.report import Curve, Series, Table, write_report
+from examples.quickstart.html_report import Curve, Series, Table, write_report
 
 TABLE = Table(title="Accuracy", columns=("stage", "greedy"), rows=(("before", "1 %"), ("after <b>", "40 %")))
 CURVE = Curve(
