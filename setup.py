@@ -36,7 +36,6 @@ setup(
         "PyYAML",
         "rich",
         "wandb",
-        "matplotlib",
         "jinja2",
         "reasoning-gym",
         "math-verify>=0.9",
@@ -46,7 +45,8 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "vllm": ["vllm>=0.32,<0.33"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard"],
+        "report": ["matplotlib"],  # examples/quickstart/html_report.py
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard", "matplotlib"],
     },
     entry_points={"console_scripts": ["sftrl = megatron_sftrl.cli:main"]},
 )

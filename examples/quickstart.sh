@@ -62,7 +62,7 @@ stage() {
   printf '%s\t%d\n' "$title" $((SECONDS - start)) >> $out/times.tsv
 }
 
-source tools/environment.sh ""  # without an argument it would read this script's own
+source tools/environment.sh report
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, also on a machine with a single GPU
 case "$what" in

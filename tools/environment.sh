@@ -19,10 +19,12 @@ if [ -z "$_python" ]; then
   exit 1
 fi
 _stamp="$_venv/.installed-${_extras:-core}"
+_serving=("$_stamp")
+[ "$_extras" != report ] || _serving+=("$_venv/.installed-test")  # the tests' environment holds it as well
 # The checkout is part of it: an editable install points at one folder, and a shared environment may be asked
 # for by several.
 _want="$_root $(cat "$_root/setup.py" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)"
-if [ "$(cat "$_stamp" 2>/dev/null)" != "$_want" ]; then
+if ! grep -qsFx "$_want" "${_serving[@]}"; then
   echo "installing into $_venv ($("$_python" --version))"
   rm -f "$_venv"/.installed-*
   "$_python" -m venv "$_venv"

@@ -35,15 +35,22 @@ def setup_arguments() -> dict[str, ast.expr]:
 
 def required() -> list[str]:
     """Names in install_requires, without versions."""
-    return [
-        re.split(r"[<>=!~\[; ]", text)[0] for text in ast.literal_eval(setup_arguments()["install_requires"])
-    ]
+    return names(ast.literal_eval(setup_arguments()["install_requires"]))
 
 
-def imported_libraries() -> set[str]:
+def extra(name: str) -> list[str]:
+    """Names in one of extras_require, without versions."""
+    return names(ast.literal_eval(setup_arguments()["extras_require"])[name])
+
+
+def names(requirements: list[str]) -> list[str]:
+    return [re.split(r"[<>=!~\[; ]", text)[0] for text in requirements]
+
+
+def imported_libraries(folders: tuple[str, ...] = ("megatron_sftrl", "tools", "examples")) -> set[str]:
     """First names of every import in the product."""
     found: set[str] = set()
-    for folder in ("megatron_sftrl", "tools", "examples"):
+    for folder in folders:
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
@@ -59,8 +66,15 @@ def test_every_required_package_is_imported_or_has_a_stated_reason(package: str)
     assert name in imported_libraries() or package in NEEDED_BY_OTHERS
 
 
+def test_what_draws_the_report_comes_with_an_extra_that_the_tests_hold_as_well() -> None:
+    drawing = set(extra("report"))
+    assert drawing <= imported_libraries(("examples",)) - imported_libraries(("megatron_sftrl", "tools"))
+    assert drawing <= set(extra("test"))
+    assert "source tools/environment.sh report" in (ROOT / "examples/quickstart.sh").read_text()
+
+
 def test_every_imported_library_is_required() -> None:
-    known = {IMPORT_NAMES.get(package, package) for package in required()}
+    known = {IMPORT_NAMES.get(package, package) for package in (*required(), *extra("report"))}
     known |= {"pydantic_core"}  # pydantic's own core, in lock-step with it
     local = {"megatron_sftrl", *(file.stem for file in (ROOT / "examples").rglob("*.py"))}
     local |= {file.stem for file in (ROOT / "tools").rglob("*.py")} | {"tools", "examples", "tests"}
