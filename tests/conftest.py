@@ -1,4 +1,4 @@
-"""What every test shares: the repository and its tools on the import path, the end of the rank workers."""
+"""What every test shares: the repository on the import path, the end of the rank workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # a tool imports its neighbours by their bare names
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -6,7 +6,8 @@ import json
 import sys
 
 import torch
-from loss_contenders import Sizes, make_batch, make_model, make_step
+
+from tools.benchmarks.loss_contenders import Sizes, make_batch, make_model, make_step
 
 
 def gap(name: str, steps: int = 1) -> float:

@@ -6,11 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-import benchmark_losses
-import loss_report
 import pytest
-from benchmark_losses import ContenderError
-from loss_contenders import Sizes
+
+from tools.benchmarks import loss_report
+from tools.benchmarks import losses as benchmark_losses
+from tools.benchmarks.loss_contenders import Sizes
+from tools.benchmarks.losses import ContenderError
 
 TINY = ["--tokens", "64", "--vocab-size", "512", "--hidden", "32"]
 
@@ -20,7 +21,7 @@ def turns(*pairs: tuple[float, float]) -> list[dict[str, float]]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_losses.py", *TINY, *arguments])
+    monkeypatch.setattr(sys, "argv", ["losses.py", *TINY, *arguments])
     benchmark_losses.main()
 
 

@@ -10,19 +10,18 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import loss_bandwidth
-import other_kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_contenders import LOSSES, Sizes, contenders, make_batch, make_model, make_step
-from other_kernels import KERNELS, why_not
-from released_losses import RELEASED
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ParallelSection
 from tests.ranks import ROOT, run_ranks
 from tests.unit.kernel_gap import gap
+from tools.benchmarks import loss_bandwidth, other_kernels
+from tools.benchmarks.loss_contenders import LOSSES, Sizes, contenders, make_batch, make_model, make_step
+from tools.benchmarks.other_kernels import KERNELS, why_not
+from tools.benchmarks.released_losses import RELEASED
 
 SAME = [
     ("plain", "sft"),
@@ -107,7 +106,7 @@ def test_a_kernel_that_is_installed_has_the_gradients_of_ours(name: str, environ
     if importlib.util.find_spec(KERNELS[name].module) is None:
         pytest.skip(KERNELS[name].if_missing)
     command = [sys.executable, "-W", "ignore", "-m", "tests.unit.kernel_gap", name]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *sys.path])
+    path = os.pathsep.join([str(ROOT), *sys.path])
     done = subprocess.run(
         command,
         env={**os.environ, **environment, "PYTHONPATH": path},

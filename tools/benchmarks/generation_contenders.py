@@ -1,4 +1,4 @@
-"""The contenders of benchmark_generation.py, each in a process of its own."""
+"""The contenders of generation.py, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from benchmark_model import benchmark_run
 
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.models.architecture import Architecture, from_section
 from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.types import Prompt, SamplingParams
+from tools.benchmarks.model import benchmark_run
 
 if TYPE_CHECKING:
     from megatron_sftrl.engine.policy import PolicyEngine

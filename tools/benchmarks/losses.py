@@ -1,7 +1,7 @@
 """Time and memory of output layer and loss, forward and backward, fused and with all logits in memory.
 
-    python tools/benchmark_losses.py [--tokens 2048] [--vocab-size 151936] [--hidden 1024] [--tp 1]
-                                     [--repeats 3] [--only gift+sft] [--out benchmark_losses.json]
+    python -m tools.benchmarks.losses [--tokens 2048] [--vocab-size 151936] [--hidden 1024] [--tp 1]
+                                      [--repeats 3] [--only gift+sft] [--out losses.json]
 
 Every contender is a process of its own (tp of them), one after the other in each repeat, so that a noisy
 machine disturbs all alike; figures are medians over the repeats of the ratio to `plain` in the same repeat.
@@ -44,15 +44,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from loss_bandwidth import bandwidth_fractions, matmul_fractions
-from loss_contenders import PLAIN, Sizes, contenders, make_batch, make_model, make_step
-from loss_report import fraction_line, loss_facts, report_lines, write_json
-from other_kernels import KERNELS
 
 from megatron_sftrl.apps.doctor.ranks import free_port
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.errors import UserError
+from tools.benchmarks.loss_bandwidth import bandwidth_fractions, matmul_fractions
+from tools.benchmarks.loss_contenders import PLAIN, Sizes, contenders, make_batch, make_model, make_step
+from tools.benchmarks.loss_report import fraction_line, loss_facts, report_lines, write_json
+from tools.benchmarks.other_kernels import KERNELS
 
 
 class ContenderError(RuntimeError):
@@ -122,14 +122,14 @@ def _measure_all(
 
 def _in_children(name: str, sizes: Sizes) -> dict[str, float]:
     """Run a contender on tp processes; the slowest and the largest of them."""
-    command = [sys.executable, "-W", "ignore", __file__, "--child", name]
+    command = [sys.executable, "-W", "ignore", "-m", "tools.benchmarks.losses", "--child", name]
     command += ["--tokens", str(sizes.tokens), "--vocab-size", str(sizes.vocab_size)]
     command += ["--hidden", str(sizes.hidden), "--tp", str(sizes.tp)]
     threads = max(1, (os.cpu_count() or 1) // sizes.tp)
     base = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     base |= {"WORLD_SIZE": str(sizes.tp), "LOCAL_WORLD_SIZE": str(sizes.tp)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    places = [Path(__file__).resolve().parents[1], os.environ.get("PYTHONPATH")]
+    places = [Path(__file__).resolve().parents[2], os.environ.get("PYTHONPATH")]
     base["PYTHONPATH"] = os.pathsep.join(str(place) for place in places if place)
     with tempfile.TemporaryFile("w+") as said:
         children = [

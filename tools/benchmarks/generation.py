@@ -1,6 +1,6 @@
 """Tokens per second of the rollout engines beside transformers.generate: same weights, same prompts.
 
-    python tools/benchmark_generation.py [--layers 6] [--hidden 256] [--vocab 32768] [--out FILE]
+    python -m tools.benchmarks.generation [--layers 6] [--hidden 256] [--vocab 32768] [--out FILE]
 
 transformers (its cache, its default attention), in_process and vLLM (where it is installed) each live in a
 process of their own and answer the same prompts in turns, so that a noisy machine disturbs all alike;
@@ -34,7 +34,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from generation_contenders import (
+
+from megatron_sftrl.models.architecture import Architecture, num_parameters
+from megatron_sftrl.types import Prompt, SamplingParams
+from tools.benchmarks.generation_contenders import (
     BASELINE,
     OURS,
     VLLM,
@@ -44,9 +47,6 @@ from generation_contenders import (
     contender,
     receive,
 )
-
-from megatron_sftrl.models.architecture import Architecture, num_parameters
-from megatron_sftrl.types import Prompt, SamplingParams
 
 WANTED_RATIO = 2.0
 """Of in_process to transformers."""

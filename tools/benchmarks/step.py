@@ -1,7 +1,7 @@
 """Step time of each loss against the same Megatron step with Megatron's own vocab_parallel_cross_entropy.
 
-    python tools/benchmark_step.py [--tokens 512] [--repeats 3] [--out benchmark_step.json]
-    torchrun --nproc-per-node 2 tools/benchmark_step.py --tp 2
+    python -m tools.benchmarks.step [--tokens 512] [--repeats 3] [--out step.json]
+    torchrun --nproc-per-node 2 -m tools.benchmarks.step --tp 2
 
 One process (or a tp group) trains one model of about 100M parameters. The losses take turns of five steps,
 so that a noisy machine disturbs all alike and CurioSFT's moving average, which follows every fifth step, has
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark_model import add_model_arguments, benchmark_run, random_batch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.models.architecture import from_section, num_parameters
+from tools.benchmarks.model import add_model_arguments, benchmark_run, random_batch
 
 BASELINE = "megatron cross-entropy"
 STEPS_PER_TURN = 5

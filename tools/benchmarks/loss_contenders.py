@@ -1,4 +1,4 @@
-"""What benchmark_losses.py measures: output layer and loss, in several ways, on one rank's share."""
+"""What losses.py measures: output layer and loss, in several ways, on one rank's share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from other_kernels import KERNELS, why_not
-from released_losses import RELEASED
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.vocab_parallel import OutputLayer
 from megatron_sftrl.vocab_parallel.one_pass import one_pass, weighted_sum
+from tools.benchmarks.other_kernels import KERNELS, why_not
+from tools.benchmarks.released_losses import RELEASED
 
 PLAIN, RELEASED_SUFFIX, LOGITS_SUFFIX = "plain", ", released", ", logits"
 LOSSES: dict[str, dict[str, Any]] = {

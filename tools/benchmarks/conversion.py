@@ -1,6 +1,6 @@
 """Speed and memory of the conversions against `cp` of the same bytes on the same disk.
 
-    python tools/benchmark_conversion.py DIR [--gb 1.5] [--repeats 3] [--out benchmark_conversion.json]
+    python -m tools.benchmarks.conversion DIR [--gb 1.5] [--repeats 3] [--out conversion.json]
 
 DIR, on the disk that is to be measured, gets a synthetic Llama in bf16 and the outputs, and is emptied at the
 end. Every repeat runs, one after the other, so that a noisy machine disturbs all alike: `cp` with fsync,
@@ -159,11 +159,11 @@ def _use_free_pages(file: Path, num_bytes: int) -> None:
 
 def _in_child(name: str, folder: Path) -> dict:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, str(folder), "--child", name],
+        [sys.executable, "-W", "ignore", "-m", "tools.benchmarks.conversion", str(folder), "--child", name],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     return json.loads(done.stdout.splitlines()[-1])
 

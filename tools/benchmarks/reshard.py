@@ -1,6 +1,6 @@
 """Seconds, GB/s and memory of an update of a rollout engine's weights, beside gathering everything.
 
-    torchrun --nproc-per-node 2 tools/benchmark_reshard.py [--repeats 3] [--bucket-mib 64] [--out FILE]
+    torchrun --nproc-per-node 2 -m tools.benchmarks.reshard [--repeats 3] [--bucket-mib 64] [--out FILE]
 
 Two ranks hold a model of about 0.5 GB as the trainer does and stream it to engines of several tp. For each
 pair of layouts, in turns: the stream (whose tensors are dropped at once), a plain copy of as many bytes from
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmark_model import add_model_arguments, benchmark_run
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.models.architecture import Architecture, from_section, num_parameters
 from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.rollout.reshard import Resharder
+from tools.benchmarks.model import add_model_arguments, benchmark_run
 
 CASES = (("tp2", {"tp": 2}, 1), ("tp2", {"tp": 2}, 2), ("pp2", {"pp": 2}, 2), ("tp1", {}, 1))
 """Name and layout of the trainer, tp of the engine."""

@@ -1,7 +1,7 @@
 """How long a save stops the training, synchronous and asynchronous, in one run.
 
-    python tools/benchmark_checkpoint.py [--out-dir DIR] [--repeats 3] [--json benchmark_checkpoint.json]
-    torchrun --nproc-per-node 2 tools/benchmark_checkpoint.py --tp 2
+    python -m tools.benchmarks.checkpoint [--out-dir DIR] [--repeats 3] [--json checkpoint.json]
+    torchrun --nproc-per-node 2 -m tools.benchmarks.checkpoint --tp 2
 
 A model and its Adam state (some 100s of MB) are trained with the sft loss. Each turn measures a step, a
 synchronous save, an asynchronous one and the steps beside its writing. Reported: seconds that a save blocked
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from benchmark_model import add_model_arguments, benchmark_run, random_batch
 
 from megatron_sftrl import TokenBatch, build_loss
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, initialize_parallel
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.models.architecture import from_section, num_parameters
+from tools.benchmarks.model import add_model_arguments, benchmark_run, random_batch
 
 LIMIT = 0.2
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from loss_contenders import LOSSES, Sizes, make_batch, num_products
 from torch import Tensor
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
 from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
+from tools.benchmarks.loss_contenders import LOSSES, Sizes, make_batch, num_products
 
 # [T, V] arrays read or written, forward and backward, when each is touched once: the policy's logits twice
 # and their gradient; those of the reference twice, since the gradient is policy - target.

@@ -1,4 +1,4 @@
-"""What benchmark_losses.py says of its measurements: ratios within a repeat, limits, a table, a JSON file."""
+"""What losses.py says of its measurements: ratios within a repeat, limits, a table, a JSON file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loss_contenders import LOSSES, PLAIN, RELEASED_SUFFIX
+from tools.benchmarks.loss_contenders import LOSSES, PLAIN, RELEASED_SUFFIX
 
 Turns = Mapping[str, list[dict[str, float]]]
 """Seconds and peak_bytes of each contender, repeat by repeat."""

@@ -1,0 +1,1 @@
+"""Programs beside the package: conversion, scoring, faults on purpose, and benchmarks/."""
