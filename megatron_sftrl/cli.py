@@ -172,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         example="rollout.group_size=16",
     )
     _add_generate(commands)
+    _add_score(commands)
+    directions = _add_convert(commands)
     _add_preflight(commands)
     _add_plan(commands)
 
@@ -185,10 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     losses.add_argument("modules", nargs="*", metavar="file.py", help="files of your own losses, listed too")
     losses.set_defaults(command=_losses)
 
-    for command in commands.choices.values():
-        command.add_argument(
-            "--traceback", action="store_true", help="show where an error was raised (or SFTRL_TRACEBACK=1)"
-        )
+    for name, command in {**commands.choices, **directions.choices}.items():
+        if name != "convert":  # its directions have it
+            command.add_argument(
+                "--traceback",
+                action="store_true",
+                help="show where an error was raised (or SFTRL_TRACEBACK=1)",
+            )
     return parser
 
 
@@ -282,6 +287,108 @@ def _generate(parsed: argparse.Namespace) -> None:
             sampling=sampling,
             with_logprobs=parsed.logprobs,
         ),
+    )
+
+
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    score = _add_run_command(
+        commands,
+        "score",
+        _score,
+        help="write behaviour log-probabilities into a copy of the data, for PEAR",
+        description="Rows come back with behavior_logprobs, behavior_token_ids and behavior_scorer added. "
+        "Score with the tokenizer, template, max_length and dtype of the run that trains: the scores are "
+        "those of the tokens as it will see them. On several processes: "
+        "torchrun --nproc-per-node N -m megatron_sftrl score run.yaml ...",
+        example="parallel.tp=2",
+    )
+    score.add_argument("--checkpoint", type=Path, required=True, help="step directory or run directory")
+    score.add_argument("--data", type=Path, required=True, help="JSONL, Parquet or datasets directory")
+    score.add_argument("--out", type=Path, required=True, help="JSONL to write")
+
+
+def _score(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.config.load import load_any_config
+
+    config = load_any_config(parsed.config, parsed.overrides)
+    from megatron_sftrl.apps.score import score
+
+    score(config, checkpoint=parsed.checkpoint, data=parsed.data, out=parsed.out)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> argparse._SubParsersAction:
+    """Both directions, each a command of its own."""
+    convert = commands.add_parser(
+        "convert",
+        help="between Hugging Face directories and checkpoints",
+        description="Any number of processes shares the work: torchrun --nproc-per-node N -m megatron_sftrl "
+        "convert ...",
+        allow_abbrev=False,
+    )
+    directions = convert.add_subparsers(required=True, metavar="direction")
+    to_megatron = directions.add_parser(
+        "to-megatron",
+        help="a Hugging Face directory into a checkpoint that training starts from (model.init_checkpoint)",
+        description="The checkpoint loads into any layout. --tp, --pp and --ep name the one to read it: "
+        "tensors are stored in the pieces of its ranks; --verify builds the model in that layout and needs a "
+        "multiple of tp * pp processes. A run can also start from the directory itself, without conversion: "
+        "model.hf in its YAML.",
+        allow_abbrev=False,
+    )
+    add = to_megatron.add_argument
+    add("--hf", type=Path, required=True, help="directory with config.json and safetensors")
+    add("--out", type=Path, required=True, help="checkpoint directory to make")
+    add("--tp", type=int, default=1, help="tensor parallel size of the layout (1)")
+    add("--pp", type=int, default=1, help="pipeline parallel size (1)")
+    add("--ep", type=int, default=1, help="expert parallel size (1)")
+    add("--allow-pickle", action="store_true", help="read pickled .bin weights")
+    to_megatron.set_defaults(command=_to_megatron)
+    to_hf = directions.add_parser(
+        "to-hf",
+        help="a checkpoint into a Hugging Face directory that transformers and vLLM load",
+        description="--checkpoint takes a converted checkpoint, one of a training run (the policy is "
+        "exported), or a run directory (its latest one), whatever layout wrote it. Tokenizer, chat template "
+        "and generation config come along.",
+        allow_abbrev=False,
+    )
+    add = to_hf.add_argument
+    add("--checkpoint", type=Path, required=True, help="checkpoint or run directory")
+    add("--out", type=Path, required=True, help="Hugging Face directory to make")
+    add("--max-file-gb", type=float, default=5.0, help="size of a safetensors file (5)")
+    add("--verify-pp", type=int, default=1, metavar="PP", help="processes that hold the model to verify (1)")
+    to_hf.set_defaults(command=_to_hf)
+    for direction in (to_megatron, to_hf):
+        direction.add_argument(
+            "--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights; kept if not given"
+        )
+        direction.add_argument("--verify", action="store_true", help="compare logits of both sides")
+    return directions
+
+
+def _to_megatron(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.apps.convert.command import run_to_megatron
+    from megatron_sftrl.apps.convert.from_hf import Layout
+
+    run_to_megatron(
+        parsed.hf,
+        parsed.out,
+        layout=Layout(tp=parsed.tp, pp=parsed.pp, ep=parsed.ep),
+        dtype=parsed.dtype,
+        allow_pickle=parsed.allow_pickle,
+        with_verify=parsed.verify,
+    )
+
+
+def _to_hf(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.apps.convert.command import run_to_hf
+
+    run_to_hf(
+        parsed.checkpoint,
+        parsed.out,
+        dtype=parsed.dtype,
+        max_file_gb=parsed.max_file_gb,
+        with_verify=parsed.verify,
+        verify_pp=parsed.verify_pp,
     )
 
 

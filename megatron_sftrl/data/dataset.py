@@ -125,7 +125,7 @@ def pack_examples(
     if unscored and len(unscored) < len(rows):
         raise UserError(
             f"{unscored[0]}: the row has no behaviour scores but others do; score every row with "
-            "tools/score_behavior_logprobs.py, or remove the columns behavior_logprobs and behavior_token_ids"
+            "`sftrl score`, or remove the columns behavior_logprobs and behavior_token_ids"
         )
     lengths = [len(example.tokens) for _, _, example in rows]
     tokens = _concatenate([example.tokens for _, _, example in rows], np.int32)

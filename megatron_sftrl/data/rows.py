@@ -184,9 +184,7 @@ SCORER_COLUMN = "behavior_scorer"
 _PACKAGES = ("megatron_sftrl", "torch", "megatron-core")
 TOKEN_IDS_COLUMN = "behavior_token_ids"
 
-_RESCORE = (
-    "score the rows again with tools/score_behavior_logprobs.py and this tokenizer, template and max_length"
-)
+_RESCORE = "score the rows again with `sftrl score` and this tokenizer, template and max_length"
 
 # An engine that computes log-softmax in bf16 or fp32 may report a certain token slightly above 0.
 _ABOVE_ZERO = 1e-2

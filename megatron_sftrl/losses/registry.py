@@ -200,5 +200,5 @@ def _how_to_get(need: str) -> str:
     if need == "reference":
         return "add a `reference` section to the run (kind: frozen or moving_average)"
     if need == "behavior_logprobs":
-        return "score the data with tools/score_behavior_logprobs.py"
+        return "score the data with `sftrl score`"
     return "it is filled by the rollout stage; this loss does not train on plain demonstrations"

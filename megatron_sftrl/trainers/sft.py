@@ -95,7 +95,7 @@ def open_demonstrations(
             if dataset is not None and not dataset.has_behavior_logprobs:
                 raise UserError(
                     f"loss {plan.loss.name!r} needs behavior_logprobs, but data.{name} has none: "
-                    "score it with tools/score_behavior_logprobs.py"
+                    "score it with `sftrl score`"
                 )
             for line in scorer_warnings(dataset.scorers if dataset else (), dtype=config.model.dtype):
                 if parallel.rank == 0:

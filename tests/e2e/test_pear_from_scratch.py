@@ -55,14 +55,24 @@ def test_scores_stand_beside_the_row_and_the_tokens_they_belong_to(project: Proj
         assert all(value < 0 for value in row["behavior_logprobs"])
 
 
-@pytest.mark.parametrize("layout", ["parallel.pp=2", "parallel.cp=2"])
+SCRIPT = [str(ROOT / "tools/score_behavior_logprobs.py")]
+COMMAND = ["-m", "megatron_sftrl", "score"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "program"),
+    [
+        pytest.param("parallel.pp=2", SCRIPT, id="parallel.pp=2"),
+        pytest.param("parallel.cp=2", COMMAND, id="parallel.cp=2"),
+    ],
+)
 def test_another_layout_gives_the_same_scores(
-    layout: str, project: Project, two_processes: Path, scored: Path, tmp_path: Path
+    layout: str, program: list[str], project: Project, two_processes: Path, scored: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "scored.jsonl"
     run_product(
         project.yaml, layout, "--checkpoint", two_processes, "--data", project.train, "--out", out,
-        log=tmp_path / "log", ranks=2, program=[str(ROOT / "tools/score_behavior_logprobs.py")],
+        log=tmp_path / "log", ranks=2, program=program,
     )  # fmt: skip
     for ours, theirs in zip(read_rows(out), read_rows(scored), strict=True):
         assert ours["behavior_token_ids"] == theirs["behavior_token_ids"]
@@ -119,6 +129,7 @@ def test_scores_of_other_tokens_are_refused_naming_the_row(
         ids.expect(2).stderr
     )
     assert (
-        "loss 'pear' needs behavior_logprobs, but data.train has none: score it" in missing.expect(2).stderr
+        "loss 'pear' needs behavior_logprobs, but data.train has none: score it with `sftrl score`"
+        in missing.expect(2).stderr
     )
     assert not (tmp_path / "run/metrics.jsonl").exists()

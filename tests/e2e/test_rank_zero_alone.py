@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_sftrl.apps.score import score as write_scores
 from megatron_sftrl.config.load import load_config
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig
 from megatron_sftrl.engine.parallel import destroy_parallel
@@ -20,7 +20,7 @@ from megatron_sftrl.trainers.sft import run_sft
 from megatron_sftrl.types import SamplingParams
 from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.project import Project, read_rows, write_rows
-from tests.ranks import ROOT, free_port, run_ranks
+from tests.ranks import free_port, run_ranks
 
 GREEDY = SamplingParams(
     temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=2, num_samples=1, stop_ids=frozenset(), seed=0
@@ -58,8 +58,7 @@ def generate(yaml: Path, checkpoint: Path, prompts: Path, out: Path) -> None:
 
 
 def score(yaml: Path, checkpoint: Path, data: Path, out: Path) -> None:
-    tool = runpy.run_path(str(ROOT / "tools/score_behavior_logprobs.py"))
-    tool["score"](load_config(yaml, [], schema=RunConfig), checkpoint=checkpoint, data=data, out=out)
+    write_scores(load_config(yaml, [], schema=RunConfig), checkpoint=checkpoint, data=data, out=out)
 
 
 def begun(run_dir: Path, like: Path, *, taken: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import megatron_sftrl.cli
 from megatron_sftrl import __version__
 from megatron_sftrl.cli import main
+from megatron_sftrl.errors import UserError
 from tests.unit.config.example import EXAMPLE
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -161,3 +163,93 @@ def test_a_problem_that_pydantic_tells_itself_is_the_users(
     monkeypatch.setattr("megatron_sftrl.config.load.load_config", lambda *_: BatchSection(global_size=0))
     assert main(["sft", "run.yaml"]) == 2
     assert "global_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "function"),
+    [
+        (["convert", "to-megatron", "--hf", "a", "--out", "b"], "apps.convert.command", "run_to_megatron"),
+        (["convert", "to-hf", "--checkpoint", "a", "--out", "b"], "apps.convert.command", "run_to_hf"),
+    ],
+)
+@pytest.mark.parametrize("is_script", [False, True], ids=["command", "script"])
+def test_both_directions_of_a_conversion_have_the_options_of_the_scripts(
+    words: list[str], module: str, function: str, is_script: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[tuple, dict]] = []
+    monkeypatch.setattr(
+        f"megatron_sftrl.{module}.{function}", lambda *args, **kwargs: calls.append((args, kwargs))
+    )
+    given = {
+        "run_to_megatron": ["--tp", "2", "--pp", "3", "--ep", "4", "--allow-pickle"],
+        "run_to_hf": ["--max-file-gb", "0.5", "--verify-pp", "2"],
+    }[function]
+    for more in ([], [*given, "--dtype", "fp32", "--verify"]):
+        assert start([*words, *more], is_script, monkeypatch) == 0
+    (plain, defaults), (_, all_given) = calls
+    assert plain == (Path("a"), Path("b"))
+    assert (defaults["dtype"], defaults["with_verify"]) == (None, False)
+    assert (all_given["dtype"], all_given["with_verify"]) == ("fp32", True)
+    if function == "run_to_hf":
+        assert (defaults["max_file_gb"], defaults["verify_pp"]) == (5.0, 1)
+        assert (all_given["max_file_gb"], all_given["verify_pp"]) == (0.5, 2)
+    else:
+        assert [(each.tp, each.pp, each.ep) for each in (defaults["layout"], all_given["layout"])] == [
+            (1, 1, 1),
+            (2, 3, 4),
+        ]
+        assert (defaults["allow_pickle"], all_given["allow_pickle"]) == (False, True)
+
+
+SCRIPTS = {
+    ("convert", "to-megatron"): "hf_to_megatron.py",
+    ("convert", "to-hf"): "megatron_to_hf.py",
+    ("score",): "score_behavior_logprobs.py",
+}
+
+
+def start(words: list[str], is_script: bool, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit code of a command, or of the script that stands for it."""
+    if not is_script:
+        return main(words)
+    name, script = next((name, file) for name, file in SCRIPTS.items() if tuple(words[: len(name)]) == name)
+    monkeypatch.setattr(sys, "argv", [script, *words[len(name) :]])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / script), run_name="__main__")
+    return ended.value.code
+
+
+@pytest.mark.parametrize("is_script", [False, True], ids=["command", "script"])
+def test_a_score_takes_the_keys_of_a_run_wherever_they_stand(
+    is_script: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(EXAMPLE)
+    calls: list[tuple] = []
+    monkeypatch.setattr(
+        "megatron_sftrl.apps.score.score", lambda config, **paths: calls.append((config.parallel.tp, paths))
+    )
+    options = ["--checkpoint", "c", "--data", "d.jsonl"]
+    words = ["score", str(path), "parallel.tp=3", *options, "parallel.tp=2", "--out", "o.jsonl"]
+    assert start(words, is_script, monkeypatch) == 0
+    paths = {"checkpoint": Path("c"), "data": Path("d.jsonl"), "out": Path("o.jsonl")}
+    assert calls == [(2, paths)]
+
+
+def test_a_conversion_says_what_it_lacks_and_shows_where_an_error_was_raised(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for words, missing in (
+        (["convert"], "required: direction"),
+        (["convert", "to-hf"], "required: --checkpoint, --out"),
+        (["convert", "to-megatron", "--hf", "a", "--out", "b", "tp=2"], "unrecognized arguments: tp=2"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert missing in capsys.readouterr().err
+    to_hf = ["convert", "to-hf", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*to_hf, "--max-file-gb", "0"]) == 2
+    assert "--max-file-gb: expected a size above 0, got 0.0" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--verify-pp has no effect without --verify"):
+        main([*to_hf, "--verify-pp", "2", "--traceback"])

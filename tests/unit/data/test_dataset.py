@@ -241,7 +241,7 @@ def test_behaviour_scores_that_do_not_fit_are_refused_by_row_and_position(tokeni
     ids, scores = good[1]["behavior_token_ids"], good[1]["behavior_logprobs"]
     shifted = [ids[0], ids[1], ids[2] + 1, *ids[3:]]
     for changes, message in [
-        ({"behavior_token_ids": shifted}, rf"loss token 2 is {ids[2]} here.*is {ids[2] + 1}.*score_behavior"),
+        ({"behavior_token_ids": shifted}, rf"loss token 2 is {ids[2]} here.*is {ids[2] + 1}.*`sftrl score`"),
         ({"behavior_token_ids": ids[:-1], "behavior_logprobs": scores[:-1]}, "expected one for each"),
         ({"behavior_token_ids": ids[:-1]}, "entries but"),
         ({"behavior_logprobs": [*scores[:-1], float("nan")]}, "finite"),

@@ -1,4 +1,4 @@
-"""What the conversion tools show: progress, the verdict of --verify, and the memory that was needed."""
+"""`sftrl convert`: both directions, with progress, the memory needed, and the verdict of --verify."""
 
 from __future__ import annotations
 
@@ -14,16 +14,89 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
+from megatron_sftrl.apps.convert.from_hf import Layout, check_layout, convert_from_hf
+from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
-from megatron_sftrl.engine.checkpoint import find_checkpoint, load_weights
+from megatron_sftrl.engine.checkpoint import find_checkpoint, load_weights, stored_assets
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
-from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, from_record
+from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.models.hf_output import TOKENIZER_FILES
-from megatron_sftrl.observability.watch import peak_memory_bytes
+from megatron_sftrl.observability.watch import peak_memory_bytes, return_freed_memory
 from megatron_sftrl.types import TokenBatch
+
+
+def run_to_megatron(
+    hf: Path, out: Path, *, layout: Layout, dtype: str | None, allow_pickle: bool, with_verify: bool
+) -> None:
+    """`sftrl convert to-megatron`: a Hugging Face directory becomes a checkpoint; every rank calls it.
+
+    Args:
+        hf, out: the directory to read, and the one to make.
+        layout: that will read the checkpoint; with_verify builds the model in it.
+        dtype: a name of --dtype; kept when None.
+        allow_pickle: read pickled weights, too.
+        with_verify: compare the logits of both sides.
+    Raises:
+        UserError: a directory that cannot be converted, an output that exists, sides that differ.
+    """
+    return_freed_memory()
+    check_layout(layout, from_hf_config(hf))
+    section = ParallelSection()
+    if with_verify:
+        section = ParallelSection(tp=layout.tp, pp=layout.pp, ep=layout.ep)
+    with parallel_context(section) as parallel:
+        with ByteProgress("converting") as progress:
+            convert_from_hf(
+                hf,
+                out,
+                layout=layout,
+                dtype=_dtype_named(dtype),
+                allow_pickle=allow_pickle,
+                on_bytes=progress.show,
+            )
+        _report_assets(stored_assets(out).files)
+        if with_verify:
+            _verify(out, hf, section, parallel)
+
+
+def run_to_hf(
+    checkpoint: Path, out: Path, *, dtype: str | None, max_file_gb: float, with_verify: bool, verify_pp: int
+) -> None:
+    """`sftrl convert to-hf`: a checkpoint becomes a Hugging Face directory; every rank calls it.
+
+    Args:
+        checkpoint: or a run directory.
+        out: the directory to make.
+        dtype: a name of --dtype; kept when None.
+        max_file_gb: size of a file of weights.
+        with_verify: compare the logits of both sides.
+        verify_pp: processes that hold the model for it.
+    Raises:
+        UserError: a checkpoint that cannot be read, an output that exists, sides that differ.
+    """
+    return_freed_memory()
+    if not max_file_gb > 0:
+        raise UserError(f"--max-file-gb: expected a size above 0, got {max_file_gb}")
+    if verify_pp != 1 and not with_verify:
+        raise UserError("--verify-pp has no effect without --verify")
+    section = ParallelSection(pp=verify_pp)
+    with parallel_context(section) as parallel:
+        with ByteProgress("exporting") as progress:
+            convert_to_hf(
+                checkpoint,
+                out,
+                dtype=_dtype_named(dtype),
+                max_file_bytes=int(max_file_gb * 1e9),
+                on_bytes=progress.show,
+            )
+        _report_assets(path.name for path in out.iterdir())
+        if with_verify:
+            _verify(checkpoint, out, section, parallel)
+
 
 # Both sides of a conversion compute the same logits: transformers from one, Megatron from the other.
 
@@ -150,7 +223,7 @@ def _transformers_logits(hf: Path, prompts: Tensor, device: torch.device) -> Ten
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def dtype_named(name: str | None) -> torch.dtype | None:
+def _dtype_named(name: str | None) -> torch.dtype | None:
     """The dtype of a command line's --dtype; None for none."""
     return None if name is None else _DTYPES[name]
 
@@ -186,7 +259,7 @@ class ByteProgress:
         self._bar.update(self._task, completed=done, total=total)
 
 
-def report_assets(names: Iterable[str]) -> None:
+def _report_assets(names: Iterable[str]) -> None:
     """Print on rank 0 which files came along beside the weights, and whether a tokenizer is among them.
 
     Args:
@@ -202,7 +275,7 @@ def report_assets(names: Iterable[str]) -> None:
         )
 
 
-def verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: ParallelContext) -> None:
+def _verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: ParallelContext) -> None:
     """Compare the logits of both sides and print the largest difference; every rank calls it.
 
     Args:

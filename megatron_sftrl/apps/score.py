@@ -1,0 +1,101 @@
+"""`sftrl score`: behaviour log-probabilities of any checkpoint, written into a copy of the data (for PEAR).
+
+A run's model, tokenizer, parallel and batch sections say how to score. Each row gets three columns:
+behavior_logprobs (nats, one per loss token, at temperature 1), behavior_token_ids, the ids that they belong
+to, and behavior_scorer: model, dtype and versions. Training refuses a row whose ids differ from its own, and
+warns of scores made in another dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.data.dataset import Dataset, pack_examples, tokenize_sources
+from megatron_sftrl.data.loader import StepLoader
+from megatron_sftrl.data.rows import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
+from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.engine.checkpoint import load_weights
+from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.observability.run_directory import write_atomically
+from megatron_sftrl.trainers.checked import batch_layout, plan_model
+from megatron_sftrl.trainers.experience import score_responses
+
+
+def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) -> None:
+    """Score every row of `data`; `out` appears when all of it is there.
+
+    Raises:
+        UserError: a row that cannot be used or is longer than the model's positions, an output that exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another --out, or remove it")
+    architecture, tokenizer = plan_model(config)
+    rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
+    with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
+        policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
+        found = load_weights(policy.chunks, checkpoint, architecture=architecture)
+        step, weights = found.record.trainer.step, found.record.content_hash()[:12]
+        by = scorer(f"{found.path.resolve()} (step {step}, weights {weights})", config.model.dtype)
+        loader = StepLoader(
+            dataset,
+            batch=config.batch,
+            layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+            max_length=config.max_length,
+            pad_id=tokenizer.pad_id,
+            seed=0,
+            shuffle=False,
+            mode="evaluate",
+        )
+        scores = _score(policy, loader)
+        on_rank_zero(lambda: _write(out, rows, dataset, scores, by))
+
+
+def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[dict[str, Any]], Dataset]:
+    """Rows as they are, and tokenized whole: training may cut a row later, the scores are cut with it."""
+    rows, examples = [], []
+    for source, row, example, _ in tokenize_sources(
+        [data], tokenizer, max_length=max_length, truncation="error", use_scores=False
+    ):
+        assert example is not None
+        rows.append(dict(row.values))
+        examples.append((source, row.number, example))
+    if not rows:
+        raise UserError(f"{data} holds no row")
+    store = pack_examples(examples, sources=(str(data),), num_dropped=0, num_truncated=0)
+    return rows, Dataset(store)
+
+
+def _score(policy: PolicyEngine, loader: StepLoader) -> dict[int, list[float]]:
+    """Log-probabilities of every row's learned tokens."""
+    scores: dict[int, list[float]] = {}
+    for step in range(loader.num_evaluation_steps):
+        scores |= score_responses(policy, loader.step(step))
+    return scores
+
+
+def _write(
+    out: Path,
+    rows: list[dict[str, Any]],
+    dataset: Dataset,
+    scores: dict[int, list[float]],
+    by: dict[str, str],
+) -> None:
+    lines = []
+    for number, row in enumerate(rows):
+        added = {
+            LOGPROBS_COLUMN: scores[number],
+            TOKEN_IDS_COLUMN: dataset[number].loss_token_ids.tolist(),
+            SCORER_COLUMN: by,
+        }
+        lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, "".join(lines))
+    except OSError as error:
+        raise error_of(f"{out} cannot be written: {error}", error) from error
