@@ -1,4 +1,4 @@
-"""The live weights of this rank, addressed as boxes of Hugging Face tensors: views, nothing is copied."""
+"""The live weights of this rank, addressed as regions of Hugging Face tensors: views, nothing is copied."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from megatron_sftrl.engine.checkpoint.tensors import model_tensors
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.engine_shards import Box
 from megatron_sftrl.models.hf_weights import HfWeights, fill_part
-from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors, rectangles
+from megatron_sftrl.models.tensors import Region, hf_regions, hf_shapes, megatron_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,20 +20,20 @@ class LiveWeights:
     """Parts of Hugging Face tensors that this rank's parameters hold, without vocabulary padding.
 
     Args:
-        parts: for each tensor, the boxes and the view of each; boxes are disjoint.
+        parts: for each tensor, disjoint regions and the view of each.
     """
 
-    parts: Mapping[str, Mapping[Box, Tensor]]
+    parts: Mapping[str, Mapping[Region, Tensor]]
 
-    def read(self, name: str, box: Box) -> Tensor:
-        """A view of `box`, which lies inside one part."""
+    def read(self, name: str, region: Region) -> Tensor:
+        """A view of `region`, which lies inside one part."""
         for place, view in self.parts[name].items():
-            if all(a <= c and d <= b for (a, b), (c, d) in zip(place, box, strict=True)):
-                return view[tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(place, box, strict=True))]
-        raise AssertionError(f"{name} {box} lies in none of {list(self.parts[name])}")
+            if place.intersect(region) == region:
+                return view[region.relative_to(place.start).slices]
+        raise AssertionError(f"{name} {region} lies in none of {list(self.parts[name])}")
 
-    def boxes(self) -> dict[str, tuple[Box, ...]]:
-        """The boxes alone, to tell other ranks."""
+    def regions(self) -> dict[str, tuple[Region, ...]]:
+        """The regions alone, to tell other ranks."""
         return {name: tuple(parts) for name, parts in self.parts.items()}
 
     def dtypes(self) -> set[torch.dtype]:
@@ -56,7 +55,7 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
     """
     table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}
     num_stacked = {key: len(index) for key, index in table}
-    parts: dict[str, dict[Box, Tensor]] = {}
+    parts: dict[str, dict[Region, Tensor]] = {}
     for shard in model_tensors(chunks, prefix=""):
         key = shard.key.removeprefix(".")
         stacked = num_stacked[key]
@@ -64,9 +63,8 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
         shape = shard.local_shape[stacked:]
         assert shard.data is not None
         data = shard.data.detach().view(shape)
-        for rectangle in rectangles(tensor, shard.global_offset[stacked:], shape):
-            box = tuple((each.start, each.stop) for each in rectangle.source)
-            parts.setdefault(rectangle.name, {})[box] = data[rectangle.target]
+        for each in hf_regions(tensor, Region.of(shape, shard.global_offset[stacked:])):
+            parts.setdefault(each.name, {})[each.source] = data[each.target.slices]
     return LiveWeights(parts=parts)
 
 

@@ -2,7 +2,7 @@
 
 The rules are those of vLLM 0.32 (`layers/linear.py`, `layers/vocab_parallel_embedding.py`,
 `layers/fused_moe/routed_experts.py`): its weight loaders take a tensor of the whole shape and narrow it to
-one box for each rank.
+one region for each rank.
 
     q_proj                      query heads, an equal run of them for each rank
     k_proj, v_proj              key/value heads; with more ranks than heads, neighbours read the same head
@@ -18,10 +18,7 @@ from dataclasses import dataclass
 
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
-
-Box = tuple[tuple[int, int], ...]
-"""(start, stop) of each dimension of a Hugging Face tensor."""
+from megatron_sftrl.models.tensors import MegatronTensor, Region, megatron_tensors
 
 VOCAB_MULTIPLE = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE, whatever the tensor parallel size."""
@@ -66,25 +63,25 @@ class EngineLayout:
         return tuple(range(replica * self.tp, (replica + 1) * self.tp))
 
 
-def engine_boxes(architecture: Architecture, *, tp: int, tp_rank: int) -> dict[str, Box]:
-    """The box of every Hugging Face tensor that rank `tp_rank` of an engine reads, in the model's order.
+def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict[str, Region]:
+    """The region of every Hugging Face tensor that rank `tp_rank` of an engine reads, in the model's order.
 
     Args:
         architecture: of the model.
         tp: tensor parallel size of the engine.
         tp_rank: 0 to tp - 1.
     Returns:
-        One box for each name of `hf_shapes(architecture)`; empty where only padding falls to the rank.
+        One region for each name of `hf_shapes(architecture)`; empty where only padding falls to the rank.
     Raises:
         UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
     """
     check_cut(architecture, tp)
-    boxes: dict[str, Box] = {}
+    regions: dict[str, Region] = {}
     for tensor in megatron_tensors(architecture):
         for name, rows in _rows_of_names(tensor).items():
-            columns = tuple((0, size) for size in tensor.shape[1:])
-            boxes[name] = _box(tensor, name, rows, columns, architecture, tp, tp_rank)
-    return boxes
+            whole = Region.of((rows, *tensor.shape[1:]))
+            regions[name] = _region(tensor, name, whole, architecture, tp, tp_rank)
+    return regions
 
 
 def check_cut(architecture: Architecture, tp: int) -> None:
@@ -118,26 +115,20 @@ def _rows_of_names(tensor: MegatronTensor) -> dict[str, int]:
     return rows
 
 
-def _box(
-    tensor: MegatronTensor,
-    name: str,
-    rows: int,
-    columns: Box,
-    architecture: Architecture,
-    tp: int,
-    tp_rank: int,
-) -> Box:
+def _region(
+    tensor: MegatronTensor, name: str, whole: Region, architecture: Architecture, tp: int, tp_rank: int
+) -> Region:
+    rows = whole.stop[0]
     if tensor.shard is None:
-        return ((0, rows), *columns)
+        return whole
     if tensor.shard == "columns":
-        return ((0, rows), _run(columns[0][1], tp, tp_rank))
+        return whole.along(1, *_run(whole.stop[1], tp, tp_rank))
     if tensor.has_padding:
-        start, stop = _run(padded_vocab_size(rows, 1, multiple=VOCAB_MULTIPLE), tp, tp_rank)
-        return ((min(start, rows), min(stop, rows)), *columns)
-    if ".k_proj." in name or ".v_proj." in name:
+        rows = padded_vocab_size(rows, 1, multiple=VOCAB_MULTIPLE)
+    elif ".k_proj." in name or ".v_proj." in name:
         heads = min(tp, architecture.num_query_groups)
-        return (_run(rows, heads, tp_rank * heads // tp), *columns)
-    return (_run(rows, tp, tp_rank), *columns)
+        return whole.along(0, *_run(rows, heads, tp_rank * heads // tp))
+    return whole.along(0, *_run(rows, tp, tp_rank))
 
 
 def _run(size: int, parts: int, part: int) -> tuple[int, int]:

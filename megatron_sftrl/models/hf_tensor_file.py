@@ -46,7 +46,7 @@ class StoredTensor:
 def read_part(
     descriptor: int, stored: StoredTensor, part: Sequence[slice] = (), *, out: Tensor | None = None
 ) -> Tensor:
-    """Read a rectangle of a stored tensor.
+    """Read a region of a stored tensor.
 
     Args:
         descriptor: of the open file; its position is neither used nor moved, so threads may share it.
@@ -59,7 +59,7 @@ def read_part(
         UserError: the file ends before the tensor does.
     """
     whole_part = (*part, *[slice(None)] * (len(stored.shape) - len(part)))
-    bounds = [range(size)[piece] for size, piece in zip(stored.shape, whole_part, strict=True)]
+    bounds = [range(size)[each] for size, each in zip(stored.shape, whole_part, strict=True)]
     assert all(bound.step == 1 for bound in bounds), "only slices of step 1"
     shape = tuple(len(bound) for bound in bounds)
     result = torch.empty(shape, dtype=stored.dtype) if out is None else out
@@ -82,7 +82,7 @@ def read_part(
 
 
 def _runs(shape: tuple[int, ...], bounds: Sequence[range]) -> Iterator[tuple[int, int]]:
-    """(first element, number of elements) of each contiguous piece of a rectangle, in order."""
+    """(first element, number of elements) of each contiguous run of a region, in order."""
     # Trailing dimensions that are read whole join the run of the dimension before them.
     cut = len(shape)
     while cut > 0 and len(bounds[cut - 1]) == shape[cut - 1]:

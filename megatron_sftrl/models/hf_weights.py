@@ -20,7 +20,7 @@ from megatron_sftrl.models.hf_tensor_file import (
     read_pickle_header,
     read_safetensors_header,
 )
-from megatron_sftrl.models.tensors import MegatronTensor, rectangles
+from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions
 
 # Which files of a model directory hold its weights, and where each tensor is.
 
@@ -292,7 +292,7 @@ class HfWeights:
         return tuple(sorted({entry.file for entry in self._tensors.values()}))
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
-        """Read a tensor or a rectangle of it; only the bytes of the part are read.
+        """Read a tensor or a region of it; only the bytes of the part are read.
 
         Args:
             name: one of `shapes`.
@@ -306,7 +306,7 @@ class HfWeights:
         return read_part(self._descriptors[stored.file], stored, part or ())
 
     def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
-        """Read a rectangle into a tensor of its shape, any dtype and device; directly where both agree.
+        """Read a region into a tensor of its shape, any dtype and device; directly where both agree.
 
         Args:
             target: filled.
@@ -433,8 +433,8 @@ def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], wei
     """Fill `part`, which begins at `offset` of `tensor`, in place; rows of vocabulary padding become zero."""
     if tensor.has_padding and offset[0] + part.shape[0] > tensor.shape[0]:
         part.zero_()
-    for rectangle in rectangles(tensor, offset, tuple(part.shape)):
-        weights.read_into(part[rectangle.target], rectangle.name, rectangle.source)
+    for each in hf_regions(tensor, Region.of(part.shape, offset)):
+        weights.read_into(part[each.target.slices], each.name, each.source.slices)
 
 
 def fill_whole(
@@ -446,8 +446,8 @@ def fill_whole(
         whole: of the tensor's shape.
         name: one of those that `tensor` is made of.
         tensor: its line of the table.
-        read_into: fills its first argument with the box of the Megatron tensor that begins at the second.
+        read_into: fills its first argument with the region of the Megatron tensor that begins at the second.
     """
-    for rectangle in rectangles(tensor, (0,) * len(tensor.shape), tensor.shape):
-        if rectangle.name == name:
-            read_into(whole[rectangle.source], tuple(piece.start for piece in rectangle.target))
+    for each in hf_regions(tensor, Region.of(tensor.shape)):
+        if each.name == name:
+            read_into(whole[each.source.slices], each.target.start)

@@ -2,19 +2,72 @@
 
 A Megatron tensor is named by its key in a sharded checkpoint (`decoder.layers.mlp.linear_fc1.weight`) and its
 index in the stacked axes (layer, or layer and expert); its rows are runs of rows of Hugging Face tensors, its
-columns are theirs. So any part of it, whatever the layout, is a list of rectangles of Hugging Face tensors.
+columns are theirs. So any region of it, whatever the layout, is a list of regions of Hugging Face tensors.
 Loading, saving, the conversion tools and the resharding to a rollout engine all work on this list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sftrl.models.architecture import Architecture
 
 Shard = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Region:
+    """A part of a tensor: the elements from `start` up to `stop`, one number a dimension."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], offset: Sequence[int] | None = None) -> Region:
+        """The region of this shape that begins at `offset`, or the whole of a tensor of this shape."""
+        start = (0,) * len(shape) if offset is None else tuple(offset)
+        return cls(start, tuple(a + size for a, size in zip(start, shape, strict=True)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What indexes a tensor with it."""
+        return tuple(map(slice, self.start, self.stop))
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        return str(list(zip(self.start, self.stop, strict=True)))
+
+    def intersect(self, other: Region) -> Region:
+        """What both share; without elements where they share nothing."""
+        start = tuple(map(max, self.start, other.start))
+        return Region(start, tuple(map(max, start, map(min, self.stop, other.stop))))
+
+    def along(self, dim: int, start: int, stop: int) -> Region:
+        """Its part from `start` up to `stop` of one dimension."""
+        cut = Region(
+            (*self.start[:dim], start, *self.start[dim + 1 :]),
+            (*self.stop[:dim], stop, *self.stop[dim + 1 :]),
+        )
+        return self.intersect(cut)
+
+    def relative_to(self, origin: Sequence[int]) -> Region:
+        """The same elements, counted from `origin`."""
+        return Region(
+            tuple(a - o for a, o in zip(self.start, origin, strict=True)),
+            tuple(b - o for b, o in zip(self.stop, origin, strict=True)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,18 +196,12 @@ class MegatronTensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rectangle:
-    """A part of a Hugging Face tensor, and where it lies in a part of a Megatron tensor.
-
-    Args:
-        name: of the Hugging Face tensor.
-        source: its slices there, one a dimension.
-        target: its slices in the part.
-    """
+class HfRegion:
+    """A region of the Hugging Face tensor `name`, and its place in a region of a Megatron tensor."""
 
     name: str
-    source: tuple[slice, ...]
-    target: tuple[slice, ...]
+    source: Region
+    target: Region
 
 
 def megatron_tensors(architecture: Architecture) -> Iterator[MegatronTensor]:
@@ -182,27 +229,17 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def rectangles(
-    tensor: MegatronTensor, offset: tuple[int, ...], shape: tuple[int, ...]
-) -> Iterator[Rectangle]:
-    """What the part [offset, offset + shape) of `tensor` is made of; rows of padding are made of nothing.
-
-    Args:
-        tensor: of the table.
-        offset, shape: of the part, one number a dimension, without the stacked axes.
-    """
-    columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
-    whole_columns = tuple(slice(0, size) for size in shape[1:])
-    first = 0
+def hf_regions(tensor: MegatronTensor, region: Region) -> Iterator[HfRegion]:
+    """What a region of `tensor`, without the stacked axes, is made of; rows of padding of nothing."""
+    whole, first = Region.of(tensor.shape), 0
     for run in tensor.rows:
-        start = max(first, offset[0])
-        stop = min(first + run.num_rows, offset[0] + shape[0])
-        if start < stop:
-            source = run.start + start - first
-            yield Rectangle(
+        shared = whole.along(0, first, first + run.num_rows).intersect(region)
+        if shared.numel:
+            first_of_name = (first - run.start, *(0 for _ in tensor.shape[1:]))
+            yield HfRegion(
                 name=run.name,
-                source=(slice(source, source + stop - start), *columns),
-                target=(slice(start - offset[0], stop - offset[0]), *whole_columns),
+                source=shared.relative_to(first_of_name),
+                target=shared.relative_to(region.start),
             )
         first += run.num_rows
 

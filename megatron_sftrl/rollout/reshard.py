@@ -23,9 +23,9 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.engine_shards import Box, EngineLayout, engine_boxes
-from megatron_sftrl.models.tensors import hf_shapes
-from megatron_sftrl.rollout.reshard_plan import Holdings, Piece, Round, plan_rounds, volume
+from megatron_sftrl.models.engine_shards import EngineLayout, engine_regions
+from megatron_sftrl.models.tensors import Region, hf_shapes
+from megatron_sftrl.rollout.reshard_plan import Holdings, NamedRegion, Round, plan_rounds
 
 # A sum over the exact bits of a tensor, computed where the tensor lies.
 
@@ -66,14 +66,14 @@ class Received:
     """What one exchange brought.
 
     Args:
-        values: of each piece, shaped like its box.
-        checksums: of each piece, as its holder computed it; empty without checksums.
+        values: of each region, of its shape.
+        checksums: of each region, as its holder computed it; empty without checksums.
         num_bytes: received.
         sent_bytes: sent.
     """
 
-    values: Mapping[Piece, Tensor]
-    checksums: Mapping[Piece, int]
+    values: Mapping[NamedRegion, Tensor]
+    checksums: Mapping[NamedRegion, int]
     num_bytes: int
     sent_bytes: int
 
@@ -89,7 +89,7 @@ class Exchange:
         each: the rank's part in the round.
         weights: this rank's.
         dtype, device: of the weights.
-        has_checksums: send the sums of all pieces, too.
+        has_checksums: send the sums of all parts, too.
     """
 
     def __init__(
@@ -103,26 +103,26 @@ class Exchange:
     ) -> None:
         self._receives = each.receives
         self._inbox = {
-            source: torch.empty(_num_elements(pieces), dtype=dtype, device=device)
-            for source, pieces in each.receives.items()
+            source: torch.empty(_num_elements(parts), dtype=dtype, device=device)
+            for source, parts in each.receives.items()
         }
         self._outbox = {}
-        for receiver, pieces in each.sends.items():
-            self._outbox[receiver] = torch.empty(_num_elements(pieces), dtype=dtype, device=device)
-            for piece, place in _places(pieces, self._outbox[receiver]):
-                place.copy_(weights.read(piece.name, piece.box))
+        for receiver, parts in each.sends.items():
+            self._outbox[receiver] = torch.empty(_num_elements(parts), dtype=dtype, device=device)
+            for part, place in _places(parts, self._outbox[receiver]):
+                place.copy_(weights.read(part.name, part.region))
         self._sums: dict[int, Tensor] = {}
         self._own_sums: dict[int, Tensor] = {}
         if has_checksums:
             self._sums = {
-                source: torch.empty(len(pieces), dtype=torch.int64, device=device)
-                for source, pieces in each.receives.items()
+                source: torch.empty(len(parts), dtype=torch.int64, device=device)
+                for source, parts in each.receives.items()
             }
             self._own_sums = {
                 receiver: torch.tensor(
-                    [checksum(weights.read(piece.name, piece.box)) for piece in pieces], device=device
+                    [checksum(weights.read(part.name, part.region)) for part in parts], device=device
                 )
-                for receiver, pieces in each.sends.items()
+                for receiver, parts in each.sends.items()
             }
         operations = [
             *_operations(dist.irecv, self._inbox),
@@ -144,29 +144,29 @@ class Exchange:
         inbox, outbox, self._inbox, self._outbox = self._inbox, self._outbox, {}, {}
         return Received(
             values={
-                piece: place
-                for source, pieces in self._receives.items()
-                for piece, place in _places(pieces, inbox[source])
+                part: place
+                for source, parts in self._receives.items()
+                for part, place in _places(parts, inbox[source])
             },
             checksums={
-                piece: total
+                part: total
                 for source, totals in self._sums.items()
-                for piece, total in zip(self._receives[source], totals.tolist(), strict=True)
+                for part, total in zip(self._receives[source], totals.tolist(), strict=True)
             },
             num_bytes=sum(buffer.nbytes for buffer in inbox.values()),
             sent_bytes=sum(buffer.nbytes for buffer in outbox.values()),
         )
 
 
-def _num_elements(pieces: Sequence[Piece]) -> int:
-    return sum(volume(piece.box) for piece in pieces)
+def _num_elements(parts: Sequence[NamedRegion]) -> int:
+    return sum(part.region.numel for part in parts)
 
 
-def _places(pieces: Sequence[Piece], message: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-    """Each piece and where it lies in the message, as a view of the piece's shape."""
-    sizes = [volume(piece.box) for piece in pieces]
-    for piece, flat in zip(pieces, message.split(sizes), strict=True):
-        yield piece, flat.view([stop - start for start, stop in piece.box])
+def _places(parts: Sequence[NamedRegion], message: Tensor) -> Iterator[tuple[NamedRegion, Tensor]]:
+    """Each region and where it lies in the message, as a view of its shape."""
+    sizes = [part.region.numel for part in parts]
+    for part, flat in zip(parts, message.split(sizes), strict=True):
+        yield part, flat.view(part.region.shape)
 
 
 def _operations(direction: Callable, buffers: Mapping[int, Tensor]) -> Iterator[dist.P2POp]:
@@ -219,16 +219,16 @@ class StreamPlan:
 
     Args:
         shapes: of every tensor, in the order of the stream.
-        share: the box of each that the rank's engine reads.
+        share: the region of each that the rank's engine reads.
         rounds: the rank's exchanges.
         dtype: of the weights.
         device: of the weights.
         is_checked: fill what the engine does not read with NaN.
-        has_checksums: compare the bits of every piece at its holder and here.
+        has_checksums: compare the bits of every part at its holder and here.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    share: Mapping[str, Box]
+    share: Mapping[str, Region]
     rounds: Sequence[Round]
     dtype: torch.dtype
     device: torch.device
@@ -252,7 +252,7 @@ class WeightStream:
 
     A tensor has the whole Hugging Face shape and the trainer's dtype, and owns its memory: the stream never
     touches it again, so a consumer may keep it. Of its elements only the share of this rank's engine is
-    filled (`engine_boxes`); the rest is memory that was never written, or NaN in checked mode. On the CPU
+    filled (`engine_regions`); the rest is memory that was never written, or NaN in checked mode. On the CPU
     pages never written cost nothing. An engine of tp 1 gets everything.
 
     Args:
@@ -361,23 +361,24 @@ class WeightStream:
             if number + 1 < len(plan.rounds):
                 # It travels while this rank unpacks, and while the engine loads.
                 underway = self._begin(number + 1)
-            messages, pieces = received.num_bytes + underway.num_bytes, _by_name(each, received)
-            for band in each.bands:
-                if band.rows[0] == 0:
-                    whole, filled = self._new(band.name), 0
+            messages, parts = received.num_bytes + underway.num_bytes, _by_name(each, received)
+            for fill in each.fills:
+                name = fill.name
+                if fill.region.start[0] == 0:
+                    whole, filled = self._new(name), 0
                 count.peak = max(count.peak, messages + whole.nbytes)
-                for piece in pieces.get(band.name, ()):
-                    self._fill(whole, piece, received)
-                    filled += volume(piece.box)
-                if band.is_last:
-                    assert filled == volume(plan.share[band.name]), f"{band.name}: {filled} elements arrived"
-                    count.yielded.append(band.name)
+                for part in parts.get(name, ()):
+                    self._fill(whole, part, received)
+                    filled += part.region.numel
+                if fill.region.stop[0] == plan.shapes[name][0]:
+                    assert filled == plan.share[name].numel, f"{name}: {filled} elements arrived"
+                    count.yielded.append(name)
                     # No reference stays here: the consumer's is the only one.
                     taken, whole = whole, whole.new_empty(0)
-                    yield band.name, taken
+                    yield name, taken
                     del taken
             # Else this round's messages would still be there when the one after the next begins.
-            del received, pieces
+            del received, parts
 
     def _begin(self, number: int) -> Exchange:
         plan = self._plan
@@ -395,27 +396,27 @@ class WeightStream:
             return torch.full(plan.shapes[name], torch.nan, dtype=plan.dtype, device=plan.device)
         return torch.empty(plan.shapes[name], dtype=plan.dtype, device=plan.device)
 
-    def _fill(self, whole: Tensor, piece: Piece, received: Received) -> None:
-        target = whole[tuple(slice(start, stop) for start, stop in piece.box)]
-        value = received.values.get(piece)
+    def _fill(self, whole: Tensor, part: NamedRegion, received: Received) -> None:
+        target = whole[part.region.slices]
+        value = received.values.get(part)
         if value is None:
-            value = self._weights.read(piece.name, piece.box)
+            value = self._weights.read(part.name, part.region)
             self._count.copied += value.nbytes
         target.copy_(value)
         if self._plan.has_checksums:
-            expected = received.checksums[piece] if piece in received.checksums else checksum(value)
+            expected = received.checksums[part] if part in received.checksums else checksum(value)
             if checksum(target) != expected:
                 self._count.problems.append(
-                    f"{piece.name} {[list(bounds) for bounds in piece.box]} did not arrive as it was sent: "
-                    "checksums differ; nothing was generated with it, start again and test the network"
+                    f"{part.name} {part.region.text} did not arrive as it was sent: checksums differ; "
+                    "nothing was generated with it, start again and test the network"
                 )
 
 
-def _by_name(each: Round, received: Received) -> dict[str, list[Piece]]:
-    pieces: dict[str, list[Piece]] = {}
-    for piece in (*each.copies, *received.values):
-        pieces.setdefault(piece.name, []).append(piece)
-    return pieces
+def _by_name(each: Round, received: Received) -> dict[str, list[NamedRegion]]:
+    parts: dict[str, list[NamedRegion]] = {}
+    for part in (*each.copies, *received.values):
+        parts.setdefault(part.name, []).append(part)
+    return parts
 
 
 class Resharder:
@@ -452,12 +453,12 @@ class Resharder:
         self.layout = layout
         self.last_report: ReshardReport | None = None
         self._chunks, self._architecture = chunks, architecture
-        shares = [engine_boxes(architecture, tp=layout.tp, tp_rank=rank) for rank in range(layout.tp)]
+        shares = [engine_regions(architecture, tp=layout.tp, tp_rank=rank) for rank in range(layout.tp)]
         wanted = [shares[layout.tp_rank(rank)] for rank in range(parallel.world_size)]
         weights = live_weights(chunks, architecture)
-        self._boxes = weights.boxes()
+        self._regions = weights.regions()
         holdings: list[tuple[Holdings, set[torch.dtype]]] = [None] * parallel.world_size  # type: ignore[list-item]
-        mine = Holdings(host=socket.gethostname(), boxes=self._boxes)
+        mine = Holdings(host=socket.gethostname(), regions=self._regions)
         dist.all_gather_object(holdings, (mine, weights.dtypes()))
         dtypes = set[torch.dtype]().union(*(kinds for _, kinds in holdings))
         if len(dtypes) != 1:
@@ -494,7 +495,7 @@ class Resharder:
             An iterator of (Hugging Face name, tensor), to be used as a context manager.
         """
         weights = live_weights(self._chunks, self._architecture)
-        assert weights.boxes() == self._boxes, "the policy was cut anew after the Resharder was made"
+        assert weights.regions() == self._regions, "the policy was cut anew after the Resharder was made"
         return WeightStream(self._plan, weights, on_finish=self._keep)
 
     def _keep(self, report: ReshardReport) -> None:

@@ -86,9 +86,9 @@ def lacking_bytes(chunks: list[Any], architecture: Architecture, items: dict[str
     from megatron_sftrl.engine.live_weights import live_weights
 
     missing = {name: ~tensor.isnan() for name, tensor in items.items()}
-    for name, boxes in live_weights(chunks, architecture).boxes().items():
-        for box in boxes:
-            missing[name][tuple(slice(start, stop) for start, stop in box)] = False
+    for name, regions in live_weights(chunks, architecture).regions().items():
+        for region in regions:
+            missing[name][region.slices] = False
     return 4 * sum(int(mask.sum()) for mask in missing.values())
 
 
@@ -211,6 +211,7 @@ def test_a_parameter_that_is_missing_or_ambiguous_is_refused_everywhere_before_a
 
 def refused_construction(defect: str) -> str:
     """The message of a Resharder over a policy of which rank 1 tells something wrong."""
+    from megatron_sftrl.models.tensors import Region
     from megatron_sftrl.rollout import reshard
 
     parallel, architecture, chunks, _ = small_policy({"tp": 2})
@@ -224,7 +225,7 @@ def refused_construction(defect: str) -> str:
             del found.parts["model.layers.1.mlp.up_proj.weight"]
         if parallel.rank == 1 and defect == "twice":
             (whole,) = found.parts["model.norm.weight"].values()
-            found.parts["model.norm.weight"] = {((0, 30),): whole[:30]}
+            found.parts["model.norm.weight"] = {Region.of((30,)): whole[:30]}
         return found
 
     reshard.live_weights = wrong

@@ -17,14 +17,14 @@ from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.hf_config import read_hf_config
 from megatron_sftrl.models.hf_output import has_tokenizer, read_assets
 from megatron_sftrl.models.hf_weights import HfWeights, fill_part, open_weights
-from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors
+from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_shapes, megatron_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """The layout that is expected to load the checkpoint; any other one loads it, too.
 
-    Tensors are stored in the pieces that its ranks hold, and processes write the pieces of whole ranks
+    Tensors are stored in the regions that its ranks hold, and processes write those of whole ranks
     where their numbers allow it, so that a rank reads few files and nothing twice.
 
     Args:
@@ -37,12 +37,11 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """The part of a tensor that one rank of the layout holds; its owner orders the pieces by rank."""
+class _OwnedRegion:
+    """The region of a tensor that one rank of the layout holds; its owner orders the regions by rank."""
 
     tensor: MegatronTensor
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    region: Region
     owner: tuple[int, int, int]
 
 
@@ -62,7 +61,7 @@ def convert_from_hf(
     Args:
         hf: directory with config.json and safetensors files; a tokenizer that it has is carried along.
         out: directory to make; it has its name only when it is complete.
-        layout: the pieces that tensors are stored in.
+        layout: its ranks' regions are what tensors are stored in.
         dtype: of the stored weights; None keeps the dtype of each tensor.
         allow_pickle: read pickled .bin files, with torch's weights_only loading.
         on_bytes: told (bytes written by this process so far, bytes it will write).
@@ -80,9 +79,9 @@ def convert_from_hf(
             for note in (*notes, *weights.notes):
                 print(f"note: {note}", file=sys.stderr)
         stored_dtypes = _dtypes(architecture, weights, dtype)
-        pieces = sorted(_pieces(architecture, layout), key=lambda piece: piece.owner)
-        pieces = _share(pieces, rank=dist.get_rank(), world_size=dist.get_world_size())
-        parts = [_part(piece, stored_dtypes[piece.tensor.key], weights) for piece in pieces]
+        owned = sorted(_regions(architecture, layout), key=lambda each: each.owner)
+        owned = _share(owned, rank=dist.get_rank(), world_size=dist.get_world_size())
+        parts = [_part(each, stored_dtypes[each.tensor.key], weights) for each in owned]
         return save_converted(
             out,
             _counted(parts, on_bytes),
@@ -114,7 +113,7 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
         raise UserError("\n  ".join(["the layout does not fit the model:", *problems]))
 
 
-def _pieces(architecture: Architecture, layout: Layout) -> Iterator[_Piece]:
+def _regions(architecture: Architecture, layout: Layout) -> Iterator[_OwnedRegion]:
     last_stage, layers_per_stage = layout.pp - 1, architecture.num_layers // layout.pp
     for tensor in megatron_tensors(architecture):
         stage = tensor.index[0] // layers_per_stage if tensor.index else 0
@@ -123,37 +122,35 @@ def _pieces(architecture: Architecture, layout: Layout) -> Iterator[_Piece]:
         expert_rank = 0
         if tensor.is_expert:
             expert_rank = tensor.index[1] * layout.ep // tensor.stack[1]
-        for rank, offset, shape in _cuts(tensor, layout.tp):
-            yield _Piece(tensor=tensor, offset=offset, shape=shape, owner=(stage, expert_rank, rank))
+        for rank, region in _cuts(tensor, layout.tp):
+            yield _OwnedRegion(tensor=tensor, region=region, owner=(stage, expert_rank, rank))
 
 
-def _cuts(tensor: MegatronTensor, tp: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """(tp rank, offset, shape) of each piece of a tensor."""
-    rows, *columns = tensor.shape
+def _cuts(tensor: MegatronTensor, tp: int) -> Iterator[tuple[int, Region]]:
+    """(tp rank, region) of all that ranks hold of a tensor."""
+    whole, ranks = Region.of(tensor.shape), range(tp)
     if tensor.shard is None:
-        yield 0, (0,) * len(tensor.shape), tensor.shape
+        yield 0, whole
     elif tensor.shard == "columns":
-        width = columns[0] // tp
-        for rank in range(tp):
-            yield rank, (0, rank * width), (rows, width)
+        width = tensor.shape[1] // tp
+        yield from ((rank, whole.along(1, rank * width, (rank + 1) * width)) for rank in ranks)
     else:
-        part_rows = rows // tensor.num_parts
+        part_rows = tensor.shape[0] // tensor.num_parts
         step = padded_vocab_size(part_rows, tp) // tp if tensor.has_padding else part_rows // tp
-        for part in range(tensor.num_parts):
-            for rank in range(tp):
-                start, stop = rank * step, min((rank + 1) * step, part_rows)
-                if start < stop:
-                    offset = (part * part_rows + start, *(0 for _ in columns))
-                    yield rank, offset, (stop - start, *columns)
+        for first in range(0, tensor.shape[0], part_rows):
+            for rank in ranks:
+                region = whole.along(0, first + rank * step, first + (rank + 1) * step)
+                if region.numel:
+                    yield rank, region
 
 
-def _share(pieces: list[_Piece], *, rank: int, world_size: int) -> list[_Piece]:
-    """A consecutive run of the pieces for each process, of about equal size."""
-    sizes = [torch.Size(piece.shape).numel() for piece in pieces]
-    total, before, mine = sum(sizes), 0, []
-    for piece, size in zip(pieces, sizes, strict=True):
+def _share(owned: list[_OwnedRegion], *, rank: int, world_size: int) -> list[_OwnedRegion]:
+    """A consecutive run of the regions for each process, of about equal size."""
+    total, before, mine = sum(each.region.numel for each in owned), 0, []
+    for each in owned:
+        size = each.region.numel
         if (before + size // 2) * world_size // total == rank:
-            mine.append(piece)
+            mine.append(each)
         before += size
     return mine
 
@@ -179,16 +176,15 @@ def _dtypes(
     return {key: next(iter(dtypes)) for key, dtypes in found.items()}
 
 
-def _part(piece: _Piece, dtype: torch.dtype, weights: HfWeights) -> StoredPart:
-    tensor = piece.tensor
+def _part(owned: _OwnedRegion, dtype: torch.dtype, weights: HfWeights) -> StoredPart:
+    tensor, region = owned.tensor, owned.region
 
     def fill(part: Tensor) -> None:
-        fill_part(part.view(piece.shape), tensor, piece.offset, weights)
+        fill_part(part.view(region.shape), tensor, region.start, weights)
 
     return StoredPart(
         key=tensor.key,
-        offset=(*tensor.index, *piece.offset),
-        shape=(*(1 for _ in tensor.index), *piece.shape),
+        region=Region.of((*(1 for _ in tensor.index), *region.shape), (*tensor.index, *region.start)),
         global_shape=(*tensor.stack, *tensor.shape),
         dtype=dtype,
         fill=fill,

@@ -226,8 +226,8 @@ def _read(whole: Tensor, name: str, source: MegatronTensor, stored: StoredTensor
     stack = len(source.index)
 
     def read_into(part: Tensor, offset: tuple[int, ...]) -> None:
-        box = part.view((1,) * stack + tuple(part.shape)) if stack else part
-        stored.read_into(box, f"policy.{source.key}", (*source.index, *offset))
+        stacked = part.view((1,) * stack + tuple(part.shape)) if stack else part
+        stored.read_into(stacked, f"policy.{source.key}", (*source.index, *offset))
 
     fill_whole(whole, name, source, read_into)
 

@@ -11,7 +11,7 @@ from megatron_sftrl.apps.plan.job import Hardware, workload_of
 from megatron_sftrl.apps.plan.model_state import Grid, ModelState, element_bytes, model_state
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.engine_shards import engine_boxes
+from megatron_sftrl.models.engine_shards import engine_regions
 from megatron_sftrl.models.tensors import hf_shapes
 
 # What generating takes on one rank beside the trainer's state, and how many responses run at once.
@@ -76,8 +76,8 @@ def rollout_memory(
 @functools.lru_cache(maxsize=8)
 def _engine_elements(architecture: Architecture, tp: int) -> tuple[int, int]:
     """What the first rank of an engine reads, and the largest whole tensor."""
-    boxes = engine_boxes(architecture, tp=tp, tp_rank=0)
-    read = sum(math.prod(stop - start for start, stop in box) for box in boxes.values())
+    regions = engine_regions(architecture, tp=tp, tp_rank=0)
+    read = sum(region.numel for region in regions.values())
     return read, max(math.prod(shape) for shape in hf_shapes(architecture).values())
 
 

@@ -48,6 +48,7 @@ from torch.futures import Future
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of, first_of
 from megatron_sftrl.models.hf_tensor_file import StoredTensor, new_file, read_part
+from megatron_sftrl.models.tensors import Region
 
 # The index of a checkpoint's tensors (.metadata), read without trusting it.
 #
@@ -144,7 +145,7 @@ def write_tensors(
         UserError, RuntimeError: on every rank, when any rank could not write.
     """
     state = mcore_to_pyt_state_dict(_by_key(stored_here(tensors)), False)  # type: ignore[arg-type]
-    # Planning also checks that the boxes of all ranks cover every tensor once, without overlap.
+    # Planning also checks that the regions of all ranks cover every tensor once, without overlap.
     on_every_rank(
         lambda: torch_checkpoint.save(
             state,
@@ -294,24 +295,25 @@ class StoredTensors:
         }
 
     def read_into(self, target: Tensor, key: str, offset: tuple[int, ...]) -> None:
-        """Read the box of a tensor that begins at `offset` and has the target's shape.
+        """Read the region of a tensor that begins at `offset` and has the target's shape.
 
         Args:
             target: filled; CPU, of the stored dtype.
             key: of the tensor.
             offset: one number a dimension, stacked axes first.
         Raises:
-            UserError: the files do not hold all of the box.
+            UserError: the files do not hold all of the region.
         """
-        read = 0
+        region, read = Region.of(target.shape, offset), 0
         for chunk in self._entries[key].chunks:
-            overlap = _overlap(offset, tuple(target.shape), tuple(chunk.offsets), tuple(chunk.sizes))
-            if overlap is None:
+            shared = region.intersect(Region.of(chunk.sizes, chunk.offsets))
+            if not shared.numel:
                 continue
-            part, place = target[overlap.in_box], self._place(key, chunk)
+            part, place = target[shared.relative_to(offset).slices], self._place(key, chunk)
+            source = shared.relative_to(chunk.offsets).slices
             is_direct = part.is_contiguous()
             descriptor = self._streams[place.file].fileno()
-            found = read_part(descriptor, place, overlap.in_chunk, out=part if is_direct else None)
+            found = read_part(descriptor, place, source, out=part if is_direct else None)
             if not is_direct:
                 part.copy_(found)
             read += part.numel()
@@ -354,27 +356,6 @@ class StoredTensors:
         return self._places[index]
 
 
-@dataclass(frozen=True, slots=True)
-class _Overlap:
-    """What two boxes of a tensor share, in the coordinates of each."""
-
-    in_box: tuple[slice, ...]
-    in_chunk: tuple[slice, ...]
-
-
-def _overlap(
-    box: tuple[int, ...], box_shape: tuple[int, ...], chunk: tuple[int, ...], chunk_shape: tuple[int, ...]
-) -> _Overlap | None:
-    in_box, in_chunk = [], []
-    for first, size, other, other_size in zip(box, box_shape, chunk, chunk_shape, strict=True):
-        start, end = max(first, other), min(first + size, other + other_size)
-        if start >= end:
-            return None
-        in_box.append(slice(start - first, end - first))
-        in_chunk.append(slice(start - other, end - other))
-    return _Overlap(tuple(in_box), tuple(in_chunk))
-
-
 # A checkpoint's tensors written one at a time, with no model and no second copy in memory.
 #
 # For the conversion tools. A training run loads what is written here.
@@ -382,19 +363,18 @@ def _overlap(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredPart:
-    """A box of a checkpoint tensor that this process writes.
+    """A region of a checkpoint tensor that this process writes.
 
     Args:
         key: of the tensor.
-        offset, shape: of the box, one number a dimension, stacked axes (of size 1) first.
+        region: of the tensor, stacked axes (of size 1) first.
         global_shape: of the tensor.
         dtype: of its elements.
         fill: puts the values into a CPU tensor of this shape and dtype, when they are written.
     """
 
     key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    region: Region
     global_shape: tuple[int, ...]
     dtype: torch.dtype
     fill: Callable[[Tensor], None]
@@ -402,7 +382,7 @@ class StoredPart:
     @property
     def num_bytes(self) -> int:
         """Size on the disk, without the format's few bytes around it."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.region.numel * self.dtype.itemsize
 
 
 def write_parts(parts: Sequence[StoredPart], directory: Path) -> None:
@@ -427,7 +407,7 @@ class _MakingPlanner(MCoreSavePlanner):
 
     def __init__(self, parts: Sequence[StoredPart]) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._parts = {(part.key, part.offset): part for part in parts}
+        self._parts = {(part.key, part.region.start): part for part in parts}
         # One piece of memory for all parts, one after the other: fresh pages would cost as much as copying.
         self._memory = np.empty(max((part.num_bytes for part in parts), default=0), np.uint8)
 
@@ -436,8 +416,8 @@ class _MakingPlanner(MCoreSavePlanner):
         assert offset is not None
         part = self._parts[write_item.index.fqn, tuple(offset)]
         # A tensor of its own storage: torch writes the whole storage of a view.
-        values = torch.frombuffer(self._memory, dtype=part.dtype, count=math.prod(part.shape))
-        values = values.view(part.shape)
+        values = torch.frombuffer(self._memory, dtype=part.dtype, count=part.region.numel)
+        values = values.view(part.region.shape)
         part.fill(values)
         return values
 
@@ -487,10 +467,10 @@ def _without_checksums() -> Iterator[None]:
 def _placeholder(part: StoredPart) -> ShardedTensor:
     return ShardedTensor(
         key=part.key,
-        data=torch.empty(part.shape, dtype=part.dtype, device="meta"),
+        data=torch.empty(part.region.shape, dtype=part.dtype, device="meta"),
         dtype=part.dtype,
-        local_shape=part.shape,
+        local_shape=part.region.shape,
         global_shape=part.global_shape,
-        global_offset=part.offset,
+        global_offset=part.region.start,
         axis_fragmentations=None,
     )

@@ -33,6 +33,7 @@ from torch import Tensor
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.optimizer import leaves
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.models.tensors import Region
 
 # Megatron's optimizers seen as one thing: for each parameter, the elements whose state this rank holds.
 #
@@ -152,66 +153,44 @@ def _held(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, int]]:
                 yield parameter, parameter, 0
 
 
-# A run of consecutive elements of a tensor, as the few boxes that a sharded checkpoint can name.
+# A run of consecutive elements of a tensor, as the few regions that a sharded checkpoint can name.
 #
-# The distributed optimizer owns flat ranges that respect no row. Cut into boxes, such a range is stored
+# The distributed optimizer owns flat ranges that respect no row. Cut into regions, such a range is stored
 # under the parameter's own coordinates, and any other layout can read its share of it.
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Box:
-    """A rectangular part of a tensor whose elements are consecutive in memory.
+def regions_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
+    """Cut elements [start, stop) of a contiguous tensor into regions, in order; at most 2 ndim - 1 of them.
 
-    Args:
-        offset: of its first element, per dimension.
-        shape: its size, per dimension.
-        start: of its first element in the flattened tensor.
-    """
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    start: int
-
-
-def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Cut elements [start, stop) of a contiguous tensor into boxes, in order; at most 2 ndim - 1 of them.
-
-    For a matrix: the end of a row, whole rows, the beginning of a row.
+    For a matrix: the end of a row, whole rows, the beginning of a row. The elements of each are consecutive.
 
     Args:
         shape: of the tensor, at least one dimension.
         start, stop: element indices in the flattened tensor, 0 <= start <= stop <= numel.
     """
     assert shape and 0 <= start <= stop <= math.prod(shape)
-    yield from _boxes(shape, start, stop, base=0)
-
-
-def _boxes(shape: tuple[int, ...], start: int, stop: int, *, base: int) -> Iterator[Box]:
-    if start >= stop:
+    if start == stop:
         return
     if len(shape) == 1:
-        yield Box(offset=(start,), shape=(stop - start,), start=base + start)
+        yield Region((start,), (stop,))
         return
     inner = math.prod(shape[1:])
     first_whole, last_whole = -(-start // inner), stop // inner
     if first_whole > last_whole:
         # The range lies inside one row.
-        yield from _row(shape, last_whole, start, stop, inner, base)
+        yield from _in_row(shape, last_whole, start, stop)
         return
-    yield from _row(shape, first_whole - 1, start, first_whole * inner, inner, base)
+    yield from _in_row(shape, first_whole - 1, start, first_whole * inner)
     if first_whole < last_whole:
-        yield Box(
-            offset=(first_whole, *(0 for _ in shape[1:])),
-            shape=(last_whole - first_whole, *shape[1:]),
-            start=base + first_whole * inner,
-        )
-    yield from _row(shape, last_whole, last_whole * inner, stop, inner, base)
+        yield Region.of(shape).along(0, first_whole, last_whole)
+    yield from _in_row(shape, last_whole, last_whole * inner, stop)
 
 
-def _row(shape: tuple[int, ...], row: int, start: int, stop: int, inner: int, base: int) -> Iterator[Box]:
-    origin = row * inner
-    for box in _boxes(shape[1:], start - origin, stop - origin, base=base + origin):
-        yield Box(offset=(row, *box.offset), shape=(1, *box.shape), start=box.start)
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Region]:
+    if start < stop:
+        origin = row * math.prod(shape[1:])
+        for region in regions_of_range(shape[1:], start - origin, stop - origin):
+            yield Region((row, *region.start), (row + 1, *region.stop))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,21 +325,19 @@ def _placed(piece: _Piece, flat: Tensor, flat_start: int, *, key: str) -> Iterat
     start = max(piece.start, flat_start) - piece.start
     stop = min(piece.stop, flat_start + flat.numel()) - piece.start
     leading = (1,) * place.prepend_axis_num
-    for box in boxes_of_range((*leading, *place.local_shape), start, max(start, stop)):
-        first = piece.start + box.start - flat_start
-        size = 1
-        for length in box.shape:
-            size *= length
+    first = piece.start + start - flat_start
+    for region in regions_of_range((*leading, *place.local_shape), start, max(start, stop)):
         yield ShardedTensor(
             key=key,
-            data=flat[first : first + size].view(box.shape),
+            data=flat[first : first + region.numel].view(region.shape),
             dtype=flat.dtype,
-            local_shape=box.shape,
+            local_shape=region.shape,
             global_shape=place.global_shape,
-            global_offset=tuple(a + b for a, b in zip(place.global_offset, box.offset, strict=True)),
+            global_offset=tuple(a + b for a, b in zip(place.global_offset, region.start, strict=True)),
             # None: not one cell of a regular grid.
             axis_fragmentations=None,
             replica_id=place.replica_id,
             # Rows of vocabulary padding: their number depends on tp.
             allow_shape_mismatch=place.allow_shape_mismatch,
         )
+        first += region.numel

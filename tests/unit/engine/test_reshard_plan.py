@@ -11,31 +11,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.models.engine_shards import Box
+from megatron_sftrl.models.tensors import Region
 from megatron_sftrl.rollout.reshard_plan import (
     Holdings,
     Round,
-    intersection,
     plan_rounds,
     tiling_problem,
-    volume,
 )
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def cut(shape: tuple[int, ...], dim: int | None, parts: int, part: int) -> Box:
+def cut(shape: tuple[int, ...], dim: int | None, parts: int, part: int) -> Region:
     """Equal parts along one dimension, the last one longer; None for everything."""
-    box = [(0, size) for size in shape]
-    if dim is not None:
-        length = shape[dim] // parts
-        box[dim] = (part * length, shape[dim] if part == parts - 1 else (part + 1) * length)
-    return tuple(box)
+    whole = Region.of(shape)
+    if dim is None:
+        return whole
+    length = shape[dim] // parts
+    return whole.along(dim, part * length, shape[dim] if part == parts - 1 else (part + 1) * length)
+
+
+def region(*bounds: tuple[int, int]) -> Region:
+    """(start, stop) of each dimension."""
+    return Region(tuple(start for start, _ in bounds), tuple(stop for _, stop in bounds))
 
 
 def random_job(
     rng: random.Random,
-) -> tuple[Shapes, list[dict[str, Box]], list[Holdings]]:
+) -> tuple[Shapes, list[dict[str, Region]], list[Holdings]]:
     """A trainer of random tp, pp and dp and an engine of random tp over the same ranks, on a few hosts."""
     tp, pp, dp = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 2])
     world_size = tp * pp * dp
@@ -53,11 +56,12 @@ def random_job(
         for name, shape in shapes.items():
             dim, _, stage = cuts[name]
             if rank // (tp * dp) == stage:
-                box = cut(shape, dim, tp, rank % tp)
+                part = cut(shape, dim, tp, rank % tp)
                 # As several parts, like the heads of a query projection among the groups.
-                middle = (box[0][0] + box[0][1]) // 2
-                held[name] = (((box[0][0], middle), *box[1:]), ((middle, box[0][1]), *box[1:]))
-        holdings.append(Holdings(host=f"host{rank * 2 // world_size}", boxes=held))
+                first, last = part.start[0], part.stop[0]
+                middle = (first + last) // 2
+                held[name] = (part.along(0, first, middle), part.along(0, middle, last))
+        holdings.append(Holdings(host=f"host{rank * 2 // world_size}", regions=held))
         wanted.append(
             {name: cut(shape, cuts[name][1], engine_tp, rank % engine_tp) for name, shape in shapes.items()}
         )
@@ -81,12 +85,12 @@ def times_received(shapes: Shapes, ranks: list[list[Round]]) -> list[dict[str, T
             for receiver in each.sends:
                 assert rank in rounds[receiver].receives
             for piece in (*each.copies, *(piece for some in each.receives.values() for piece in some)):
-                counts[rank][piece.name][tuple(slice(a, b) for a, b in piece.box)] += 1
+                counts[rank][piece.name][piece.region.slices] += 1
     return counts
 
 
 def message_bytes(pieces) -> int:
-    return 4 * sum(volume(piece.box) for piece in pieces)
+    return 4 * sum(piece.region.numel for piece in pieces)
 
 
 def test_every_rank_receives_each_element_of_its_share_exactly_once_and_nothing_else() -> None:
@@ -97,7 +101,7 @@ def test_every_rank_receives_each_element_of_its_share_exactly_once_and_nothing_
         for rank, counts in enumerate(times_received(shapes, ranks)):
             for name, count in counts.items():
                 expected = torch.zeros_like(count)
-                expected[tuple(slice(a, b) for a, b in wanted[rank][name])] = 1
+                expected[wanted[rank][name].slices] = 1
                 assert torch.equal(count, expected)
 
 
@@ -107,9 +111,9 @@ def test_only_the_bytes_that_a_rank_lacks_travel() -> None:
         shapes, wanted, holdings = random_job(rng)
         for rank, rounds in enumerate(plans(shapes, wanted, holdings, 500)):
             lacking = sum(
-                4 * volume(box)
-                - 4 * sum(volume(intersection(box, part)) for part in holdings[rank].boxes.get(name, ()))
-                for name, box in wanted[rank].items()
+                4 * part.numel
+                - 4 * sum(part.intersect(held).numel for held in holdings[rank].regions.get(name, ()))
+                for name, part in wanted[rank].items()
             )
             assert (
                 sum(message_bytes(pieces) for each in rounds for pieces in each.receives.values()) == lacking
@@ -125,7 +129,7 @@ def test_no_round_asks_a_rank_to_pack_or_receive_more_than_a_bucket() -> None:
         # A row is the smallest part that is sent, to every rank of the job if it must be.
         bucket_bytes = widest_row * len(holdings) * rng.choice([1, 2, 5])
         for rounds in plans(shapes, wanted, holdings, bucket_bytes):
-            split += any(not band.is_last for each in rounds for band in each.bands)
+            split += any(fill.region.shape != shapes[fill.name] for each in rounds for fill in each.fills)
             for each in rounds:
                 for messages in (each.sends, each.receives):
                     assert sum(message_bytes(pieces) for pieces in messages.values()) <= bucket_bytes
@@ -137,19 +141,22 @@ def test_rounds_follow_the_order_of_the_model_and_complete_each_tensor_once() ->
     for _ in range(30):
         shapes, wanted, holdings = random_job(rng)
         for rounds in plans(shapes, wanted, holdings, 300):
-            bands = [band for each in rounds for band in each.bands]
-            assert [band.name for band in bands if band.is_last] == list(shapes)
+            fills = [fill for each in rounds for fill in each.fills]
+            assert [f.name for f in fills if f.region.stop[0] == shapes[f.name][0]] == list(shapes)
             reached: dict[str, int] = {}
-            for band in bands:
-                assert band.rows[0] == reached.get(band.name, 0) < band.rows[1]
-                reached[band.name] = band.rows[1]
+            for fill in fills:
+                assert fill.region.start[0] == reached.get(fill.name, 0) < fill.region.stop[0]
+                assert fill.region.shape[1:] == shapes[fill.name][1:]
+                reached[fill.name] = fill.region.stop[0]
             assert reached == {name: shape[0] for name, shape in shapes.items()}
 
 
 def test_equal_layouts_need_one_round_without_messages() -> None:
     shapes: Shapes = {f"t{number}": (8, 6) for number in range(20)}
     shares = [{name: cut(shape, 0, 2, rank % 2) for name, shape in shapes.items()} for rank in range(4)]
-    holdings = [Holdings(host="a", boxes={name: (box,) for name, box in share.items()}) for share in shares]
+    holdings = [
+        Holdings(host="a", regions={name: (part,) for name, part in share.items()}) for share in shares
+    ]
     for rounds in plans(shapes, shares, holdings, 1):
         assert len(rounds) == 1
         assert not rounds[0].sends
@@ -163,7 +170,7 @@ def test_holders_share_the_work_evenly() -> None:
     holdings = [
         Holdings(
             host="a",
-            boxes={
+            regions={
                 name: (cut(shape, None, 1, 0),)
                 for number, (name, shape) in enumerate(shapes.items())
                 if number % 4 == rank // 4
@@ -182,20 +189,20 @@ def test_a_rank_asks_its_own_host_before_another() -> None:
     hosts = ["a", "a", "a", "b", "b", "b"]
     holding = {0, 1, 3}
     holdings = [
-        Holdings(host=host, boxes={"t": (whole,)} if rank in holding else {})
+        Holdings(host=host, regions={"t": (whole,)} if rank in holding else {})
         for rank, host in enumerate(hosts)
     ]
     ranks = plans(shapes, [{"t": whole}] * 6, holdings, 10**6)
     sources = {rank: list(rounds[0].receives) for rank, rounds in enumerate(ranks)}
     assert sources == {0: [], 1: [], 2: [0], 3: [], 4: [3], 5: [3]}
     # Nobody on host c holds anything: its ranks take turns among all holders.
-    lonely = [*holdings, *(Holdings(host="c", boxes={}) for _ in range(6))]
+    lonely = [*holdings, *(Holdings(host="c", regions={}) for _ in range(6))]
     ranks = plans(shapes, [{"t": whole}] * 12, lonely, 10**6)
     assert Counter(next(iter(rounds[0].receives)) for rounds in ranks[6:]) == {0: 2, 1: 2, 3: 2}
 
 
 @pytest.mark.parametrize(
-    ("boxes", "problem"),
+    ("bounds", "problem"),
     [
         ([((0, 2), (0, 4)), ((3, 4), (0, 4))], "4 elements are held by no rank"),
         ([((0, 3), (0, 4)), ((2, 4), (0, 4))], "overlaps another"),
@@ -206,11 +213,13 @@ def test_a_rank_asks_its_own_host_before_another() -> None:
         ([((0, 2), (0, 4)), ((2, 4), (0, 2)), ((1, 4), (2, 4))], "overlaps another"),
     ],
 )
-def test_parts_that_are_not_the_whole_tensor_are_named_before_anything_moves(boxes, problem) -> None:
-    found = tiling_problem((4, 4), boxes)
+def test_parts_that_are_not_the_whole_tensor_are_named_before_anything_moves(bounds, problem) -> None:
+    regions = [region(*each) for each in bounds]
+    found = tiling_problem((4, 4), regions)
     assert found is None if problem is None else problem in str(found)
-    holdings = [Holdings(host="a", boxes={"t": (box,)}) for box in boxes] or [Holdings(host="a", boxes={})]
-    wanted = [{"t": ((0, 4), (0, 4))} for _ in holdings]
+    holdings = [Holdings(host="a", regions={"t": (each,)}) for each in regions]
+    holdings = holdings or [Holdings(host="a", regions={})]
+    wanted = [{"t": Region.of((4, 4))} for _ in holdings]
     if problem is not None:
         with pytest.raises(ValueError, match=r"(?s)do not make up the model.*t \[4, 4\]: ") as caught:
             plan_rounds({"t": (4, 4)}, wanted, holdings, rank=0, element_bytes=4, bucket_bytes=100)
@@ -229,15 +238,15 @@ def test_a_large_job_is_planned_in_seconds() -> None:
         }.items():
             shapes[f"{layer}.{name}"] = shape
 
-    def box(name: str, rank: int) -> Box:
+    def part(name: str, rank: int) -> Region:
         return cut(shapes[name], None if "norm" in name else 0, 8, rank % 8)
 
-    wanted = [{name: box(name, rank) for name in shapes} for rank in range(128)]
+    wanted = [{name: part(name, rank) for name in shapes} for rank in range(128)]
     holdings = [
         Holdings(
             host=str(rank // 8),
-            boxes={
-                name: (box(name, rank),) for name in shapes if int(name.split(".")[0]) // 20 == rank // 32
+            regions={
+                name: (part(name, rank),) for name in shapes if int(name.split(".")[0]) // 20 == rank // 32
             },
         )
         for rank in range(128)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.models.engine_shards import EngineLayout, engine_boxes
+from megatron_sftrl.models.engine_shards import EngineLayout, engine_regions
 from megatron_sftrl.models.tensors import hf_shapes
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 from tests.vllm_loaders import loaded_by_vllm
@@ -37,12 +37,12 @@ def test_each_engine_rank_is_given_exactly_the_elements_that_vllm_s_loaders_copy
     for _ in range(5):
         architecture = cuttable(rng, family, tp)
         for tp_rank in range(tp):
-            boxes = engine_boxes(architecture, tp=tp, tp_rank=tp_rank)
+            regions = engine_regions(architecture, tp=tp, tp_rank=tp_rank)
             shapes = hf_shapes(architecture)
-            assert list(boxes) == list(shapes)
+            assert list(regions) == list(shapes)
             for name, shape in shapes.items():
                 numbered = torch.arange(torch.Size(shape).numel()).view(shape)
-                ours = numbered[tuple(slice(start, stop) for start, stop in boxes[name])]
+                ours = numbered[regions[name].slices]
                 theirs = loaded_by_vllm(name, numbered, architecture, tp=tp, tp_rank=tp_rank)
                 assert ours.shape == theirs.shape, name
                 assert torch.equal(ours, theirs), name
@@ -52,11 +52,11 @@ def test_each_engine_rank_is_given_exactly_the_elements_that_vllm_s_loaders_copy
 def test_the_ranks_of_an_engine_together_read_every_element(family) -> None:
     rng = random.Random(family)
     architecture = cuttable(rng, family, 4)
-    shares = [engine_boxes(architecture, tp=4, tp_rank=rank) for rank in range(4)]
+    shares = [engine_regions(architecture, tp=4, tp_rank=rank) for rank in range(4)]
     for name, shape in hf_shapes(architecture).items():
         read = torch.zeros(shape, dtype=torch.bool)
         for share in shares:
-            read[tuple(slice(start, stop) for start, stop in share[name])] = True
+            read[share[name].slices] = True
         assert read.all(), name
 
 
@@ -70,12 +70,12 @@ def test_an_engine_that_cannot_cut_the_model_is_refused_with_every_reason() -> N
     )
     assert padded_vocab_size(100, 1, multiple=64) == 128
     with pytest.raises(ValueError, match="tp 3 cannot hold this model") as caught:
-        engine_boxes(architecture, tp=3, tp_rank=0)
+        engine_regions(architecture, tp=3, tp_rank=0)
     for reason in ("num_query_groups = 2", "ffn_hidden_size = 10", "padded to 128"):
         assert reason in str(caught.value)
     assert "num_attention_heads" not in str(caught.value)
     with pytest.raises(ValueError, match="num_attention_heads = 6"):
-        engine_boxes(architecture, tp=4, tp_rank=0)
+        engine_regions(architecture, tp=4, tp_rank=0)
 
 
 def test_consecutive_ranks_form_an_engine() -> None:

@@ -1,4 +1,4 @@
-"""The table of names: whole against transformers, and its rectangles against tensors put together by hand."""
+"""The table of names: whole against transformers, and its regions against tensors put together by hand."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from megatron_sftrl.models.architecture import Architecture, Family, num_parameters
 from megatron_sftrl.models.hf_config import hf_config_values
-from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors, rectangles
+from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf_shapes, megatron_tensors
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
 NUM_CASES = 50
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def cases(num_cases: int = NUM_CASES) -> Iterator[Architecture]:
@@ -81,14 +80,14 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
     return torch.cat([hf[f"{mlp}{gate}.weight"], hf[f"{mlp}{up}.weight"]])
 
 
-def random_tiling(rng: random.Random, shape: tuple[int, ...]) -> list[Box]:
-    """(offset, shape) of boxes that cover `shape` once."""
+def random_tiling(rng: random.Random, shape: tuple[int, ...]) -> list[Region]:
+    """Regions that cover `shape` once."""
     cuts = []
     for size in shape:
         inner = sorted(rng.sample(range(1, size), min(size - 1, rng.randint(0, 3))))
         cuts.append(list(itertools.pairwise([0, *inner, size])))
     return [
-        (tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans))
+        Region(tuple(start for start, _ in spans), tuple(stop for _, stop in spans))
         for spans in itertools.product(*cuts)
     ]
 
@@ -114,7 +113,7 @@ def test_key_and_index_name_a_tensor_and_the_stack_holds_every_index() -> None:
             assert sorted(t.index for t in members) == list(grid), key
 
 
-def test_random_boxes_put_the_megatron_tensors_together_and_take_them_apart_again() -> None:
+def test_random_regions_put_the_megatron_tensors_together_and_take_them_apart_again() -> None:
     rng = random.Random(21)
     for architecture in cases():
         hf = numbered_hf_tensors(architecture)
@@ -122,15 +121,15 @@ def test_random_boxes_put_the_megatron_tensors_together_and_take_them_apart_agai
         for tensor in megatron_tensors(architecture):
             whole = by_hand(tensor, architecture, hf)
             assert tuple(whole.shape) == tensor.shape, tensor.key
-            for offset, shape in random_tiling(rng, tensor.shape):
-                inside = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
-                box = torch.full(shape, torch.nan)
-                for part in rectangles(tensor, offset, shape):
-                    assert torch.isnan(box[part.target]).all(), "rectangles overlap"
-                    box[part.target] = hf[part.name][part.source]
-                    assert torch.isnan(back[part.name][part.source]).all(), "a value is written twice"
-                    back[part.name][part.source] = whole[inside][part.target]
-                assert torch.equal(box, whole[inside]), (tensor.key, tensor.index, offset, shape)
+            for region in random_tiling(rng, tensor.shape):
+                values, expected = torch.full(region.shape, torch.nan), whole[region.slices]
+                for part in hf_regions(tensor, region):
+                    source, target = part.source.slices, part.target.slices
+                    assert torch.isnan(values[target]).all(), "regions overlap"
+                    values[target] = hf[part.name][source]
+                    assert torch.isnan(back[part.name][source]).all(), "a value is written twice"
+                    back[part.name][source] = expected[target]
+                assert torch.equal(values, expected), (tensor.key, tensor.index, region)
         assert all(torch.equal(back[name], hf[name]) for name in hf)
 
 
@@ -141,9 +140,9 @@ def test_rows_of_padding_are_made_of_nothing(first: int) -> None:
     assert tensor.has_padding
     rows = architecture.vocab_size
     inside = max(0, rows - first)
-    parts = list(rectangles(tensor, (first, 0), (rows + 5, tensor.shape[1])))
-    assert [part.target[0] for part in parts] == ([slice(0, inside)] if inside else [])
-    assert not list(rectangles(tensor, (rows, 0), (5, tensor.shape[1])))
+    parts = list(hf_regions(tensor, Region.of((rows + 5, tensor.shape[1]), (first, 0))))
+    assert [part.target.slices[0] for part in parts] == ([slice(0, inside)] if inside else [])
+    assert not list(hf_regions(tensor, Region.of((5, tensor.shape[1]), (rows, 0))))
 
 
 def test_only_the_vocabulary_has_padding() -> None:
