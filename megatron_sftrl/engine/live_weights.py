@@ -51,7 +51,6 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
 
     Args:
         chunks: without DDP, in any layout.
-        architecture: of the chunks.
     """
     table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}
     num_stacked = {key: len(index) for key, index in table}
@@ -81,7 +80,6 @@ def load_hf_weights(chunks: Sequence[LanguageModel], weights: HfWeights, archite
     Args:
         chunks: this rank's chunks, without DDP, in any layout.
         weights: of a model of this architecture.
-        architecture: of the chunks.
     Raises:
         UserError: every missing, extra or differently shaped tensor, before anything is changed.
     """

@@ -67,7 +67,6 @@ def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict
     """The region of every Hugging Face tensor that rank `tp_rank` of an engine reads, in the model's order.
 
     Args:
-        architecture: of the model.
         tp: tensor parallel size of the engine.
         tp_rank: 0 to tp - 1.
     Returns:

@@ -250,7 +250,7 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
     The keys are those that transformers 5 writes. Beside them stand the older names (rope_theta,
     rope_scaling, num_experts), equal in value: transformers 4 would otherwise take its own defaults without
     a word. Token ids are null, since an architecture has no tokenizer and the defaults of transformers (1
-    and 2 for llama) are those of a particular one; whoever knows the tokenizer writes them over.
+    and 2 for llama) are those of a particular one; a caller that knows the tokenizer writes them over.
 
     Args:
         architecture: what to describe.

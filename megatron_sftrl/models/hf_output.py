@@ -163,12 +163,7 @@ def with_end_ids(assets: HfAssets, ends: Collection[int]) -> HfAssets:
 
 
 def write_assets(directory: Path, assets: HfAssets) -> None:
-    """Write the files; `new_directory` forces them to the disk.
-
-    Args:
-        directory: that exists.
-        assets: what to write.
-    """
+    """Write the files; `new_directory` forces them to the disk."""
     for name, content in assets.files.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
@@ -301,22 +296,14 @@ def write_file(directory: Path, file: HfFile, tensors: Mapping[str, Tensor]) -> 
     """Write a weight file and force it to the disk.
 
     Args:
-        directory: from `new_directory`.
-        file: of the plan.
-        tensors: at least its tensors, CPU, contiguous.
+        tensors: at least the file's, CPU, contiguous.
     """
     kinds = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in file.tensors}
     write_safetensors(directory / file.name, kinds, lambda name: tensors[name])
 
 
 def write_index(directory: Path, files: Sequence[HfFile], sizes: Sequence[tuple[str, int]]) -> None:
-    """Write the index of several weight files; a single one needs none.
-
-    Args:
-        directory: from `new_directory`.
-        files: the plan.
-        sizes: name and bytes of each tensor.
-    """
+    """Write the index of several weight files; a single one needs none."""
     if len(files) == 1:
         return
     index = {

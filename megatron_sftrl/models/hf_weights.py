@@ -271,7 +271,6 @@ class HfWeights:
     Reading moves no state, so threads may share it.
 
     Args:
-        directory: for messages.
         tensors: where each tensor lies.
         notes: what a user should know about the choice of the files.
     """
@@ -309,7 +308,6 @@ class HfWeights:
         """Read a region into a tensor of its shape, any dtype and device; directly where both agree.
 
         Args:
-            target: filled.
             name, part: as in read().
         Raises:
             UserError: the file was cut short after it was opened.
@@ -443,7 +441,6 @@ def fill_whole(
     """Fill the Hugging Face tensor `name` in place from the Megatron tensor that holds it.
 
     Args:
-        whole: of the tensor's shape.
         name: one of those that `tensor` is made of.
         tensor: its line of the table.
         read_into: fills its first argument with the region of the Megatron tensor that begins at the second.

@@ -360,7 +360,6 @@ class InProcessEngine:
 
     @property
     def last_report(self) -> ReshardReport | None:
-        """As in the protocol."""
         return None
 
     def update(self, policy: PolicyEngine, *, version: int) -> None:
@@ -368,7 +367,7 @@ class InProcessEngine:
         self._policy, self._version = policy, version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
-        """As in the protocol; not enough memory is a ValueError on the ranks that have too little."""
+        """Not enough memory is a ValueError on the ranks that have too little."""
         assert self._policy is not None, "update() comes first"
         architecture = self._policy.architecture
         check_prompts(

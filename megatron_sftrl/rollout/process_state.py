@@ -1,4 +1,4 @@
-"""A library that treats the process as its own, as a guest: nobody else notices what it changed.
+"""A library that treats the process as its own, as a guest: no other code notices what it changed.
 
 vLLM reseeds every random generator, freezes the garbage collector's heap, writes environment variables that
 children would inherit (LD_PRELOAD, LOCAL_WORLD_SIZE), and on the CPU replaces functions and classes of torch:
@@ -68,7 +68,7 @@ class Guest:
             _replace({key: ours[key] for key in self._replaced})
 
     def _attributes(self) -> _Attributes:
-        """Public names of torch; with CUDA nobody replaces them, and torch itself fills some in."""
+        """Public names of torch; with CUDA no code replaces them, and torch itself fills some in."""
         if self._device.type == "cuda":
             return {}
         return {

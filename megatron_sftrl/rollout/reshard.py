@@ -424,8 +424,6 @@ class Resharder:
 
     Args:
         chunks: the policy's chunks on this rank, without DDP.
-        architecture: of the policy.
-        parallel: this rank's place.
         layout: how the ranks form engines; `EngineLayout(tp=1, world_size=...)` for whole tensors everywhere.
         bucket_bytes: an update takes at most the memory of two buckets and the largest tensor. (A row of a
             tensor travels whole, however large.)
@@ -495,7 +493,7 @@ class Resharder:
             An iterator of (Hugging Face name, tensor), to be used as a context manager.
         """
         weights = live_weights(self._chunks, self._architecture)
-        assert weights.regions() == self._regions, "the policy was cut anew after the Resharder was made"
+        assert weights.regions() == self._regions, "the policy's layout changed after the Resharder was made"
         return WeightStream(self._plan, weights, on_finish=self._keep)
 
     def _keep(self, report: ReshardReport) -> None:

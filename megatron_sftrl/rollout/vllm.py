@@ -231,7 +231,7 @@ class VllmEngine:
         return self._resharder.last_report
 
     def update(self, policy: PolicyEngine, *, version: int) -> None:
-        """As in the protocol; `policy` is the one that the engine was made for."""
+        """`policy` is the one that the engine was made for."""
         assert policy is self._policy, "an engine serves the policy that it was made for"
         self._version = None
         self.wake()
@@ -243,7 +243,7 @@ class VllmEngine:
         self._version = version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
-        """As in the protocol; each replica takes every num_replicas-th prompt."""
+        """Each replica takes every num_replicas-th prompt."""
         assert self._version is not None, "update() comes first, and again after sleep()"
         check_prompts(
             prompts,

@@ -56,7 +56,7 @@ def environment(parallel: ParallelContext) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         # Each update would warn that rotary tables are not loaded; what matters is raised.
         "VLLM_LOGGING_LEVEL": "ERROR",
-        # external_launcher asks for them, also where nobody started the job with torchrun.
+        # external_launcher asks for them, also where the job was not started with torchrun.
         "RANK": str(parallel.rank),
         "LOCAL_RANK": str(parallel.device.index or 0),
     }

@@ -25,9 +25,6 @@ class BackgroundAction(Generic[T]):
 
     A thread, not a process: it ends with its rank, so nothing of a killed run writes on, and no heap with
     CUDA in it is forked. What takes its time (writing, hashing, forcing to disk) gives Python's lock away.
-
-    Args:
-        parallel: this rank's place.
     """
 
     def __init__(self, parallel: ParallelContext) -> None:
@@ -84,7 +81,7 @@ class BackgroundAction(Generic[T]):
     def abandon(self) -> BaseException | None:
         """Let the action end on this rank, without asking the others; what it raised, if anything.
 
-        For a rank that is about to fail, when nobody knows where the others stand.
+        For a rank that is about to fail, when no rank knows where the others stand.
         """
         outcome, self._outcome = self._outcome, None
         if outcome is None:

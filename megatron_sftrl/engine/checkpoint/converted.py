@@ -34,7 +34,6 @@ def save_converted(
     Args:
         out: has its name only when everything in it is on the disk.
         parts: of this process, with keys as in the table of names.
-        architecture: of the weights.
         assets: stored with them, for an export.
     Returns:
         `out`.

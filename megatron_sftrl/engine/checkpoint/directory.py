@@ -296,7 +296,6 @@ def hashed_files(
 
     Args:
         directory: whose files do not change any more.
-        group: of all ranks; the default one when not given.
         names: of the files; all of them when not given.
         on_progress: called for each file.
     Raises:

@@ -137,9 +137,7 @@ def write_tensors(
     """Write this rank's main replicas; every rank calls it. Files are forced to the disk.
 
     Args:
-        tensors: of this rank.
         directory: empty.
-        group: of all ranks; the default one when not given.
         on_progress: called for each tensor.
     Raises:
         UserError, RuntimeError: on every rank, when any rank could not write.
@@ -211,9 +209,7 @@ def check_tensors(
     """Compare what all ranks want with what is stored, before anything is read.
 
     Args:
-        tensors: wanted by this rank.
         stored: shapes of the tensors that should all be wanted by some rank.
-        directory: for the message.
     Raises:
         UserError: on every rank, naming the first missing, unexpected and differently shaped tensors.
     """
@@ -273,8 +269,6 @@ def finish_format(directory: Path) -> None:
 class StoredTensors:
     """A checkpoint directory's tensors; close them (contextlib.closing).
 
-    Args:
-        directory: of the checkpoint.
     Raises:
         UserError: the index cannot be read.
     """
@@ -299,7 +293,6 @@ class StoredTensors:
 
         Args:
             target: filled; CPU, of the stored dtype.
-            key: of the tensor.
             offset: one number a dimension, stacked axes first.
         Raises:
             UserError: the files do not hold all of the region.
@@ -366,10 +359,8 @@ class StoredPart:
     """A region of a checkpoint tensor that this process writes.
 
     Args:
-        key: of the tensor.
         region: of the tensor, stacked axes (of size 1) first.
         global_shape: of the tensor.
-        dtype: of its elements.
         fill: puts the values into a CPU tensor of this shape and dtype, when they are written.
     """
 

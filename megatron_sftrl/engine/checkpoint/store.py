@@ -196,7 +196,6 @@ def write_checkpoint(
         directory: of the run's checkpoints.
         assets: stored beside the tensors.
         keep_last: complete checkpoints that stay.
-        group: of all ranks; the default one when not given.
         on_progress: called for each tensor that is written and each file that is hashed.
     Raises:
         UserError, RuntimeError: on every rank, when it could not be written (a full disk is the user's);
@@ -275,7 +274,6 @@ class CheckpointStore:
 
     Args:
         directory: `<run_dir>/checkpoints`, on a file system that all nodes share.
-        parallel: this rank's place.
         keep_last: complete checkpoints kept, at least 1.
         assets: tokenizer and configuration files that an export needs beside the weights.
         async_save: write on a thread, from copies in host memory, while training goes on.
@@ -455,7 +453,6 @@ def load_weights(
     Args:
         chunks: this rank's chunks, without DDP.
         path: a step directory, or a run directory for its latest complete checkpoint.
-        architecture: of the chunks.
     Returns:
         What was read.
     Raises:
