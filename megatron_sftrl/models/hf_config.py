@@ -89,7 +89,7 @@ _KEYS_WITHOUT_EFFECT = frozenset(
     output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
     remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version transformers_weights typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    transformers_version transformers_weights typical_p use_bfloat16 use_cache
     """.split()  # noqa: SIM905
 )
 

@@ -5,10 +5,10 @@
 DIR, on the disk that is to be measured, gets a synthetic Llama in bf16 and the outputs, and is emptied at the
 end. Every repeat runs, one after the other, so that a noisy machine disturbs all alike: `cp` with fsync,
 Hugging Face -> Megatron, Megatron -> Hugging Face, and the loading of the files into a model; the last three
-in processes of their own, timed without their imports. Right before each, its source is read once: what we
-write past the page cache is not in it, and what cp reads would be. Then a file of the same size is written
+in processes of their own, timed without their imports. Right before each, its source is read once, so that
+all find theirs in the page cache. Then a file of the same size is written
 and removed, for `cp` and the model that is loaded: in a virtual machine the first use of a page of memory
-costs more than the copying into it, free pages go back to the host within seconds, and whoever ran right
+costs more than the copying into it, free pages go back to the host within seconds, and what ran right
 after a deletion would find used ones. Reported are the medians over the repeats, of a ratio the median over
 those of each repeat. Memory is the peak resident set (VmHWM, reset after the imports) less what was resident
 then.

@@ -92,6 +92,23 @@ def random_tiling(rng: random.Random, shape: tuple[int, ...]) -> list[Region]:
     ]
 
 
+def test_regions_share_the_elements_that_both_index() -> None:
+    rng, shape = random.Random(23), (5, 4)
+    numbered = torch.arange(20).view(shape)
+    for _ in range(200):
+        one, other = rng.choice(random_tiling(rng, shape)), rng.choice(random_tiling(rng, shape))
+        shared = one.intersect(other)
+        inside = set(numbered[one.slices].flatten().tolist()) & set(numbered[other.slices].flatten().tolist())
+        assert set(numbered[shared.slices].flatten().tolist()) == inside
+        assert shared.numel == len(inside)
+        values = numbered[one.slices][shared.relative_to(one.start).slices]
+        assert torch.equal(values, numbered[shared.slices])
+        rows = range(*sorted(rng.choices(range(9), k=2)))
+        cut = one.along(0, rows.start, rows.stop)
+        kept = [row for row in range(one.start[0], one.stop[0]) if row in rows]
+        assert torch.equal(numbered[cut.slices], numbered[kept, one.start[1] : one.stop[1]])
+
+
 def test_every_row_of_every_hugging_face_tensor_is_covered_exactly_once() -> None:
     for architecture in cases():
         counts = {name: torch.zeros(shape[0]) for name, shape in hf_shapes(architecture).items()}
