@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_sftrl.vocab_parallel import triton_rows
 from megatron_sftrl.vocab_parallel.statistics import (
+    Evaluation,
     Expectation,
     Pick,
-    Plan,
     Source,
     Terms,
     Total,
@@ -71,7 +71,7 @@ def finite_shift_(shift: Tensor) -> Tensor:
 # One rank's part of the statistics: sums over its columns, and how they are moved to the global maxima.
 
 
-def local_sums(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def local_sums(evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over this rank's columns.
 
     Returns:
@@ -79,66 +79,66 @@ def local_sums(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         Expectation asks for, all relative to this rank's own maxima; for a Pick the raw logit, 0 where the id
         lives elsewhere; rows of other statistics are zero.
     """
-    options = {"dtype": plan.dtype, "device": plan.sources[0].device}
-    maxima = torch.empty(len(plan.sources), plan.num_tokens, **options)
+    options = {"dtype": evaluation.dtype, "device": evaluation.sources[0].device}
+    maxima = torch.empty(len(evaluation.sources), evaluation.num_tokens, **options)
     partitions = torch.empty_like(maxima)
-    sums = torch.zeros(len(plan.statistics), plan.num_tokens, **options)
-    for rows, chunk in plan.chunks():
+    sums = torch.zeros(len(evaluation.statistics), evaluation.num_tokens, **options)
+    for rows, chunk in evaluation.chunks():
         _pick(chunk, sums[:, rows])
         fill = triton_rows.fill_sums if triton_rows.covers(chunk) else fill_sums
         fill(chunk, maxima[:, rows], partitions[:, rows], sums[:, rows])
     return maxima, partitions, sums
 
 
-def _pick(plan: Plan, sums: Tensor) -> None:
+def _pick(evaluation: Evaluation, sums: Tensor) -> None:
     """The raw logit of each Pick whose id lives here, for tokens whose logits are at hand."""
-    for row, statistic in zip(sums, plan.statistics, strict=True):
+    for row, statistic in zip(sums, evaluation.statistics, strict=True):
         if isinstance(statistic, Pick) and statistic.of.shard.num_columns:
             column, is_here = statistic.of.shard.local_ids(statistic.ids)
             logit = statistic.of.logits.detach().gather(1, column[:, None]).squeeze(1)
             row.copy_(torch.where(is_here, logit, 0.0))
 
 
-def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> None:
+def fill_sums(evaluation: Evaluation, maxima: Tensor, partitions: Tensor, sums: Tensor) -> None:
     """Maxima, partition sums, and the rows of Total and Expectation, for tokens whose logits are at hand."""
-    for rows in row_chunks(plan.sources[0], 2 * len(plan.sources) + 1, plan.dtype):
+    for rows in row_chunks(evaluation.sources[0], 2 * len(evaluation.sources) + 1, evaluation.dtype):
         shifts, exps = [], []
-        for i, source in enumerate(plan.sources):
-            maxima[i, rows] = local_maximum(source, rows, plan.dtype)
+        for i, source in enumerate(evaluation.sources):
+            maxima[i, rows] = local_maximum(source, rows, evaluation.dtype)
             shifts.append(shifted(source, rows, maxima[i]))
             exps.append(torch.exp(shifts[i]))
             partitions[i, rows] = exps[i].sum(dim=1)
         buffer = torch.empty_like(shifts[0])
-        for row, statistic in zip(sums, plan.statistics, strict=True):
+        for row, statistic in zip(sums, evaluation.statistics, strict=True):
             if isinstance(statistic, Total):
-                row[rows] = shifts[plan.index(statistic.of)].sum(dim=1)
+                row[rows] = shifts[evaluation.index(statistic.of)].sum(dim=1)
             elif isinstance(statistic, Expectation):
-                weights, values = plan.index(statistic.weights), plan.index(statistic.values)
+                weights, values = evaluation.index(statistic.weights), evaluation.index(statistic.values)
                 row[rows] = weighted_sum_of(exps[weights], shifts[values], buffer)
 
 
 def rescaled_sums(
-    plan: Plan, maxima: Tensor, local_maxima: Tensor, partitions: Tensor, sums: Tensor
+    evaluation: Evaluation, maxima: Tensor, local_maxima: Tensor, partitions: Tensor, sums: Tensor
 ) -> Tensor:
     """[sources + statistics, T] this rank's part of every sum, relative to the global maxima."""
     factors, offsets = [], []
-    for i, source in enumerate(plan.sources):
+    for i, source in enumerate(evaluation.sources):
         factor = torch.exp(source.scaled(local_maxima[i] - maxima[i]))
         factors.append(factor.masked_fill(local_maxima[i] == -torch.inf, 0.0))
         offsets.append(source.scaled(finite_maximum(local_maxima[i]) - finite_maximum(maxima[i])))
-    parts = [factors[i] * partitions[i] for i in range(len(plan.sources))]
-    for row, statistic in zip(sums, plan.statistics, strict=True):
+    parts = [factors[i] * partitions[i] for i in range(len(evaluation.sources))]
+    for row, statistic in zip(sums, evaluation.statistics, strict=True):
         if isinstance(statistic, Total):
-            i = plan.index(statistic.of)
+            i = evaluation.index(statistic.of)
             parts.append(row + statistic.of.shard.num_columns * offsets[i])
         elif isinstance(statistic, Expectation):
-            weights, values = plan.index(statistic.weights), plan.index(statistic.values)
+            weights, values = evaluation.index(statistic.weights), evaluation.index(statistic.values)
             moved = factors[weights] * (row + partitions[weights] * offsets[values])
             parts.append(moved.masked_fill(factors[weights] == 0, 0.0))  # no mass here: also where z is -inf
         elif isinstance(statistic, Pick):
             source = statistic.of
             _, is_here = source.shard.local_ids(statistic.ids)
-            maximum = finite_maximum(maxima[plan.index(source)])
+            maximum = finite_maximum(maxima[evaluation.index(source)])
             # an id outside the vocabulary lives on no rank: NaN, not the silent 0 of an id on another rank
             is_outside = (statistic.ids < 0) | (statistic.ids >= source.shard.vocab_size)
             picked = source.scaled(row - maximum).where(is_here, 0.0)
@@ -152,7 +152,7 @@ def rescaled_sums(
 
 
 def gradient_of_logits(
-    plan: Plan,
+    evaluation: Evaluation,
     i: int,
     grads: Sequence[Tensor | None],
     values: Sequence[Tensor],
@@ -161,41 +161,41 @@ def gradient_of_logits(
     *,
     may_overwrite: bool,
 ) -> Tensor | None:
-    """d loss / d logits of the plan's i-th source.
+    """d loss / d logits of the evaluation's i-th source.
 
     Args:
-        plan: all of its logits exist.
+        evaluation: all of its logits exist.
         i: which source.
         grads: [T] d loss / d value of each statistic, None where nothing flows.
         values: [T] of each statistic.
         partitions, maxima: [sources, T], over all ranks.
-        may_overwrite: no other gradient of this plan is still to come; logits that are scratch are then
+        may_overwrite: no other gradient of this evaluation is still to come; logits that are scratch are then
             overwritten by their gradient.
     Returns:
         [T, V_local] in the logits' dtype, padding exactly 0; None when nothing flows into the source.
     """
-    terms = Terms.of(plan, i, grads, values, partitions)
+    terms = Terms.of(evaluation, i, grads, values, partitions)
     if terms is None:
         return None
-    source = plan.sources[i]
+    source = evaluation.sources[i]
     # Within a chunk of rows everything is read before anything is written.
     is_last_reader = source.scratch is not None and source.scratch.num_readers == 1 and may_overwrite
     out = source.logits.detach() if is_last_reader else torch.empty_like(source.logits)
-    write = triton_rows.fill_gradient if triton_rows.covers(plan) else fill_gradient
-    return write(out, plan, i, terms, maxima)
+    write = triton_rows.fill_gradient if triton_rows.covers(evaluation) else fill_gradient
+    return write(out, evaluation, i, terms, maxima)
 
 
-def fill_gradient(gradient: Tensor, plan: Plan, i: int, terms: Terms, maxima: Tensor) -> Tensor:
+def fill_gradient(gradient: Tensor, evaluation: Evaluation, i: int, terms: Terms, maxima: Tensor) -> Tensor:
     """Write [T, V_local] d loss / d logits of source i; padding gets exactly 0. May be the logits' memory."""
-    source = plan.sources[i]
+    source = evaluation.sources[i]
     num_columns = source.shard.num_columns
     num_buffers = 3 + len(terms.linear) + len(terms.other)
-    for rows in row_chunks(source, num_buffers, plan.dtype):
+    for rows in row_chunks(source, num_buffers, evaluation.dtype):
         shift = shifted(source, rows, maxima[i])
         out = torch.exp(shift)
-        out.mul_(_factor(plan, i, terms, maxima, rows, shift))
+        out.mul_(_factor(evaluation, i, terms, maxima, rows, shift))
         for j, coefficient in terms.other.items():
-            mass = shifted(plan.sources[j], rows, maxima[j]).exp_()
+            mass = shifted(evaluation.sources[j], rows, maxima[j]).exp_()
             out.addcmul_(mass, coefficient[rows, None])
         if terms.uniform is not None:
             out.add_(terms.uniform[rows, None])
@@ -210,10 +210,12 @@ def fill_gradient(gradient: Tensor, plan: Plan, i: int, terms: Terms, maxima: Te
     return gradient
 
 
-def _factor(plan: Plan, i: int, terms: Terms, maxima: Tensor, rows: slice, shift: Tensor) -> Tensor:
+def _factor(
+    evaluation: Evaluation, i: int, terms: Terms, maxima: Tensor, rows: slice, shift: Tensor
+) -> Tensor:
     """[rows, columns or 1] what exp(z - M) is multiplied by; may overwrite `shift`."""
     factor = terms.constant[rows, None]
     for j, coefficient in terms.linear.items():
-        values = shift if j == i else shifted(plan.sources[j], rows, maxima[j])
+        values = shift if j == i else shifted(evaluation.sources[j], rows, maxima[j])
         factor = finite_shift_(values).mul_(coefficient[rows, None]).add_(factor)
     return factor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,123 +22,30 @@ from megatron_sftrl.vocab_parallel.statistics import (
     Source,
     Statistic,
     Total,
+    about,
+    sources_of,
 )
 
-# Questions about distributions, answered together and only once.
-#
-# Each distribution is a `Subject`: its logits and the answers it already gave. `answers` takes questions
-# about any number of subjects, evaluates what is not known in one MAX and one SUM all-reduce, and
-# remembers it.
 
+def answers(distributions: Sequence[TokenDistribution], statistics: Sequence[Statistic]) -> list[Tensor]:
+    """[T] of each statistic, from what the distributions remember and one evaluation of all the rest.
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Answer:
-    """A known value, and the ids it is about: the tensor itself and its version when it was asked."""
-
-    value: Tensor
-    ids: Tensor | None = None
-    ids_version: int = 0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Subject:
-    """One distribution.
-
-    Args:
-        source: its logits.
-        known: answers so far, by kind and identity of the ids.
-        anticipated: labels whose log-probabilities, with the entropy, come along with the first question.
-        meanwhile: work for the time of the reductions behind its answers.
+    That is one MAX and one SUM all-reduce, or none. What is about one of the distributions alone is
+    remembered there.
     """
-
-    source: Source
-    known: dict[tuple[str, int], Answer] = field(default_factory=dict)
-    anticipated: Tensor | None = None
-    meanwhile: Meanwhile | None = None
-
-    @property
-    def needs_grad(self) -> bool:
-        """An answer asked now has to carry a gradient."""
-        return self.source.requires_grad and torch.is_grad_enabled()
-
-    def remember(self, kind: str, value: Tensor, ids: Tensor | None = None) -> None:
-        """Keep an answer; ids are held, so that their identity stays theirs."""
-        version = 0 if ids is None else ids._version
-        self.known[kind, id(ids)] = Answer(value=value, ids=ids, ids_version=version)
-
-    def detached(self) -> Subject:
-        """The same distribution without gradient, knowing what this one knows."""
-        if not self.source.requires_grad:
-            return self
-        source = replace(self.source, origin=self.source.origin.detach())
-        known = {
-            key: Answer(value=answer.value.detach(), ids=answer.ids, ids_version=answer.ids_version)
-            for key, answer in self.known.items()
-        }
-        return Subject(source=source, known=known)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Question:
-    """log_sum: log sum exp(z - M).  mean: E_p[z - M].  total: sum (z - M).  pick: z - M at the ids `about`.
-    under: E_q[z - M], q the distribution `about`; every expectation but this one is remembered."""
-
-    of: Subject
-    kind: Literal["log_sum", "mean", "total", "pick", "under"]
-    about: Tensor | Subject | None = None
-
-    def statistic(self) -> Statistic:
-        """What `evaluate` computes for this question."""
-        source = self.of.source
-        if self.kind == "log_sum":
-            return LogSumExp(source)
-        if self.kind == "mean":
-            return Expectation(source, source)
-        if self.kind == "total":
-            return Total(source)
-        if isinstance(self.about, Tensor):
-            return Pick(source, self.about)
-        assert isinstance(self.about, Subject)
-        return Expectation(self.about.source, source)
-
-    def recall(self) -> Tensor | None:
-        """The answer, if it is known and carries a gradient where one is needed."""
-        answer = self.of.known.get((self.kind, id(self.about)))
-        if answer is None or (self.of.needs_grad and not answer.value.requires_grad):
-            return None
-        is_same = answer.ids is None or answer.ids._version == answer.ids_version
-        return answer.value if is_same else None
-
-
-def answers(questions: Sequence[Question]) -> list[Tensor]:
-    """[T] for each question, in order."""
-    results = [question.recall() for question in questions]
-    if all(value is not None for value in results):
-        return [value for value in results if value is not None]
-    unknown = [question for question, value in zip(questions, results, strict=True) if value is None]
-    asked = unknown + [question for question in _company(questions) if question.recall() is None]
-    asked = list({(id(q.of), q.kind, id(q.about)): q for q in asked}.values())
-    found: dict[tuple[int, str, int], Tensor] = {}
-    meanwhile = next((q.of.meanwhile for q in asked if q.of.meanwhile is not None), None)
-    for question, value in zip(asked, evaluate([q.statistic() for q in asked], meanwhile), strict=True):
-        found[id(question.of), question.kind, id(question.about)] = value
-        if not isinstance(question.about, Subject):
-            question.of.remember(question.kind, value, question.about)
-    return [
-        found[id(question.of), question.kind, id(question.about)] if value is None else value
-        for question, value in zip(questions, results, strict=True)
-    ]
-
-
-def _company(questions: Sequence[Question]) -> list[Question]:
-    """What comes along: the entropy of whatever is trained (every step logs it) and what was anticipated."""
-    along: list[Question] = []
-    for subject in {id(question.of): question.of for question in questions}.values():
-        if subject.needs_grad or subject.anticipated is not None:
-            along += [Question(subject, "log_sum"), Question(subject, "mean")]
-        if subject.anticipated is not None:
-            along.append(Question(subject, "pick", subject.anticipated))
-    return along
+    known: dict[Statistic, Tensor] = {}
+    for distribution in distributions:
+        known |= distribution._usable()
+    if any(statistic not in known for statistic in statistics):
+        along = [statistic for distribution in distributions for statistic in distribution._company()]
+        asked = [statistic for statistic in dict.fromkeys([*statistics, *along]) if statistic not in known]
+        meanwhile = next((each._meanwhile for each in distributions if each._meanwhile is not None), None)
+        found = dict(zip(asked, evaluate(asked, meanwhile), strict=True))
+        known |= found
+        for distribution in distributions:
+            own = {distribution._source}
+            distribution._known |= {s: value for s, value in found.items() if own.issuperset(sources_of(s))}
+    return [known[statistic] for statistic in statistics]
 
 
 # Targets of a cross-entropy, described by [T] weights so that no [T, V] target is ever built.
@@ -245,11 +151,19 @@ class TokenDistribution:
     whatever it asks.
     """
 
-    __slots__ = ("_subject",)
+    __slots__ = ("_anticipated", "_known", "_meanwhile", "_source")
 
-    def __init__(self, subject: Subject) -> None:
-        """Use `from_logits` or `from_output_layer`."""
-        self._subject = subject
+    def __init__(self, source: Source, known: Mapping[Statistic, Tensor] | None = None) -> None:
+        """Use `from_logits` or `from_output_layer`.
+
+        Args:
+            source: its logits.
+            known: answers so far; all of them are about this source alone.
+        """
+        self._source = source
+        self._known = dict(known or {})
+        self._anticipated: Tensor | None = None
+        self._meanwhile: Meanwhile | None = None
 
     @classmethod
     def from_logits(
@@ -288,7 +202,7 @@ class TokenDistribution:
             logits.shape[1], vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size
         )
         scratch = Scratch() if is_scratch else None
-        return cls(Subject(source=Source(origin=logits, shard=shard, scratch=scratch)))
+        return cls(Source(origin=logits, shard=shard, scratch=scratch))
 
     @classmethod
     def from_output_layer(
@@ -307,17 +221,17 @@ class TokenDistribution:
         shard = shard_of(
             layer.shape[1], vocab_size=vocab_size, group=group, padded_vocab_size=padded_vocab_size
         )
-        return cls(Subject(source=Source(origin=layer, shard=shard)))
+        return cls(Source(origin=layer, shard=shard))
 
     @property
     def vocab_size(self) -> int:
         """V, without padding."""
-        return self._subject.source.shard.vocab_size
+        return self._source.shard.vocab_size
 
     @property
     def num_tokens(self) -> int:
         """T."""
-        return self._subject.source.num_tokens
+        return self._source.num_tokens
 
     def logprobs(self, ids: Tensor) -> Tensor:
         """log p(ids[t]) at each token t; `ids` is [T] int64 in [0, V)."""
@@ -325,12 +239,14 @@ class TokenDistribution:
 
     def entropy(self) -> Tensor:
         """-sum_v p(v) log p(v)."""
-        log_sum, mean = answers([Question(self._subject, "log_sum"), Question(self._subject, "mean")])
+        z = self._source
+        log_sum, mean = answers([self], [LogSumExp(z), Expectation(z, z)])
         return log_sum - mean
 
     def mean_logprob(self) -> Tensor:
         """1/V sum_v log p(v)."""
-        total, log_sum = answers([Question(self._subject, "total"), Question(self._subject, "log_sum")])
+        z = self._source
+        total, log_sum = answers([self], [Total(z), LogSumExp(z)])
         return total / self.vocab_size - log_sum
 
     def cross_entropy(self, target: TokenDistribution | Target) -> Tensor:
@@ -340,10 +256,9 @@ class TokenDistribution:
             target: another distribution on the same columns, or a mixture: what `tilted` returns,
                 SmoothedLabels.
         """
-        me = self._subject
         if isinstance(target, TokenDistribution):
-            under = Question(me, "under", target._subject.detached())
-            log_sum, expected = answers([Question(me, "log_sum"), under])
+            z, u = self._source, target.detach()._source
+            log_sum, expected = answers([self], [LogSumExp(z), Expectation(u, z)])
             return log_sum - expected
         _check_ids(target.labels, self)
         if isinstance(target, SmoothedLabels):
@@ -352,33 +267,25 @@ class TokenDistribution:
 
     def kl_from(self, target: TokenDistribution) -> Tensor:
         """KL(target || self) = sum_v q(v) (log q(v) - log p(v)); gradient into self only."""
-        me, fixed = self._subject, target._subject.detached()
+        fixed = target.detach()
+        z, u = self._source, fixed._source
         log_sum, expected, fixed_log_sum, fixed_mean = answers(
-            [
-                Question(me, "log_sum"),
-                Question(me, "under", fixed),
-                Question(fixed, "log_sum"),
-                Question(fixed, "mean"),
-            ]
+            [self, fixed], [LogSumExp(z), Expectation(u, z), LogSumExp(u), Expectation(u, u)]
         )
         return (fixed_mean - fixed_log_sum) - (expected - log_sum)
 
     def kl_to(self, target: TokenDistribution) -> Tensor:
         """KL(self || target) = sum_v p(v) (log p(v) - log q(v)); gradient into self only."""
-        me, fixed = self._subject, target._subject.detached()
+        fixed = target.detach()
+        z, u = self._source, fixed._source
         log_sum, mean, fixed_log_sum, expected = answers(
-            [
-                Question(me, "log_sum"),
-                Question(me, "mean"),
-                Question(fixed, "log_sum"),
-                Question(fixed, "under", me),
-            ]
+            [self, fixed], [LogSumExp(z), Expectation(z, z), LogSumExp(u), Expectation(z, u)]
         )
         return (mean - log_sum) - (expected - fixed_log_sum)
 
     def tempered(self, tau: Tensor | float) -> TokenDistribution:
         """softmax(z / tau); `tau` is one number or [T], positive, and a constant for the gradient."""
-        source = self._subject.source
+        source = self._source
         options = {"dtype": source.dtype, "device": source.device}
         if isinstance(tau, Tensor) and tau.shape == (self.num_tokens,):
             inverse = 1.0 / tau.detach().to(**options)
@@ -390,8 +297,7 @@ class TokenDistribution:
             raise UserError(f"tau: expected a positive temperature, got {tau}")
         if source.inverse_tau is not None:
             inverse = inverse * source.inverse_tau
-        hotter = replace(source, inverse_tau=inverse)
-        return TokenDistribution(Subject(source=hotter))
+        return TokenDistribution(replace(source, inverse_tau=inverse))
 
     def top_k(self, k: int) -> TopLogits:
         """The k largest logits of each token without gradient, in one all-gather (all of them when k > V).
@@ -401,10 +307,10 @@ class TokenDistribution:
         """
         if k < 1:
             raise UserError(f"top_k: expected k >= 1, got {k}")
-        top, log_sum, mean = gather_top_k(self._subject.source, min(k, self.vocab_size))
-        if not self._subject.needs_grad:
-            self._subject.remember("log_sum", log_sum)
-            self._subject.remember("mean", mean)
+        z = self._source
+        top, log_sum, mean = gather_top_k(z, min(k, self.vocab_size))
+        if not self._needs_grad:
+            self._known |= {LogSumExp(z): log_sum, Expectation(z, z): mean}
         return top
 
     def tilted(self, labels: Tensor, beta: float, smoothing: float = 0.0, eps: float = 0.0) -> TiltedTarget:
@@ -423,8 +329,13 @@ class TokenDistribution:
 
     def detach(self) -> TokenDistribution:
         """The same distribution as a constant, which keeps the answers already given."""
-        constant = self._subject.detached()
-        return self if constant is self._subject else TokenDistribution(constant)
+        if not self._source.requires_grad:
+            return self
+        constant = replace(self._source, origin=self._source.origin.detach())
+        moved = {self._source: constant}
+        return TokenDistribution(
+            constant, {about(statistic, moved): value.detach() for statistic, value in self._known.items()}
+        )
 
     def anticipate(self, labels: Tensor) -> None:
         """Let the labels' log-probabilities and the entropy come along with the first question asked.
@@ -432,38 +343,55 @@ class TokenDistribution:
         They ride in the same two all-reduces, so that a loss may ask in any order without paying twice.
         """
         _check_ids(labels, self)
-        self._subject.anticipated = labels
+        self._anticipated = labels
 
     def while_reducing(self, work: Meanwhile) -> None:
         """Do `work` during every reduction behind an answer, between its start and the wait for it.
 
         One process reduces nothing and does not do it: whoever needs the work done must be able to do it.
         """
-        self._subject.meanwhile = work
+        self._meanwhile = work
+
+    @property
+    def _needs_grad(self) -> bool:
+        """An answer given now has to carry a gradient."""
+        return self._source.requires_grad and torch.is_grad_enabled()
+
+    def _usable(self) -> dict[Statistic, Tensor]:
+        """What is known, without what was found without the gradient that is needed now."""
+        needed = self._needs_grad
+        return {s: value for s, value in self._known.items() if value.requires_grad or not needed}
+
+    def _company(self) -> list[Statistic]:
+        """What comes along with a question: the entropy of what is trained (every step logs it), and what is
+        anticipated."""
+        z, along = self._source, list[Statistic]()
+        if self._needs_grad or self._anticipated is not None:
+            along += [LogSumExp(z), Expectation(z, z)]
+        if self._anticipated is not None:
+            along.append(Pick(z, self._anticipated))
+        return along
 
     def _smoothed_cross_entropy(self, target: SmoothedLabels) -> Tensor:
-        me = self._subject
-        questions = [
-            Question(me, "pick", target.labels),
-            Question(me, "log_sum"),
-            Question(me, "total"),
-        ]
-        picked, log_sum, total = answers(questions)
+        z = self._source
+        picked, log_sum, total = answers([self], [Pick(z, target.labels), LogSumExp(z), Total(z)])
         mean_logprob = total / self.vocab_size - log_sum
         return (1.0 - target.smoothing) * (log_sum - picked) - target.smoothing * mean_logprob
 
     def _tilted_cross_entropy(self, target: TiltedTarget) -> Tensor:
-        me, prior = self._subject, target.reference._subject
-        questions = [
-            Question(me, "pick", target.labels),
-            Question(me, "log_sum"),
-            Question(me, "under", prior),
-            Question(prior, "pick", target.labels),
-            Question(prior, "log_sum"),
+        z, u = self._source, target.reference._source
+        statistics: list[Statistic] = [
+            Pick(z, target.labels),
+            LogSumExp(z),
+            Expectation(u, z),
+            Pick(u, target.labels),
+            LogSumExp(u),
         ]
         if target.has_uniform:
-            questions.append(Question(me, "total"))
-        picked, log_sum, expected, prior_picked, prior_log_sum, *total = answers(questions)
+            statistics.append(Total(z))
+        picked, log_sum, expected, prior_picked, prior_log_sum, *total = answers(
+            [self, target.reference], statistics
+        )
         weights = target.weights(prior_picked - prior_log_sum)
         loss = weights.label * (log_sum - picked) + weights.reference * (log_sum - expected)
         return loss - weights.uniform * (total[0] / self.vocab_size - log_sum) if total else loss
@@ -471,12 +399,11 @@ class TokenDistribution:
 
 def logprobs_together(distributions: Sequence[TokenDistribution], ids: Tensor) -> list[Tensor]:
     """[T] log p(ids) of each distribution, all in the same one MAX and one SUM all-reduce."""
-    questions: list[Question] = []
+    statistics: list[Statistic] = []
     for distribution in distributions:
         _check_ids(ids, distribution)
-        subject = distribution._subject
-        questions += [Question(subject, "pick", ids), Question(subject, "log_sum")]
-    found = answers(questions)
+        statistics += [Pick(distribution._source, ids), LogSumExp(distribution._source)]
+    found = answers(distributions, statistics)
     return [picked - log_sum for picked, log_sum in zip(found[::2], found[1::2], strict=True)]
 
 

@@ -19,13 +19,12 @@ from megatron_sftrl.vocab_parallel.arithmetic import local_sums as sums_of_shard
 from megatron_sftrl.vocab_parallel.collectives import Meanwhile, all_gather, all_reduce_max, all_reduce_sum
 from megatron_sftrl.vocab_parallel.output_layer import GradientSums, OutputLayer
 from megatron_sftrl.vocab_parallel.statistics import (
+    Evaluation,
     Expectation,
     LogSumExp,
-    Plan,
     Source,
     Statistic,
     finite_maximum,
-    plan_of,
 )
 
 
@@ -35,8 +34,8 @@ def evaluate(statistics: Sequence[Statistic], meanwhile: Meanwhile | None = None
     All sources share one tensor-parallel group and one T. Values are float64 when any logits are, else
     float32. `meanwhile` is done once during each of the two reductions of a group of several ranks.
     """
-    plan = plan_of(statistics)
-    values = _Evaluate.apply(plan, meanwhile, *_tensors_of(plan.sources))
+    evaluation = Evaluation.of(statistics)
+    values = _Evaluate.apply(evaluation, meanwhile, *_tensors_of(evaluation.sources))
     assert isinstance(values, tuple)
     return list(values)
 
@@ -52,24 +51,26 @@ def _tensors_of(sources: Sequence[Source]) -> list[Tensor]:
 
 class _Evaluate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, meanwhile: Meanwhile | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-        group = plan.sources[0].shard.group
-        local_maxima, local_partitions, sums = local_sums(plan)
+    def forward(
+        ctx, evaluation: Evaluation, meanwhile: Meanwhile | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        group = evaluation.sources[0].shard.group
+        local_maxima, local_partitions, sums = local_sums(evaluation)
         maxima = all_reduce_max(local_maxima, group, meanwhile)
-        moved = rescaled_sums(plan, maxima, local_maxima, local_partitions, sums)
+        moved = rescaled_sums(evaluation, maxima, local_maxima, local_partitions, sums)
         reduced = all_reduce_sum(moved, group, meanwhile)
-        partitions = reduced[: len(plan.sources)]
+        partitions = reduced[: len(evaluation.sources)]
         values = []
-        for value, statistic in zip(reduced[len(plan.sources) :], plan.statistics, strict=True):
+        for value, statistic in zip(reduced[len(evaluation.sources) :], evaluation.statistics, strict=True):
             if isinstance(statistic, LogSumExp):
-                value = partitions[plan.index(statistic.of)].log()
+                value = partitions[evaluation.index(statistic.of)].log()
             elif isinstance(statistic, Expectation):
-                value = value / partitions[plan.index(statistic.weights)]
+                value = value / partitions[evaluation.index(statistic.weights)]
             values.append(value.clone())
         if any(ctx.needs_input_grad):
-            for scratch in {id(s.scratch): s.scratch for s in plan.sources if s.scratch is not None}.values():
+            for scratch in {source.scratch for source in evaluation.sources if source.scratch is not None}:
                 scratch.num_readers += 1
-        ctx.plan = plan
+        ctx.evaluation = evaluation
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(maxima, partitions, *values, *tensors)
         return tuple(values)
@@ -77,12 +78,12 @@ class _Evaluate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
+        evaluation: Evaluation = ctx.evaluation
         maxima, partitions, *rest = ctx.saved_tensors  # unpacking also checks that no logits were overwritten
-        values = rest[: len(plan.statistics)]
-        totals = [_Total(source) if source.requires_grad else None for source in plan.sources]
+        values = rest[: len(evaluation.statistics)]
+        totals = [_Total(source) if source.requires_grad else None for source in evaluation.sources]
         is_only_one = sum(total is not None for total in totals) == 1
-        for rows, chunk in plan.chunks():
+        for rows, chunk in evaluation.chunks():
             of_chunk = [None if grad is None else grad[rows] for grad in grads]
             known = [value[rows] for value in values]
             for i, total in enumerate(totals):
@@ -98,7 +99,7 @@ class _Evaluate(torch.autograd.Function):
                     )
                     total.add(rows, gradient)
         results: list[Tensor | None] = []
-        for source, total in zip(plan.sources, totals, strict=True):
+        for source, total in zip(evaluation.sources, totals, strict=True):
             results += total.results() if total is not None else [None] * len(_tensors_of([source]))
         return None, None, *results
 
@@ -155,9 +156,9 @@ def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
     Returns:
         the top logits, [T] log sum_v exp(z_v - M), and [T] E_p[z - M], all without gradient.
     """
-    plan = plan_of((LogSumExp(source), Expectation(source, source)))
+    evaluation = Evaluation.of((LogSumExp(source), Expectation(source, source)))
     packets = []
-    for _, chunk in plan.chunks():
+    for _, chunk in evaluation.chunks():
         maxima, partitions, sums = sums_of_shard(chunk)
         top = _local_top_k(chunk.sources[0], k)
         packets.append(torch.cat([top, maxima[0][:, None], partitions[0][:, None], sums[1][:, None]], 1))
@@ -170,7 +171,7 @@ def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
     reduced = torch.stack(
         [
             rescaled_sums(
-                plan,
+                evaluation,
                 maximum[None],
                 parts[0, rank][None],
                 parts[1, rank][None],

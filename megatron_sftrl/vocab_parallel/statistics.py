@@ -16,8 +16,8 @@ arithmetic.py has one rank's sums and the way back, evaluation.py the order of e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,30 +26,46 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.vocab_parallel.collectives import VocabShard
 from megatron_sftrl.vocab_parallel.output_layer import OutputLayer
 
+# What can be asked about distributions. Two statistics are equal where they ask the same of the same logits:
+# equality is the key under which answers are remembered.
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, slots=True)
 class LogSumExp:
     """log sum_v exp(z_v - M)."""
 
     of: Source
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Pick:
-    """z_y - M at one id per token."""
+    """z_y - M at one id per token.
+
+    Args:
+        of: has z and M.
+        ids: [T] int64.
+        asked: identity of `ids` and their version when they were asked about, which equality compares:
+            ids that were modified in place since are other ids. The tensor is held, so its identity stays its
+            own.
+    """
 
     of: Source
-    ids: Tensor
+    ids: Tensor = field(compare=False)
+    asked: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.asked is None:
+            object.__setattr__(self, "asked", (id(self.ids), self.ids._version))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Total:
     """sum_v (z_v - M) over the vocabulary."""
 
     of: Source
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Expectation:
     """sum_v softmax(weights)_v (z_v - M), z and M of `values`."""
 
@@ -60,13 +76,37 @@ class Expectation:
 Statistic = LogSumExp | Pick | Total | Expectation
 
 
+def sources_of(statistic: Statistic) -> tuple[Source, ...]:
+    """The logits it is made of."""
+    if isinstance(statistic, Expectation):
+        return (statistic.weights, statistic.values)
+    return (statistic.of,)
+
+
+def about(statistic: Statistic, moved: Mapping[Source, Source]) -> Statistic:
+    """The same of other sources."""
+    if isinstance(statistic, Expectation):
+        return Expectation(moved[statistic.weights], moved[statistic.values])
+    return replace(statistic, of=moved[statistic.of])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What one evaluation computes: its statistics, and their sources without repetition."""
+class Evaluation:
+    """What is computed together: statistics, and their sources without repetition."""
 
     statistics: tuple[Statistic, ...]
     sources: tuple[Source, ...]
     dtype: torch.dtype
+
+    @staticmethod
+    def of(statistics: Iterable[Statistic]) -> Evaluation:
+        """Refuses distributions that differ in columns or tokens."""
+        statistics = tuple(statistics)
+        sources = tuple(dict.fromkeys(source for each in statistics for source in sources_of(each)))
+        for source in sources:
+            _check_alike(sources[0], source)
+        is_double = any(source.dtype == torch.float64 for source in sources)
+        return Evaluation(statistics, sources, torch.float64 if is_double else torch.float32)
 
     @property
     def num_tokens(self) -> int:
@@ -75,10 +115,10 @@ class Plan:
 
     def index(self, source: Source) -> int:
         """Where the source stands in `sources`."""
-        return next(i for i, candidate in enumerate(self.sources) if candidate is source)
+        return self.sources.index(source)
 
-    def chunks(self) -> Iterator[tuple[slice, Plan]]:
-        """The plan for some tokens after the others, their logits at hand; whole where all logits exist."""
+    def chunks(self) -> Iterator[tuple[slice, Evaluation]]:
+        """The same of some tokens after the others, their logits at hand; whole where all logits exist."""
         layers = [source.origin for source in self.sources if isinstance(source.origin, OutputLayer)]
         if not layers:
             yield slice(0, self.num_tokens), self
@@ -91,29 +131,18 @@ class Plan:
         for rows in chunks:
             yield rows, self._at(rows, buffers)
 
-    def _at(self, rows: slice, buffers: Mapping[tuple[int, ...], Tensor]) -> Plan:
+    def _at(self, rows: slice, buffers: Mapping[tuple[int, ...], Tensor]) -> Evaluation:
         made: dict[tuple[int, ...], Tensor] = {}
-        moved: dict[int, Source] = {}
+        moved: dict[Source, Source] = {}
         for source in self.sources:
             if source.key not in made:
                 made[source.key] = _logits_at(source, rows, buffers)
-            moved[id(source)] = source.at(rows, made[source.key])
-        statistics = tuple(_moved(statistic, moved, rows) for statistic in self.statistics)
-        return Plan(statistics, tuple(moved[id(source)] for source in self.sources), self.dtype)
-
-
-def plan_of(statistics: Sequence[Statistic]) -> Plan:
-    """The plan of one evaluation; ValueError when its distributions differ in columns or tokens."""
-    sources: dict[int, Source] = {}
-    for statistic in statistics:
-        for source in sources_of(statistic):
-            sources[id(source)] = source
-    first = next(iter(sources.values()))
-    for source in sources.values():
-        _check_alike(first, source)
-    is_double = any(source.dtype == torch.float64 for source in sources.values())
-    dtype = torch.float64 if is_double else torch.float32
-    return Plan(tuple(statistics), tuple(sources.values()), dtype)
+            moved[source] = source.at(rows, made[source.key])
+        statistics = tuple(
+            Pick(moved[each.of], each.ids[rows]) if isinstance(each, Pick) else about(each, moved)
+            for each in self.statistics
+        )
+        return Evaluation(statistics, tuple(moved.values()), self.dtype)
 
 
 def _check_alike(first: Source, other: Source) -> None:
@@ -139,21 +168,6 @@ def _check_alike(first: Source, other: Source) -> None:
 def _logits_at(source: Source, rows: slice, buffers: Mapping[tuple[int, ...], Tensor]) -> Tensor:
     layer = source.origin
     return layer.logits(rows, buffers[layer.key]) if isinstance(layer, OutputLayer) else layer[rows]
-
-
-def _moved(statistic: Statistic, moved: Mapping[int, Source], rows: slice) -> Statistic:
-    """The statistic about the moved sources."""
-    if isinstance(statistic, Expectation):
-        return Expectation(moved[id(statistic.weights)], moved[id(statistic.values)])
-    if isinstance(statistic, Pick):
-        return Pick(moved[id(statistic.of)], statistic.ids[rows])
-    return type(statistic)(moved[id(statistic.of)])
-
-
-def sources_of(statistic: Statistic) -> tuple[Source, ...]:
-    if isinstance(statistic, Expectation):
-        return (statistic.weights, statistic.values)
-    return (statistic.of,)
 
 
 # Logits as the statistics see them.
@@ -256,13 +270,17 @@ class Terms:
 
     @staticmethod
     def of(
-        plan: Plan, i: int, grads: Sequence[Tensor | None], values: Sequence[Tensor], partitions: Tensor
+        evaluation: Evaluation,
+        i: int,
+        grads: Sequence[Tensor | None],
+        values: Sequence[Tensor],
+        partitions: Tensor,
     ) -> Terms | None:
         """None when nothing flows into the source."""
         terms = Terms(torch.zeros_like(partitions[i]), {}, {}, None, [])
-        source, is_touched = plan.sources[i], False
-        for statistic, grad, value in zip(plan.statistics, grads, values, strict=True):
-            if grad is None or all(touched is not source for touched in sources_of(statistic)):
+        source, is_touched = evaluation.sources[i], False
+        for statistic, grad, value in zip(evaluation.statistics, grads, values, strict=True):
+            if grad is None or source not in sources_of(statistic):
                 continue
             is_touched = True
             if isinstance(statistic, LogSumExp):
@@ -272,7 +290,7 @@ class Terms:
             elif isinstance(statistic, Total):
                 terms.uniform = grad if terms.uniform is None else terms.uniform + grad
             else:
-                weights, j = plan.index(statistic.weights), plan.index(statistic.values)
+                weights, j = evaluation.index(statistic.weights), evaluation.index(statistic.values)
                 share = grad / partitions[weights]
                 if weights == i:
                     terms.constant -= share * value

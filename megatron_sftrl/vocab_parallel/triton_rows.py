@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from megatron_sftrl.vocab_parallel.statistics import Expectation, Plan, Source, Total, finite_maximum
+from megatron_sftrl.vocab_parallel.statistics import Evaluation, Expectation, Source, Total, finite_maximum
 
 if TYPE_CHECKING:
     from megatron_sftrl.vocab_parallel.statistics import Terms
@@ -33,13 +33,13 @@ _OLDEST_TRITON = "3.4"
 _LOG2_E, _LN_2 = math.log2(math.e), math.log(2.0)
 
 
-def covers(plan: Plan) -> bool:
-    """The plan, whose logits all exist, is computed by the kernels."""
+def covers(evaluation: Evaluation) -> bool:
+    """The evaluation, whose logits all exist, is computed by the kernels."""
     return (
-        has_kernels(plan.sources[0].device)
-        and plan.dtype == torch.float32
-        and len(plan.sources) <= _MOST_SOURCES
-        and all(source.logits.stride(1) == 1 for source in plan.sources)
+        has_kernels(evaluation.sources[0].device)
+        and evaluation.dtype == torch.float32
+        and len(evaluation.sources) <= _MOST_SOURCES
+        and all(source.logits.stride(1) == 1 for source in evaluation.sources)
     )
 
 
@@ -52,30 +52,30 @@ def has_kernels(device: torch.device) -> bool:
     return TorchVersion(triton.__version__) >= _OLDEST_TRITON
 
 
-def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> None:
-    """What `arithmetic.fill_sums` does, for a plan that is covered; each logit is read once."""
+def fill_sums(evaluation: Evaluation, maxima: Tensor, partitions: Tensor, sums: Tensor) -> None:
+    """What `arithmetic.fill_sums` does, for an evaluation that is covered; each logit is read once."""
     from megatron_sftrl.vocab_parallel import triton_kernels as kernels
 
-    logits, origins = _origins(plan.sources)
-    asked = [(k, s) for k, s in enumerate(plan.statistics) if isinstance(s, Total | Expectation)]
+    logits, origins = _origins(evaluation.sources)
+    asked = [(k, s) for k, s in enumerate(evaluation.statistics) if isinstance(s, Total | Expectation)]
     moments = tuple(
-        (plan.index(s.weights), plan.index(s.values))
+        (evaluation.index(s.weights), evaluation.index(s.values))
         if isinstance(s, Expectation)
-        else (kernels.COUNT.value, plan.index(s.of))
+        else (kernels.COUNT.value, evaluation.index(s.of))
         for _, s in asked
     )
-    num_sources, num_tokens = len(plan.sources), plan.num_tokens
+    num_sources, num_tokens = len(evaluation.sources), evaluation.num_tokens
     out = maxima.new_empty(2 * num_sources + len(moments), num_tokens)
     rounds, width = _lane_shape(logits)
     _launch(
         kernels.column_sums,
         (num_tokens,),
         out,
-        torch.stack([_bits(source) for source in plan.sources]),
+        torch.stack([_bits(source) for source in evaluation.sources]),
         logits,
         tuple(x.stride(0) for x in logits),
         num_tokens,
-        plan.sources[0].shard.num_columns,
+        evaluation.sources[0].shard.num_columns,
         ORIGINS=origins,
         MOMENTS=moments,
         ROUNDS=rounds,
@@ -88,18 +88,18 @@ def fill_sums(plan: Plan, maxima: Tensor, partitions: Tensor, sums: Tensor) -> N
         torch.mul(moment, _LN_2, out=sums[k])
 
 
-def fill_gradient(gradient: Tensor, plan: Plan, i: int, terms: Terms, maxima: Tensor) -> Tensor:
-    """What `arithmetic.fill_gradient` does, for a plan that is covered; one read and one write."""
+def fill_gradient(gradient: Tensor, evaluation: Evaluation, i: int, terms: Terms, maxima: Tensor) -> Tensor:
+    """What `arithmetic.fill_gradient` does, for an evaluation that is covered; one read and one write."""
     from megatron_sftrl.vocab_parallel import triton_kernels as kernels
 
     order = [i, *sorted({*terms.linear, *terms.other} - {i})]
-    logits, origins = _origins([plan.sources[j] for j in order])
-    vectors = [v for j in order for v in (finite_maximum(maxima[j]), _bits(plan.sources[j]))]
+    logits, origins = _origins([evaluation.sources[j] for j in order])
+    vectors = [v for j in order for v in (finite_maximum(maxima[j]), _bits(evaluation.sources[j]))]
     in_bits = [coefficient * _LN_2 for coefficient in terms.linear.values()]
     coefficients = [terms.constant, *in_bits, *terms.other.values()]
     coefficients += [] if terms.uniform is None else [terms.uniform]
     coefficients += [coefficient for _, coefficient in terms.onehots]
-    vectors += [plan.sources[i].scaled(coefficient) for coefficient in coefficients]
+    vectors += [evaluation.sources[i].scaled(coefficient) for coefficient in coefficients]
     num_tokens, width = gradient.shape
     block = _WARPS * _WARP_THREADS * _THREAD_BYTES // max(x.itemsize for x in logits)
     _launch(
@@ -108,11 +108,11 @@ def fill_gradient(gradient: Tensor, plan: Plan, i: int, terms: Terms, maxima: Te
         gradient,
         gradient.stride(0),
         torch.stack(vectors),
-        _picked_columns(plan.sources[i], terms),
+        _picked_columns(evaluation.sources[i], terms),
         logits,
         tuple(x.stride(0) for x in logits),
         num_tokens,
-        plan.sources[i].shard.num_columns,
+        evaluation.sources[i].shard.num_columns,
         width,
         ORIGINS=origins,
         LINEAR=tuple(order.index(j) for j in terms.linear),

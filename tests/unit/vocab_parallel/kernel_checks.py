@@ -24,15 +24,14 @@ from megatron_sftrl.vocab_parallel.collectives import VocabShard
 from megatron_sftrl.vocab_parallel.evaluation import evaluate
 from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
 from megatron_sftrl.vocab_parallel.statistics import (
+    Evaluation,
     Expectation,
     LogSumExp,
     Pick,
-    Plan,
     Scratch,
     Source,
     Statistic,
     Total,
-    plan_of,
 )
 
 # Two whole blocks of the largest kind and a rest. The first shard is a view, whose rows begin anywhere; the
@@ -93,7 +92,7 @@ def whole_logits(seed: int, dtype: torch.dtype) -> Tensor:
 
 def everything(
     z: Tensor, u: Tensor, start: int, num_columns: int, ids: Tensor, scratch: Scratch | None = None
-) -> tuple[Plan, list[Source]]:
+) -> tuple[Evaluation, list[Source]]:
     """Every kind of statistic of p, q and both at other temperatures; these sources."""
     shard = VocabShard(vocab_size=V, start=start, num_columns=num_columns, group=None)
     tau = torch.linspace(0.5, 2.0, z.shape[0], device=z.device)
@@ -105,7 +104,7 @@ def everything(
         LogSumExp(q), Expectation(hot_p, q), Expectation(p, hot_p), Expectation(hot_q, hot_q), Total(hot_q),
         Pick(hot_p, ids), Pick(p, ids.flip(0)),
     ]  # fmt: skip
-    return plan_of(statistics), [p, hot_p, q, hot_q]
+    return Evaluation.of(statistics), [p, hot_p, q, hot_q]
 
 
 def columns_of(whole: Tensor, start: int, num_columns: int) -> Tensor:
@@ -125,23 +124,25 @@ def shard_errors(dtype_name: str, shard_name: str, device: str) -> Errors:
     for kind in ("kernels", "pytorch", "float64"):
         logits = [x.double() if kind == "float64" else x for x in (z, u)]
         with arithmetic(kernels=False):
-            plan, _ = everything(logits[0], logits[1], 0, V, ids)
-            values = evaluate(plan.statistics)
-            maxima, partitions, _ = local_sums(plan)
+            evaluation, _ = everything(logits[0], logits[1], 0, V, ids)
+            values = evaluate(evaluation.statistics)
+            maxima, partitions, _ = local_sums(evaluation)
         local = [columns_of(x, start, num_columns) for x in logits]
-        plan, sources = everything(local[0], local[1], start, num_columns, ids)
-        grads = list(torch.linspace(-1, 2, len(values) * 7, device=device).to(plan.dtype).view(-1, 7))
+        evaluation, sources = everything(local[0], local[1], start, num_columns, ids)
+        grads = list(torch.linspace(-1, 2, len(values) * 7, device=device).to(evaluation.dtype).view(-1, 7))
         with arithmetic(kernels=kind == "kernels"):
-            assert triton_rows.covers(plan) == (kind == "kernels")
-            sums = local_sums(plan)
+            assert triton_rows.covers(evaluation) == (kind == "kernels")
+            sums = local_sums(evaluation)
             found[kind] = dict(zip(("maxima", "partitions"), sums, strict=False))
             # A sum for itself: they differ by orders of magnitude.
             found[kind] |= {f"sum {k}": row for k, row in enumerate(sums[2])}
             for name, source in zip(("p", "hot p", "q", "hot q"), sources, strict=True):
-                found[kind][f"d {name}"] = _gradient(plan, source, grads, values, partitions, maxima)
+                found[kind][f"d {name}"] = _gradient(evaluation, source, grads, values, partitions, maxima)
             buffer = local[0].clone()
-            plan, sources = everything(buffer, local[1], start, num_columns, ids, Scratch(num_readers=1))
-            found[kind]["d p in place"] = _gradient(plan, sources[0], grads, values, partitions, maxima)
+            evaluation, sources = everything(
+                buffer, local[1], start, num_columns, ids, Scratch(num_readers=1)
+            )
+            found[kind]["d p in place"] = _gradient(evaluation, sources[0], grads, values, partitions, maxima)
             assert torch.equal(buffer[ROWS], found[kind]["d p in place"]), "not written into the logits"
     return {
         name: gaps(ours, found["pytorch"][name], found["float64"][name])
@@ -150,11 +151,16 @@ def shard_errors(dtype_name: str, shard_name: str, device: str) -> Errors:
 
 
 def _gradient(
-    plan: Plan, source: Source, grads: list[Tensor], values: list[Tensor], partitions: Tensor, maxima: Tensor
+    evaluation: Evaluation,
+    source: Source,
+    grads: list[Tensor],
+    values: list[Tensor],
+    partitions: Tensor,
+    maxima: Tensor,
 ) -> Tensor:
     """[ROWS, width], padding exactly 0."""
-    i = plan.index(source)
-    gradient = gradient_of_logits(plan, i, grads, values, partitions, maxima, may_overwrite=True)
+    i = evaluation.index(source)
+    gradient = gradient_of_logits(evaluation, i, grads, values, partitions, maxima, may_overwrite=True)
     assert gradient is not None
     padding = gradient[:, source.shard.num_columns :]
     assert (padding == 0).all() or padding.numel() == 0, "padding got a gradient"
@@ -164,12 +170,12 @@ def _gradient(
 def check_no_tokens(device: str) -> None:
     """A chunk may have lost all of its tokens to the mask."""
     z = torch.zeros(0, V, device=device)
-    plan, sources = everything(z, z, 0, V, torch.zeros(0, dtype=torch.int64, device=device))
+    evaluation, sources = everything(z, z, 0, V, torch.zeros(0, dtype=torch.int64, device=device))
     with arithmetic(kernels=True):
-        maxima, partitions, sums = local_sums(plan)
+        maxima, partitions, sums = local_sums(evaluation)
         values = list(sums)
         gradient = gradient_of_logits(
-            plan, plan.index(sources[0]), values, values, partitions, maxima, may_overwrite=False
+            evaluation, evaluation.index(sources[0]), values, values, partitions, maxima, may_overwrite=False
         )
     assert maxima.shape == partitions.shape == (4, 0)
     assert gradient is not None

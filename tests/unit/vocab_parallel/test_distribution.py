@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_sftrl.vocab_parallel import TokenDistribution
+from megatron_sftrl.vocab_parallel.statistics import Expectation, LogSumExp, Pick, Total, about
 from tests.ranks import run_ranks
 from tests.unit.vocab_parallel.dense import (
     LABELS,
@@ -256,3 +257,36 @@ def test_an_answer_remembered_without_gradient_is_not_given_where_one_is_needed(
     ids += 0  # touched in place: what was remembered about it counts no more
     ids[0] = 1
     assert p.logprobs(ids)[0] != first[0]
+
+
+@pytest.mark.parametrize("tp", [0, 2])
+def test_ids_are_remembered_by_identity_until_they_change_and_never_after_they_are_gone(tp: int):
+    assert all(on_ranks(tp, memory_of_ids))
+
+
+def memory_of_ids() -> bool:
+    local, _ = shard(logits(1))
+    p, ids = distribution(local.requires_grad_()), LABELS.clone()
+    first = p.logprobs(ids).detach()
+    constant = p.detach()
+    assert constant.logprobs(ids).equal(first)
+    ids[0] = 1 - ids[0].clamp(max=1)  # also through a copy that was made before
+    assert constant.logprobs(ids)[0] != first[0]
+    assert p.detach().logprobs(ids)[0] != first[0]
+    assert constant.logprobs(LABELS).equal(first)
+    for i in range(V):  # each tensor is freed, and the next one may take its address
+        assert p.logprobs(torch.full_like(LABELS, i)).equal(p.tempered(1.0).logprobs(LABELS * 0 + i))
+    return True
+
+
+def test_statistics_are_equal_where_they_ask_the_same_of_the_same_logits():
+    z, u = (TokenDistribution.from_logits(logits(i), vocab_size=V)._source for i in (1, 2))
+    ids, copy = LABELS.clone(), LABELS.clone()
+    before = Pick(z, ids)
+    different = [LogSumExp(z), LogSumExp(u), Total(z), Expectation(z, z), Expectation(z, u), Pick(z, copy)]
+    assert len({*different, before, Pick(u, ids)}) == 8
+    assert {*different, before} == {LogSumExp(z), *different[1:], Pick(z, ids)}
+    assert about(before, {z: u}) == Pick(u, ids)
+    ids[0] = 1
+    assert Pick(z, ids) != before
+    assert about(before, {z: u}) != Pick(u, ids), "an old answer is not about the new ids"

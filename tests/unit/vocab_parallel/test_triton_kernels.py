@@ -94,14 +94,14 @@ def test_float64_and_the_cpu_stay_with_pytorch() -> None:
         (torch.float32, True, True),
         (torch.float32, False, False),
     ]:
-        plan, _ = kernel_checks.everything(z.to(dtype), z.to(dtype), 0, 8, ids)
+        evaluation, _ = kernel_checks.everything(z.to(dtype), z.to(dtype), 0, 8, ids)
         with kernel_checks.arithmetic(kernels=has_kernels):
-            assert kernel_checks.triton_rows.covers(plan) == is_covered
-    plan, _ = kernel_checks.everything(z.float(), z.float(), 0, 8, ids)
-    assert not kernel_checks.triton_rows.covers(plan)
-    plan, _ = kernel_checks.everything(z.t().float(), z.t().float(), 0, 2, ids)
+            assert kernel_checks.triton_rows.covers(evaluation) == is_covered
+    evaluation, _ = kernel_checks.everything(z.float(), z.float(), 0, 8, ids)
+    assert not kernel_checks.triton_rows.covers(evaluation)
+    evaluation, _ = kernel_checks.everything(z.t().float(), z.t().float(), 0, 2, ids)
     with kernel_checks.arithmetic(kernels=True):
-        assert not kernel_checks.triton_rows.covers(plan), "columns that are not neighbours"
+        assert not kernel_checks.triton_rows.covers(evaluation), "columns that are not neighbours"
 
 
 @pytest.fixture

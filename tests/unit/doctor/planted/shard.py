@@ -10,5 +10,5 @@ from megatron_sftrl import TokenDistribution
 
 def columns_of(distribution: TokenDistribution) -> tuple[Tensor, int, dist.ProcessGroup | None]:
     """[T, V_local] logits with their padding, how many columns are real, and the tensor-parallel group."""
-    source = distribution._subject.source
+    source = distribution._source
     return source.logits, source.shard.num_columns, source.shard.group
