@@ -8,7 +8,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_sftrl.losses import LossConfig, LossInputs, LossOutput, build_loss, register_loss
+    from megatron_sftrl.losses import (
+        LossConfig,
+        LossInputs,
+        LossOptions,
+        LossOutput,
+        build_loss,
+        register_loss,
+    )
     from megatron_sftrl.rl.rewards import Canary, RewardConfig, RewardInputs, RewardOutput, register_reward
     from megatron_sftrl.types import TokenBatch
     from megatron_sftrl.vocab_parallel import TokenDistribution
@@ -19,6 +26,7 @@ __all__ = [
     "Canary",
     "LossConfig",
     "LossInputs",
+    "LossOptions",
     "LossOutput",
     "RewardConfig",
     "RewardInputs",
@@ -32,7 +40,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "losses": ("LossConfig", "LossInputs", "LossOutput", "build_loss", "register_loss"),
+    "losses": ("LossConfig", "LossInputs", "LossOptions", "LossOutput", "build_loss", "register_loss"),
     "rl.rewards": ("Canary", "RewardConfig", "RewardInputs", "RewardOutput", "register_reward"),
     "types": ("TokenBatch",),
     "vocab_parallel": ("TokenDistribution",),

@@ -4,7 +4,7 @@ Importing this folder registers the algorithms below.
 """
 
 from megatron_sftrl.losses import curiosft, gift, grpo, likelihood, pear
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput, token_weights
+from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOptions, LossOutput, token_weights
 from megatron_sftrl.losses.registry import Loss, build_loss, register_loss
 from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
 
@@ -15,6 +15,7 @@ __all__ = [
     "Loss",
     "LossConfig",
     "LossInputs",
+    "LossOptions",
     "LossOutput",
     "build_loss",
     "register_loss",

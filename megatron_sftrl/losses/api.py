@@ -18,7 +18,7 @@ from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import TokenDistribution
 
 
-class LossConfig(BaseModel):
+class LossOptions(BaseModel):
     """Options of a loss: frozen, strict about unknown names; the text below a field documents it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -30,6 +30,10 @@ class LossConfig(BaseModel):
     def default_gates(self) -> tuple[GateSection, ...]:
         """Limits on the loss's metrics beyond which something is wrong; a run's own gates replace them."""
         return ()
+
+
+LossConfig = LossOptions
+"""The name until 0.1, for losses that are written already."""
 
 
 OWN_NUMBERS = frozenset(

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.registry import register_loss
 from megatron_sftrl.vocab_parallel import TopLogits, logprobs_together
 
@@ -19,7 +19,7 @@ GAIN_SLOPE = 2.0
 BISECTION_ROUNDS = 20
 
 
-class CurioSftConfig(LossConfig):
+class CurioSftOptions(LossOptions):
     """Options of `curiosft`; the defaults are the release's."""
 
     alpha: float = Field(default=1.0, ge=0)
@@ -41,14 +41,14 @@ class CurioSftConfig(LossConfig):
     """entropy_guided: solved per token. fixed: tau_min for every token (the paper's ablation)."""
 
     @model_validator(mode="after")
-    def _temperatures_are_ordered(self) -> CurioSftConfig:
+    def _temperatures_are_ordered(self) -> CurioSftOptions:
         if self.tau_min > self.tau_max:
             raise UserError(f"tau_min {self.tau_min} is above tau_max {self.tau_max}")
         return self
 
 
-@register_loss("curiosft", config=CurioSftConfig, needs=("reference",), token_local=True)
-def curiosft(inputs: LossInputs, config: CurioSftConfig) -> LossOutput:
+@register_loss("curiosft", config=CurioSftOptions, needs=("reference",), token_local=True)
+def curiosft(inputs: LossInputs, config: CurioSftOptions) -> LossOutput:
     """L_t = -lp_t + alpha D_t, D_t = 1/2 (lp_t - sg(log softmax(u / tau_t)[y_t]))^2, lp = log pi(y).
 
     (arXiv:2602.02244 and its release; u are the logits of the moving-average teacher.) The square is
@@ -78,7 +78,7 @@ def curiosft(inputs: LossInputs, config: CurioSftConfig) -> LossOutput:
     return LossOutput(token_loss=-logprobs + config.alpha * divergence, metrics=metrics)
 
 
-def solve_temperature(top: TopLogits, full_entropy: Tensor, config: CurioSftConfig) -> Tensor:
+def solve_temperature(top: TopLogits, full_entropy: Tensor, config: CurioSftOptions) -> Tensor:
     """The temperature at which the teacher has the entropy that is asked of it.
 
         H(tau_t) = H(1) + 0.5 sigmoid(2 (H(1) - pivot)) in [tau_min, tau_max], H the entropy of softmax(u_top

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.registry import register_loss
 
 
-class GiftConfig(LossConfig):
+class GiftOptions(LossOptions):
     """Options of `gift`."""
 
     beta: float = Field(default=20.0, ge=0)
@@ -20,8 +20,8 @@ class GiftConfig(LossConfig):
     reference gives probability 0 still gets the weight eps (e^beta - 1) = 0.046."""
 
 
-@register_loss("gift", config=GiftConfig, needs=("reference",), token_local=True)
-def gift(inputs: LossInputs, config: GiftConfig) -> LossOutput:
+@register_loss("gift", config=GiftOptions, needs=("reference",), token_local=True)
+def gift(inputs: LossInputs, config: GiftOptions) -> LossOutput:
     """L_t = -sum_v target(v) log pi(v), target = softmax(log p~ + beta 1[v = y_t]), p~ = (1 - lambda) q +
     lambda / V + eps.
 

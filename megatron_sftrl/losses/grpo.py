@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.policy_ratio import (
     Correction,
     CorrectionWeight,
@@ -26,7 +26,7 @@ from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel.distribution import TokenDistribution, logprobs_together
 
 
-class GrpoConfig(LossConfig):
+class GrpoOptions(LossOptions):
     """Options of `grpo`; the defaults are the paper's without its KL term."""
 
     temperature: float = Field(default=1.0, gt=0)
@@ -58,7 +58,7 @@ class GrpoConfig(LossConfig):
     """Nats of loss taken off per nat of entropy."""
 
     @model_validator(mode="after")
-    def _nothing_is_written_in_vain(self) -> GrpoConfig:
+    def _nothing_is_written_in_vain(self) -> GrpoOptions:
         if self.dual_clip is not None and self.objective != "clip":
             raise UserError(f"dual_clip belongs to objective clip, got {self.objective}: remove dual_clip")
         written = self.model_fields_set
@@ -76,11 +76,11 @@ class GrpoConfig(LossConfig):
 
 @register_loss(
     "grpo",
-    config=GrpoConfig,
+    config=GrpoOptions,
     needs=("advantages", "old_logprobs"),
     token_local=lambda config: config.ratio == "token",
 )
-def grpo(inputs: LossInputs, config: GrpoConfig) -> LossOutput:
+def grpo(inputs: LossInputs, config: GrpoOptions) -> LossOutput:
     """L_t = w_t l_t + c_KL KL_t - c_H H_t, with rho_t = exp(lp_t - old_t) or its mean over the sequence.
 
         clip:    l_t = -min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t)      (arXiv:2402.03300)
@@ -141,7 +141,7 @@ def _at_temperature(distribution: TokenDistribution, temperature: float) -> Toke
     return distribution if temperature == 1.0 else distribution.tempered(temperature)
 
 
-def _policy_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> Tensor:
+def _policy_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: GrpoOptions) -> Tensor:
     """[T] l_t, before correction."""
     clipped = ratio.clamp(1.0 - config.clip_low, _upper_bound(config))
     if config.objective == "cispo":
@@ -153,12 +153,12 @@ def _policy_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: Gr
     return loss
 
 
-def _upper_bound(config: GrpoConfig) -> float:
+def _upper_bound(config: GrpoOptions) -> float:
     """Largest ratio that counts."""
     return math.inf if config.clip_high is None else 1.0 + config.clip_high
 
 
-def _clip_metrics(ratio: Tensor, advantages: Tensor, config: GrpoConfig) -> dict[str, Tensor]:
+def _clip_metrics(ratio: Tensor, advantages: Tensor, config: GrpoOptions) -> dict[str, Tensor]:
     """Which tokens a bound acted on: under clip a bound acts only where it lowers the objective."""
     is_low, is_high = ratio < 1.0 - config.clip_low, ratio > _upper_bound(config)
     metrics: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_sftrl.config.schema import GateSection
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.registry import Loss, build_loss, register_loss
 from megatron_sftrl.losses.sequences import Sequences
 
@@ -20,7 +20,7 @@ FLOOR_SHARE, CEILING_SHARE = 0.5, 0.02
 weights of e^5 against about 1, a few of them are the whole gradient."""
 
 
-class PearConfig(LossConfig):
+class PearOptions(LossOptions):
     """Options of `pear`; the defaults are the paper's."""
 
     variant: Literal["token", "block", "sequence"] = "token"
@@ -44,7 +44,7 @@ class PearConfig(LossConfig):
     """mean_one: scale the weights to mean 1 over each sequence. Not in the paper."""
 
     @model_validator(mode="after")
-    def _bounds_are_ordered(self) -> PearConfig:
+    def _bounds_are_ordered(self) -> PearOptions:
         for name in ("clip_ratio", "clip_log_weight"):
             low, high = getattr(self, name)
             if not low <= high:
@@ -71,8 +71,8 @@ class PearConfig(LossConfig):
         )
 
 
-@register_loss("pear", config=PearConfig, needs=("behavior_logprobs",))
-def pear(inputs: LossInputs, config: PearConfig) -> LossOutput:
+@register_loss("pear", config=PearOptions, needs=("behavior_logprobs",))
+def pear(inputs: LossInputs, config: PearOptions) -> LossOutput:
     """L_t = sg(G_t) l_t, l the base loss and G_t = exp(clip(log G_t)) the importance weight of the future.
 
         delta_t = clip(sg(log pi(y_t)) - b_t)
@@ -108,7 +108,7 @@ def pear(inputs: LossInputs, config: PearConfig) -> LossOutput:
     return LossOutput(token_loss=weight * base.token_loss, metrics={**base.metrics, **metrics})
 
 
-def _log_weight(delta: Tensor, sequences: Sequences, config: PearConfig) -> Tensor:
+def _log_weight(delta: Tensor, sequences: Sequences, config: PearOptions) -> Tensor:
     """[T] log G before clipping, nats."""
     if config.variant == "sequence":
         return sequences.sum(delta)
@@ -124,7 +124,7 @@ def _metrics(
     log_weight: Tensor,
     weight: Tensor,
     sequences: Sequences,
-    config: PearConfig,
+    config: PearOptions,
 ) -> dict[str, Tensor]:
     sum_of_squares = sequences.sum(weight * weight)
     tiny = torch.finfo(weight.dtype).tiny

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput, is_own_number
+from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput, is_own_number
 from megatron_sftrl.registry import Entry, FunctionRegistry, load_module, nearest, origin_of
 
 __all__ = ["DEFAULT_REGISTRY", "NEEDS", "Loss", "Registry", "build_loss", "load_module", "register_loss"]
@@ -39,7 +39,7 @@ class Loss:
     """
 
     name: str
-    config: LossConfig
+    config: LossOptions
     needs: tuple[str, ...]
     function: LossFunction
     is_token_local: bool = False
@@ -70,7 +70,7 @@ class LossEntry(Entry):
 
     token_local: TokenLocal
 
-    def is_token_local(self, config: LossConfig) -> bool:
+    def is_token_local(self, config: LossOptions) -> bool:
         """With these options."""
         return self.token_local(config) if callable(self.token_local) else self.token_local
 
@@ -88,7 +88,7 @@ DEFAULT_REGISTRY = Registry()
 def register_loss(
     name: str,
     *,
-    config: type[LossConfig] = LossConfig,
+    config: type[LossOptions] = LossOptions,
     needs: tuple[str, ...] = (),
     token_local: TokenLocal = False,
     registry: Registry = DEFAULT_REGISTRY,
@@ -97,7 +97,7 @@ def register_loss(
 
     Args:
         name: what run.yaml calls it.
-        config: options, a subclass of LossConfig.
+        config: options, a subclass of LossOptions.
         needs: "reference", or fields of TokenBatch that may be None.
         token_local: what it says of a token depends on that token alone: it asks for no `sequences` and
             combines no tokens. Its gradient is then formed while a chunk of logits is hot, and masked
@@ -146,7 +146,7 @@ def build_loss(
     """
     registry.load(modules)
     entry = registry.get(name)
-    config = cast(LossConfig, registry.options_of(entry, options or {}))
+    config = cast(LossOptions, registry.options_of(entry, options or {}))
     needs = entry.needs + tuple(need for need in config.extra_needs() if need not in entry.needs)
     return Loss(
         name=name,

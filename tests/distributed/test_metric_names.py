@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOutput
+from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.vocab_parallel import output_layer
 from tests.distributed.test_layouts import VOCAB_SIZE, make_config, step_batches
@@ -61,7 +61,7 @@ def named_by(kind: str, dp_rank: int) -> Loss:
             token_loss=-(logprobs.detach() if kind == "detached" else logprobs), metrics=metrics
         )
 
-    return Loss(name="mine", config=LossConfig(), needs=(), function=function, is_token_local=True)
+    return Loss(name="mine", config=LossOptions(), needs=(), function=function, is_token_local=True)
 
 
 MICROBATCH = (

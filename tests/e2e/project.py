@@ -156,10 +156,10 @@ _MY_LOSS = '''"""Losses of a user: GIFT again, and one that breaks on some sampl
 import torch
 
 from megatron_sftrl import LossInputs, LossOutput, register_loss
-from megatron_sftrl.losses.api import LossConfig
+from megatron_sftrl.losses.api import LossOptions
 
 
-class GiftConfig(LossConfig):
+class GiftConfig(LossOptions):
     beta: float = 20.0
     """Log-odds added to the label under the reference; dimensionless, >= 0."""
 
@@ -171,7 +171,7 @@ def my_gift(inputs: LossInputs, config: GiftConfig) -> LossOutput:
     return LossOutput(token_loss=inputs.policy.cross_entropy(target))       # [T]
 
 
-class BrokenConfig(LossConfig):
+class BrokenConfig(LossOptions):
     token: int
     """The loss is NaN where this id is learned."""
 
@@ -185,7 +185,7 @@ def broken_on_token(inputs: LossInputs, config: BrokenConfig) -> LossOutput:
 
 
 @register_loss("stopped")
-def stopped(inputs: LossInputs, config: LossConfig) -> LossOutput:
+def stopped(inputs: LossInputs, config: LossOptions) -> LossOutput:
     """-log p(y) without its gradient."""
     return LossOutput(token_loss=-inputs.policy.logprobs(inputs.batch.labels).detach())
 

@@ -71,8 +71,8 @@ def test_attempts_that_lead_nowhere_come_to_an_end(
     module.write_text(
         "import os\n"
         "from megatron_sftrl import register_loss\n"
-        "from megatron_sftrl.losses.api import LossConfig\n"
-        "register_loss('fatal', config=LossConfig)(lambda inputs, config: os._exit(3))\n"
+        "from megatron_sftrl.losses.api import LossOptions\n"
+        "register_loss('fatal', config=LossOptions)(lambda inputs, config: os._exit(3))\n"
     )
     job = cluster.submit(
         "gift_70b.sh", f"run_dir={tmp_path / 'run'}", f"loss={{name: fatal, modules: [{module}]}}",

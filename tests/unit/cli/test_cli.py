@@ -94,8 +94,8 @@ def test_every_loss_is_listed_with_its_equation_needs_and_options(
     mine = tmp_path / "my_loss_for_the_cli_test.py"
     mine.write_text(
         '"""Mine."""\n'
-        "from megatron_sftrl import LossConfig, LossInputs, LossOutput, register_loss\n"
-        "class Config(LossConfig):\n"
+        "from megatron_sftrl import LossOptions, LossInputs, LossOutput, register_loss\n"
+        "class Config(LossOptions):\n"
         "    weight: float = 0.5\n"
         '    """Share of nothing."""\n'
         "@register_loss('listed_by_the_cli_test', config=Config)\n"

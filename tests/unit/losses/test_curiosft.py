@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl import TokenDistribution, build_loss
-from megatron_sftrl.losses.curiosft import CurioSftConfig, solve_temperature
+from megatron_sftrl.losses.curiosft import CurioSftOptions, solve_temperature
 from tests.unit.losses.batches import inputs_for
 
 V = 700
@@ -23,7 +23,7 @@ def entropy_of(logits: list[float], tau: float) -> float:
     return -sum(e / total * math.log(e / total) for e in exps if e > 0)
 
 
-def slow_temperature(logits: Tensor, config: CurioSftConfig) -> float:
+def slow_temperature(logits: Tensor, config: CurioSftOptions) -> float:
     """METHODS section 4 for one token, by hand."""
     top = sorted(logits.tolist(), reverse=True)[: config.top_k]
     plain = entropy_of(top, 1.0)
@@ -47,7 +47,7 @@ def teacher_logits() -> Tensor:
 
 
 def test_bisection_equals_the_token_by_token_transcription():
-    u, config = teacher_logits(), CurioSftConfig()
+    u, config = teacher_logits(), CurioSftOptions()
     teacher = TokenDistribution.from_logits(u, vocab_size=V)
     tau = solve_temperature(teacher.top_k(config.top_k), teacher.entropy(), config)
     expected = torch.tensor([slow_temperature(row, config) for row in u], dtype=torch.float64)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl import LossConfig, LossInputs, LossOutput, build_loss
+from megatron_sftrl import LossInputs, LossOptions, LossOutput, build_loss
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import Registry, load_module, register_loss
 from tests.unit.losses.batches import inputs_for
@@ -20,16 +20,16 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megatron_sftrl import LossConfig, LossInputs, LossOutput, register_loss
+from megatron_sftrl import LossOptions, LossInputs, LossOutput, register_loss
 
 
-class MyConfig(LossConfig):
+class MyOptions(LossOptions):
     beta: float = Field(default=20.0, ge=0)
     """Log-odds."""
 
 
-@register_loss("{name}", config=MyConfig, needs=("reference",))
-def my_gift(inputs: LossInputs, config: MyConfig) -> LossOutput:
+@register_loss("{name}", config=MyOptions, needs=("reference",))
+def my_gift(inputs: LossInputs, config: MyOptions) -> LossOutput:
     target = inputs.reference.tilted(inputs.batch.labels, config.beta)
     return LossOutput(token_loss=inputs.policy.cross_entropy(target))
 '''
@@ -160,7 +160,7 @@ def test_what_a_loss_returns_must_be_one_value_per_token_and_detached_metrics():
         "list": "expected metrics to be a dictionary .* got list",
     }
     for name, function in wrong.items():
-        register_loss(name, config=LossConfig, registry=registry)(function)
+        register_loss(name, config=LossOptions, registry=registry)(function)
         with pytest.raises(ValueError, match=messages[name]):
             build_loss(name, registry=registry)(inputs_for(logits(1)))
 
@@ -172,7 +172,7 @@ def test_a_metric_does_not_take_the_name_of_a_number_that_every_step_has(metric:
     registry = Registry()
 
     @register_loss("mine", registry=registry)
-    def mine(inputs: LossInputs, config: LossConfig) -> LossOutput:
+    def mine(inputs: LossInputs, config: LossOptions) -> LossOutput:
         values = inputs.policy.logprobs(inputs.batch.labels)
         return LossOutput(token_loss=-values, metrics={"losses": values.detach(), metric: values.detach()})
 
@@ -198,3 +198,9 @@ def test_importing_the_package_brings_neither_megatron_nor_vllm_nor_transformers
     root = Path(__file__).resolve().parents[3]
     ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_the_options_of_losses_written_before_have_their_base_class():
+    import megatron_sftrl
+
+    assert megatron_sftrl.LossConfig is LossOptions

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_sftrl import LossConfig, LossInputs, LossOutput, register_loss
+from megatron_sftrl import LossInputs, LossOptions, LossOutput, register_loss
 from tests.unit.doctor.planted.shard import columns_of
 
 
-class InPlaceConfig(LossConfig):
+class InPlaceOptions(LossOptions):
     """Options of `in_place`."""
 
     target: Literal["advantages", "logits"] = "advantages"
     """What it writes into."""
 
 
-@register_loss("in_place", config=InPlaceConfig, needs=("advantages",))
-def in_place(inputs: LossInputs, config: InPlaceConfig) -> LossOutput:
+@register_loss("in_place", config=InPlaceOptions, needs=("advantages",))
+def in_place(inputs: LossInputs, config: InPlaceOptions) -> LossOutput:
     """-A log pi(y), A scaled to be at most 1."""
     advantages = inputs.batch.advantages
     assert advantages is not None

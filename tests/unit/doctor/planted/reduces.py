@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_sftrl import LossConfig, LossInputs, LossOutput, register_loss
+from megatron_sftrl import LossInputs, LossOptions, LossOutput, register_loss
 
 
-class ReducesConfig(LossConfig):
+class ReducesOptions(LossOptions):
     """Options of `reduces`."""
 
     shape: Literal["scalar", "expanded"] = "scalar"
     """What it returns."""
 
 
-@register_loss("reduces", config=ReducesConfig)
-def reduces(inputs: LossInputs, config: ReducesConfig) -> LossOutput:
+@register_loss("reduces", config=ReducesOptions)
+def reduces(inputs: LossInputs, config: ReducesOptions) -> LossOutput:
     """-mean over loss tokens of log pi(y)."""
     mean = -inputs.policy.logprobs(inputs.batch.labels)[inputs.batch.loss_mask].mean()
     return LossOutput(token_loss=mean if config.shape == "scalar" else mean.expand(inputs.batch.num_tokens))

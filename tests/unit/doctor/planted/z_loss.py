@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
-from megatron_sftrl import LossConfig, LossInputs, LossOutput, register_loss
+from megatron_sftrl import LossInputs, LossOptions, LossOutput, register_loss
 from tests.unit.doctor.planted.shard import columns_of
 
 
-class ZLossConfig(LossConfig):
+class ZLossOptions(LossOptions):
     """Options of `z_loss`."""
 
     defect: Literal["none", "local", "with_padding", "constant", "doubled", "own_dtype"]
@@ -22,8 +22,8 @@ class ZLossConfig(LossConfig):
     the dtype of the logits."""
 
 
-@register_loss("z_loss", config=ZLossConfig)
-def z_loss(inputs: LossInputs, config: ZLossConfig) -> LossOutput:
+@register_loss("z_loss", config=ZLossOptions)
+def z_loss(inputs: LossInputs, config: ZLossOptions) -> LossOutput:
     """-log pi(y) + 0.01 (log sum exp z)^2."""
     logits, num_real, group = columns_of(inputs.policy)
     real = logits if config.defect == "with_padding" else logits[:, :num_real]
