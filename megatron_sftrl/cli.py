@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import os
 import sys
 import time
@@ -80,6 +81,8 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_TIME = "%Y-%m-%d %H:%M:%S"
 _USER_ERROR = 2
 _STOPPED = os.EX_TEMPFAIL  # 75: ended early on request, with a checkpoint
 # torchrun ends the other ranks within about a second of rank 0's exit. A rank that still lives after this
@@ -126,12 +129,45 @@ def run_command(command: Callable[[], int | None], *, with_traceback: bool = Fal
     """
     _hide_warnings_about_absent_cuda_packages()
     try:
+        start_logging()
         return command() or 0
     except (UserError, ValidationError) as error:
         if with_traceback or os.environ.get("SFTRL_TRACEBACK") == "1":
             raise
         _report(error)
         return _USER_ERROR
+
+
+class _StandardError(logging.StreamHandler):
+    """Writes to what sys.stderr is at that moment, each line behind time, rank and level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rank = os.environ.get("RANK", "0")
+        self.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s: %(message)s", _TIME))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def start_logging() -> None:
+    """Send the package's log to standard error: rank 0 from INFO on, the other ranks from WARNING on.
+
+    SFTRL_LOG sets the level of every rank.
+
+    Raises:
+        UserError: SFTRL_LOG names no level.
+    """
+    level = os.environ.get("SFTRL_LOG", "").upper()
+    if level and level not in _LEVELS:
+        raise UserError(f"SFTRL_LOG: expected one of {', '.join(_LEVELS)}, got {level}")
+    logger = logging.getLogger("megatron_sftrl")
+    for handler in list(logger.handlers):
+        if isinstance(handler, _StandardError):
+            logger.removeHandler(handler)
+    logger.addHandler(_StandardError())
+    logger.setLevel(level or ("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"))
 
 
 def _hide_warnings_about_absent_cuda_packages() -> None:

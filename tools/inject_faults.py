@@ -29,7 +29,6 @@ import megatron_sftrl.trainers.grpo
 import megatron_sftrl.trainers.sft
 from megatron_sftrl.cli import main as sftrl
 from megatron_sftrl.config.load import load_any_config
-from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.checkpoint.directory import complete_checkpoints, file_problem, read_record
 
 TIMING = (
@@ -134,7 +133,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_intermixed_args()
     config = load_any_config(arguments.config, arguments.overrides)
-    kind = "grpo" if isinstance(config, GrpoConfig) else "sft"
+    kind = "sft" if config.grpo is None else "grpo"
     command = [kind, arguments.config, *arguments.overrides]
     shutil.rmtree(arguments.out, ignore_errors=True)
     arguments.out.mkdir(parents=True)

@@ -23,7 +23,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
-from megatron_sftrl.trainers.checked import batch_layout, plan_model
+from megatron_sftrl.trainers.checked import batch_layout, checked_model
 from megatron_sftrl.trainers.experience import score_responses
 
 
@@ -35,7 +35,7 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
     """
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it")
-    architecture, tokenizer = plan_model(config)
+    architecture, tokenizer = checked_model(config)
     rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 
 # Which settings have no effect beside the others: writing one of them down is a user's mistake.
@@ -52,12 +52,12 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
         add("optim", ("min_lr_ratio", "schedule_steps"), "optim.schedule is constant")
     if config.batch.packing:
         add("batch", ("micro_size",), "batch.packing fills micro-batches by tokens (batch.max_tokens)")
-    if isinstance(config, GrpoConfig):
-        if config.rollout.engine == "vllm":
+    if (grpo := config.grpo) is not None:
+        if grpo.rollout.engine == "vllm":
             add("rollout", ("max_concurrent",), "rollout.engine is vllm (rollout.vllm.max_num_seqs)")
         else:
             add("rollout", ("vllm",), "rollout.engine is in_process")
-        if not config.filters.dynamic_sampling:
+        if not grpo.filters.dynamic_sampling:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
     if config.model.hf is None:
         add("model", ("allow_pickle",), "model.hf is not given")
@@ -273,9 +273,9 @@ def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
 
 
 def _rollout_problems(config: TrainingConfig) -> Iterator[str]:
-    if not isinstance(config, GrpoConfig):
+    if (grpo := config.grpo) is None:
         return
-    prompts, group = config.rollout.prompts_per_step, config.rollout.group_size
+    prompts, group = grpo.rollout.prompts_per_step, grpo.rollout.group_size
     size = config.batch.global_size
     if group == 1:
         yield (

@@ -5,6 +5,7 @@ Each field's text below it is its documentation: meaning, unit, range.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Annotated, Literal
 
@@ -316,8 +317,8 @@ class LogSection(Section):
     """Progress bar on rank 0."""
 
 
-class TrainingConfig(Section):
-    """What every training run says, whatever its data are."""
+class TrainingConfig(Section, ABC):
+    """What every training run says; a kind of run adds its data."""
 
     run_dir: ExpandedPath
     """Directory of this run: resolved.yaml, metrics.jsonl, checkpoints/. A run that finds its own checkpoints
@@ -339,19 +340,24 @@ class TrainingConfig(Section):
     gates of their own, which warn; one written here on the same metric takes their place."""
 
     @property
+    @abstractmethod
     def max_length(self) -> int:
         """Longest sequence that a step may hold, in tokens."""
-        raise AssertionError("a kind of run knows its data")
 
     @property
+    @abstractmethod
     def length_keys(self) -> str:
         """The settings that max_length is the sum of, for messages."""
-        raise AssertionError("a kind of run knows its data")
 
     @property
+    @abstractmethod
     def has_validation(self) -> bool:
         """There is held-out data."""
-        raise AssertionError("a kind of run knows its data")
+
+    @property
+    def grpo(self) -> GrpoConfig | None:
+        """Itself where responses are generated and rewarded, None in supervised fine-tuning."""
+        return None
 
 
 class RunConfig(TrainingConfig):
@@ -361,17 +367,14 @@ class RunConfig(TrainingConfig):
 
     @property
     def max_length(self) -> int:
-        """As in the base class."""
         return self.data.max_length
 
     @property
     def length_keys(self) -> str:
-        """As in the base class."""
         return "data.max_length"
 
     @property
     def has_validation(self) -> bool:
-        """As in the base class."""
         return bool(self.data.valid)
 
 
@@ -574,15 +577,16 @@ class GrpoConfig(TrainingConfig):
 
     @property
     def max_length(self) -> int:
-        """As in the base class."""
         return self.data.max_prompt_length + self.rollout.max_new_tokens
 
     @property
     def length_keys(self) -> str:
-        """As in the base class."""
         return "data.max_prompt_length + rollout.max_new_tokens"
 
     @property
     def has_validation(self) -> bool:
-        """As in the base class."""
         return bool(self.data.valid)
+
+    @property
+    def grpo(self) -> GrpoConfig:
+        return self

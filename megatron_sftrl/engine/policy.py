@@ -157,6 +157,19 @@ class PolicyEngine:
         )
         self.training_state = TrainingState(wrapped, self.optimizer, self.parallel.device)
 
+    @contextlib.contextmanager
+    def lent_memory(self, *, offload: bool) -> Iterator[None]:
+        """Gradients and optimizer state are off the device for the block, where `offload` asks for it.
+
+        After a failure in the block they stay away: the run ends.
+        """
+        state = self.training_state if offload else None
+        if state is not None:
+            state.leave()
+        yield
+        if state is not None:
+            state.come_back()
+
     def forward_backward(
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
     ) -> StepReport:

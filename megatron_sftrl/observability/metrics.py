@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import secrets
 import sys
@@ -20,6 +21,8 @@ from megatron_sftrl.config.load import parse_yaml, resolved_yaml
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import RunDirectory, write_atomically
+
+LOGGER = logging.getLogger(__name__)
 
 
 class MetricsSink(Protocol):
@@ -100,11 +103,11 @@ class OptionalSink:
             raise
         except Exception as error:
             self._sink = None
-            print(
-                f"{self._name} failed and is off until the run starts again: "
-                f"{type(error).__name__}: {error}; metrics.jsonl has all numbers",
-                file=sys.stderr,
-                flush=True,
+            LOGGER.warning(
+                "%s failed and is off until the run starts again: %s: %s; metrics.jsonl has all numbers",
+                self._name,
+                type(error).__name__,
+                error,
             )
 
 

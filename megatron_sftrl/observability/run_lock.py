@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -18,6 +19,8 @@ from types import TracebackType
 from typing import Self
 
 from megatron_sftrl.errors import UserError, error_of
+
+LOGGER = logging.getLogger(__name__)
 
 FILE_NAME = "run.lock"
 SECONDS_BETWEEN_BEATS = 10.0
@@ -145,11 +148,10 @@ class RunLock:
                 owner = _read(self._file) if is_inside else None
                 if is_inside and (owner is None or self._may_take(owner, watch)):
                     if owner is not None:
-                        print(
-                            f"run_dir {self._run_dir}: its owner is gone ({owner.describe()}), this run "
-                            "takes it over",
-                            file=sys.stderr,
-                            flush=True,
+                        LOGGER.warning(
+                            "run_dir %s: its owner is gone (%s), this run takes it over",
+                            self._run_dir,
+                            owner.describe(),
                         )
                     self._write()
                     return

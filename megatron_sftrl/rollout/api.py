@@ -49,12 +49,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def wake(self) -> None:
-        """Make the engine ready for update() and generate(): bring its memory back."""
-        ...
-
     def sleep(self) -> None:
-        """Free the memory that training needs; weights and caches of the engine may be lost."""
+        """Free the memory that training needs until the next update(); weights and caches may be lost."""
         ...
 
     def close(self) -> None:

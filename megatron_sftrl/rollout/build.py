@@ -62,14 +62,9 @@ def build_engine(
             decode=decode,
             progress=progress,
         )
-    state = policy.training_state if rollout.offload else None
-    if state is not None:
-        # vLLM measures what it may take: what will leave while it generates must not be in its way now.
-        state.leave()
-    engine = VllmEngine(policy, _vllm_settings(config), decode, progress)
-    if state is not None:
-        state.come_back()
-    return engine
+    # vLLM measures what it may take: what will leave while it generates must not be in its way now.
+    with policy.lent_memory(offload=bool(rollout.offload)):
+        return VllmEngine(policy, _vllm_settings(config), decode, progress)
 
 
 def _vllm_settings(config: GrpoConfig) -> VllmSettings:

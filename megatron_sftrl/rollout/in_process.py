@@ -402,9 +402,6 @@ class InProcessEngine:
             for i, prompt in enumerate(prompts)
         ]
 
-    def wake(self) -> None:
-        """The weights never left."""
-
     def sleep(self) -> None:
         """Caches live as long as a call of generate()."""
 

@@ -234,7 +234,7 @@ class VllmEngine:
         """`policy` is the one that the engine was made for."""
         assert policy is self._policy, "an engine serves the policy that it was made for"
         self._version = None
-        self.wake()
+        self._wake("weights")
         self._guest.run(self._load)
         self._wake("kv_cache")
         # The cached keys and values of a prompt were computed with the earlier weights.
@@ -267,15 +267,11 @@ class VllmEngine:
             for prompt, group in zip(prompts, groups, strict=True)
         ]
 
-    def wake(self) -> None:
-        """Bring the weights' memory back; update() fills it and brings the cache's back."""
-        self._wake("weights")
-
     def sleep(self) -> None:
         """Give weights and cache back to the GPU; on the CPU, where vLLM cannot, they stay in memory.
 
         Level 2 keeps no copy of the weights: the next update brings them. vLLM puts buffers (rotary tables)
-        aside itself and restores them in wake().
+        aside itself and restores them when it wakes.
         """
         self._version = None
         self._memory.sleep()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -25,6 +25,8 @@ from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids
 from megatron_sftrl.models.hf_weights import open_weights
 from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.types import SamplingParams
+
+LOGGER = logging.getLogger(__name__)
 
 # Where a response ends: the ids and texts that rollouts, evaluations and `sftrl generate` stop at.
 
@@ -57,9 +59,9 @@ def stop_ids(
     for path in (start, checkpoint):
         if path is not None:
             ids.update(end_ids(stored_assets(checkpoint_at(path))))
-    if isinstance(config, GrpoConfig):
-        check_stop_ids("rollout.stop_ids", config.rollout.stop_ids, vocab_size)
-        ids.update(config.rollout.stop_ids)
+    if (grpo := config.grpo) is not None:
+        check_stop_ids("rollout.stop_ids", grpo.rollout.stop_ids, vocab_size)
+        ids.update(grpo.rollout.stop_ids)
     return frozenset(ids)
 
 
@@ -85,7 +87,7 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunPlan(Generic[ConfigT]):
+class CheckedRun(Generic[ConfigT]):
     """A configuration that has passed its checks, and what was read to check it.
 
     Args:
@@ -103,7 +105,7 @@ class RunPlan(Generic[ConfigT]):
     stop_ids: frozenset[int]
 
 
-def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
+def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
     """Check sections against each other, the model, the loss, the tokenizer and the number of processes.
 
     Raises:
@@ -118,7 +120,7 @@ def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
     loss = _loss(config)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
     tokenizer = _tokenizer(config, architecture)
-    return RunPlan(
+    return CheckedRun(
         config=config,
         architecture=architecture,
         loss=loss,
@@ -127,7 +129,7 @@ def plan_run(config: ConfigT) -> RunPlan[ConfigT]:
     )
 
 
-def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
+def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     """What generation and scoring need: the model's sizes and its tokenizer, checked against the layout.
 
     Raises:
@@ -144,17 +146,14 @@ def plan_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
 def _tokenizer(config: TrainingConfig, architecture: Architecture) -> Tokenizer:
     tokenizer = load_tokenizer(config.tokenizer)
     check_vocabulary(tokenizer, architecture.vocab_size)
-    if os.environ.get("RANK", "0") == "0":
-        for note in tokenizer.notes:
-            print(f"note: {note}", file=sys.stderr)
+    say_notes(tokenizer.notes)
     return tokenizer
 
 
 def say_notes(notes: Sequence[str]) -> None:
     """What a user should know about the model's files, once for all ranks."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+    for note in notes:
+        LOGGER.info("note: %s", note)
 
 
 def _loss(config: TrainingConfig) -> Loss:
@@ -164,7 +163,7 @@ def _loss(config: TrainingConfig) -> Loss:
         UserError: what build_loss refuses, a loss for another kind of run, or a temperature of its own.
     """
     loss = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules)
-    if not isinstance(config, GrpoConfig):
+    if (grpo := config.grpo) is None:
         if "advantages" in loss.needs:
             raise UserError(f"loss '{loss.name}' needs advantages, which `sftrl grpo` makes of rewards")
         return loss
@@ -174,43 +173,45 @@ def _loss(config: TrainingConfig) -> Loss:
         raise UserError("loss.temperature follows rollout.temperature: set that one, and remove this one")
     if "temperature" not in type(loss.config).model_fields:
         return loss
-    options = {**config.loss.options, "temperature": config.rollout.temperature}
+    options = {**config.loss.options, "temperature": grpo.rollout.temperature}
     return build_loss(config.loss.name, options, modules=config.loss.modules)
 
 
-def export_assets(plan: RunPlan[ConfigT]) -> HfAssets:
+def export_assets(checked: CheckedRun[ConfigT]) -> HfAssets:
     """What a checkpoint carries for an export to Hugging Face: configuration and tokenizer files.
 
     generation_config.json ends at everything that the run's responses end with; where the model's own does
     not, rank 0 says so.
     """
-    config, tokenizer = plan.config, plan.tokenizer
+    config, tokenizer = checked.config, checked.tokenizer
     model = model_directory(config)
     assets = read_assets(
         model=model, tokenizer=config.tokenizer.path, chat_template=config.tokenizer.chat_template
     )
     if model is not None:
-        missing = sorted(plan.stop_ids - set(end_ids(assets)))
-        if missing and int(os.environ.get("RANK", "0")) == 0:
+        missing = sorted(checked.stop_ids - set(end_ids(assets)))
+        if missing:
             named = ", ".join(f"{each} ({tokenizer.decode([each])!r})" for each in missing)
-            print(
-                f"note: responses of this run end with {named}, too; the {GENERATION_CONFIG} of {model} ends "
-                f"at {list(end_ids(assets))}: checkpoints and their exports end at all of them",
-                file=sys.stderr,
-                flush=True,
+            LOGGER.info(
+                "note: responses of this run end with %s, too; the %s of %s ends at %s: checkpoints and "
+                "their exports end at all of them",
+                named,
+                GENERATION_CONFIG,
+                model,
+                list(end_ids(assets)),
             )
-        return with_end_ids(assets, plan.stop_ids)
+        return with_end_ids(assets, checked.stop_ids)
     ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
     }
     made = {
-        "config.json": {**hf_config_values(plan.architecture, dtype=None), **ids},
+        "config.json": {**hf_config_values(checked.architecture, dtype=None), **ids},
         GENERATION_CONFIG: ids,
     }
     texts = {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in made.items()}
-    return with_end_ids(HfAssets(files={**assets.files, **texts}), plan.stop_ids)
+    return with_end_ids(HfAssets(files={**assets.files, **texts}), checked.stop_ids)
 
 
 def batch_layout(config: TrainingConfig, *, dp_rank: int, dp_size: int) -> BatchLayout:

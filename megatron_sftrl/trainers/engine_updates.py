@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptRow
-from megatron_sftrl.engine.optimizer import TrainingState
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.observability.watch import take_device_peak
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response, score_responses
 from megatron_sftrl.types import Prompt, SamplingParams
-
-# Trainer and rollout engine share one device's memory: each leaves it to the other for its turn.
-
-
-class MemoryTurns:
-    """Whose turn it is, and the most memory that each took; the trainer begins.
-
-    Args:
-        engine: asleep.
-        training_state: what the trainer gives up for the engine's turn; None if it gives up nothing.
-        take_peak: bytes of the device that were in use at the worst moment since the last call; None on the
-            CPU, whose peak cannot be started anew.
-    """
-
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        training_state: TrainingState | None,
-        *,
-        take_peak: Callable[[], int] | None,
-    ) -> None:
-        self._engine, self._training_state, self._take_peak = engine, training_state, take_peak
-        self._peaks: dict[str, int] = {}
-
-    def to_engine(self) -> None:
-        """The trainer leaves, then the engine wakes."""
-        self._note("train")
-        if self._training_state is not None:
-            self._training_state.leave()
-        self._engine.wake()
-
-    def to_trainer(self) -> None:
-        """The engine sleeps, then the trainer comes back."""
-        self._note("generate")
-        self._engine.sleep()
-        if self._training_state is not None:
-            self._training_state.come_back()
-
-    def peaks(self) -> dict[str, int]:
-        """Most bytes in use in each one's turns since the last call; in the trainer's turn."""
-        self._note("train")
-        peaks, self._peaks = self._peaks, {}
-        return peaks
-
-    def _note(self, whose: str) -> None:
-        if self._take_peak is not None:
-            self._peaks[whose] = max(self._peaks.get(whose, 0), self._take_peak())
-
 
 _NUM_PROMPTS, _NUM_TOKENS = 2, 8
 _FIRST_ID = 2**40
@@ -92,25 +45,33 @@ class EngineUpdates:
         self._rows, self._batches, self._sampling = rows, batches, sampling
         self._probed: float | None = None
         device = policy.parallel.device
-        self._turns = MemoryTurns(
-            engine,
-            policy.training_state if config.rollout.offload else None,
-            take_peak=(lambda: take_device_peak(device)) if device.type == "cuda" else None,
-        )
+        self._take_peak = (lambda: take_device_peak(device)) if device.type == "cuda" else None
+        self._peaks: dict[str, int] = {}
 
-    def refresh(self, version: int) -> None:
-        """Leave the memory to the engine, hand it the weights, and compare; every rank calls it.
+    @contextlib.contextmanager
+    def engine_turn(self, version: int, *, timed: AbstractContextManager) -> Iterator[None]:
+        """The engine has the device's memory and the policy's weights for the block; every rank enters it.
 
-        Until release() only the policy's forward works.
+        Inside, only the policy's forward works. After a failure nothing is brought back: the run ends.
 
         Args:
             version: steps behind the weights.
+            timed: entered while the engine is brought up to date.
         Raises:
             RuntimeError: on every rank: the engine did not take every weight, or does not agree.
         """
-        self._policy.gather_parameters()
-        self._turns.to_engine()
-        self._engine.update(self._policy, version=version)
+        self._note("train")
+        with contextlib.ExitStack() as turn:
+            with timed:
+                self._policy.gather_parameters()
+                turn.enter_context(self._policy.lent_memory(offload=self._config.rollout.offload))
+                self._engine.update(self._policy, version=version)
+                self._compare(version)
+            yield
+            self._note("generate")
+            self._engine.sleep()
+
+    def _compare(self, version: int) -> None:
         if self._config.rollout.engine == "in_process":
             return
         limit = self._config.rollout.vllm.probe_limit
@@ -123,14 +84,17 @@ class EngineUpdates:
                 "is sound"
             )
 
-    def release(self) -> None:
-        """The engine sleeps and the trainer has the memory again; the next generation needs a refresh()."""
-        self._turns.to_trainer()
+    def _note(self, whose: str) -> None:
+        """The most memory of the device in the turn that ends; the CPU's peak cannot be started again."""
+        if self._take_peak is not None:
+            self._peaks[whose] = max(self._peaks.get(whose, 0), self._take_peak())
 
     def numbers(self) -> dict[str, float]:
         """What the last update cost this rank, the probe, and the memory that each turn of the step took."""
         numbers: dict[str, float] = {} if self._probed is None else {"mismatch/probe": self._probed}
-        numbers |= {f"memory/{whose}_peak_bytes": peak for whose, peak in self._turns.peaks().items()}
+        self._note("train")
+        numbers |= {f"memory/{whose}_peak_bytes": peak for whose, peak in self._peaks.items()}
+        self._peaks = {}
         if (report := self._engine.last_report) is not None:
             numbers |= {
                 "reshard/received_bytes": report.received_bytes,

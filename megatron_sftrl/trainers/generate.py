@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.rows import describe_row, read_rows
@@ -20,7 +20,7 @@ from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
-from megatron_sftrl.trainers.checked import check_stop_ids, plan_model, response_text, stop_ids
+from megatron_sftrl.trainers.checked import check_stop_ids, checked_model, response_text, stop_ids
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 _RESPONSES_AT_ONCE = 512
@@ -59,7 +59,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         raise UserError(f"num_samples: expected at least 1, got {request.num_samples}")
     if request.out.exists():
         raise UserError(f"{request.out} exists already: choose another --out, or remove it")
-    architecture, tokenizer = plan_model(config)
+    architecture, tokenizer = checked_model(config)
     check_stop_ids("--stop-id", sorted(request.sampling.stop_ids), architecture.vocab_size)
     rows, prompts = _read_prompts(request.prompts, tokenizer)
     checkpoint = request.checkpoint or config.run_dir
@@ -68,7 +68,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         num_samples=request.num_samples,
         stop_ids=request.sampling.stop_ids
         | stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint),
-        stop=(*request.sampling.stop, *(config.rollout.stop if isinstance(config, GrpoConfig) else ())),
+        stop=(*request.sampling.stop, *(grpo.rollout.stop if (grpo := config.grpo) is not None else ())),
     )
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,13 +14,11 @@ import torch
 
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptSet
-from megatron_sftrl.engine.checkpoint import CheckpointStore
 from megatron_sftrl.engine.objective import StepReport, combine_reports
-from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
-from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.observability.metrics import MetricsWriter
-from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
-from megatron_sftrl.observability.watch import HangWatch, Timers, peak_memory_bytes
+from megatron_sftrl.engine.optimizer import OptimStep
+from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
+from megatron_sftrl.observability.run_directory import open_run_directory
 from megatron_sftrl.rl.advantages import logprob_mismatch, mean_pass_at_k, reward_statistics
 from megatron_sftrl.rl.rewards import (
     RewardPool,
@@ -30,8 +28,9 @@ from megatron_sftrl.rl.rewards import (
     reward_metrics,
 )
 from megatron_sftrl.rl.rewards.registry import Json
+from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.build import build_engine, check_engine
-from megatron_sftrl.trainers.checked import RunPlan, batch_layout, export_assets, plan_run
+from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import (
     ExperienceBatches,
@@ -41,17 +40,7 @@ from megatron_sftrl.trainers.experience import (
     known_rewards,
     score_responses,
 )
-from megatron_sftrl.trainers.guards import (
-    Gates,
-    named_step,
-    no_gradient_warning,
-    stop_at,
-    stop_on_idle_streak,
-    stop_on_nonfinite_streak,
-    tell,
-    tell_skipped,
-)
-from megatron_sftrl.trainers.origins import Origins
+from megatron_sftrl.trainers.guards import named_step, stop_on_idle_streak, tell_skipped
 from megatron_sftrl.trainers.rollouts import (
     Collected,
     Draws,
@@ -62,19 +51,10 @@ from megatron_sftrl.trainers.rollouts import (
     open_prompts,
     try_own_answers,
 )
-from megatron_sftrl.trainers.run import (
-    StopRequest,
-    Stragglers,
-    begin_run,
-    build_models,
-    follow,
-    hold,
-    metrics_on_rank_zero,
-    resume_or_start,
-    save_numbers,
-    shared_progress,
-)
+from megatron_sftrl.trainers.run import Run, StopRequest, hold
 from megatron_sftrl.types import SamplingParams
+
+LOGGER = logging.getLogger(__name__)
 
 # The numbers of one GRPO step that its responses alone decide.
 
@@ -185,158 +165,133 @@ def run_grpo(config: GrpoConfig) -> bool:
             many steps in a row without a finite gradient or without anything to learn from. All else that
             can be raised is a failure, as for run_sft.
     """
-    plan = plan_run(config)
-    prompts, valid = open_prompts(plan)
+    checked = checked_run(config)
+    prompts, valid = open_prompts(checked)
     with (
         StopRequest() as stop,
         parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):
-        check_engine(config, plan.architecture, parallel.device, world_size=parallel.world_size)
+        check_engine(config, checked.architecture, parallel.device, world_size=parallel.world_size)
         directory = open_run_directory(config, is_writer=False)
         stack.enter_context(hold(directory))
         sets = [prompts, *([valid] if valid else [])]
         check_rows(rewards.rewards, *sets)
         on_every_rank(lambda: check_canaries(rewards))
-        on_rank_zero(lambda: try_own_answers(rewards, plan.tokenizer, *sets))
+        on_rank_zero(lambda: try_own_answers(rewards, checked.tokenizer, *sets))
         on_rank_zero(lambda: note_constant_answers(rewards, prompts))
-        trainer = GrpoTrainer(plan, directory, prompts, valid, rewards, parallel)
-        with contextlib.closing(trainer.engine):
-            on_rank_zero(lambda: begin_run(config, trainer.origins))
-            return trainer.train(stop)
-
-
-def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:
-    """Say on stderr which of the run's tasks reward an answer that is always the same."""
-    line = constant_answers(rewards, (cast(dict[str, Json], row.values) for row in prompts.rows))
-    if line:
-        print(line, file=sys.stderr)
-
-
-class GrpoTrainer:
-    """Owns the models, the rollout engine and the state of one run; `train` is the loop."""
-
-    def __init__(
-        self,
-        plan: RunPlan[GrpoConfig],
-        directory: RunDirectory,
-        prompts: PromptSet,
-        valid: PromptSet | None,
-        rewards: RewardPool,
-        parallel: ParallelContext,
-    ) -> None:
-        config = plan.config
-        self.config, self.loss, self.directory, self.parallel = config, plan.loss, directory, parallel
-        self.prompts, self.valid, self.rewards, self.tokenizer = prompts, valid, rewards, plan.tokenizer
-        self.num_steps = num_rollout_steps(config, prompts)
-        self.watch = HangWatch(config.train.hang_minutes)
-        self.progress = shared_progress(config, parallel, self.watch)
-        self.store = CheckpointStore(
-            directory.checkpoints,
+        run = Run(
+            checked,
+            directory,
             parallel,
-            keep_last=config.checkpoint.keep_last,
-            assets=export_assets(plan),
-            async_save=config.checkpoint.async_save,
-            on_progress=self.watch.moved,
-        )
-        is_resumed = self.store.latest() is not None
-        self.origins = Origins(directory, is_resumed=is_resumed)
-        self.policy, self.reference = build_models(plan, parallel, self.origins, is_resumed=is_resumed)
-        self.policy.on_microbatch = self.watch.moved
-        self.engine = build_engine(config, self.policy, plan.tokenizer.decode, self.progress)
-        self.state = resume_or_start(
-            self.store,
-            self.policy,
-            self.reference,
+            stop,
+            num_steps=num_rollout_steps(config, prompts),
             fingerprint=prompts.fingerprint,
             columns="prompts or answers",
-        )
-        self.gates = Gates(
-            config.gates,
-            defaults=plan.loss.config.default_gates(),
             held_out=HELD_OUT if valid else (),
             # Of a step in which each group has a response that could not be judged.
             sometimes=(f"reward/pass_at_{config.rollout.group_size}",),
         )
+        progress = shared_progress(run)
+        engine = build_engine(config, run.policy, checked.tokenizer.decode, progress)
+        with contextlib.closing(engine):
+            run.begin()
+            return GrpoTrainer(run, checked, engine, prompts, valid, rewards, progress).train()
+
+
+def shared_progress(run: Run[GrpoConfig]) -> SharedProgress:
+    """What moves on any rank, told to every rank's watch, often enough for it; every rank calls this."""
+    seconds = run.config.train.hang_minutes * 60
+    return SharedProgress(run.parallel, run.watch.moved, seconds=min(1.0, seconds / 10) if seconds else 1.0)
+
+
+def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:
+    """Log which of the run's tasks reward an answer that is always the same."""
+    line = constant_answers(rewards, (cast(dict[str, Json], row.values) for row in prompts.rows))
+    if line:
+        LOGGER.info(line)
+
+
+class GrpoTrainer:
+    """The loop of GRPO over a run: generate, reward, update."""
+
+    def __init__(
+        self,
+        run: Run[GrpoConfig],
+        checked: CheckedRun[GrpoConfig],
+        engine: RolloutEngine,
+        prompts: PromptSet,
+        valid: PromptSet | None,
+        rewards: RewardPool,
+        progress: SharedProgress,
+    ) -> None:
+        config, parallel, tokenizer = run.config, run.parallel, checked.tokenizer
+        self.run, self.config, self.engine, self.valid, self.tokenizer = run, config, engine, valid, tokenizer
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
-        self.stragglers = Stragglers(self.policy, parallel)
-        self._is_learning_checked = False
-        is_cuda = parallel.device.type == "cuda"
-        self.timers = Timers(synchronize=torch.cuda.synchronize if is_cuda else None, on_end=self.watch.moved)
         self.sampling = SamplingParams(
             temperature=config.rollout.temperature,
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
             max_new_tokens=config.rollout.max_new_tokens,
             num_samples=config.rollout.group_size,
-            stop_ids=plan.stop_ids,
+            stop_ids=checked.stop_ids,
             stop=tuple(config.rollout.stop),
             seed=config.seed,
         )
         self.collector = RolloutCollector(
-            config, prompts, plan.tokenizer, parallel, rewards, self.sampling, self.timers, self.progress
+            config, prompts, tokenizer, parallel, rewards, self.sampling, run.timers, progress
         )
         self.batches = ExperienceBatches(
             batch=config.batch,
             layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
             max_length=config.rollout.max_new_tokens,
-            pad_id=plan.tokenizer.pad_id,
+            pad_id=tokenizer.pad_id,
             mask_truncated=config.filters.mask_truncated,
         )
-        self.updates = EngineUpdates(
-            config, self.engine, self.policy, prompts.rows, self.batches, self.sampling
-        )
+        self.updates = EngineUpdates(config, engine, run.policy, prompts.rows, self.batches, self.sampling)
 
-    def train(self, stop: StopRequest) -> bool:
+    def train(self) -> bool:
         """Steps with evaluations and checkpoints between them, until the end (True) or a request to stop."""
-        with (
-            metrics_on_rank_zero(
-                self.directory,
-                self.config,
-                self.parallel,
-                resume_step=self.state.step,
-                total_steps=self.num_steps,
-            ) as metrics,
-            self.watch,
-            self.store,
-        ):
+        run = self.run
+        with run.recorded():
             self.samples = on_every_rank(self._open_samples)
-            while self.state.step < self.num_steps:
-                num_skipped = self.state.skipped_steps
-                with named_step(self.state.step + 1):
-                    collected, scored = self._experience()
-                with self.timers("update"):
-                    reports = self._update(scored)
-                self.state = replace(
-                    self.state,
-                    step=self.state.step + 1,
-                    consumed_samples=self.state.consumed_samples + collected.num_prompts,
-                    consecutive_idle_steps=0 if reports else self.state.consecutive_idle_steps + 1,
-                    drawn_prompts=collected.draws.drawn,
-                    useful_prompts=collected.draws.useful,
-                )
-                tell_skipped(
-                    self.state.skipped_steps - num_skipped, step=self.state.step, suspects=_sources(scored)
-                )
-                follow(self.policy, self.reference, steps_done=self.state.step)
-                held_out = self.evaluate() if self._is_due(self.config.train.eval_every) else {}
+            while run.goes_on:
+                collected, scored, reports = self._step()
+                held_out = self.evaluate() if run.is_evaluation_due else {}
                 numbers = {**self._step_numbers(collected, scored, reports), **held_out}
-                on_rank_zero(partial(self._record, metrics, numbers, collected))
-                is_asked = stop.agreed(self.parallel, step=self.state.step, num_steps=self.num_steps)
-                self._guard(numbers, scored, is_asked=is_asked)
-                if is_asked:
-                    break
-        return self.state.step == self.num_steps
+                on_rank_zero(partial(self._record, numbers, collected))
+                run.end_step(numbers, suspects=_sources(scored), is_whole=bool(reports))
+                stop_on_idle_streak(
+                    run.state.consecutive_idle_steps,
+                    limit=self.config.filters.max_idle_steps,
+                    step=run.state.step,
+                    numbers=numbers,
+                )
+        return run.is_finished
 
-    def _experience(self) -> tuple[Collected, list[Response]]:
-        """The responses of one step; those that are trained on with the trainer's own log-probabilities."""
-        with self.timers("reshard"):
-            self.updates.refresh(self.state.step)
-        collected = self._collect()
-        self.updates.release()
-        with self.timers("old_logprobs"):
-            return collected, self._with_old_logprobs(collected.responses)
+    def _step(self) -> tuple[Collected, list[Response], list[tuple[StepReport, OptimStep]]]:
+        """The responses of one step, those that were trained on, and the updates that they gave."""
+        run = self.run
+        num_skipped = run.state.skipped_steps
+        with named_step(run.state.step + 1):
+            with self.updates.engine_turn(run.state.step, timed=run.timers("reshard")):
+                collected = self._collect()
+            with run.timers("old_logprobs"):
+                scored = self._with_old_logprobs(collected.responses)
+        with run.timers("update"):
+            reports = self._update(scored)
+        run.state = replace(
+            run.state,
+            step=run.state.step + 1,
+            consumed_samples=run.state.consumed_samples + collected.num_prompts,
+            consecutive_idle_steps=0 if reports else run.state.consecutive_idle_steps + 1,
+            drawn_prompts=collected.draws.drawn,
+            useful_prompts=collected.draws.useful,
+        )
+        tell_skipped(run.state.skipped_steps - num_skipped, step=run.state.step, suspects=_sources(scored))
+        run.follow(steps_done=run.state.step)
+        return collected, scored, reports
 
     def evaluate(self) -> dict[str, float]:
         """Greedy responses to every held-out prompt, under valid/."""
@@ -344,11 +299,11 @@ class GrpoTrainer:
             return {}
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, num_samples=1)
         rows = list(enumerate(self.valid.rows))
-        with named_step(self.state.step):
-            with self.timers("evaluate"):
-                self.updates.refresh(self.state.step)
+        with (
+            named_step(self.run.state.step),
+            self.updates.engine_turn(self.run.state.step, timed=self.run.timers("evaluate")),
+        ):
             responses = self.collector.answer(self.engine, rows, greedy, phases=("evaluate", "evaluate"))
-        self.updates.release()
         collected = Collected(responses=(), generated=tuple(responses), num_prompts=len(responses))
         numbers = response_metrics(collected)
         found = {name: numbers.get(name.removeprefix("valid/")) for name in HELD_OUT}
@@ -358,8 +313,8 @@ class GrpoTrainer:
         size, group_size = self.config.batch.global_size, self.config.rollout.group_size
         return self.collector.collect(
             self.engine,
-            consumed=self.state.consumed_samples,
-            recent=Draws(drawn=self.state.drawn_prompts, useful=self.state.useful_prompts),
+            consumed=self.run.state.consumed_samples,
+            recent=Draws(drawn=self.run.state.drawn_prompts, useful=self.run.state.useful_prompts),
             multiple_of=math.lcm(size, group_size) // group_size,
         )
 
@@ -372,54 +327,43 @@ class GrpoTrainer:
             part = responses[start : start + self.config.batch.global_size]
             data = self.batches.lay_out(part, everything=True)
             assert data is not None
-            scores = score_responses(self.policy, data, temperature=self.sampling.temperature)
+            scores = score_responses(self.run.policy, data, temperature=self.sampling.temperature)
             found |= {start + place: values for place, values in scores.items()}
         return [replace(each, old_logprobs=tuple(found[i])) for i, each in enumerate(responses)]
 
-    def _update(self, responses: Sequence[Response]) -> list[tuple[StepReport, dict[str, float]]]:
+    def _update(self, responses: Sequence[Response]) -> list[tuple[StepReport, OptimStep]]:
         """Mini-batches of batch.global_size responses, rollout.passes times over all of them.
 
         A mini-batch in which no response that carries loss has an advantage teaches nothing; Adam's momentum
-        and weight decay shall not move the weights for it, nor a KL or entropy term alone.
+        and weight decay must not move the weights for it, nor a KL or entropy term alone.
         """
-        reports, size = [], self.config.batch.global_size
+        run, reports, size = self.run, [], self.config.batch.global_size
         for _ in range(self.config.rollout.passes):
             for start in range(0, len(responses), size):
                 part = responses[start : start + size]
                 data = self.batches.lay_out(part) if self.batches.has_signal(part) else None
                 if data is None:
                     continue
-                report = self.policy.forward_backward(data.batches, self.loss, self.reference)
-                update = self.policy.optim_step(self.state.step, num_steps=self.num_steps, loss=report.loss)
-                self.state = replace(
-                    self.state,
-                    skipped_steps=self.state.skipped_steps + update.is_skipped,
-                    consecutive_skipped_steps=(self.state.consecutive_skipped_steps + 1) * update.is_skipped,
-                )
-                reports.append((report, {"grad_norm": update.grad_norm, "lr": update.lr}))
-                self._warn_once(report, update.grad_norm)
+                report = run.policy.forward_backward(data.batches, run.loss, run.reference)
+                update = run.optimize(run.state.step, report)
+                reports.append((report, update))
+                run.check_learning(report, grad_norm=update.grad_norm, step=run.state.step + 1)
         return reports
-
-    def _warn_once(self, report: StepReport, grad_norm: float) -> None:
-        """Tell of a loss without a gradient, after the first update of this process; it had advantages."""
-        warning = no_gradient_warning(report, grad_norm=grad_norm, loss_name=self.loss.name)
-        if warning is not None and not self._is_learning_checked and self.parallel.rank == 0:
-            print(f"warning: step {self.state.step + 1}: {warning}", file=sys.stderr, flush=True)
-        self._is_learning_checked = True
 
     def _step_numbers(
         self,
         collected: Collected,
         trained: Sequence[Response],
-        reports: Sequence[tuple[StepReport, dict[str, float]]],
+        reports: Sequence[tuple[StepReport, OptimStep]],
     ) -> dict[str, float]:
-        seconds = self.timers.collect()
+        seconds = self.run.timers.collect()
         numbers: dict[str, float] = {}
         if reports:
-            whole = combine_reports([report for report, _ in reports], loss_name=self.loss.name)
+            whole = combine_reports([report for report, _ in reports], loss_name=self.run.loss.name)
             numbers |= {
                 "loss": whole.loss / len(reports),
-                **{name: sum(each[name] for _, each in reports) / len(reports) for name in reports[0][1]},
+                "grad_norm": sum(update.grad_norm for _, update in reports) / len(reports),
+                "lr": sum(update.lr for _, update in reports) / len(reports),
                 **whole.metrics,
             }
         rollouts = [each.rollout for each in collected.generated]
@@ -432,66 +376,29 @@ class GrpoTrainer:
             **(mismatch_metrics(trained) if trained else {}),
             **self.updates.numbers(),
             "updates": len(reports),
-            "skipped_steps": self.state.skipped_steps,
             "rollout/tokens_per_second": num_generated / seconds["generate"],
             "tokens_per_second": num_tokens / sum(seconds[phase] for phase in _PHASES),
-            **{f"seconds/{phase}": value for phase, value in seconds.items()},
-            **save_numbers(self.store),
-            **self.stragglers.numbers(),
-            "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
+            **self.run.numbers(seconds),
         }
 
-    def _guard(self, numbers: dict[str, float], responses: Sequence[Response], *, is_asked: bool) -> None:
-        """Save when it is due or asked for, and let gates and a streak of bad gradients end the run."""
-        # Times and memory differ between ranks: rank 0's decide, or one rank alone would stop.
-        crossings = on_rank_zero(
-            lambda: self.gates.check(self.state.step, numbers, is_whole=numbers["updates"] > 0)
-        )
-        is_last = any(crossing.stops for crossing in crossings)
-        if is_last or is_asked or self._is_due(self.config.checkpoint.every):
-            with self.timers("checkpoint"):
-                self.store.save(self.state, self.policy, self.reference)
-        if self.parallel.rank == 0:
-            tell(crossings)
-        stop_on_nonfinite_streak(
-            self.state.consecutive_skipped_steps,
-            limit=self.config.train.max_nonfinite_steps,
-            step=self.state.step,
-            suspects=_sources(responses),
-            directory=str(self.directory.checkpoints),
-        )
-        stop_on_idle_streak(
-            self.state.consecutive_idle_steps,
-            limit=self.config.filters.max_idle_steps,
-            step=self.state.step,
-            numbers=numbers,
-        )
-        if is_last:
-            self.store.finish()
-            stop_at(crossings)
-
-    def _record(self, metrics: MetricsWriter, numbers: dict[str, float], collected: Collected) -> None:
+    def _record(self, numbers: dict[str, float], collected: Collected) -> None:
         """Write a step's numbers, tell what verifiers could not do, and append its first groups' samples."""
-        metrics.write(self.state.step, numbers)
+        self.run.write(numbers)
         if self.samples is None:
             return
         for failure in describe_failures([each.scored for each in collected.generated]):
-            print(f"step {self.state.step}: {failure}", file=sys.stderr, flush=True)
-        self.samples.write(self.state.step, collected.generated)
+            LOGGER.warning("step %d: %s", self.run.state.step, failure)
+        self.samples.write(self.run.state.step, collected.generated)
 
     def _open_samples(self) -> SampleLog | None:
-        if self.parallel.rank > 0:
+        if self.run.parallel.rank > 0:
             return None
         return SampleLog(
-            self.directory.path / "rollouts.jsonl",
+            self.run.directory.path / "rollouts.jsonl",
             self.tokenizer,
             num_groups=self.config.rollout.save_samples,
-            resume_step=self.state.step,
+            resume_step=self.run.state.step,
         )
-
-    def _is_due(self, every: int) -> bool:
-        """After every `every` steps, and at the end of the run in any case."""
-        return self.state.step == self.num_steps or (every > 0 and self.state.step % every == 0)
 
 
 def _sources(responses: Sequence[Response]) -> list[str]:

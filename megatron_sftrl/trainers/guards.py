@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sftrl.config.schema import GateSection
 from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.errors import UserError
+
+LOGGER = logging.getLogger(__name__)
 
 _NAMED_AT_MOST = 16
 
@@ -63,11 +65,12 @@ def tell_skipped(num_skipped: int, *, step: int, suspects: Sequence[str]) -> Non
         suspects: as for stop_on_nonfinite_streak.
     """
     if num_skipped and int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"step {step}: the loss or the gradient was NaN or infinite, and {num_skipped} of its updates "
-            f"moved no weight (skipped_steps counts them all); its samples: {_named(suspects)}",
-            file=sys.stderr,
-            flush=True,
+        LOGGER.warning(
+            "step %d: the loss or the gradient was NaN or infinite, and %d of its updates moved no weight "
+            "(skipped_steps counts them all); its samples: %s",
+            step,
+            num_skipped,
+            _named(suspects),
         )
 
 
@@ -226,9 +229,9 @@ class Gates:
 
 
 def tell(crossings: Sequence[Crossing]) -> None:
-    """A line on standard error for each; rank 0 only."""
+    """A warning for each; rank 0 only."""
     for crossing in crossings:
-        print(f"gate: {crossing.text}", file=sys.stderr, flush=True)
+        LOGGER.warning("gate: %s", crossing.text)
 
 
 def stop_at(crossings: Sequence[Crossing]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.hf_weights import HfWeights
 from megatron_sftrl.observability.run_directory import RunDirectory, write_atomically
+
+LOGGER = logging.getLogger(__name__)
 
 FILE_NAME = "origins.json"
 
@@ -115,10 +117,8 @@ class Origins:
             )
         newest = _newest(path)
         if newest is not None and newest.name != recorded.name:
-            print(
-                f"{key}: this run stays with {recorded}, as it began; {path} has come to {newest.name}",
-                file=sys.stderr,
-                flush=True,
+            LOGGER.info(
+                "%s: this run stays with %s, as it began; %s has come to %s", key, recorded, path, newest.name
             )
         return recorded
 
@@ -131,11 +131,12 @@ class Origins:
             )
         if before is None and self._is_resumed:
             on_rank_zero(
-                lambda: print(
-                    f"{key}: an older version began this run and did not record which weights it took from "
-                    f"{path}; now it is {origin.text}, and stays so",
-                    file=sys.stderr,
-                    flush=True,
+                lambda: LOGGER.warning(
+                    "%s: an older version began this run and did not record which weights it took from %s; "
+                    "now it is %s, and stays so",
+                    key,
+                    path,
+                    origin.text,
                 )
             )
         self._found[key] = origin

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,11 @@ from megatron_sftrl.rl.rewards import (
 )
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
-from megatron_sftrl.trainers.checked import RunPlan, response_text
+from megatron_sftrl.trainers.checked import CheckedRun, response_text
 from megatron_sftrl.trainers.experience import Response, first_rewards, grouped, with_advantages
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
+
+LOGGER = logging.getLogger(__name__)
 
 # How many prompts a step of dynamic sampling draws, and which of the useful groups it trains on.
 
@@ -417,19 +419,19 @@ _NUM_TRIED = 8
 """Rows of each set of prompts whose own answers are scored before a run."""
 
 
-def open_prompts(plan: RunPlan[GrpoConfig]) -> tuple[PromptSet, PromptSet | None]:
+def open_prompts(checked: CheckedRun[GrpoConfig]) -> tuple[PromptSet, PromptSet | None]:
     """Prompts to train on, and held-out ones where the run has some.
 
     Raises:
         UserError: as read_prompt_set, or epochs that do not fill a step.
     """
-    data = plan.config.data
+    data = checked.config.data
     limit = data.max_prompt_length
-    train = read_prompt_set(data.train, plan.tokenizer, max_prompt_length=limit)
-    num_rollout_steps(plan.config, train)
+    train = read_prompt_set(data.train, checked.tokenizer, max_prompt_length=limit)
+    num_rollout_steps(checked.config, train)
     if not data.valid:
         return train, None
-    return train, read_prompt_set(data.valid, plan.tokenizer, max_prompt_length=limit, key="data.valid")
+    return train, read_prompt_set(data.valid, checked.tokenizer, max_prompt_length=limit, key="data.valid")
 
 
 def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
@@ -477,4 +479,4 @@ def try_own_answers(rewards: RewardPool, tokenizer: Tokenizer, *prompts: PromptS
         for place in spread(len(each.rows), _NUM_TRIED)
     ]
     for note in check_own_rows(rewards, rows):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        LOGGER.warning(note)

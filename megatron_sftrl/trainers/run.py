@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Generic
 
 import torch
 import torch.distributed as dist
@@ -18,19 +20,31 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState, load_weights
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.objective import StepReport
+from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
-from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.architecture import Architecture, num_parameters
 from megatron_sftrl.models.hf_weights import open_weights
 from megatron_sftrl.observability.metrics import MetricsWriter, open_metrics
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
-from megatron_sftrl.observability.watch import HangWatch, Place, StragglerWatch
-from megatron_sftrl.trainers.checked import ConfigT, RunPlan
+from megatron_sftrl.observability.watch import HangWatch, Place, StragglerWatch, Timers, peak_memory_bytes
+from megatron_sftrl.trainers.checked import CheckedRun, ConfigT, export_assets
+from megatron_sftrl.trainers.guards import (
+    Crossing,
+    Gates,
+    no_gradient_warning,
+    stop_at,
+    stop_on_nonfinite_streak,
+    tell,
+)
 from megatron_sftrl.trainers.origins import Origins
+
+LOGGER = logging.getLogger(__name__)
 
 
 def begin_run(config: TrainingConfig, origins: Origins) -> None:
@@ -46,64 +60,6 @@ def begin_run(config: TrainingConfig, origins: Origins) -> None:
         raise error_of(f"cannot write into run_dir {config.run_dir}: {error}", error) from error
     # Last: an origins.json beside no resolved.yaml is of a run that never began.
     open_run_directory(config, is_writer=True)
-
-
-def resume_or_start(
-    store: CheckpointStore,
-    policy: PolicyEngine,
-    reference: ReferenceModel | None,
-    *,
-    fingerprint: str,
-    columns: str,
-) -> TrainerState:
-    """Load the run's latest checkpoint into the models; step 0 where there is none.
-
-    Args:
-        store: of the run.
-        policy, reference: at their initial weights.
-        fingerprint: of the training data.
-        columns: what it covers, for the message.
-    Raises:
-        UserError: the checkpoint was trained on other data.
-    """
-    latest = store.latest()
-    if latest is None:
-        return TrainerState(data_fingerprint=fingerprint)
-    state = store.load(latest, policy, reference)
-    if state.data_fingerprint != fingerprint:
-        raise UserError(
-            f"data.train is not what {latest} was trained on: its {columns} changed, so the run would go on "
-            "with other samples; restore the data, or choose another run_dir"
-        )
-    return state
-
-
-def shared_progress(config: TrainingConfig, parallel: ParallelContext, watch: HangWatch) -> SharedProgress:
-    """What moves on any rank, told to every rank's watch, often enough for it; every rank calls this."""
-    seconds = config.train.hang_minutes * 60
-    return SharedProgress(parallel, watch.moved, seconds=min(1.0, seconds / 10) if seconds else 1.0)
-
-
-def follow(policy: PolicyEngine, reference: ReferenceModel | None, *, steps_done: int) -> None:
-    """Move a reference that follows the policy, where it is due."""
-    if reference is not None and reference.is_due(steps_done):
-        policy.gather_parameters()
-        reference.follow(policy.chunks)
-
-
-def save_numbers(store: CheckpointStore) -> dict[str, float]:
-    """How fast the last checkpoint was written, in the numbers of the first step after its end.
-
-    Raises:
-        UserError, RuntimeError: on every rank, when it could not be written beside the training.
-    """
-    written = store.written()
-    if written is None:
-        return {}
-    return {
-        "checkpoint/write_seconds": written.seconds,
-        "checkpoint/gigabytes_per_second": written.num_bytes / 1e9 / written.seconds,
-    }
 
 
 @contextlib.contextmanager
@@ -122,36 +78,224 @@ def hold(directory: RunDirectory) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def metrics_on_rank_zero(
-    directory: RunDirectory,
-    config: TrainingConfig,
-    parallel: ParallelContext,
-    *,
-    resume_step: int,
-    total_steps: int,
-) -> Iterator[MetricsWriter]:
-    """Rank 0 writes; the others hand their numbers to nobody, and wait at the end.
+# What a loop has around its steps.
 
+
+class Run(Generic[ConfigT]):
+    """Models, checkpoints, metrics and watches of one run, and when each is due; the loop has the steps.
+
+    Args:
+        checked: the run.
+        directory: that it holds.
+        parallel: this rank's place.
+        stop: asked after every step.
+        num_steps: of the whole run.
+        fingerprint: of the training data.
+        columns: what the fingerprint covers, for messages.
+        held_out, sometimes: as for Gates.
     Raises:
-        UserError, RuntimeError: on every rank, when rank 0 cannot open what it shall write to.
+        UserError: on every rank: weights that cannot be read, or are not those that the run began with.
     """
 
-    def open_sinks() -> MetricsWriter:
-        if parallel.rank > 0:
-            return MetricsWriter([])
-        return open_metrics(directory, config, resume_step=resume_step, total_steps=total_steps)
+    def __init__(
+        self,
+        checked: CheckedRun[ConfigT],
+        directory: RunDirectory,
+        parallel: ParallelContext,
+        stop: StopRequest,
+        *,
+        num_steps: int,
+        fingerprint: str,
+        columns: str,
+        held_out: Sequence[str] | None,
+        sometimes: Sequence[str] = (),
+    ) -> None:
+        config = checked.config
+        self.config, self.loss, self.directory, self.parallel = config, checked.loss, directory, parallel
+        self.num_steps = num_steps
+        many = "es" if parallel.world_size > 1 else ""
+        LOGGER.info("starting on %d process%s, %s", parallel.world_size, many, parallel.device.type)
+        self._stop, self._fingerprint, self._columns = stop, fingerprint, columns
+        self.watch = HangWatch(config.train.hang_minutes)
+        self.store = CheckpointStore(
+            directory.checkpoints,
+            parallel,
+            keep_last=config.checkpoint.keep_last,
+            assets=export_assets(checked),
+            async_save=config.checkpoint.async_save,
+            on_progress=self.watch.moved,
+        )
+        is_resumed = self.store.latest() is not None
+        self._origins = Origins(directory, is_resumed=is_resumed)
+        self.policy, self.reference = build_models(checked, parallel, self._origins, is_resumed=is_resumed)
+        self.policy.on_microbatch = self.watch.moved
+        self.state = TrainerState(data_fingerprint=fingerprint)
+        self._gates = Gates(
+            config.gates,
+            defaults=checked.loss.config.default_gates(),
+            held_out=held_out,
+            sometimes=sometimes,
+        )
+        self._stragglers = Stragglers(self.policy, parallel)
+        synchronize = torch.cuda.synchronize if parallel.device.type == "cuda" else None
+        self.timers = Timers(synchronize=synchronize, on_end=self.watch.moved)
+        self._metrics = MetricsWriter([])
+        self._is_learning_checked = self._is_asked = False
 
-    with on_every_rank(open_sinks) as metrics:
-        yield metrics
-    dist.barrier()
+    def begin(self) -> None:
+        """Go on from the run's latest checkpoint or start at step 0, and take the directory as this run's.
+
+        Only now: who corrects a bad row, max_length or init_checkpoint must not meet the resolved.yaml of a
+        run that never began, and be refused as another run.
+
+        Raises:
+            UserError: the checkpoint was trained on other data.
+        """
+        latest = self.store.latest()
+        if latest is None:
+            LOGGER.info("starting fresh: %d steps, in %s", self.num_steps, self.directory.path)
+        else:
+            self.state = self.store.load(latest, self.policy, self.reference)
+            if self.state.data_fingerprint != self._fingerprint:
+                raise UserError(
+                    f"data.train is not what {latest} was trained on: its {self._columns} changed, so the "
+                    "run would go on with other samples; restore the data, or choose another run_dir"
+                )
+            LOGGER.info("resumed from step %d of %d: %s", self.state.step, self.num_steps, latest)
+        on_rank_zero(lambda: begin_run(self.config, self._origins))
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Around the loop: rank 0 writes metrics, the watch runs, and the last checkpoint is waited for.
+
+        Raises:
+            UserError, RuntimeError: on every rank, when rank 0 cannot open what it must write to.
+        """
+
+        def open_sinks() -> MetricsWriter:
+            if self.parallel.rank > 0:
+                return MetricsWriter([])
+            return open_metrics(
+                self.directory, self.config, resume_step=self.state.step, total_steps=self.num_steps
+            )
+
+        with on_every_rank(open_sinks) as self._metrics, self.watch, self.store:
+            yield
+        dist.barrier()
+        if self.is_finished:
+            LOGGER.info("finished %d steps: %s", self.num_steps, self.directory.path)
+
+    @property
+    def is_finished(self) -> bool:
+        """Every step is done."""
+        return self.state.step >= self.num_steps
+
+    @property
+    def goes_on(self) -> bool:
+        """There is another step to do, and no request to stop."""
+        return not self.is_finished and not self._is_asked
+
+    def is_due(self, every: int) -> bool:
+        """After every `every` steps, and at the end of the run in any case."""
+        return self.is_finished or (every > 0 and self.state.step % every == 0)
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """The step that has just been done is followed by an evaluation."""
+        return self.is_due(self.config.train.eval_every)
+
+    def follow(self, *, steps_done: int) -> None:
+        """Move a reference that follows the policy, where it is due."""
+        if self.reference is not None and self.reference.is_due(steps_done):
+            self.policy.gather_parameters()
+            self.reference.follow(self.policy.chunks)
+
+    def optimize(self, step: int, report: StepReport) -> OptimStep:
+        """One update from the gradients that are there; the state counts it, skipped or not."""
+        update = self.policy.optim_step(step, num_steps=self.num_steps, loss=report.loss)
+        self.state = replace(
+            self.state,
+            skipped_steps=self.state.skipped_steps + update.is_skipped,
+            consecutive_skipped_steps=(self.state.consecutive_skipped_steps + 1) * update.is_skipped,
+        )
+        return update
+
+    def check_learning(self, report: StepReport, *, grad_norm: float, step: int) -> None:
+        """Warn of a loss without a gradient, after the first update of this process.
+
+        Args:
+            report: of an update whose samples carry loss.
+            grad_norm: of it.
+            step: it belongs to, from 1.
+        """
+        warning = no_gradient_warning(report, grad_norm=grad_norm, loss_name=self.loss.name)
+        if warning is not None and not self._is_learning_checked and self.parallel.rank == 0:
+            LOGGER.warning("step %d: %s", step, warning)
+        self._is_learning_checked = True
+
+    def numbers(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """What every step has to tell: skipped updates, seconds of each phase, saves, ranks and memory.
+
+        Raises:
+            UserError, RuntimeError: on every rank, when a checkpoint could not be written meanwhile.
+        """
+        numbers: dict[str, float] = {"skipped_steps": self.state.skipped_steps}
+        numbers |= {f"seconds/{phase}": value for phase, value in seconds.items()}
+        if (written := self.store.written()) is not None:
+            numbers |= {
+                "checkpoint/write_seconds": written.seconds,
+                "checkpoint/gigabytes_per_second": written.num_bytes / 1e9 / written.seconds,
+            }
+        return {
+            **numbers,
+            **self._stragglers.numbers(),
+            "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
+        }
+
+    def write(self, numbers: Mapping[str, float]) -> None:
+        """A step's numbers to every sink; rank 0 only."""
+        self._metrics.write(self.state.step, numbers)
+
+    def end_step(self, numbers: Mapping[str, float], *, suspects: Sequence[str], is_whole: bool) -> None:
+        """Stop a streak of bad gradients, save when it is due or asked for, and let gates end the run.
+
+        Args:
+            numbers: of the step.
+            suspects: where the samples of the step come from.
+            is_whole: the policy was updated, so that every metric of training is there.
+        Raises:
+            UserError: the streak has reached its limit, or a gate ends the run; a checkpoint is then saved.
+        """
+        stop_on_nonfinite_streak(
+            self.state.consecutive_skipped_steps,
+            limit=self.config.train.max_nonfinite_steps,
+            step=self.state.step,
+            suspects=suspects,
+            directory=str(self.directory.checkpoints),
+        )
+
+        # Times and memory differ between ranks: rank 0's decide, or one rank alone would stop.
+        def check() -> list[Crossing]:
+            crossings = self._gates.check(self.state.step, numbers, is_whole=is_whole)
+            tell(crossings)
+            return crossings
+
+        crossings = on_rank_zero(check)
+        is_last = any(crossing.stops for crossing in crossings)
+        self._is_asked = self._stop.agreed(self.parallel, step=self.state.step, num_steps=self.num_steps)
+        if is_last or self._is_asked or self.is_due(self.config.checkpoint.every):
+            with self.timers("checkpoint"):
+                self.store.save(self.state, self.policy, self.reference)
+        if is_last:
+            self.store.finish()
+            stop_at(crossings)
 
 
 # The models of a run, with the weights that it starts from.
 
 
 def build_models(
-    plan: RunPlan[ConfigT], parallel: ParallelContext, origins: Origins, *, is_resumed: bool
+    checked: CheckedRun[ConfigT], parallel: ParallelContext, origins: Origins, *, is_resumed: bool
 ) -> tuple[PolicyEngine, ReferenceModel | None]:
     """The policy at its initial weights, and its reference where the run has one.
 
@@ -159,7 +303,7 @@ def build_models(
     at every start, before a checkpoint moves the policy on, and so needs no place in a checkpoint.
 
     Args:
-        plan: of the run.
+        checked: of the run.
         parallel: this rank's place.
         origins: what the run began with.
         is_resumed: a checkpoint of the run follows. Initial weights that nothing is derived from are then
@@ -167,34 +311,50 @@ def build_models(
     Raises:
         UserError: on every rank: weights that cannot be read, or are not those that the run began with.
     """
-    config = plan.config
-    policy = PolicyEngine(plan.architecture, config, parallel)
+    config, architecture = checked.config, checked.architecture
+    policy = PolicyEngine(architecture, config, parallel)
+    LOGGER.info(
+        "built %s: %s parameters, %s; tp %d, pp %d, cp %d, ep %d, dp %d",
+        architecture.family,
+        f"{num_parameters(architecture):,}",
+        config.model.dtype,
+        parallel.tp_size,
+        parallel.pp_size,
+        parallel.cp_size,
+        parallel.ep_size,
+        parallel.dp_size,
+    )
     section = config.reference
     is_derived = section is not None and section.kind == "frozen" and section.checkpoint is None
     if is_derived or not is_resumed:
-        _load_start(plan, policy, origins)
+        _load_start(checked, policy, origins)
     if config.reference is None:
         return policy, None
-    reference = ReferenceModel(plan.architecture, config, config.reference, parallel)
+    reference = ReferenceModel(checked.architecture, config, config.reference, parallel)
     if config.reference.checkpoint is not None:
         _load_checkpoint(
-            "reference.checkpoint", config.reference.checkpoint, reference.chunks, plan.architecture, origins
+            "reference.checkpoint",
+            config.reference.checkpoint,
+            reference.chunks,
+            checked.architecture,
+            origins,
         )
     else:
         reference.copy_from(policy.chunks)
     return policy, reference
 
 
-def _load_start(plan: RunPlan[ConfigT], policy: PolicyEngine, origins: Origins) -> None:
+def _load_start(checked: CheckedRun[ConfigT], policy: PolicyEngine, origins: Origins) -> None:
     """Initial weights from files, where the run names any."""
-    model = plan.config.model
+    model = checked.config.model
     if model.hf is not None:
         with open_weights(model.hf, allow_pickle=model.allow_pickle) as weights:
-            on_every_rank(lambda: load_hf_weights(policy.chunks, weights, plan.architecture))
+            on_every_rank(lambda: load_hf_weights(policy.chunks, weights, checked.architecture))
             origins.take_hf("model.hf", model.hf, weights)
+            LOGGER.info("weights from model.hf: %s", model.hf)
     if model.init_checkpoint is not None:
         key = "model.init_checkpoint"
-        _load_checkpoint(key, model.init_checkpoint, policy.chunks, plan.architecture, origins)
+        _load_checkpoint(key, model.init_checkpoint, policy.chunks, checked.architecture, origins)
     if model.hf is not None or model.init_checkpoint is not None:
         policy.reload_optimizer_weights()
 
@@ -208,6 +368,7 @@ def _load_checkpoint(
 ) -> None:
     found = load_weights(chunks, origins.checkpoint(key, path), architecture=architecture)
     origins.take_checkpoint(key, path, found)
+    LOGGER.info("weights from %s: %s", key, found.path)
 
 
 # A request from outside to end a run early: at the next step boundary, with a checkpoint.
@@ -257,11 +418,11 @@ class StopRequest:
         answer = torch.tensor(int(asked), device=parallel.device)
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         if answer and parallel.rank == 0:
-            print(
-                f"{signal.Signals(int(answer)).name}: stopping after step {step} of {num_steps} with a "
-                "checkpoint; the same command goes on from there",
-                file=sys.stderr,
-                flush=True,
+            LOGGER.info(
+                "%s: stopping after step %d of %d with a checkpoint; the same command goes on from there",
+                signal.Signals(int(answer)).name,
+                step,
+                num_steps,
             )
         return bool(answer)
 
@@ -289,11 +450,11 @@ class Stragglers:
     def numbers(self) -> dict[str, float]:
         """ranks/slowest (its number), its seconds to its own gradients, and how many times its peers'."""
         own = torch.tensor([self._policy.clock.collect()], device=self._parallel.device)
-        everyone = own.new_empty(self._parallel.world_size)
-        dist.all_gather_into_tensor(everyone, own)
-        slowest, warning = self._watch.note(everyone.tolist())
+        everyone = [torch.empty_like(own) for _ in range(self._parallel.world_size)]
+        dist.all_gather(everyone, own)
+        slowest, warning = self._watch.note(torch.cat(everyone).tolist())
         if warning is not None and self._parallel.rank == 0:
-            print(warning, file=sys.stderr, flush=True)
+            LOGGER.warning(warning)
         if slowest is None:
             return {}
         return {

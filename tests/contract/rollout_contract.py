@@ -110,7 +110,6 @@ def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict
     groups: dict[str, list[RolloutGroup]] = {}
     for version, directory in enumerate(directories):
         load(policy, directory)
-        engine.wake()
         engine.update(policy, version=version)
         groups[f"greedy_{version}"] = engine.generate(PROMPTS, GREEDY)
         if version < len(directories) - 1:
@@ -169,7 +168,6 @@ def _diverged(engine: RolloutEngine, policy: PolicyEngine) -> str:
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
             parameter.fill_(torch.nan)
-    engine.wake()
     engine.update(policy, version=len(SAMPLINGS))
     try:
         check_groups(engine.generate(PROMPTS, PLAIN), PROMPTS, size=PLAIN.num_samples)

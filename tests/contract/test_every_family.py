@@ -78,7 +78,6 @@ def observe(
         greedy = []
         for version, directory in enumerate(directories):
             load(policy, directory)
-            engine.wake()
             engine.update(policy, version=version)
             greedy.append(engine.generate(PROMPTS, GREEDY))
             if version + 1 < len(directories):
@@ -144,8 +143,8 @@ def test_in_process_agrees_with_the_trainer_and_with_transformers(
     world_size, parallel = LAYOUTS[layout]
     directories = {name: versions.directories for name, versions in families.items()}
     ranks = run_ranks(world_size, observe, make_in_process, parallel, directories, timeout_s=300)
-    # The bound.
-    assert_agrees(ranks, expected, tolerance=1e-6)
+    # 1e-6, and the rounding of fp32 between 8 and 16 nats.
+    assert_agrees(ranks, expected, tolerance=2e-6)
 
 
 @needs_vllm

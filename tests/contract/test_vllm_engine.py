@@ -235,7 +235,6 @@ def own_rules(model: str, directory: Path) -> OwnRules:
         engine.generate(PROMPTS, GREEDY)
     after = tensor_bytes()
     engine.sleep()
-    engine.wake()
     stale = generates(engine)
     engine.update(policy, version=6)
     greedy = [group.rollouts[0].response_tokens for group in engine.generate(PROMPTS, GREEDY)]

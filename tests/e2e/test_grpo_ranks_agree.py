@@ -20,7 +20,7 @@ def run_with_its_rank_as_memory(arguments: list[str], port: int) -> list[Ended]:
     def memory(device: torch.device) -> float:
         return float(dist.get_rank())
 
-    with mock.patch("megatron_sftrl.trainers.grpo.peak_memory_bytes", memory):
+    with mock.patch("megatron_sftrl.trainers.run.peak_memory_bytes", memory):
         return call_main([arguments], [port])
 
 

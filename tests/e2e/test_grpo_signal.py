@@ -178,8 +178,8 @@ def test_a_gate_warns_once_in_each_step_that_it_is_crossed_in(
     late = "{metric: entropy, above: 0.0, steps: 2}"
     never = "{metric: reward/mean, below: -1}"
     done = sftrl(*grpo.command(tmp_path / "run", gates(late, never)))
-    lines = [line for line in done.stderr.splitlines() if line.startswith("gate: ")]
-    assert [line.split(": ")[1] for line in lines] == [f"step {step}" for step in range(2, NUM_STEPS + 1)]
+    lines = [line.partition("WARNING: gate: ")[2] for line in done.stderr.splitlines() if "gate: " in line]
+    assert [line.split(": ")[0] for line in lines] == [f"step {step}" for step in range(2, NUM_STEPS + 1)]
     assert lines[0].endswith(" is above 0.0, 2 step(s) in a row")
     assert metrics_of(tmp_path / "run")[-1]["step"] == NUM_STEPS
 

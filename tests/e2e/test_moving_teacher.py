@@ -82,12 +82,12 @@ def distillation_terms(
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.observability.run_directory import open_run_directory
-    from megatron_sftrl.trainers.checked import plan_run
+    from megatron_sftrl.trainers.checked import checked_run
     from megatron_sftrl.trainers.sft import open_demonstrations
 
     os.environ["MASTER_PORT"] = str(port)
     config = load_config(run_dir / "resolved.yaml")
-    plan = plan_run(config)
+    checked = checked_run(config)
 
     def put(chunks: Any, values: dict[str, torch.Tensor]) -> None:
         for place in model_tensors(chunks, prefix=""):
@@ -99,13 +99,13 @@ def distillation_terms(
 
     terms = []
     with parallel_context(config.parallel) as parallel:
-        data = open_demonstrations(plan, open_run_directory(config, is_writer=False), parallel)
-        policy = PolicyEngine(plan.architecture, config, parallel, with_optimizer=False)
+        data = open_demonstrations(checked, open_run_directory(config, is_writer=False), parallel)
+        policy = PolicyEngine(checked.architecture, config, parallel, with_optimizer=False)
         frozen = ReferenceSection(kind="frozen")
-        teacher = ReferenceModel(plan.architecture, config, frozen, parallel)
+        teacher = ReferenceModel(checked.architecture, config, frozen, parallel)
         for step in range(1, len(stored)):
             put(policy.chunks, weights(stored[step - 1], "policy"))
             put(teacher.chunks, teachers[step - 1])
-            report = policy.evaluate(data.train.step(step).batches, plan.loss, teacher)
+            report = policy.evaluate(data.train.step(step).batches, checked.loss, teacher)
             terms.append(report.metrics["curiosft/k2"])
     return terms

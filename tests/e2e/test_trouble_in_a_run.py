@@ -67,7 +67,7 @@ def test_a_loss_that_stops_its_own_gradient_is_named_once(
     for command in (sft, grpo.command(tmp_path / "grpo", mine[1], "train.steps=1")):
         said = sftrl_each([command])[0].expect(0).stderr
         assert said.count("trains nothing") == 1
-        assert "warning: step 1: loss 'stopped" in said
+        assert "WARNING: step 1: loss 'stopped" in said
 
 
 def test_a_streak_of_them_ends_the_run_and_names_the_samples(project: Project, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from megatron_sftrl.apps.plan.activations import Kernels
 from megatron_sftrl.apps.plan.model_state import Grid
-from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
@@ -44,9 +44,9 @@ def workload_of(config: TrainingConfig, grid: Grid, *, mean_length: int | None =
     wave = grid.dp * (grid.pp if grid.vp > 1 else 1)
     groups = _round_up(math.ceil(batch.global_size / per_microbatch), wave)
     responses = updates = 0
-    if isinstance(config, GrpoConfig):
-        responses = config.rollout.prompts_per_step * config.rollout.group_size
-        updates = responses // batch.global_size * config.rollout.passes
+    if (grpo := config.grpo) is not None:
+        responses = grpo.rollout.prompts_per_step * grpo.rollout.group_size
+        updates = responses // batch.global_size * grpo.rollout.passes
     return Workload(
         length=length,
         num_microbatches=groups // grid.dp,

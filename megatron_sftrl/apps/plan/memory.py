@@ -215,8 +215,8 @@ def plan_memory(
     batch = microbatch_of(config, grid, hardware.kernels)
     num_microbatches = workload_of(config, grid).num_microbatches
     rollout = None
-    if isinstance(config, GrpoConfig):
-        rollout = rollout_memory(architecture, config, grid, batch, hardware)
+    if (grpo := config.grpo) is not None:
+        rollout = rollout_memory(architecture, grpo, grid, batch, hardware)
     stages = []
     is_offloaded = config.reference is not None and config.reference.placement == "offload"
     largest_reference, largest_copy = 0, 0

@@ -10,7 +10,7 @@ from megatron_sftrl.apps.plan.memory import MemoryPlan, plan_memory
 from megatron_sftrl.apps.plan.model_state import Grid, grid_of
 from megatron_sftrl.apps.plan.step_time import StepEstimate, estimate_step
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
@@ -195,8 +195,8 @@ def _savings(config: TrainingConfig) -> Iterator[str]:
         yield "parallel.sequence_parallel=true"
     if not parallel.distributed_optimizer and config.optim.name == "adamw":
         yield "parallel.distributed_optimizer=true"
-    if isinstance(config, GrpoConfig) and config.rollout.engine == "vllm":
-        share = config.rollout.vllm.gpu_memory_utilization
+    if (grpo := config.grpo) is not None and grpo.rollout.engine == "vllm":
+        share = grpo.rollout.vllm.gpu_memory_utilization
         for smaller in (each for each in _SMALLER_SHARES if each < share):
             yield f"rollout.vllm.gpu_memory_utilization={smaller}"
     if config.reference is not None and config.reference.placement == "resident":

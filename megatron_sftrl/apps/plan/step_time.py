@@ -178,12 +178,12 @@ def estimate_step(
     parts["gradients and weights over dp"] = max(0.0, dense + experts - hidden) * work.num_updates
     parts["optimizer"] = _optimizer_seconds(architecture, config, grid, hardware) * work.num_updates
     train = sum(parts.values())
-    if isinstance(config, GrpoConfig):
+    if (grpo := config.grpo) is not None:
         # Every response is scored once before the updates.
-        scored = work.num_updates / config.rollout.passes
+        scored = work.num_updates / grpo.rollout.passes
         parts["old log-probabilities"] = waves * cost.forward * scored
         if rollout is not None and rollout.weights:
-            parts["generating"] = _generation_seconds(architecture, config, grid, hardware, rollout, work)
+            parts["generating"] = _generation_seconds(architecture, grpo, grid, hardware, rollout, work)
     tokens = work.num_updates * config.batch.global_size * work.length
     useful = model_flops(architecture, tokens=tokens, length=work.length)
     return StepEstimate(

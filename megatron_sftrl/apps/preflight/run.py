@@ -40,7 +40,7 @@ from megatron_sftrl.data.rows import check_source, read_rows
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.build import check_engine
-from megatron_sftrl.trainers.checked import RunPlan, plan_run
+from megatron_sftrl.trainers.checked import CheckedRun, checked_run
 
 # Compares what all nodes found; the odd one is named. Pure functions.
 
@@ -215,31 +215,31 @@ def _findings(
 
 def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
     """On each node: the configuration and its files, the first rows of the data, memory and disk."""
-    plans: list[RunPlan[TrainingConfig]] = []
+    runs: list[CheckedRun[TrainingConfig]] = []
     seen = {"memory": "", "space": ""}
 
     def read_configuration() -> None:
-        plan = plan_run(config)
-        if isinstance(config, GrpoConfig):
+        checked = checked_run(config)
+        if (grpo := config.grpo) is not None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            check_engine(config, plan.architecture, device, world_size=meeting.size)
-        plans.append(plan)
+            check_engine(grpo, checked.architecture, device, world_size=meeting.size)
+        runs.append(checked)
 
     def read_data() -> None:
-        for plan in plans:
-            _read_first_rows(plan)
+        for checked in runs:
+            _read_first_rows(checked)
 
     def measure_memory() -> None:
-        for plan in plans:
+        for checked in runs:
             seen["memory"], problem = memory_problem(
-                config, plan.architecture, world_size=meeting.size, gpu_bytes=own_gpu_bytes()
+                config, checked.architecture, world_size=meeting.size, gpu_bytes=own_gpu_bytes()
             )
             if problem:
                 raise UserError(problem)
 
     def measure_space() -> None:
-        for plan in plans:
-            seen["space"], problem = space_problem(config, plan.architecture)
+        for checked in runs:
+            seen["space"], problem = space_problem(config, checked.architecture)
             if problem:
                 raise UserError(problem)
 
@@ -295,19 +295,19 @@ def _data_files(config: TrainingConfig) -> list:
     return [*data.train, *data.valid]
 
 
-def _read_first_rows(plan: RunPlan[TrainingConfig]) -> None:
+def _read_first_rows(checked: CheckedRun[TrainingConfig]) -> None:
     """The first row of each file becomes tokens; the run itself reads all of them."""
-    data = cast(RunConfig | GrpoConfig, plan.config).data
+    data = cast(RunConfig | GrpoConfig, checked.config).data
     for key, path in [("train", path) for path in data.train] + [("valid", path) for path in data.valid]:
         check_source(path, f"data.{key}")
         row = next(iter(read_rows(path)), None)
         if row is None:
             raise UserError(f"data.{key}: {path} holds no row: expected at least one")
         try:
-            if isinstance(plan.config, GrpoConfig):
-                encode_prompt(plan.tokenizer, read_prompt(row.values))
+            if checked.config.grpo is not None:
+                encode_prompt(checked.tokenizer, read_prompt(row.values))
             else:
-                tokenize_row(plan.tokenizer, row.values)
+                tokenize_row(checked.tokenizer, row.values)
         except ValueError as error:
             raise UserError(f"{path}, first row: {error}") from error
 

@@ -11,7 +11,7 @@ host memory; writing.py then does the same on a thread of its own (background.py
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +63,8 @@ from megatron_sftrl.engine.together import on_rank_zero, sum_over_ranks
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, to_record
 from megatron_sftrl.models.hf_output import HfAssets
+
+LOGGER = logging.getLogger(__name__)
 
 # A run as the record of a checkpoint tells it, and whether a record is of this run.
 
@@ -216,9 +218,12 @@ def write_checkpoint(
             f"the checkpoint of step {step} could not be written to {directory}; earlier checkpoints are "
             f"untouched. {error}"
         ) from error
-    return Written(
+    written = Written(
         num_bytes=sum(file.size for file in whole.files.values()), seconds=time.monotonic() - began
     )
+    path = directory / checkpoint_directory.step_name(step)
+    LOGGER.info("saved step %d: %s, %.3g GB in %.3g s", step, path, written.num_bytes / 1e9, written.seconds)
+    return written
 
 
 # Copies of a checkpoint's tensors that training does not touch, in host memory that is used again.
@@ -367,7 +372,7 @@ class CheckpointStore:
         if error is None:
             self.finish()
         elif self._background is not None and (problem := self._background.abandon()) is not None:
-            print(problem, file=sys.stderr, flush=True)
+            LOGGER.error(problem)
 
     def _write(
         self,
@@ -485,11 +490,11 @@ def _tell_of_rounded_average(path: Path, reference: ReferenceModel | None) -> No
         return
     dtypes = {dtype for key, dtype in stored_dtypes(path).items() if key.startswith("reference.")}
     if dtypes != {torch.float32} and dist.get_rank() == 0:
-        print(
-            f"checkpoint {path} holds the moving average in {' and '.join(sorted(map(str, dtypes)))}, as "
-            "older versions kept it: small updates were rounded away until here. It goes on in fp32",
-            file=sys.stderr,
-            flush=True,
+        LOGGER.warning(
+            "checkpoint %s holds the moving average in %s, as older versions kept it: small updates were "
+            "rounded away until here. It goes on in fp32",
+            path,
+            " and ".join(sorted(map(str, dtypes))),
         )
 
 

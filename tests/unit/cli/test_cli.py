@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import megatron_sftrl.cli
 from megatron_sftrl import __version__
-from megatron_sftrl.cli import main
+from megatron_sftrl.cli import main, run_command, start_logging
 from megatron_sftrl.errors import UserError
 from tests.unit.config.example import EXAMPLE
 
@@ -253,3 +256,51 @@ def test_a_conversion_says_what_it_lacks_and_shows_where_an_error_was_raised(
     assert "--max-file-gb: expected a size above 0, got 0.0" in capsys.readouterr().err
     with pytest.raises(UserError, match="--verify-pp has no effect without --verify"):
         main([*to_hf, "--verify-pp", "2", "--traceback"])
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    """The package's, as it was before once the test is over."""
+    log = logging.getLogger("megatron_sftrl")
+    level, handlers = log.level, list(log.handlers)
+    yield log
+    log.setLevel(level)
+    log.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("log")
+@pytest.mark.parametrize(
+    ("rank", "level", "said"),
+    [
+        ("0", "", ["INFO: built", "WARNING: slow"]),
+        ("3", "", ["WARNING: slow"]),
+        ("3", "info", ["INFO: built", "WARNING: slow"]),
+        ("0", "ERROR", []),
+    ],
+)
+def test_the_log_goes_to_standard_error_with_time_rank_and_level(
+    rank: str,
+    level: str,
+    said: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("SFTRL_LOG", level)
+    for _ in range(2):  # a second command in one process says nothing twice
+        start_logging()
+    module = logging.getLogger("megatron_sftrl.any.module")
+    module.info("built")
+    module.warning("slow")
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in lines] == [
+        f"[rank {rank}] {each}" for each in said
+    ]
+
+
+def test_a_level_that_does_not_exist_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTRL_LOG", "loud")
+    assert run_command(lambda: 0) == 2
+    assert "SFTRL_LOG: expected one of DEBUG, INFO" in capsys.readouterr().err

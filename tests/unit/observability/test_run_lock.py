@@ -72,12 +72,12 @@ def test_the_lock_is_gone_at_the_end_and_with_it_what_was_made_for_it_alone(tmp_
     ids=["its process has ended", "its process id belongs to another process by now"],
 )
 def test_a_dead_owner_on_this_host_is_followed_at_once(
-    changes: Callable[[], dict[str, object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: Callable[[], dict[str, object]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     leave(tmp_path, **changes())
     with RunLock(tmp_path):
         assert holder(tmp_path) == os.getpid()
-    assert "its owner is gone" in capsys.readouterr().err
+    assert "its owner is gone" in caplog.text
 
 
 def test_a_requeued_job_follows_itself_at_once_wherever_it_begins(

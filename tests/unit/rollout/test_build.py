@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.models.architecture import from_section
 
 SIZES = {
@@ -118,7 +119,8 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
     from megatron_sftrl.rollout import build
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
-    policy: Any = SimpleNamespace(parallel=SimpleNamespace(dp_size=2))
+    policy: Any = object.__new__(PolicyEngine)
+    policy.parallel = SimpleNamespace(dp_size=2)
     monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings, decode, _progress: (settings, decode))
     monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, **most: tuple(most.values()))
     vllm: dict[str, Any] = {
@@ -158,8 +160,10 @@ def test_what_will_leave_is_not_in_the_way_when_vllm_measures_the_memory(
     from megatron_sftrl.rollout import build
 
     calls: list[str] = []
-    state = SimpleNamespace(leave=lambda: calls.append("leave"), come_back=lambda: calls.append("come_back"))
-    policy: Any = SimpleNamespace(training_state=state)
+    policy: Any = object.__new__(PolicyEngine)
+    policy.training_state = SimpleNamespace(
+        leave=lambda: calls.append("leave"), come_back=lambda: calls.append("come_back")
+    )
     monkeypatch.setattr(build, "VllmEngine", lambda *_: calls.append("build"))
     build.build_engine(config_of({**VLLM, "offload": offload}), policy, str)
     assert calls == [*around[:1], "build", *around[1:]]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -63,6 +66,18 @@ class Engine:
         ]
 
 
+@contextmanager
+def lent_memory(calls: list[str], *, offload: bool) -> Iterator[None]:
+    calls.append("lent")
+    yield
+    calls.append("back")
+
+
+def turn(updates: EngineUpdates, version: int) -> None:
+    with updates.engine_turn(version, timed=nullcontext()):
+        pass
+
+
 def updates_of(
     engine: Engine, apart: tuple[float, ...], monkeypatch: pytest.MonkeyPatch, *, kind: str = "vllm"
 ) -> EngineUpdates:
@@ -78,6 +93,7 @@ def updates_of(
     policy = SimpleNamespace(
         parallel=SimpleNamespace(device=torch.device("cpu")),
         gather_parameters=lambda: engine.calls.append("gather_parameters"),
+        lent_memory=partial(lent_memory, engine.calls),
     )
     batches = ExperienceBatches(
         batch=BatchSection.model_validate({"global_size": 3, "micro_size": 3}),
@@ -98,8 +114,9 @@ def test_the_probe_is_the_mean_difference_over_a_few_tokens_of_the_updated_engin
 ) -> None:
     engine = Engine()
     updates = updates_of(engine, (0.5, -0.25, 0.0, 0.0), monkeypatch)
-    updates.refresh(3)
-    assert engine.calls == ["gather_parameters", "wake", "update", "generate"]
+    with updates.engine_turn(3, timed=nullcontext()):
+        assert engine.calls == ["gather_parameters", "lent", "update", "generate"]
+    assert engine.calls[4:] == ["sleep", "back"]
     assert updates.numbers()["mismatch/probe"] == (0.5 + 0.25) / 4
     ((prompts, sampling),) = engine.asked
     assert [prompt.tokens for prompt in prompts] == [(3, 4), (5,)]
@@ -116,26 +133,26 @@ def test_an_engine_that_does_not_agree_ends_the_run(
     with pytest.raises(
         RuntimeError, match=r"after the update of step 3 .* rollout\.vllm\.probe_limit = 0\.25"
     ):
-        updates.refresh(3)
+        turn(updates, 3)
 
 
 def test_a_difference_at_the_limit_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     updates = updates_of(Engine(), (LIMIT, -LIMIT, LIMIT, LIMIT), monkeypatch)
-    updates.refresh(0)
+    turn(updates, 0)
     assert updates.numbers()["mismatch/probe"] == LIMIT
 
 
 def test_an_engine_that_reads_the_policy_s_own_weights_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine()
     updates = updates_of(engine, (9.0,) * 4, monkeypatch, kind="in_process")
-    updates.refresh(0)
-    assert engine.calls == ["gather_parameters", "wake", "update"]
+    turn(updates, 0)
+    assert engine.calls == ["gather_parameters", "lent", "update", "sleep", "back"]
     assert "mismatch/probe" not in updates.numbers()
 
 
 def test_the_cost_of_the_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     updates = updates_of(Engine(), (0.0,) * 4, monkeypatch)
-    updates.refresh(0)
+    turn(updates, 0)
     numbers = updates.numbers()
     # What reached the engine, from other ranks or from its own: 4 GB in 2 s.
     assert {name: numbers[name] for name in numbers if name.startswith("reshard/")} == {
