@@ -5,7 +5,7 @@
 #                                                           QUICKSTART_STEPS=20 to see the stages with a base model
 #                                                           that has learned too little for rewards to rise
 #        bash examples/quickstart.sh grpo optim.lr=3e-4     GRPO again and what follows, with changed keys
-# Everything it makes is in .venv and runs/quickstart; the latter is made anew each time, or what GRPO made of it.
+# Everything it makes is in .venv and runs/quickstart; the latter is emptied first, or what GRPO made of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=examples/quickstart

@@ -30,7 +30,7 @@ class TokenBatch:
         loss_mask: [T] bool, True where the label is trained.
         cu_seqlens: [S + 1] int32, cumulative sequence lengths, first 0 and last T.
         token_weight: [T] fp32, sums to 1 over one optimizer step and all ranks; 0 where masked.
-        behavior_logprobs: [T] fp32 nats, log-probability of the label under whoever wrote the data.
+        behavior_logprobs: [T] fp32 nats, log-probability of the label under the model that wrote the data.
         old_logprobs: [T] fp32 nats, under the policy before this rollout's first update.
         rollout_logprobs: [T] fp32 nats, as the rollout engine reported them (see Rollout.logprobs).
         advantages: [T] fp32.

@@ -131,7 +131,7 @@ def _problems(folder: Path, num_nodes: int, processes: int, shared: Path, logs: 
         if report.gpus != reports[0].gpus or -1 < report.gpus < processes:
             problems.append(
                 f"{report.node} has {report.gpus} GPUs, {reports[0].node} has {reports[0].gpus}, and "
-                f"{processes} processes shall run on each: leave a node out (sbatch --exclude), "
+                f"{processes} processes are to run on each: leave a node out (sbatch --exclude), "
                 "or set SFTRL_PROCESSES"
             )
     return [*problems, *_mixed_types(reports)]

@@ -118,7 +118,7 @@ environment() {
   export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   export PYTHONFAULTHANDLER=1  # a rank that a signal ends (NCCL's watchdog aborts) prints its stacks
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
-  # Compute nodes rarely reach a hub: a wrong path shall be an error now, not after minutes of retries.
+  # Compute nodes rarely reach a hub: a wrong path is an error now, not after minutes of retries.
   export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 VLLM_NO_USAGE_STATS=1
   # Kernels run in the order in which they were launched; Megatron's overlap with tensor parallelism needs it.
   export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

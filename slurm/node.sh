@@ -4,7 +4,7 @@
 trap '' USR1 TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
 # Otherwise the ranks meet in one store of the agents', in which those of before a restart have left their addresses
-# (torch 2.13: _bootstrap_store_info is made once); the new ones then connect to nobody.
+# (torch 2.13: _bootstrap_store_info is made once); the new ones then find no peer.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 read -r -a addresses <<< "$SFTRL_LAUNCH_ADDRESSES"
 echo "$(date +%FT%T) node ${SLURMD_NODENAME:-$(hostname)}: $*"

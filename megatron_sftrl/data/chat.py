@@ -77,7 +77,7 @@ def learn_ends(
     Returns:
         Ids [m] and mask [m], ending with a learned end token.
     Raises:
-        UserError: text that nobody learns stands between the last span and the end.
+        UserError: text that is not learned stands between the last span and the end.
     """
     tail = next((i for i in ids[spans[-1][1] :] if i in tokenizer.special_ids), tokenizer.eos_id)
     ends = {tokenizer.eos_id, tail}

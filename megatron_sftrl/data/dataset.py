@@ -159,7 +159,7 @@ def save_store(store: TokenStore, directory: Path) -> None:
 
     Args:
         store: what to write.
-        directory: its final place; whoever is there first wins.
+        directory: its final place; the first writer wins.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))

@@ -1,6 +1,6 @@
 """One face for every tokenizer: ids of a text, text of ids, the special ids, and a fingerprint.
 
-A `Tokenizer` never adds tokens by itself: whoever builds a sequence places the first and the end token.
+A `Tokenizer` never adds tokens by itself: what builds a sequence places the first and the end token.
 """
 
 from __future__ import annotations

@@ -356,7 +356,7 @@ class _HuggingFaceBackend:
         # None for a tokenizer written in Python.
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         if self._fast is not None:
-            # A tokenizer.json may carry the settings of whoever saved it; data.max_length alone cuts here.
+            # A tokenizer.json may carry the settings it was saved with; data.max_length alone cuts here.
             self._fast.no_truncation()
             self._fast.no_padding()
         named = None if self._fast is None else getattr(self._fast.model, "unk_token", None)

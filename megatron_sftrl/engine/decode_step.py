@@ -1,7 +1,7 @@
 """One new token of each sequence through the weights of Megatron's layers, as few operations as it takes.
 
 Megatron's modules spend more time on one token than its arithmetic does: autograd functions, rotations that
-take cosines anew in each layer, and on the CPU a look at every call. The equations are those of the modules,
+take cosines again in each layer, and on the CPU a look at every call. The equations are those of the modules,
 rounded at the same places; prompts and training run the modules themselves, and the contract of rollout
 engines compares both.
 """

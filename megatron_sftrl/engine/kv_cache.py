@@ -25,7 +25,7 @@ class KvCache:
 
     def __init__(self, *, num_slots: int, max_length: int) -> None:
         self.max_length = max_length
-        # Tokens that only fill a batch up are written to one slot more, which nobody reads.
+        # Tokens that only fill a batch up are written to one slot more, which is never read.
         self.scratch_slot = num_slots
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 

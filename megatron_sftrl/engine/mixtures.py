@@ -129,7 +129,7 @@ def mark_expert_parameters(chunk: torch.nn.Module) -> None:
     """Tell Megatron's DDP and optimizer which parameters live on the experts' grid (etp x ep x edp).
 
     Its layers do so only where ep > 1; at etp < tp and ep = 1 the tensor-parallel ranks hold copies of an
-    expert that saw different tokens, and nobody would add their gradients up. In that grid every rank's part
+    expert that saw different tokens, and nothing would add their gradients up. In that grid every rank's part
     counts in the gradient norm, on whichever tp rank it lies.
     """
     for module in chunk.modules():

@@ -121,7 +121,7 @@ class LanguageModel(GPTModel):
         return logits.squeeze(1)
 
     def output(self, hidden_states: Tensor) -> OutputLayer:
-        """The same for whoever makes the logits itself, a chunk of tokens at a time."""
+        """The same for a caller that makes the logits itself, a chunk of tokens at a time."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden_states, group=group)
@@ -282,7 +282,7 @@ def model_inputs(
         batch: the micro-batch, on the model's device.
         cp_size: context parallel size.
         places: of the tokens in a cache of keys and values, when one is used; never with cp_size > 1.
-        marks_padding: routers shall leave it out of their load-balancing loss.
+        marks_padding: routers leave padding out of their load-balancing loss.
     """
     whole = batch.cu_seqlens * cp_size
     longest = int(whole.diff().max())

@@ -342,7 +342,7 @@ def _some(places: Sequence[str], *, most: int = 3) -> str:
 
 def _reduce_on_last_stage(reports: Sequence[MicrobatchReport], parallel: ParallelContext) -> StepReport:
     names = reports[0].names
-    # fp64: the sum over thousands of micro-batches and ranks shall not depend on their number.
+    # fp64: the sum over thousands of micro-batches and ranks must not depend on their number.
     sums = torch.stack([report.sums for report in reports]).double().sum(dim=0)
     flags = torch.zeros(parallel.dp_size, len(reports), dtype=torch.float64, device=sums.device)
     flags[parallel.dp_rank] = torch.stack([report.has_nonfinite_loss for report in reports]).double()

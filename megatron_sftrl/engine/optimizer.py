@@ -165,7 +165,7 @@ class TrainingState:
     def leave(self) -> None:
         """Drop the gradients and move the optimizer's state to CPU memory, pinned where there is CUDA."""
         assert self._away is None, "the training state is away already"
-        # Some hold views of the gradients, which nobody may read from now on.
+        # Some hold views of the gradients, which must not be read from now on.
         self._optimizer.zero_grad()
         for chunk in self._wrapped:
             chunk.offload_grad_buffers(empty_cache=False)

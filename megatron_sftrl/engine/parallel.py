@@ -22,7 +22,7 @@ class ParallelContext:
     """This process's place in the tp x cp x dp x pp grid, and in the experts' own grid over the same ranks.
 
     A mixture's experts are laid out as etp x ep x edp x pp: the tp * cp * dp ranks of a pipeline stage are
-    dealt anew, so an ep group spans ranks that hold different tokens (dp, cp, and tp where etp < tp).
+    dealt out again, so an ep group spans ranks that hold different tokens (dp, cp, and tp where etp < tp).
 
     Args:
         rank, world_size: in the whole job.
@@ -159,7 +159,7 @@ def parallel_context(
 ) -> Iterator[ParallelContext]:
     """initialize_parallel, and its end when the block ends well.
 
-    A rank that fails leaves at once instead: its peers may stand in a collective, and whoever started
+    A rank that fails leaves at once instead: its peers may stand in a collective, and what started
     them (torchrun) ends them.
     """
     context = initialize_parallel(section, hang_minutes=hang_minutes)

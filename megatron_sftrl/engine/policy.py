@@ -73,7 +73,7 @@ class GradientClock:
         self._spans.append((self._started, self._now()))
 
     def collect(self) -> float:
-        """Seconds since the last call; counting starts anew. The device has done what was queued."""
+        """Seconds since the last call. The device has done what was queued."""
         spans, self._spans = self._spans, []
         return sum(_seconds(start, stop) for start, stop in spans)
 

@@ -115,7 +115,7 @@ class Timers:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
     def collect(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, in the order of first entry; counting starts anew."""
+        """Seconds of each phase since the last call, in the order of first entry."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -226,7 +226,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def take_device_peak(device: torch.device) -> int:
-    """Most bytes of a CUDA device in use since the last call, whoever took them; counting starts anew.
+    """Most bytes of a CUDA device in use since the last call, other processes' included.
 
     Between calls only torch's allocator may take memory and give it back. What others hold (contexts, NCCL,
     the share of a sleeping engine that torch still counts as taken) is counted as it is now.

@@ -144,7 +144,7 @@ class Crossing:
 
 
 class Gates:
-    """Counts for how many steps in a row each gate has been crossed; a resumed run counts anew.
+    """Counts for how many steps in a row each gate has been crossed; a resumed run starts at 0.
 
     Args:
         sections: the run's gates.

@@ -261,7 +261,7 @@ class RolloutCollector:
             yield Response(group=number, row=rows[number], rollout=rollout, scored=shares[share][index])
 
     def _rewarded(self, samples: Sequence[RewardInputs]) -> list[Scored]:
-        """Ranks are done at different times, and a slow verifier may take hours: nobody waits unseen."""
+        """Ranks are done at different times, and a slow verifier may take hours: all see it move."""
         if self._progress is None:
             return self._rewards.score(samples)
         moved = self._progress.moved
@@ -347,7 +347,7 @@ class SampleLog:
         try:
             if path.exists():
                 _keep_steps_up_to(path, resume_step)
-            path.open("a").close()  # what cannot be written shall not come out after the first step
+            path.open("a").close()  # found now, not after the first step
         except (OSError, UnicodeDecodeError) as error:
             raise error_of(f"the samples cannot be written to {path}: {error}", error) from error
 

@@ -395,7 +395,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._note)
-            # A system call of gloo or NCCL shall go on after the signal, not fail.
+            # A system call of gloo or NCCL goes on after the signal instead of failing.
             signal.siginterrupt(number, False)
         return self
 

@@ -187,7 +187,7 @@ class TokenDistribution:
             group: the tensor-parallel group; None when `logits` hold the whole vocabulary.
             padded_vocab_size: V_local * tp, needed only where the padding is so heavy that the last rank
                 holds no real column (such logits look like gathered ones).
-            is_scratch: nobody needs the logits after the backward of what is asked here: their gradient
+            is_scratch: the logits are not needed after the backward of what is asked here: their gradient
                 overwrites them where that is possible.
 
         Raises:
@@ -348,7 +348,7 @@ class TokenDistribution:
     def while_reducing(self, work: Meanwhile) -> None:
         """Do `work` during every reduction behind an answer, between its start and the wait for it.
 
-        One process reduces nothing and does not do it: whoever needs the work done must be able to do it.
+        One process has nothing to wait for and leaves the work undone: its owner does it later.
         """
         self._meanwhile = work
 

@@ -60,7 +60,7 @@ class OutputLayer:
 
     Args:
         hidden: [T, H], the same on all tensor-parallel ranks. Its gradient is this rank's part of a sum over
-            them, which whoever made `hidden` has to take.
+            them, which the maker of `hidden` has to take.
         weight: [V_local, H], this rank's rows of the output layer (or of the tied embedding).
         main_grad: [V_local, H] buffer that the weight's gradient is added to, Megatron's convention for its
             parameters; None returns the gradient to autograd.

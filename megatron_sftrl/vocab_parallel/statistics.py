@@ -175,7 +175,7 @@ def _logits_at(source: Source, rows: slice, buffers: Mapping[tuple[int, ...], Te
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Scratch:
-    """Logits that nobody needs after the loss: their gradient takes their place.
+    """Logits that are not needed after the loss: their gradient takes their place.
 
     Args:
         num_readers: evaluations that will read the logits again in their backward; with more than one, the

@@ -92,7 +92,7 @@ def test_a_node_that_has_lost_a_gpu_is_refused_by_name(
         SFTRL_CONFIG=str(project.yaml), PATH=path_with(cluster, tmp_path / "bin"),
     )  # fmt: skip
     said = refused(job)
-    assert "node1 has 1 GPUs, node0 has 2, and 2 processes shall run on each" in said
+    assert "node1 has 1 GPUs, node0 has 2, and 2 processes are to run on each" in said
     assert "--exclude" in said
 
 

@@ -6,7 +6,7 @@
 A model and its Adam state (some 100s of MB) are trained with the sft loss. Each turn measures a step, a
 synchronous save, an asynchronous one and the steps beside its writing. Reported: seconds that a save blocked
 the training (median over the turns; the first asynchronous save takes its memory and is shown apart), their
-ratio, which shall be at most 0.2, and how much longer a step takes beside a save that is being written.
+ratio, whose goal is at most 0.2, and how much longer a step takes beside a save that is being written.
 """
 
 from __future__ import annotations

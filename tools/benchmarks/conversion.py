@@ -177,7 +177,7 @@ def _measured(name: str, folder: Path) -> dict:
     with parallel_context(ParallelSection()) as parallel:
         work = _CHILDREN[name](folder, parallel)
         _prepare(folder, folder / ("megatron" if name == "megatron -> hf" else "hf"))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = _status_bytes("VmRSS")
         seconds = work()
     return {"seconds": seconds, "peak_bytes": _status_bytes("VmHWM") - before}

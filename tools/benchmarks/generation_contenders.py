@@ -169,7 +169,7 @@ def config_of(directory: Path, arguments: argparse.Namespace) -> RunConfig:
         head_dim=32,
         tokenizer=str(directory),
         max_position_embeddings=arguments.prompt_tokens + arguments.new_tokens,
-        # Logits with some spread: the greedy choice shall not hang on rounding.
+        # Logits with some spread: the greedy choice must not hang on rounding.
         init_std=0.1,
     )
 

@@ -11,7 +11,7 @@
 Importing torch costs seconds, so the workers are started once and reused; every call gets a fresh gloo
 group. A rank that raises is reported with its traceback, a call that does not end with the stack of
 every rank. After either the workers are killed, because a rank may still stand in a collective, and
-started anew by the next call.
+started again by the next call.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _kill(process: BaseProcess) -> None:
 
 
 def free_port() -> int:
-    """A port nobody listens on, from below the range that the kernel hands out to connections by itself.
+    """A port that is free, from below the range that the kernel hands out to connections by itself.
 
     A port of that range (bind to 0) may be some connection's own by the time a group wants to listen on it.
     """

@@ -22,7 +22,7 @@ from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Sizes of the axes; tp * cp * dp * pp ranks in all, dealt anew for experts as etp * ep * edp * pp.
+    """Sizes of the axes; tp * cp * dp * pp ranks in all, dealt out again for experts as etp * ep * edp * pp.
 
     Args:
         tp, pp, vp, cp, dp: as in the parallel section.

@@ -16,7 +16,7 @@ Value: TypeAlias = Any
 AGREEING, COMPUTED = 30, 50
 # Below this a difference of larger numbers may be rounding alone.
 NOISE = sympy.Rational(1, 10**40)
-# Of an exact number; more than these takes time, and nobody writes such an answer.
+# Of an exact number; more than these takes time, and no answer has so many.
 MOST_DIGITS = 200_000.0
 UNFINISHED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 # Where functions are compared: of either sign, large, small, whole and not.

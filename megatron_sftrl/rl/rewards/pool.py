@@ -329,7 +329,7 @@ class RewardPool:
         """Give waiting jobs to idle workers, and start the workers that are missing."""
         for worker, task in list(self._workers.items()):
             if worker.is_ready and task is None and jobs:
-                if not worker.is_alive:  # it died between two jobs, which is nobody's fault
+                if not worker.is_alive:  # it died between two jobs: no sample is to blame
                     del self._workers[worker]
                     worker.stop()
                     continue
