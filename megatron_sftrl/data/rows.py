@@ -176,7 +176,7 @@ def _surrogate(value: object, place: str = "") -> str | None:
 # Behaviour scores of a row: log-probabilities that travel with the token ids they belong to.
 #
 # Scores made with another tokenizer or chat template are off by a few tokens and ruin every weight
-# computed from them without an error, so ids are compared one by one (TRAP: a public PEAR reproduction).
+# computed from them without an error, so ids are compared one by one (one public PEAR does not).
 
 
 LOGPROBS_COLUMN = "behavior_logprobs"

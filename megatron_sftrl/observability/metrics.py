@@ -118,7 +118,7 @@ class JsonlSink:
 
     Args:
         path: the file; created, or continued.
-        resume_step: last step that the resumed checkpoint holds; later lines are removed. 0: none.
+        resume_step: last step that the resumed checkpoint holds; later lines are removed, at 0 all.
     Raises:
         UserError: a line in the middle of the file that is not a JSON object with a step, or a file that
             cannot be read or written.

@@ -21,7 +21,7 @@ GroupT = TypeVar("GroupT", bound=Hashable)
 AdvantageEstimator = Literal["group_normalized", "dr_grpo", "leave_one_out"]
 
 STD_EPS = 1e-6
-"""Added to a group's standard deviation, in units of reward (METHODS: arXiv:2402.03300 leaves it open)."""
+"""Added to a group's standard deviation, in units of reward (arXiv:2402.03300 leaves it open)."""
 
 LARGEST_REWARD = 1e32
 """Sums and squares of such rewards are finite, and so are advantages in fp32."""

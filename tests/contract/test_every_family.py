@@ -159,5 +159,5 @@ def test_vllm_agrees_with_the_trainer_and_with_transformers(
     directories = {name: families[name].directories for name in VLLM[layout, engine_tp]}
     make = functools.partial(make_vllm, tp=engine_tp)
     ranks = run_ranks(world_size, observe, make, parallel, directories, timeout_s=600)
-    # The bound.
+    # The promised bound.
     assert_agrees(ranks, expected, tolerance=1e-5)

@@ -58,5 +58,5 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 class TestInProcessEngine(RolloutContract):
-    # The bound.
+    # The promised bound.
     tolerance = 1e-6

@@ -92,7 +92,7 @@ def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @needs_vllm
 class TestVllmEngine(RolloutContract):
-    # The bound.
+    # The promised bound.
     tolerance = 1e-5
 
 

@@ -128,5 +128,5 @@ def test_vllm_gives_transformers_greedy_tokens_and_logprobs(
     ]
     largest = max(abs(ours - theirs) for ours, theirs in pairs)
     print(f"\n{name}: largest difference {largest:.1e} nats, log-probs down to {min(pairs)[0]:.1f}")
-    # The bound of the issue: fp32 rounding of two implementations; a wrong tensor gives 1e-2 and more.
+    # The promised bound: fp32 rounding of two implementations; a wrong tensor gives 1e-2 and more.
     assert largest <= 3e-6

@@ -172,7 +172,7 @@ def one_process(loss_name: str, **model: object) -> Curve:
 
 
 def assert_same_curve(curve: Curve, expected: Curve) -> None:
-    """Losses and entropies within the 1e-5 that the issue asks for; gradient norms of all 20 steps too.
+    """Losses and entropies within the promised 1e-5; gradient norms of all 20 steps too.
 
     The first norm is compared as closely. Later ones see weights that fp32 rounding has moved apart, and
     a norm feels that more than a loss does: up to 4e-5 was measured, a wrong scale would be 2.
@@ -215,7 +215,7 @@ def test_every_layout_follows_the_one_process_run(layout: str, loss_name: str) -
 def test_the_number_of_microbatches_changes_nothing(loss_name: str, num_microbatches: int) -> None:
     expected = one_process(loss_name)
     curve = run_ranks(1, train, {}, loss_name, num_microbatches, {})[0]
-    # The first step's loss and gradient: no accumulated rounding yet, so the bound of the issue is 1e-6.
+    # The first step's loss and gradient: no accumulated rounding yet, so the promised bound is 1e-6.
     torch.testing.assert_close(torch.tensor(curve[0]), torch.tensor(expected[0]), rtol=1e-6, atol=1e-6)
     assert_same_curve(curve, expected)
 

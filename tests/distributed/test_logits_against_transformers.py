@@ -107,7 +107,7 @@ def difference_from_transformers(
     return relative_difference(found, expected)
 
 
-# The bound of the issue. Measured: 1.3e-6 at most, from the order of summation in fp32.
+# The promised bound. Measured: 1.3e-6 at most, from the order of summation in fp32.
 BOUND = 1e-5
 
 

@@ -29,7 +29,7 @@ VLLM = (
     "optim.lr=0.02",
     f"train.steps={NUM_STEPS}",
 )
-# The bound for engine and trainer in fp32.
+# The promised bound for engine and trainer in fp32.
 SAME_LOGPROBS = 1e-5
 
 

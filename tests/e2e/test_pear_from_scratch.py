@@ -98,7 +98,7 @@ def test_scores_are_the_nll_that_training_reports_and_pear_starts_from_weights_o
     # Scored under tp = 2, trained on one process: fp32 sums in another order, 1e-6 of a nat.
     assert sft["nll"] == pytest.approx(-sum(map(sum, scores)) / num_tokens, abs=1e-5)
     assert sft["loss"] == pytest.approx(sft["nll"], abs=1e-6)
-    # At the weights that scored, every delta is 0 up to rounding: G_t = gamma^(N - t) (METHODS.md, 3).
+    # At the weights that scored, every delta is 0 up to rounding: G_t = gamma^(N - t) (arXiv:2602.01058).
     expected = sum(
         -score * math.pow(GAMMA, len(row) - 1 - index) for row in scores for index, score in enumerate(row)
     )
