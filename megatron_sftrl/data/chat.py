@@ -15,9 +15,6 @@ from megatron_sftrl.data.template import ChatTemplate, Message
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 
-# From characters that an assistant wrote to tokens that are learned, its end tokens included.
-
-
 Span = tuple[int, int]
 """[start, end), in characters or in tokens."""
 
@@ -25,17 +22,11 @@ Span = tuple[int, int]
 def tokenize_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
     """Tokens of a text, none of which crosses the border of a span, and the spans in tokens.
 
-    Where the tokens of text[:border] are the first tokens of the text, they are taken as they are. Where
-    the tokenizer would merge across a border (a response that starts with a newline behind a header that
-    ends in one), the parts are tokenized apart, as they are when a model generates: it is given the
-    tokens of text[:border] and continues.
+    `spans` are in characters, ascending, not overlapping. Where the tokens of text[:border] are the first
+    tokens of the text, they are taken as they are. Where the tokenizer would merge across a border (a
+    response that starts with a newline behind a header that ends in one), the parts are tokenized apart, as
+    they are when a model generates: it is given the tokens of text[:border] and continues.
 
-    Args:
-        tokenizer: text to ids.
-        text: the whole sequence.
-        spans: in characters, ascending, not overlapping.
-    Returns:
-        Ids [n] and each span in tokens.
     Raises:
         UserError: the parts, tokenized apart, no longer read as the same text.
     """
@@ -63,19 +54,13 @@ def tokenize_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tu
 def learn_ends(
     tokenizer: Tokenizer, ids: Sequence[int], spans: Sequence[Span]
 ) -> tuple[list[int], list[bool]]:
-    """The mask of a conversation whose last turn is the assistant's: its spans and the token that ends each.
+    """Ids [m] and mask [m] of a conversation whose last turn is the assistant's, up to its learned end token.
 
-    An end token printed directly behind a span (a `{% generation %}` block that closes before it) belongs
-    to the turn. White space printed behind an end token does not: generation has stopped there. Tokens
-    behind the last learned one are left out. Where the template ends the last turn with no special token,
-    the tokenizer's end token is appended.
+    Learned are the spans (in tokens, ascending) and the token that ends each. An end token printed directly
+    behind a span (a `{% generation %}` block that closes before it) belongs to the turn. White space behind
+    an end token does not: generation has stopped there. Where the template ends the last turn with no
+    special token, the tokenizer's end token is appended.
 
-    Args:
-        tokenizer: knows the special ids.
-        ids: [n].
-        spans: in tokens, ascending.
-    Returns:
-        Ids [m] and mask [m], ending with a learned end token.
     Raises:
         UserError: text that is not learned stands between the last span and the end.
     """
@@ -119,10 +104,8 @@ def _end_of_turn(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int,
 
 
 # Proof that a chat template prints what a row says: every text, every key, and what is learned as written.
-#
-# Templates leave out what they do not know, in silence: tools, names, a system turn, the thinking of an
+# Templates leave out in silence what they do not know: tools, names, a system turn, the thinking of an
 # assistant. A key was used when the rendered text is another one without it.
-
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Keys of an assistant turn whose text the model has to write."""
@@ -134,16 +117,12 @@ _MARK = "\ufdd2"
 def check_nothing_lost(
     template: ChatTemplate, conversation: Conversation, text: str, spans: Mapping[int, tuple[int, int]]
 ) -> None:
-    """Compare the rendered text with the row.
+    """Compare the rendered text with the row, which without learned turns is a prompt.
 
     White space around a text may be trimmed. An earlier assistant turn that is not learned may be printed
-    without its thinking, as when the model is served.
+    without its thinking, as when the model is served. `spans` has [start, end) of each learned turn in the
+    text, by its index.
 
-    Args:
-        template: that rendered the conversation.
-        conversation: what the row says; without learned turns it is a prompt.
-        text: what was rendered.
-        spans: [start, end) of each learned turn in the text, by its index.
     Raises:
         UserError: names what is lost or changed.
     """
@@ -295,20 +274,14 @@ def _short(text: str) -> str:
 
 
 def tokenize_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]:
-    """Tokens of a row and which of them are learned.
+    """Ids [n] of a row and mask [n] of what is learned, False at position 0, which no position predicts.
 
     With a chat template, {prompt, response} is one user turn and one assistant turn. Without one, it is
     [first token] + prompt + response + end token.
 
-    Args:
-        tokenizer: with its chat template, if any.
-        row: as `read_demonstration` reads it.
-    Returns:
-        Ids [n] and mask [n]; the mask is False at position 0, which no position predicts.
     Raises:
-        UserError: the row has no or an empty response, a wrong type, something that would be lost, or
-            messages that the template cannot render or whose assistant turns cannot be told apart from the
-            rest exactly.
+        UserError: no or an empty response, a wrong type, something that would be lost, or messages that the
+            template cannot render or whose assistant turns cannot be told apart from the rest exactly.
     """
     conversation = read_demonstration(row)
     template = tokenizer.chat_template
@@ -330,16 +303,10 @@ def tokenize_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Conversation) -> list[int]:
-    """The tokens in front of a response, the same for generation as `tokenize_row` puts there for training.
+    """Ids [P] in front of a response, the same for generation as `tokenize_row` puts there for training.
 
-    Args:
-        tokenizer: with its chat template, if any.
-        prompt: text of a user turn, the turns so far, or what `read_prompt` made of a row.
-    Returns:
-        Ids [P].
     Raises:
-        UserError: messages without a chat template, messages that the template cannot render, or something
-            that would be lost.
+        UserError: messages without a chat template or that it cannot render, or something that would be lost.
     """
     conversation = prompt
     if not isinstance(conversation, Conversation):
@@ -354,18 +321,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Conver
 
 
 def assistant_spans(template: ChatTemplate, conversation: Conversation) -> tuple[str, dict[int, Span]]:
-    """The rendered conversation and the characters that the assistant has to generate in it.
+    """The rendered conversation and [start, end) of each learned turn in it by its index, in order.
 
     Turn i stands between the conversation before it (with the header of an assistant turn, as generation
     asks for it) and the conversation up to it; this is exact as long as each of the two is a prefix of the
-    whole, and refused otherwise. Where the template has `{% generation %}` blocks they say what is learned
-    and where it ends, and the conversation before a turn has to end where its block starts.
+    whole. Where the template has `{% generation %}` blocks they say what is learned and where it ends, and
+    the conversation before a turn has to end where its block starts.
 
-    Args:
-        template: compiled chat template.
-        conversation: turns in order.
-    Returns:
-        Text and [start, end) of each learned turn by its index, in order.
     Raises:
         UserError: a prefix does not hold, or a block does not start where a turn does.
     """
@@ -450,11 +412,7 @@ def _check_ends(
     text: str,
     spans: Mapping[int, Span],
 ) -> None:
-    """Behind a block, its turn goes on with nothing but an end token and white space.
-
-    Raises:
-        UserError: the turn goes on, or the block is longer than the turn.
-    """
+    """Raise UserError unless only an end token and white space stand between a block's end and its turn's."""
     for turn, (_, end) in spans.items():
         upto = template.render(conversation.messages[: turn + 1], given=conversation.given)
         if not text.startswith(upto):

@@ -97,15 +97,11 @@ class Conversation:
 def read_demonstration(row: Row) -> Conversation:
     """The conversation of a row of demonstrations, up to its last learned turn.
 
-    Args:
-        row: `prompt` and `response`, or `messages`; `system`, `tools` and `documents` beside them. An
-            assistant turn with `weight: 0` (or `loss`, `trainable`, `train` or `training: false`) is not
-            learned.
-    Returns:
-        The conversation.
+    The row has `prompt` and `response`, or `messages`; `system`, `tools` and `documents` beside them. An
+    assistant turn with `weight: 0` (or `loss`, `trainable`, `train` or `training: false`) is not learned.
+
     Raises:
-        UserError: no or an empty response, a wrong type, no turn to learn, or an instruction that nothing
-            reads.
+        UserError: no or an empty response, a wrong type, no turn to learn, an instruction that nothing reads.
     """
     _refuse_columns(row, {**_OF_A_PROMPT, **_OF_A_RESPONSE}, _OF_LEARNING)
     if row.get("messages") is not None:
@@ -145,11 +141,9 @@ def read_demonstration(row: Row) -> Conversation:
 def read_prompt(row: Row) -> Conversation:
     """The prompt that a row asks to be answered; a reference answer beside it is left alone.
 
-    Args:
-        row: `prompt` (text), or `messages` whose last turn is not the assistant's; `system`, `tools` and
-            `documents` beside them.
-    Returns:
-        The conversation, in which nothing is learned.
+    The row has `prompt` (text), or `messages` whose last turn is not the assistant's; `system`, `tools` and
+    `documents` beside them.
+
     Raises:
         UserError: neither is there, a wrong type, or an instruction that is not read.
     """

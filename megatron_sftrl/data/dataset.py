@@ -38,7 +38,6 @@ from megatron_sftrl.errors import UserError, error_of
 
 # Tokenized rows in five flat arrays: small in memory, and shared by all ranks of a machine when on disk.
 
-
 _ARRAYS = ("tokens", "loss_mask", "offsets", "rows", "files", "numbers", "behavior_logprobs")
 _FORMAT = 1
 
@@ -76,13 +75,7 @@ class TokenStore:
     fingerprint: str
 
     def example(self, index: int) -> Example:
-        """Sequence `index`, as views into the arrays.
-
-        Args:
-            index: 0 <= index < R.
-        Returns:
-            The example.
-        """
+        """Sequence `index`, as views into the arrays."""
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         mask = self.loss_mask[span]
         scores = None if self.behavior_logprobs is None else self.behavior_logprobs[span][mask]
@@ -107,16 +100,8 @@ def pack_examples(
     num_truncated: int,
     scorers: Iterable[str] = (),
 ) -> TokenStore:
-    """Flatten examples into a store.
+    """Flatten examples, each with its file index and its number inside the file, into a store.
 
-    Args:
-        examples: file index, number inside the file, and the example.
-        sources: paths that the file index points into.
-        num_dropped: rows left out before.
-        num_truncated: rows cut before.
-        scorers: as in TokenStore, in any order and number.
-    Returns:
-        The store.
     Raises:
         UserError: some rows have behaviour scores and others have none.
     """
@@ -155,12 +140,7 @@ def pack_examples(
 
 
 def save_store(store: TokenStore, directory: Path) -> None:
-    """Write a store so that it is either there completely or not at all.
-
-    Args:
-        store: what to write.
-        directory: its final place; the first writer wins.
-    """
+    """Write a store so that it is there completely or not at all; the first writer wins."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
@@ -187,13 +167,7 @@ def save_store(store: TokenStore, directory: Path) -> None:
 
 
 def open_store(directory: Path) -> TokenStore | None:
-    """Map a store from disk, without reading it.
-
-    Args:
-        directory: where `save_store` put it.
-    Returns:
-        The store, or None when there is none of this format.
-    """
+    """Map a store of `save_store` from disk, without reading it; None when there is none of this format."""
     if not (directory / "store.json").exists():
         return None
     facts = json.loads((directory / "store.json").read_text(encoding="utf-8"))
@@ -233,11 +207,7 @@ class Dataset:
     """Examples by index, 0 <= index < len. Owns the arrays they are views of."""
 
     def __init__(self, store: TokenStore) -> None:
-        """Stand in front of a store.
-
-        Args:
-            store: tokenized rows.
-        """
+        """Stand in front of a store."""
         self._store = store
         ends = np.concatenate([[0], np.cumsum(store.loss_mask, dtype=np.int64)])[store.offsets]
         self._num_loss_tokens = np.diff(ends)
@@ -303,15 +273,10 @@ def load_dataset(
     """Read, tokenize and check every row.
 
     Args:
-        paths: data.train or data.valid.
-        tokenizer: text to ids.
-        max_length: tokens of the longest sequence.
-        truncation: what happens to longer ones.
+        max_length: tokens of the longest sequence; `truncation` says what happens to longer ones.
         cache_dir: where the tokenized rows are kept and looked for; memory only when None. Let one rank
             come first, and the others after a barrier, so that the work is done once.
         key: where the paths stand in the configuration, for messages.
-    Returns:
-        The dataset.
     Raises:
         UserError: a source that cannot be read, a row that cannot be used (named by file and line), no row
             left, or a cache that cannot be written.
@@ -345,16 +310,10 @@ def tokenize_sources(
     truncation: Truncation,
     use_scores: bool = True,
 ) -> Iterator[tuple[int, SourceRow, Example | None, bool]]:
-    """Each row with the example it becomes, in order.
+    """Index of the source, the row, its example (None when dropped) and whether it was cut, in order.
 
-    Args:
-        paths: sources.
-        tokenizer: text to ids.
-        max_length: tokens of the longest sequence.
-        truncation: what happens to longer ones.
-        use_scores: read behaviour scores; a tool that replaces them does not.
-    Yields:
-        Index of the source, the row, its example (None when dropped), and whether it was cut.
+    `max_length` is in tokens. A tool that replaces behaviour scores does not read them (use_scores).
+
     Raises:
         UserError: a row that cannot be read or used, named by file and line.
     """

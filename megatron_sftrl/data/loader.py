@@ -36,8 +36,6 @@ class BatchLayout:
     """What the layout of the ranks asks of a batch.
 
     Args:
-        dp_rank: this rank's place among dp_size.
-        dp_size: data-parallel ranks.
         sequence_multiple_of: each sequence is padded to a multiple of it (2 * cp when cp > 1).
         pad_to_multiple_of: T is a multiple of it (tp * cp under sequence parallelism).
         microbatch_multiple: so is the number of micro-batches (pp under virtual pipeline parallelism).
@@ -91,11 +89,7 @@ def lay_out_step(
     Args:
         num_tokens: of each sequence of the step; its place in this list is its row.
         example: the sequence at a place; asked for those of this rank only.
-        batch: sizes and packing.
-        layout: of the ranks.
-        normalization: of the step.
         pad_id: any valid id.
-        carried: as build_token_batch.
     Raises:
         UserError: a sequence does not fit into batch.max_tokens.
     """
@@ -154,21 +148,16 @@ def _batch_lengths(plan: Assignment, lengths: list[int], layout: BatchLayout) ->
     return [[longest] * len(microbatches) for microbatches in totals]
 
 
-# Which row comes when: a pure function of the seed, so that a run resumes at the exact sample.
-#
-# The only state of the order is the number of samples consumed. It knows nothing about ranks or layouts.
+# Which row comes when: a pure function of the seed, so that a run resumes at the exact sample. The only
+# state is the number of samples consumed; the order knows nothing about ranks or layouts.
 
 
 class SampleOrder:
     """An endless sequence of row indices, a new permutation each epoch. Owns one memoised permutation."""
 
     def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
-        """Fix the order.
+        """Fix the order; without `shuffle` every epoch has that of the files.
 
-        Args:
-            num_rows: R, at least 1.
-            seed: the run's seed, at least 0.
-            shuffle: False keeps the order of the files in every epoch.
         Raises:
             UserError: there is no row, or the seed is negative.
         """
@@ -181,13 +170,7 @@ class SampleOrder:
         self._permutation: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def row(self, position: int) -> int:
-        """The row at `position` of the endless sequence.
-
-        Args:
-            position: samples consumed before it.
-        Returns:
-            0 <= row < num_rows.
-        """
+        """The row at `position`, samples consumed before it, of the endless sequence."""
         epoch, inside = divmod(position, self.num_rows)
         if not self._shuffle:
             return inside
@@ -196,29 +179,15 @@ class SampleOrder:
         return int(self._permutation[inside])
 
     def rows(self, start: int, count: int) -> list[int]:
-        """`count` rows from position `start` on; an epoch's end is crossed without a gap.
-
-        Args:
-            start: samples consumed before them.
-            count: how many.
-        Returns:
-            Row indices.
-        """
+        """`count` rows from position `start` on; an epoch's end is crossed without a gap."""
         return [self.row(position) for position in range(start, start + count)]
 
 
 def epoch_permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Order of the rows in one epoch.
+    """[R] int64, order of the rows in one epoch, counted from 0.
 
     Ranks of raw Philox output: numpy guarantees the bits of a bit generator for ever, but not those of
     `Generator.permutation` (NEP 19), and an order must survive an upgrade between two halves of a run.
-
-    Args:
-        num_rows: R.
-        seed: the run's seed.
-        epoch: from 0.
-    Returns:
-        [R] int64, a permutation.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
     return np.argsort(bits, kind="stable")
@@ -232,16 +201,11 @@ def num_training_steps(
     global_size: int,
     size_key: str = "batch.global_size",
 ) -> int:
-    """Optimizer steps of a run.
+    """Optimizer steps of a run; the incomplete last batch of its epochs is left out.
 
     Args:
-        steps: train.steps.
-        epochs: train.epochs; the incomplete last batch of the run is left out.
-        num_rows: rows of the training data.
         global_size: sequences per step.
         size_key: the setting that global_size comes from, for the message.
-    Returns:
-        Number of steps.
     Raises:
         UserError: not exactly one of steps and epochs, or the epochs do not fill one batch.
     """
@@ -276,12 +240,8 @@ class StepLoader:
         """Bind data and layout.
 
         Args:
-            dataset: tokenized rows.
-            batch: sizes, packing and aggregation.
-            layout: of the ranks.
             max_length: data.max_length, the divisor of constant_length.
             pad_id: any valid id.
-            seed: of the order.
             shuffle: a new order each epoch.
             mode: evaluate goes through all rows once, in the order of the files, the last step possibly
                 smaller, with weights that sum to 1 over all steps.
@@ -300,13 +260,7 @@ class StepLoader:
         return -(-len(self._dataset) // self._batch.global_size)
 
     def rows(self, step: int) -> list[int]:
-        """Rows of a step.
-
-        Args:
-            step: from 0; in evaluation below `num_evaluation_steps`.
-        Returns:
-            Indices into the dataset, in order.
-        """
+        """Indices of a step's rows, in order; steps from 0, in evaluation below `num_evaluation_steps`."""
         start = step * self._batch.global_size
         count = self._batch.global_size
         if not self._is_training:
@@ -315,12 +269,8 @@ class StepLoader:
         return self._order.rows(start, count)
 
     def step(self, step: int) -> StepData:
-        """Micro-batches of a step; a pure function of `step`, equal plans on all ranks.
+        """This rank's micro-batches of a step; a pure function of `step`, equal plans on all ranks.
 
-        Args:
-            step: as in `rows`; a resumed run asks for the step it had not finished.
-        Returns:
-            This rank's batches.
         Raises:
             UserError: a sequence does not fit into batch.max_tokens.
         """

@@ -18,7 +18,6 @@ from megatron_sftrl.types import TokenBatch
 
 # One tokenized demonstration, and what happens to it when it is too long.
 
-
 Truncation = Literal["error", "drop", "right", "left_prompt"]
 
 
@@ -58,17 +57,12 @@ class Example:
 def truncate(
     example: Example, *, max_length: int, truncation: Truncation, keep_first: bool
 ) -> Example | None:
-    """Bring a sequence down to `max_length` the way the user asked for.
+    """Bring a sequence down to `max_length` tokens the way the user asked for; None when it is dropped.
 
-    right cuts the end (the end token with it); left_prompt cuts the start of the prompt.
+    right cuts the end (the end token with it); left_prompt cuts the start of the prompt, and with
+    `keep_first` leaves the first token, which opens every sequence, in its place. The example itself is
+    never modified, and returned when it fits.
 
-    Args:
-        example: the sequence, never modified.
-        max_length: tokens that may remain.
-        truncation: data.truncation.
-        keep_first: left_prompt leaves the first token, which opens every sequence, in its place.
-    Returns:
-        The same example when it fits, a shorter one, or None when it is to be dropped.
     Raises:
         UserError: it is too long and truncation is `error`; nothing of the response would remain; or with
             left_prompt the response alone does not fit.
@@ -132,9 +126,7 @@ class StepNormalization:
     """What the weights of one optimizer step are made of; equal for all its batches on all ranks.
 
     Args:
-        aggregation: which mean.
-        num_loss_tokens: learned tokens of the step.
-        num_sequences: sequences of the step.
+        num_loss_tokens, num_sequences: of the step.
         max_length: divisor of constant_length, in tokens.
     """
 
@@ -145,16 +137,10 @@ class StepNormalization:
 
 
 def predicting_length(num_tokens: int, sequence_multiple_of: int) -> int:
-    """Positions a sequence occupies in a batch.
+    """Positions that a sequence of n >= 2 tokens occupies in a batch.
 
     The last token has no label, so n tokens give n - 1 positions; context parallelism cuts each sequence
     into 2 cp equal pieces, so they are padded to a multiple.
-
-    Args:
-        num_tokens: n, at least 2.
-        sequence_multiple_of: 1, or 2 * cp.
-    Returns:
-        n - 1, rounded up.
     """
     return _round_up(num_tokens - 1, sequence_multiple_of)
 
@@ -162,12 +148,8 @@ def predicting_length(num_tokens: int, sequence_multiple_of: int) -> int:
 def padded_batch_length(num_tokens: int, *, sequence_multiple_of: int, pad_to_multiple_of: int) -> int:
     """T of a batch whose sequences take `num_tokens` positions; at least one padding sequence when 0.
 
-    Args:
-        num_tokens: sum of `predicting_length`.
-        sequence_multiple_of: as there; the padding behind is a sequence of its own and respects it too.
-        pad_to_multiple_of: what T must divide by (tp under sequence parallelism).
-    Returns:
-        T.
+    The padding behind is a sequence of its own and respects sequence_multiple_of too. T is a multiple of
+    pad_to_multiple_of (tp under sequence parallelism).
     """
     return _round_up(max(num_tokens, 1), math.lcm(sequence_multiple_of, pad_to_multiple_of))
 
@@ -191,8 +173,7 @@ def build_token_batch(
         examples: in order; none gives a batch of padding alone.
         normalization: of the whole step, which token_weight is filled from.
         pad_id: any valid id.
-        sequence_multiple_of: length that each sequence is padded to a multiple of.
-        pad_to_multiple_of: what T must divide by.
+        sequence_multiple_of, pad_to_multiple_of: of each sequence's length, and of T.
         pad_to_length: T, when all micro-batches of a step have to be equal.
         carried: values of learned tokens that the batch carries, too; 0 where masked.
     Returns:
@@ -260,10 +241,8 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 # Which sequence goes into which micro-batch of which data-parallel rank: a pure function of the lengths.
-#
 # Every rank computes the whole plan and takes its part, so nothing is communicated and all ranks run the
 # same number of micro-batches: a rank with fewer would leave the others waiting in a collective for ever.
-
 
 Assignment = list[list[list[int]]]
 """assignment[dp_rank][microbatch] = positions in the step, possibly none."""
@@ -278,23 +257,17 @@ def plan_microbatches(
     max_tokens: int | None,
     microbatch_multiple: int = 1,
 ) -> Assignment:
-    """Split one optimizer step.
+    """Split one optimizer step: each position of `lengths` exactly once.
 
     Without packing a micro-batch holds `micro_size` sequences of similar length. With packing, sequences
     are put into as few micro-batches of at most `max_tokens` as first-fit-decreasing finds, then spread
-    evenly over as many as all ranks need.
+    evenly over as many as all ranks need. Every rank has the same number of micro-batches, at least one;
+    those that got no sequence are empty.
 
     Args:
         lengths: tokens of each sequence of the step, its own padding included.
-        dp_size: data-parallel ranks.
-        micro_size: sequences per micro-batch, without packing.
-        packing: fill by tokens instead.
-        max_tokens: tokens per micro-batch, with packing.
         microbatch_multiple: the number of micro-batches of a rank is a multiple of it (the pipeline size,
             under virtual pipeline parallelism).
-    Returns:
-        Each position of `lengths` exactly once; every rank has the same number of micro-batches, at least
-        one, and those that got no sequence are empty.
     Raises:
         UserError: a sequence is longer than max_tokens, or packing without max_tokens.
     """

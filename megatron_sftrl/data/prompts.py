@@ -18,13 +18,7 @@ from megatron_sftrl.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
-    """One row of prompts.
-
-    Args:
-        tokens: ids that responses continue.
-        values: the row as it was read.
-        source: where it stands, such as `train.jsonl:17`.
-    """
+    """A row as it was read, where it stands (such as `train.jsonl:17`), and ids that responses continue."""
 
     tokens: tuple[int, ...]
     values: Mapping[str, object]
@@ -33,10 +27,9 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Rows in the order of their files.
+    """At least one row, in the order of the files.
 
     Args:
-        rows: at least one.
         fingerprint: hash of tokens and rows, so that a resume on changed prompts is noticed.
     """
 
@@ -84,9 +77,6 @@ def _as_json(tokens: tuple[int, ...], values: Mapping[str, object], source: str)
             f"{source}: expected text, numbers, lists and objects in every column, which reach the rewards "
             f"as JSON, got {error}; convert or remove the column"
         ) from error
-
-
-# The tokens that end a response.
 
 
 def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:

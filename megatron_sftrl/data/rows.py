@@ -22,38 +22,19 @@ _NOT_UTF8 = "a text of this row is not UTF-8; repair or remove the row"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRow:
-    """A row and where it stands.
-
-    Args:
-        values: column name to value.
-        number: line of a JSONL file, from 1; row of any other source, from 0.
-    """
+    """Values by column, and the line of a JSONL file, from 1, or the row of any other source, from 0."""
 
     values: Mapping[str, object]
     number: int
 
 
 def describe_row(path: str | Path, number: int) -> str:
-    """Where a row stands, for people: `train.jsonl:17` or `train.parquet row 16`.
-
-    Args:
-        path: the source.
-        number: as in `SourceRow`.
-    Returns:
-        The name.
-    """
+    """Where a row stands, for people: `train.jsonl:17` or `train.parquet row 16`."""
     return f"{path}:{number}" if Path(path).suffix in _JSON_LINES else f"{path} row {number}"
 
 
 def check_source(path: Path, key: str = "data") -> None:
-    """Refuse a path that cannot be a source of rows.
-
-    Args:
-        path: the source.
-        key: where the path stands in the configuration, for messages.
-    Raises:
-        UserError: it is not there or of no known kind.
-    """
+    """Raise UserError for a path that is not there or of no known kind; `key` names its setting."""
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; check {key}{hub_hint(path)}")
     if path.is_dir():
@@ -74,10 +55,6 @@ def check_source(path: Path, key: str = "data") -> None:
 def read_rows(path: Path) -> Iterator[SourceRow]:
     """Rows of one source in the order of the file, one at a time.
 
-    Args:
-        path: a source that `check_source` accepts.
-    Yields:
-        Each row.
     Raises:
         UserError: the source is of no known kind, or a row cannot be read; the message names file and line.
     """
@@ -173,11 +150,9 @@ def _surrogate(value: object, place: str = "") -> str | None:
     return None
 
 
-# Behaviour scores of a row: log-probabilities that travel with the token ids they belong to.
-#
-# Scores made with another tokenizer or chat template are off by a few tokens and ruin every weight
-# computed from them without an error, so ids are compared one by one (one public PEAR does not).
-
+# Behaviour scores of a row: log-probabilities that travel with the token ids they belong to. Scores made with
+# another tokenizer or chat template are off by a few tokens and ruin every weight computed from them without
+# an error, so ids are compared one by one (one public PEAR does not).
 
 LOGPROBS_COLUMN = "behavior_logprobs"
 SCORER_COLUMN = "behavior_scorer"
@@ -193,16 +168,12 @@ _ABOVE_ZERO = 1e-2
 def read_behavior_scores(
     values: Mapping[str, object], *, loss_token_ids: NDArray[np.int32], num_kept: int
 ) -> NDArray[np.float32] | None:
-    """The scores of a row, checked against the tokens that we learn.
+    """[num_kept] fp32 nats, checked against the tokens that we learn; None when the row has no scores.
 
     A row that is cut on the right may carry scores of all its loss tokens or of those that remain.
 
     Args:
-        values: the row.
-        loss_token_ids: [k] ids of the loss tokens before truncation.
-        num_kept: how many of them remain after it, from the first on.
-    Returns:
-        [num_kept] fp32 nats, or None when the row has no scores.
+        loss_token_ids: [k] ids of the loss tokens before truncation, of which the first num_kept remain.
     Raises:
         UserError: one column without the other, unequal lengths, ids that differ, or scores that are not
             finite or above 0.
@@ -244,12 +215,7 @@ def read_behavior_scores(
 
 
 def scorer(model: str, dtype: str) -> dict[str, str]:
-    """Who scores a row, for its column behavior_scorer: model, dtype, and versions of the code.
-
-    Args:
-        model: which weights.
-        dtype: bf16 or fp32.
-    """
+    """Who scores a row, for its column behavior_scorer: model, dtype (bf16 or fp32), versions of the code."""
     return {"model": model, "dtype": dtype, **_versions()}
 
 
@@ -260,12 +226,11 @@ def read_scorer(values: Mapping[str, object]) -> str:
 
 
 def scorer_warnings(scorers: Sequence[str], *, dtype: str) -> list[str]:
-    """What makes the scores of a data set doubtful beside a training run, one line each.
+    """What makes a data set's scores doubtful beside a training run, one line each.
 
-    Args:
-        scorers: the different texts of read_scorer() in it.
-        dtype: that training computes in; another one rounds the log-probabilities of the same weights to
-            other values, and PEAR adds up hundreds of their differences.
+    `scorers` are the different texts of read_scorer() in it, `dtype` is the one that training computes in:
+    another one rounds the log-probabilities of the same weights to other values, and PEAR adds up hundreds
+    of their differences.
     """
     lines = []
     if len(scorers) > 1:

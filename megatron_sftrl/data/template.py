@@ -33,10 +33,9 @@ class ChatTemplate:
     """A compiled template. Rendering has no side effects and reaches no file, module or clock."""
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str], origin: str) -> None:
-        """Compile `source`.
+        """Compile Jinja text.
 
         Args:
-            source: Jinja text.
             special_tokens: variables of the template, such as bos_token and eos_token.
             origin: where the text came from, for error messages.
         Raises:
@@ -61,14 +60,11 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         given: Mapping[str, object] | None = None,
     ) -> str:
-        """The conversation as one text.
+        """The conversation as one text, special tokens written out.
 
         Args:
-            messages: turns in order.
             add_generation_prompt: end with the header of an assistant turn.
             given: tools and documents, where there are any.
-        Returns:
-            The text, special tokens written out.
         Raises:
             UserError: the template refuses these messages, or needs something it is not given.
         """
@@ -77,13 +73,8 @@ class ChatTemplate:
     def render_generated_spans(
         self, messages: Sequence[Message], *, given: Mapping[str, object] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation, and which characters stood inside `{% generation %}` blocks.
+        """The conversation, and [start, end) of each `{% generation %}` block in it, in order.
 
-        Args:
-            messages: turns in order.
-            given: tools and documents, where there are any.
-        Returns:
-            The text and [start, end) of each block in it, in order.
         Raises:
             UserError: as in `render`, or the template transforms what a block produced.
         """

@@ -21,10 +21,8 @@ class Tokenizer:
     """Text to ids and back, with the facts about the vocabulary that training needs.
 
     Args:
-        backend: the library's tokenizer.
         vocab_size: largest id + 1, added tokens included: the smallest V a model needs.
         bos_id: id that opens every sequence when no chat template does it; None when there is none.
-        eos_id: end token.
         pad_id: a valid id for positions that carry nothing.
         special_ids: ids that stand for control tokens (end of turn, end of text, ...).
         chat_template: renders messages; None when the tokenizer has no template.
@@ -45,11 +43,7 @@ class Tokenizer:
     notes: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` at the start of a sequence, nothing added.
-
-        Raises:
-            UserError: characters of the text have no token, not even an unknown one.
-        """
+        """Ids of `text` at the start of a sequence, nothing added; UserError where a character has none."""
         ids = self.backend.encode(text)
         if self.drops_text and not self.backend.unknown_ids & set(ids):
             back = self.backend.decode(ids)
@@ -75,12 +69,8 @@ class Tokenizer:
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     """Load a Hugging Face tokenizer directory or a raw SentencePiece model from disk; never from a network.
 
-    Code that lies beside a tokenizer is never executed.
+    Code that lies beside a tokenizer is never executed. A Jinja file may replace its chat template.
 
-    Args:
-        section: where the tokenizer is, and the Jinja file that replaces its chat template, if any.
-    Returns:
-        The tokenizer.
     Raises:
         UserError: the path is not there, cannot be read as a tokenizer, does not give texts back, has no end
             token, or the template does not compile.
@@ -139,14 +129,7 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a model whose embedding has fewer rows than the tokenizer has ids.
-
-    Args:
-        tokenizer: source of the ids.
-        vocab_size: V of the model, before padding for tensor parallelism.
-    Raises:
-        UserError: the tokenizer can produce an id the model has no row for.
-    """
+    """Raise UserError where the tokenizer has ids beyond `vocab_size`, V of the model before padding."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"model vocabulary: expected at least {tokenizer.vocab_size} (the tokenizer's largest id + 1), "

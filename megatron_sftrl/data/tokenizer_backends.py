@@ -12,15 +12,9 @@ from typing import Any, Protocol
 
 from megatron_sftrl.errors import UserError, error_of
 
-# What a tokenizer library must give.
-
 
 class TokenizerBackend(Protocol):
-    """What a library must offer to stand behind a `Tokenizer`.
-
-    Args:
-        unknown_ids: ids that stand for text the vocabulary does not have.
-    """
+    """What a library must offer to stand behind a `Tokenizer`; unknown_ids stand for text without a token."""
 
     unknown_ids: frozenset[int]
 
@@ -46,7 +40,6 @@ class TokenizerBackend(Protocol):
 
 
 # Whether a tokenizer gives a text back: the first thing to know about files that a library put together.
-
 
 PROBES = {
     "single spaces": "jq zx",
@@ -102,13 +95,9 @@ def examine(
     a tokenizer whose parts do not belong together.
 
     Args:
-        encode: text to ids, nothing added.
-        decode: ids to text, nothing removed.
-        normalize: the text as the tokenizer's normalizer leaves it.
+        encode, decode: nothing added, nothing removed.
         unknown_ids: ids that stand for characters the vocabulary does not have.
         origin: the tokenizer's path, for messages.
-    Returns:
-        What was seen.
     Raises:
         UserError: a text comes back as another one.
     """
@@ -164,10 +153,8 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
     With a tokenizer.json the ids are the ones that this file itself gives: transformers' AutoTokenizer
     builds another tokenizer out of its vocabulary where `tokenizer_class` names one.
 
-    Args:
-        path: directory with tokenizer.json or the files of a slow tokenizer.
-    Returns:
-        The backend and its facts; `bos_id` only when the tokenizer itself puts it in front of a text.
+    `bos_id` is set only when the tokenizer itself puts it in front of a text.
+
     Raises:
         UserError: the directory is not a tokenizer, or its files contradict each other.
     """
@@ -205,14 +192,10 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
 
 
 def class_defaults(path: Path, named: Collection[str], vocabulary: Mapping[str, int]) -> dict[str, str]:
-    """Special tokens that no file names and that transformers takes from the class of the tokenizer.
+    """Special tokens by name that no file names and transformers takes from the class of the tokenizer.
 
-    Args:
-        path: tokenizer directory.
-        named: what the files name, also as null: it is left alone.
-        vocabulary: of the tokenizer; a default that it does not know belongs to another one.
-    Returns:
-        Token by name (bos_token, eos_token, unk_token, pad_token).
+    What the files name, also as null, is left alone. A default that the vocabulary does not know belongs to
+    another tokenizer.
     """
     missing = [name for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name not in named]
     if "bos_token" not in missing and "eos_token" not in missing:
@@ -309,15 +292,11 @@ def _optional_object(path: Path) -> dict[str, Any]:
 
 
 def load_sentencepiece(path: Path) -> LoadedTokenizer:
-    """Read a raw SentencePiece model.
+    """Read a raw SentencePiece model, a .model file; there is no chat template in it.
 
     The file does not say whether its model was trained with a first token; as Llama, Mistral and Gemma all
     were, one that the vocabulary defines is used.
 
-    Args:
-        path: the .model file.
-    Returns:
-        The backend and its facts; there is no chat template in such a file.
     Raises:
         UserError: the file is not a SentencePiece model.
     """
