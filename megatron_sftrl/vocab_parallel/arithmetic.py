@@ -68,16 +68,11 @@ def finite_shift_(shift: Tensor) -> Tensor:
     return shift.clamp_(min=-(torch.finfo(shift.dtype).max ** 0.75))
 
 
-# One rank's part of the statistics: sums over its columns, and how they are moved to the global maxima.
-
-
 def local_sums(evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over this rank's columns.
+    """Maxima [sources, T], partition sums [sources, T], and [statistics, T] sums over this rank's columns.
 
-    Returns:
-        maxima [sources, T], partition sums [sources, T], and [statistics, T] the sum each Total and
-        Expectation asks for, all relative to this rank's own maxima; for a Pick the raw logit, 0 where the id
-        lives elsewhere; rows of other statistics are zero.
+    The sums are what each Total and Expectation asks for, all relative to this rank's own maxima; for a Pick
+    the raw logit, 0 where the id lives elsewhere; rows of other statistics are zero.
     """
     options = {"dtype": evaluation.dtype, "device": evaluation.sources[0].device}
     maxima = torch.empty(len(evaluation.sources), evaluation.num_tokens, **options)
@@ -148,9 +143,6 @@ def rescaled_sums(
     return torch.stack(parts)
 
 
-# One rank's gradient into the logits of a distribution, for tokens whose logits are at hand.
-
-
 def gradient_of_logits(
     evaluation: Evaluation,
     i: int,
@@ -161,11 +153,9 @@ def gradient_of_logits(
     *,
     may_overwrite: bool,
 ) -> Tensor | None:
-    """d loss / d logits of the evaluation's i-th source.
+    """d loss / d logits of the evaluation's i-th source; all of its logits exist.
 
     Args:
-        evaluation: all of its logits exist.
-        i: which source.
         grads: [T] d loss / d value of each statistic, None where nothing flows.
         values: [T] of each statistic.
         partitions, maxima: [sources, T], over all ranks.

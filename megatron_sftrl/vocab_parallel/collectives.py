@@ -1,9 +1,8 @@
 """Every collective of this folder and of the losses, in one place, so that each can be counted and judged.
 
-A group of None is one process: no collective happens and torch.distributed need not be initialised.
-The reductions carry no gradient of their own. Their callers are autograd functions that know the closed form
-of their gradient, in which nothing has to be reduced: what follows a reduction is computed alike on all ranks
-(identity backward of an all-reduce forward).
+A group of None is one process: no collective happens and torch.distributed need not be initialised. The
+reductions carry no gradient: their callers are autograd functions with a closed form for it, in which nothing
+is reduced, since what follows a reduction is alike on all ranks (identity backward of an all-reduce forward).
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ def all_gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def gather_with_gradient(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """all_gather whose gradient is the sum, over the ranks, of what each rank's loss says about this part.
 
-    Every rank uses all of the gathered values for its own outputs only, so the parts of the gradient differ
-    from rank to rank and are summed (a reduce-scatter; done as an all-reduce, since gloo has no other).
+    Each rank uses the gathered values for its own outputs only, so the parts of the gradient differ and are
+    summed (a reduce-scatter; done as an all-reduce, since gloo has no other).
     """
     if group_size(group) == 1:
         return values.unsqueeze(0)
@@ -90,9 +89,6 @@ class _GatherWithGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce_sum(grad, ctx.group)[group_rank(ctx.group)], None
-
-
-# Which columns of the vocabulary a rank holds, and whether the logits it was given can be that shard.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -30,8 +30,7 @@ from megatron_sftrl.vocab_parallel.statistics import (
 def answers(distributions: Sequence[TokenDistribution], statistics: Sequence[Statistic]) -> list[Tensor]:
     """[T] of each statistic, from what the distributions remember and one evaluation of all the rest.
 
-    That is one MAX and one SUM all-reduce, or none. What is about one of the distributions alone is
-    remembered there.
+    That is one MAX and one SUM all-reduce, or none. What is about one distribution alone is remembered there.
     """
     known: dict[Statistic, Tensor] = {}
     for distribution in distributions:
@@ -48,10 +47,8 @@ def answers(distributions: Sequence[TokenDistribution], statistics: Sequence[Sta
     return [known[statistic] for statistic in statistics]
 
 
-# Targets of a cross-entropy, described by [T] weights so that no [T, V] target is ever built.
-#
-# A target is, token by token, a mixture of three distributions: the label, a reference model, the uniform
-# one.
+# Targets of a cross-entropy, described by [T] weights so that no [T, V] target is ever built: token by token
+# a mixture of three distributions, the label, a reference model and the uniform one.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,10 +91,7 @@ class TiltedTarget:
         return self.weights(self.reference.logprobs(self.labels)).label
 
     def weights(self, label_logprobs: Tensor) -> MixtureWeights:
-        """The mixture, from the reference's [T] log q(y) in nats.
-
-        In logarithms, so that any beta and any q(y), 0 included, give weights in [0, 1].
-        """
+        """The mixture from [T] log q(y), nats; logarithms keep it in [0, 1] for any beta and q(y), 0 too."""
         vocab_size = self.reference.vocab_size
         floor = self.smoothing / vocab_size + self.eps
         total = 1.0 + vocab_size * self.eps
@@ -115,12 +109,7 @@ class TiltedTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SmoothedLabels:
-    """(1 - smoothing) onehot(y) + smoothing / V.
-
-    Args:
-        labels: [T] int64.
-        smoothing: share of the uniform distribution, in [0, 1].
-    """
+    """(1 - smoothing) onehot(y) + smoothing / V; labels [T] int64, smoothing in [0, 1]."""
 
     labels: Tensor
     smoothing: float
@@ -154,12 +143,7 @@ class TokenDistribution:
     __slots__ = ("_anticipated", "_known", "_meanwhile", "_source")
 
     def __init__(self, source: Source, known: Mapping[Statistic, Tensor] | None = None) -> None:
-        """Use `from_logits` or `from_output_layer`.
-
-        Args:
-            source: its logits.
-            known: answers so far; all of them are about this source alone.
-        """
+        """Use `from_logits` or `from_output_layer`; answers in `known` are about this source alone."""
         self._source = source
         self._known = dict(known or {})
         self._anticipated: Tensor | None = None
@@ -252,9 +236,7 @@ class TokenDistribution:
     def cross_entropy(self, target: TokenDistribution | Target) -> Tensor:
         """-sum_v q(v) log p(v), q the target; no gradient flows into the target.
 
-        Args:
-            target: another distribution on the same columns, or a mixture: what `tilted` returns,
-                SmoothedLabels.
+        The target is a distribution on the same columns, or a mixture: what `tilted` returns, SmoothedLabels.
         """
         if isinstance(target, TokenDistribution):
             z, u = self._source, target.detach()._source
@@ -338,10 +320,7 @@ class TokenDistribution:
         )
 
     def anticipate(self, labels: Tensor) -> None:
-        """Let the labels' log-probabilities and the entropy come along with the first question asked.
-
-        They ride in the same two all-reduces, so that a loss may ask in any order without paying twice.
-        """
+        """Let the labels' log-probabilities and the entropy share the all-reduces of the first question."""
         _check_ids(labels, self)
         self._anticipated = labels
 
@@ -363,8 +342,7 @@ class TokenDistribution:
         return {s: value for s, value in self._known.items() if value.requires_grad or not needed}
 
     def _company(self) -> list[Statistic]:
-        """What comes along with a question: the entropy of what is trained (every step logs it), and what is
-        anticipated."""
+        """What comes along: the entropy of what is trained (every step logs it), and what is anticipated."""
         z, along = self._source, list[Statistic]()
         if self._needs_grad or self._anticipated is not None:
             along += [LogSumExp(z), Expectation(z, z)]

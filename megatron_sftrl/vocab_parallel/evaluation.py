@@ -1,9 +1,8 @@
 """The order of events: local sums, one MAX, one SUM all-reduce, and in the backward no collective at all.
 
 The backward recomputes p = exp(z - M) / sum from logits and [T] vectors, chunk by chunk, and adds all
-gradients in one pass; nothing has to be reduced, because what follows the SUM is computed alike on all ranks.
-Where an output layer stands in for the logits, each chunk's are made once in the forward and once in the
-backward, and only [T] vectors live in between.
+gradients in one pass; what follows the SUM is alike on all ranks. Where an output layer stands in for the
+logits, each chunk's are made once in the forward and once in the backward, with only [T] vectors in between.
 """
 
 from __future__ import annotations
@@ -127,9 +126,6 @@ class _Total:
         return [self._sums.hidden, self._layer.tell_autograd(self._sums)]
 
 
-# The largest logits of the whole vocabulary, gathered from the shards in one all-gather.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TopLogits:
     """The k largest logits of each token, alike on all ranks of the group.
@@ -151,10 +147,9 @@ class TopLogits:
 
 @torch.no_grad()
 def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
-    """The top k, and the statistics of the whole vocabulary that travel with them.
+    """The top k, and [T] log sum_v exp(z_v - M) and [T] E_p[z - M] of the whole vocabulary, without gradient.
 
-    Returns:
-        the top logits, [T] log sum_v exp(z_v - M), and [T] E_p[z - M], all without gradient.
+    All travel in one all-gather.
     """
     evaluation = Evaluation.of((LogSumExp(source), Expectation(source, source)))
     packets = []

@@ -1,12 +1,10 @@
 """A token-local loss and its gradients while a chunk's logits are hot: they are made once, and never again.
 
-The chain rule is finished chunk by chunk in the forward: logits, loss, d loss / d logits, and from it the
-gradients of hidden states [T, H] and output weight. Three matrix products in all, as many as with the logits
-of the whole micro-batch in memory; tokens without weight never meet the vocabulary. While the ranks reduce
-over one chunk, the policy's logits of the next are made.
-
-In the manner of Liger Kernel's fused linear cross-entropy (arXiv:2410.10989), for any function that looks at
-one token at a time, and on vocabulary-parallel logits.
+Each chunk goes from logits to d loss / d logits to the gradients of hidden states [T, H] and output weight in
+the forward: three matrix products in all, as many as with all logits in memory; tokens without weight never
+meet the vocabulary. While the ranks reduce over one chunk, the policy's logits of the next are made. Like
+Liger Kernel's fused linear cross-entropy (arXiv:2410.10989), but for any token-local loss and on
+vocabulary-parallel logits.
 """
 
 from __future__ import annotations
@@ -60,12 +58,9 @@ def one_pass(
 
     d total is taken as 1: the weight's gradient is in `policy.main_grad`, where there is one, when this
     returns, and a backward of `total` only brings the hidden states theirs.
-
     Args:
-        function: the loss; what it says of a token depends on that token alone.
-        policy: the output layer that is trained.
-        reference: another one over the same tokens, without gradient.
-        batch: T tokens.
+        function: what it says of a token depends on that token alone.
+        reference: another output layer over the same tokens, without gradient.
         distribution: what logits become.
     """
     wants_gradient = torch.is_grad_enabled() and policy.requires_grad
@@ -159,19 +154,10 @@ def _some_tokens(batch: TokenBatch, tokens: Tensor) -> TokenBatch:
     return batch.map(lambda value: value[tokens], cu_seqlens=bounds)
 
 
-# The step's loss.
-
-
 def weighted_sum(token_loss: Tensor, token_weight: Tensor) -> Tensor:
-    """sum_t token_weight * token_loss over the tokens that have a weight.
+    """[] sum_t token_weight * token_loss over the tokens that have a weight; token_loss [T] in nats.
 
     What stands elsewhere, NaN and inf included, reaches neither the value nor the gradient.
-
-    Args:
-        token_loss: [T] nats.
-        token_weight: [T] fp32.
-    Returns:
-        [] in the dtype of `token_loss`.
     """
     has_weight = token_weight > 0
     return (torch.where(has_weight, token_loss, 0.0) * token_weight.to(token_loss.dtype)).sum()

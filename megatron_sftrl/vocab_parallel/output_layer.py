@@ -30,10 +30,7 @@ def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total += gradient.T @ hidden, summed in the dtype of `total` (fp32 where Megatron keeps gradients).
 
-    Args:
-        total: [V_local, H].
-        gradient: [T, V_local], of the logits.
-        hidden: [T, H] in the gradient's dtype.
+    total [V_local, H], gradient [T, V_local] of the logits, hidden [T, H] in the gradient's dtype.
     """
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
@@ -123,10 +120,7 @@ class OutputLayer:
             yield
 
     def buffer(self, num_tokens: int) -> Tensor:
-        """[num_tokens, V_local] memory for the logits of one chunk after the other.
-
-        Fresh pages for each would cost as much as some of the arithmetic.
-        """
+        """[num_tokens, V_local] memory for all chunks: fresh pages would cost as much as some arithmetic."""
         return torch.empty(num_tokens, self.shape[1], dtype=self.dtype, device=self.device)
 
     def chunks(self, num_tokens: int) -> list[slice]:
@@ -140,12 +134,9 @@ class OutputLayer:
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
     def add_gradients(self, rows: slice | Tensor, gradient: Tensor, sums: GradientSums) -> None:
-        """d loss / d hidden and d loss / d weight of a chunk, from that of its logits.
+        """Add d loss / d hidden and d loss / d weight of a chunk to `sums`.
 
-        Args:
-            rows: of the chunk.
-            gradient: [rows, V_local] in the logits' dtype.
-            sums: what they are added to.
+        `gradient` is d loss / d logits of the chunk, [rows, V_local] in the logits' dtype.
         """
         if sums.hidden is not None:
             sums.hidden[rows] = gradient @ self.weight.detach()
@@ -153,10 +144,10 @@ class OutputLayer:
             add_weight_gradient(sums.weight, gradient, self.hidden.detach()[rows])
 
     def tell_autograd(self, sums: GradientSums) -> Tensor | None:
-        """What a backward returns for the weight.
+        """What a backward returns for the weight: nothing when the gradient is in main_grad already.
 
-        Nothing when the gradient is in main_grad already. Megatron's DDP then wants to see some param.grad,
-        which it ignores, as after its own fused weight gradients; this one occupies no memory.
+        Megatron's DDP then wants to see some param.grad, which it ignores, as after its own fused weight
+        gradients; this one occupies no memory.
         """
         if self.main_grad is None:
             return sums.weight
@@ -193,25 +184,18 @@ def tokens_per_chunk(
     return max(1, budget // max(1, num_columns * dtype.itemsize))
 
 
-# The logits of chunk after chunk, the next chunk's made while reductions over this one are under way.
-#
-# A chunk's two all-reduces are a few numbers per token: all latency, during which a device would do
-# nothing. The next chunk's product needs none of their results and fills the gap, queued behind the start
-# of a reduction and ahead of the wait for it. On one stream: this does not depend on how many queues a
-# device has (CUDA_DEVICE_MAX_CONNECTIONS is 1 where Megatron overlaps its own communication).
-
+# The logits of chunk after chunk, the next chunk's made while reductions over this one are under way. A
+# chunk's two all-reduces are a few numbers per token: all latency, during which a device would do nothing.
+# The next chunk's product needs none of their results and fills the gap, queued behind the start of a
+# reduction and ahead of the wait for it. On one stream: this does not depend on how many queues a device has
+# (CUDA_DEVICE_MAX_CONNECTIONS is 1 where Megatron overlaps its own communication).
 
 # A chunk has two reductions; each gets one part of the next chunk's columns to hide behind.
 _PARTS = 2
 
 
 class NextLogits:
-    """Gives out the logits of each chunk once, in order.
-
-    Args:
-        layer: makes them.
-        chunks: [n] int64 tokens of each chunk; at least one chunk.
-    """
+    """Gives out the logits of each chunk ([n] int64 tokens; at least one chunk) once, in order."""
 
     def __init__(self, layer: OutputLayer, chunks: Sequence[Tensor]) -> None:
         self._layer = layer

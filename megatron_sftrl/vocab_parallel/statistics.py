@@ -39,14 +39,10 @@ class LogSumExp:
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """z_y - M at one id per token.
+    """z_y - M at one id per token ([T] int64), z and M of `of`.
 
-    Args:
-        of: has z and M.
-        ids: [T] int64.
-        asked: identity of `ids` and their version when they were asked about, which equality compares:
-            ids that were modified in place since are other ids. The tensor is held, so its identity stays its
-            own.
+    `asked` is the identity of `ids` and their version when they were asked about, which equality compares:
+    ids that were modified in place since are other ids. The tensor is held, so its identity stays its own.
     """
 
     of: Source
@@ -170,16 +166,11 @@ def _logits_at(source: Source, rows: slice, buffers: Mapping[tuple[int, ...], Te
     return layer.logits(rows, buffers[layer.key]) if isinstance(layer, OutputLayer) else layer[rows]
 
 
-# Logits as the statistics see them.
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Scratch:
     """Logits that are not needed after the loss: their gradient takes their place.
 
-    Args:
-        num_readers: evaluations that will read the logits again in their backward; with more than one, the
-            first may not overwrite them.
+    `num_readers` evaluations read them again in their backward; of several, the first may not overwrite.
     """
 
     num_readers: int = 0
@@ -250,9 +241,6 @@ class Source:
 def finite_maximum(maximum: Tensor) -> Tensor:
     """The maximum, 0 where it is -inf."""
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
-
-
-# The gradient of the statistics.
 
 
 @dataclass(slots=True, eq=False)
