@@ -98,17 +98,50 @@ CROSSINGS: dict[str, tuple[Span, int, Span, int]] = {
 }  # fmt: skip
 
 
+class Runs:
+    """What several crossings start from or are compared with, made once; read only."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._whole: dict[str, list[Outcome]] = {}
+        self._saved: dict[str, Path] = {}
+
+    def whole(self, num_ranks: int, span: Span) -> list[Outcome]:
+        """Of a run without interruption."""
+        key = repr((num_ranks, span))
+        if key not in self._whole:
+            self._whole[key] = run_ranks(num_ranks, run_span, span)
+        return self._whole[key]
+
+    def saved(self, num_ranks: int, span: Span) -> Path:
+        """Directory with the checkpoint in the middle of a run."""
+        key = repr((num_ranks, span))
+        if key not in self._saved:
+            self._saved[key] = self._root / str(len(self._saved))
+            half = dataclasses.replace(span, last=HALF, save=str(self._saved[key]))
+            run_ranks(num_ranks, run_span, half)
+        return self._saved[key]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("halves"))
+
+
 @pytest.mark.parametrize("crossing", CROSSINGS)
-def test_resuming_on_another_layout_goes_on_as_if_never_interrupted(crossing: str, tmp_path: Path) -> None:
+def test_resuming_on_another_layout_goes_on_as_if_never_interrupted(
+    crossing: str, runs: Runs, tmp_path: Path
+) -> None:
     source, num_source_ranks, target, num_target_ranks = CROSSINGS[crossing]
-    first, moved, last = (str(tmp_path / name) for name in ("first", "moved", "last"))
-    run_ranks(num_source_ranks, run_span, dataclasses.replace(source, last=HALF, save=first))
+    first, moved, last = runs.saved(num_source_ranks, source), tmp_path / "moved", tmp_path / "last"
 
-    run_ranks(num_target_ranks, run_span, dataclasses.replace(target, last=HALF, load=first, save=moved))
-    assert_same_stored(tmp_path / "first", tmp_path / "moved", HALF)
+    again = dataclasses.replace(target, last=HALF, load=str(first), save=str(moved))
+    run_ranks(num_target_ranks, run_span, again)
+    assert_same_stored(first, moved, HALF)
 
-    resumed = run_ranks(num_target_ranks, run_span, dataclasses.replace(target, load=first, save=last))
-    whole = run_ranks(num_target_ranks, run_span, target)
+    on = dataclasses.replace(target, load=str(first), save=str(last))
+    resumed = run_ranks(num_target_ranks, run_span, on)
+    whole = runs.whole(num_target_ranks, target)
     # The halves before the checkpoint were computed on different layouts. fp32 sums in another order
     # give 1e-6 here (eps 1e-4 keeps Adam from amplifying it); bf16 activations round at 2^-8, and
     # three steps of that stay below 2e-2.

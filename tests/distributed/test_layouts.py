@@ -10,12 +10,12 @@ import torch
 from megatron_sftrl.config.schema import ParallelSection, ReferenceSection, RunConfig
 from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.types import TokenBatch
-from tests.grid import grid
+from tests.grid import grid, is_full
 from tests.ranks import run_ranks
 
 VOCAB_SIZE = 101  # divides by none of the tp sizes: every layout pads differently
 NUM_SEQUENCES = 8
-NUM_STEPS = 20
+NUM_STEPS = 20 if is_full() else 8
 Curve = list[tuple[float, float, float]]
 LOSSES = {
     "sft": {},
@@ -172,7 +172,7 @@ def one_process(loss_name: str, **model: object) -> Curve:
 
 
 def assert_same_curve(curve: Curve, expected: Curve) -> None:
-    """Losses and entropies within the promised 1e-5; gradient norms of all 20 steps too.
+    """Losses and entropies within the promised 1e-5; gradient norms of all steps too.
 
     The first norm is compared as closely. Later ones see weights that fp32 rounding has moved apart, and
     a norm feels that more than a loss does: up to 4e-5 was measured, a wrong scale would be 2.

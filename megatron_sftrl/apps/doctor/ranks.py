@@ -8,10 +8,10 @@
     with RankPool() as pool:
         assert pool.run(2, total, 3) == [6, 6]
 
-Importing torch costs seconds, so the workers are started once and reused; every call gets a fresh gloo
-group. A rank that raises is reported with its traceback, a call that does not end with the stack of
-every rank. After either the workers are killed, because a rank may still stand in a collective, and
-started again by the next call.
+Importing torch and Megatron costs seconds, so one process does it and every worker is a fork of that one; the
+workers are kept from call to call, and every call gets a fresh gloo group. A rank that raises is reported with
+its traceback, a call that does not end with the stack of every rank. After either the workers are killed,
+because a rank may still stand in a collective, and the next call forks others.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+IMPORTED_BEFORE_THE_FORKS = ["megatron_sftrl.trainers.grpo", "megatron_sftrl.trainers.sft"]
+"""They start no thread, which a fork would lose."""
 
 GRACE_S = 1.0  # how long the other ranks may take to report after the first one raised
 
@@ -133,7 +136,8 @@ class RankPool:
             self.close()
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED_BEFORE_THE_FORKS)
         for index in range(len(self._workers), size):
             ours, theirs = context.Pipe()
             stack_file = Path(self._folder.name) / f"stack-{index}"
@@ -206,6 +210,7 @@ def free_port() -> int:
 def _serve(pipe: Connection, stack_file: str) -> None:
     """The worker's life: answer calls until the parent closes the pipe."""
     os.setpgrp()
+    gc.freeze()  # what was imported before the fork is never garbage: collections need not look at it
     with open(stack_file, "w") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         num_left = 0
