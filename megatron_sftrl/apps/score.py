@@ -1,9 +1,8 @@
 """`sftrl score`: behaviour log-probabilities of any checkpoint, written into a copy of the data (for PEAR).
 
-A run's model, tokenizer, parallel and batch sections say how to score. Each row gets three columns:
-behavior_logprobs (nats, one per loss token, at temperature 1), behavior_token_ids, the ids that they belong
-to, and behavior_scorer: model, dtype and versions. Training refuses a row whose ids differ from its own, and
-warns of scores made in another dtype.
+A run's model, tokenizer, parallel and batch sections say how to score. Each row gets behavior_logprobs (nats,
+one per loss token, at temperature 1), behavior_token_ids, the ids that they belong to, and behavior_scorer:
+model, dtype and versions. Training refuses other ids and warns of scores made in another dtype.
 """
 
 from __future__ import annotations

@@ -58,12 +58,10 @@ class LossInputs:
 
     Args:
         policy: the distribution that is trained, T tokens.
-        batch: the tokens it was computed from.
         reference: a second distribution without gradient (GIFT's base model, CurioSFT's teacher).
-        cp_group: context-parallel group over which sequences are spread; None when they are whole.
-            Sequences derived from it are computed on first use: that costs a gather.
+        cp_group: context-parallel group over which sequences are spread; None when they are whole. Sequences
+            derived from it are computed on first use: that costs a gather.
         is_part: some tokens of a micro-batch, whose sequences are torn; for token-local losses.
-
     Raises:
         UserError: a distribution whose T is not the batch's.
     """
@@ -120,11 +118,9 @@ class LossOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-# token_weight, which makes normalisation data: it sums to 1 over one optimizer step and all ranks.
-#
-# The three aggregations are three ways to fill it. All need only counts over the whole step, so that how
-# the step is cut into micro-batches, data-parallel or context-parallel parts changes nothing.
-
+# token_weight, which makes normalisation data: it sums to 1 over one optimizer step and all ranks. The
+# aggregations are ways to fill it. All need only counts over the whole step, so that how it is cut into
+# micro-batches, data-parallel or context-parallel parts changes nothing.
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
@@ -138,7 +134,7 @@ def token_weights(
     num_sequences: int,
     max_length: int,
 ) -> Tensor:
-    """The weight of each token in the step's loss.
+    """The weight of each token in the step's loss, [T] fp32, 0 where masked.
 
         token_mean        1 / loss tokens of the step
         sequence_mean     1 / (sequences of the step * loss tokens of this sequence)
@@ -149,12 +145,8 @@ def token_weights(
     Args:
         loss_mask: [T] bool, of whole sequences: weights are filled before context parallelism cuts them.
         cu_seqlens: [S + 1] int32.
-        aggregation: how tokens are averaged.
-        num_loss_tokens: over all micro-batches and ranks of the step.
-        num_sequences: sequences that have loss tokens, over the same.
-        max_length: tokens.
-    Returns:
-        [T] fp32, 0 where masked.
+        num_loss_tokens, num_sequences: of the step, over all micro-batches and ranks; sequences that have
+            loss tokens.
     Raises:
         UserError: the step has no loss token or no sequence, or the aggregation is unknown.
     """

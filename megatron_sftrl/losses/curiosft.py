@@ -79,17 +79,12 @@ def curiosft(inputs: LossInputs, config: CurioSftOptions) -> LossOutput:
 
 
 def solve_temperature(top: TopLogits, full_entropy: Tensor, config: CurioSftOptions) -> Tensor:
-    """The temperature at which the teacher has the entropy that is asked of it.
+    """[T] temperatures at which the teacher has the entropy that is asked of it.
 
         H(tau_t) = H(1) + 0.5 sigmoid(2 (H(1) - pivot)) in [tau_min, tau_max], H the entropy of softmax(u_top
         / tau); clamped at the ends; tau_min where the full-vocabulary entropy is at most `factual_entropy`.
 
-    Args:
-        top: the teacher's largest logits.
-        full_entropy: [T] nats, over the whole vocabulary.
-        config: pivot, bounds and threshold.
-    Returns:
-        [T] temperatures.
+    `full_entropy` is [T] nats, over the whole vocabulary.
     """
     plain = top.entropy(1.0)
     goal = plain + MAX_ENTROPY_GAIN * torch.sigmoid(GAIN_SLOPE * (plain - config.pivot))

@@ -1,4 +1,8 @@
-"""Losses on the likelihood of the demonstration alone: sft, dft, entropy, label_smoothing."""
+"""Losses on the likelihood of the demonstration alone.
+
+Supervised fine-tuning (sft), dynamic fine-tuning (dft: the likelihood gradient without its 1 / pi), a bonus
+for entropy, and labels mixed with the uniform distribution.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,11 @@ from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.registry import register_loss
 from megatron_sftrl.vocab_parallel import SmoothedLabels
 
-# Supervised fine-tuning: the negative log-likelihood of the demonstration.
-
 
 @register_loss("sft", token_local=True)
 def sft(inputs: LossInputs, config: LossOptions) -> LossOutput:
     """L_t = -log pi(y_t)."""
     return LossOutput(token_loss=-inputs.policy.logprobs(inputs.batch.labels))
-
-
-# Dynamic fine-tuning: the likelihood gradient without its 1 / pi.
 
 
 @register_loss("dft", token_local=True)
@@ -26,9 +25,6 @@ def dft(inputs: LossInputs, config: LossOptions) -> LossOutput:
     logprobs = inputs.policy.logprobs(inputs.batch.labels)
     probs = logprobs.detach().exp()
     return LossOutput(token_loss=-probs * logprobs, metrics={"dft/label_prob": probs})
-
-
-# Fine-tuning that is paid for keeping its entropy.
 
 
 class EntropyOptions(LossOptions):
@@ -43,9 +39,6 @@ def entropy(inputs: LossInputs, config: EntropyOptions) -> LossOutput:
     """L_t = -log pi(y_t) - c H(pi_t)."""
     policy = inputs.policy
     return LossOutput(token_loss=-policy.logprobs(inputs.batch.labels) - config.coef * policy.entropy())
-
-
-# Cross-entropy against labels mixed with the uniform distribution.
 
 
 class LabelSmoothingOptions(LossOptions):

@@ -37,11 +37,9 @@ Correction = Literal["none", "tis", "icepop"]
 
 
 def log_ratio(logprobs: Tensor, other: Tensor, loss_mask: Tensor) -> Tensor:
-    """clip(logprobs - other, -20, 20); exactly 0, and without gradient, where there is no loss.
+    """clip(logprobs - other, -20, 20), [T] nats; exactly 0, and without gradient, where there is no loss.
 
-    Args:
-        logprobs, other: [T] nats; anything, inf and NaN included, where masked.
-        loss_mask: [T] bool.
+    Where masked, inputs may be anything, inf and NaN included.
     """
     bounded = (logprobs - other).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     return torch.where(loss_mask, bounded, 0.0)
@@ -65,9 +63,7 @@ def sequence_log_ratio(token_log_ratio: Tensor, sequences: Sequences) -> Tensor:
 class CorrectionWeight:
     """What each token's loss is multiplied by, a constant for the gradient.
 
-    Args:
-        weight: [T] >= 0, 1 where masked.
-        is_limited: [T] bool, where `tis` cut the ratio and `icepop` dropped the token.
+    weight [T] >= 0 is 1 where masked; is_limited [T]: `tis` cut the ratio, or `icepop` dropped the token.
     """
 
     weight: Tensor
@@ -84,13 +80,8 @@ def correction_weight(
         icepop:  k where 1 / C <= k <= C, else 0    (arXiv:2510.18855, section 3; there 0.5 <= k <= 5)
 
     A token that the trainer gives probability 0 gets the weight 0, whatever the engine says; one that the
-    engine reports at probability 0 is limited like any other too large ratio.
-
-    Args:
-        old_logprobs, rollout_logprobs: [T] nats, by the convention at the top.
-        loss_mask: [T] bool.
-        correction: which; `none` gives 1.
-        cap: C > 1.
+    engine reports at probability 0 is limited like any other too large ratio. Log-probabilities are [T] nats
+    by the convention at the top. With `none` the weight is 1; `cap` is C > 1.
     """
     log_k = (old_logprobs - rollout_logprobs).detach()
     log_k = log_k.masked_fill(old_logprobs == -torch.inf, -torch.inf).masked_fill(~loss_mask, 0.0)
@@ -130,25 +121,18 @@ def correction_weight(
 # is left out, as it is in GRPO. The samples are taken as the policy's own; after several updates on one
 # rollout they are the old policy's, and the estimate is off by as much as the ratio is off 1.
 
-
 KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimates(log_ratio: Tensor) -> dict[KlEstimator, Tensor]:
-    """Every estimate's value, [T] nats.
-
-    Args:
-        log_ratio: [T] d = log(other(y) / sampler(y)), bounded; the estimates are of KL(sampler || other).
-    """
+    """Every estimate of KL(sampler || other), [T] nats, from [T] d = log(other(y) / sampler(y)), bounded."""
     return {"k1": -log_ratio, "k2": log_ratio.square() / 2, "k3": torch.expm1(log_ratio) - log_ratio}
 
 
 def kl_loss(log_ratio: Tensor, estimator: KlEstimator) -> Tensor:
     """[T] nats: the estimate's value with the gradient of KL(policy || reference).
 
-    Args:
-        log_ratio: [T] d = log(reference(y) / policy(y)), bounded; differentiable in the policy.
-        estimator: whose value.
+    `log_ratio` is [T] d = log(reference(y) / policy(y)), bounded; differentiable in the policy.
     """
     k2 = log_ratio.square() / 2
     return kl_estimates(log_ratio.detach())[estimator] + (k2 - k2.detach())

@@ -31,8 +31,6 @@ class Loss:
     """A loss with its options fixed: a function from inputs to a [T] loss.
 
     Args:
-        name: as registered.
-        config: validated options.
         needs: what the inputs must hold: "reference", or optional fields of the batch.
         function: called as function(inputs, config).
         is_token_local: what it says of a token depends on that token alone.
@@ -61,12 +59,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossEntry(Entry):
-    """A registered loss.
-
-    Args:
-        token_local: what it says of a token depends on that token alone; a function of the options where
-            they decide.
-    """
+    """A registered loss; `token_local` as in register_loss."""
 
     token_local: TokenLocal
 
@@ -96,13 +89,10 @@ def register_loss(
     """Decorate `function(inputs: LossInputs, config) -> LossOutput` to make it available under a name.
 
     Args:
-        name: what run.yaml calls it.
-        config: options, a subclass of LossOptions.
         needs: "reference", or fields of TokenBatch that may be None.
         token_local: what it says of a token depends on that token alone: it asks for no `sequences` and
             combines no tokens. Its gradient is then formed while a chunk of logits is hot, and masked
             tokens are left out. A function of the options where they decide.
-        registry: where it is entered.
     Raises:
         UserError: the name is taken by another function, or a need is unknown.
     """
@@ -135,14 +125,10 @@ def build_loss(
 ) -> Loss:
     """A loss by name, with its options checked.
 
-    Args:
-        name: a registered loss.
-        options: the loss's own options; defaults where not given.
-        modules: Python files (a path ending in .py) or importable names, imported first.
-        registry: where the name is looked up.
+    `modules` are Python files (paths ending in .py) or importable names, imported first.
+
     Raises:
-        UserError: unknown name, unknown or invalid option, a module that cannot be found, a name taken
-            twice.
+        UserError: unknown name, unknown or invalid option, a module that cannot be found, a name taken twice.
     """
     registry.load(modules)
     entry = registry.get(name)

@@ -128,7 +128,6 @@ def sequences_of(
     Args:
         cu_seqlens: [S + 1] int32, offsets into the local vectors.
         positions: [T] int64, position inside the whole sequence; gives the order under context parallelism.
-        loss_mask: [T] bool.
         cp_group: context-parallel group; None when sequences are whole.
     """
     num_sequences, num_tokens = cu_seqlens.numel() - 1, loss_mask.numel()
