@@ -19,7 +19,6 @@ from megatron_sftrl.errors import UserError
 
 # The options of `sftrl plan`; nothing heavy is imported here, since every command builds the parser.
 
-
 _RATES = (
     ("peak-tflops", 989.0, "dense bf16, of one GPU"),
     ("hbm", 3350.0, "GB/s of a GPU's memory"),
@@ -59,11 +58,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-# The options of `sftrl doctor`, apart from what carries them out: the command line loads nothing heavy.
-
-
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add them to the parser of the command."""
+    """What the command line of `sftrl doctor` may hold."""
     parser.add_argument("what", choices=("loss",), help="what is examined")
     parser.add_argument("--loss", metavar="NAME", help="registered name; not needed for a file of one loss")
     parser.add_argument(
@@ -91,12 +87,9 @@ _SECONDS_FOR_RANK_0 = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command; the exit code is 0, 2 for what the user can fix, 75 for a run that a signal stopped.
 
-    Args:
-        arguments: the command line after the program's name; sys.argv's when not given.
-    Returns:
-        The exit code: 0, 2 for what the user can fix, or 75 for a run that a signal stopped.
+    `arguments` are sys.argv's, without the program's name, when not given.
     """
     parser = _parser()
     parsed, late = parser.parse_known_args(arguments)
@@ -118,14 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(command: Callable[[], int | None], *, with_traceback: bool = False) -> int:
     """Run something that a user started; what the user can fix becomes one message, told once per job.
 
-    Any other exception is a failure and passes through: Python's traceback and exit code 1, with which
-    torchrun and the job scripts start the run again.
-
-    Args:
-        command: gives the exit code, 0 by None; raises UserError for what the user can fix.
-        with_traceback: let that through, too (as SFTRL_TRACEBACK=1 does).
-    Returns:
-        The exit code: the command's, or 2 for what the user can fix.
+    The exit code is the command's (0 by None), or 2 for a UserError, which `with_traceback` lets through (as
+    SFTRL_TRACEBACK=1 does). Any other exception is a failure and passes through: Python's traceback and exit
+    code 1, with which torchrun and the job scripts start the run again.
     """
     _hide_warnings_about_absent_cuda_packages()
     try:
@@ -154,10 +142,7 @@ class _StandardError(logging.StreamHandler):
 def start_logging() -> None:
     """Send the package's log to standard error: rank 0 from INFO on, the other ranks from WARNING on.
 
-    SFTRL_LOG sets the level of every rank.
-
-    Raises:
-        UserError: SFTRL_LOG names no level.
+    SFTRL_LOG sets the level of every rank; UserError where it names none.
     """
     level = os.environ.get("SFTRL_LOG", "").upper()
     if level and level not in _LEVELS:

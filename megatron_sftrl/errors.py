@@ -47,14 +47,10 @@ def hub_hint(path: Path | str) -> str:
 
 
 def error_of(text: str, cause: BaseException) -> UserError | RuntimeError:
-    """What to raise where reading or writing something of the user's has failed.
+    """What to raise, with message `text`, where reading or writing something of the user's has failed.
 
-    Args:
-        text: the message.
-        cause: what the system or a library raised.
-    Returns:
-        A UserError where the content, the path or its rights are at fault or the disk is full; a
-        RuntimeError where the file system, the network or the memory was, which may pass.
+    A UserError where the content, the path or its rights are at fault or the disk is full; a RuntimeError
+    where the file system, the network or the memory was, which may pass.
     """
     return RuntimeError(text) if _may_pass(cause) else UserError(text)
 

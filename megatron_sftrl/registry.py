@@ -31,9 +31,7 @@ class Entry:
     """A registered function.
 
     Args:
-        name: what run.yaml calls it.
         function: called with its inputs and its validated options.
-        config: the model of its options.
         needs: what the inputs must hold.
         origin: the file it came from.
     """
@@ -46,11 +44,9 @@ class Entry:
 
 
 class FunctionRegistry(Generic[EntryT]):
-    """Names of one kind and what they stand for.
+    """Names of one kind ("loss" or "reward") and what they stand for.
 
-    Args:
-        kind: "loss" or "reward", for messages.
-        modules_key: where the run lists files with further ones, for messages.
+    `modules_key` is where the run lists files with further ones, for messages.
     """
 
     def __init__(self, *, kind: str, modules_key: str) -> None:
@@ -65,8 +61,7 @@ class FunctionRegistry(Generic[EntryT]):
     def add(self, entry: EntryT) -> None:
         """Enter a function; the same function of the same file again (a reload) replaces itself.
 
-        Raises:
-            UserError: the name is taken by another function.
+        UserError where another function has the name.
         """
         old = self._entries.get(entry.name)
         same = old is not None and (old.origin, old.function.__qualname__) == (
@@ -91,11 +86,7 @@ class FunctionRegistry(Generic[EntryT]):
         return self._entries[name]
 
     def load(self, modules: Iterable[str | Path]) -> None:
-        """Import the files or modules that register further ones.
-
-        Raises:
-            UserError: one cannot be found, or takes a name twice.
-        """
+        """Import what registers further ones; UserError where one cannot be found or takes a name twice."""
         for module in modules:
             load_module(module, key=self.modules_key)
 
@@ -125,11 +116,10 @@ def origin_of(function: Callable[..., Any]) -> str:
 
 
 def load_module(module: str | Path, *, key: str = "modules") -> ModuleType:
-    """Import a file once per process (by its real path), or a module by its name.
+    """Import a file (a path ending in .py) once per process, by its real path, or a module by its name.
 
-    Args:
-        module: a path ending in .py, or an importable name.
-        key: the setting that lists it, for messages.
+    `key` is the setting that lists it, for messages.
+
     Raises:
         UserError: it cannot be found, or its own code raises; the message names file and line.
     """

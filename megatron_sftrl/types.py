@@ -35,7 +35,6 @@ class TokenBatch:
         rollout_logprobs: [T] fp32 nats, as the rollout engine reported them (see Rollout.logprobs).
         advantages: [T] fp32.
         is_padding: [T] bool, True where no real token stands; none does when not given.
-
     Raises:
         UserError: a field whose shape is not [T], or cu_seqlens that do not end at T.
     """
@@ -104,7 +103,6 @@ class SamplingParams:
         stop_ids: a response ends with the first of them.
         stop: a response ends with the token that completes one of these texts, special tokens written out.
         seed: stream of random numbers; the same seed gives the same tokens on the same layout.
-
     Raises:
         UserError: a number outside its range.
     """
@@ -135,12 +133,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What a group of responses continues.
+    """What a group of responses continues: at least one token.
 
-    Args:
-        id: number of the prompt in the run; with the sample's number it names the random stream of a
-            response, so that neither batching nor the number of replicas changes what is drawn.
-        tokens: ids, at least one.
+    With the sample's number, `id` (its number in the run) names the random stream of a response, so that
+    neither batching nor the number of replicas changes what is drawn.
     """
 
     id: int
@@ -152,7 +148,6 @@ class Rollout:
     """One generated response.
 
     Args:
-        prompt_tokens: ids the response continues.
         response_tokens: ids generated, the end token (or the one that completes a stop text) included.
         logprobs: nats, of each response token over the whole vocabulary at the sampling temperature (1 when
             greedy), before top_k and top_p cut it.
@@ -167,12 +162,9 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """The responses to one prompt, generated with one version of the weights.
+    """The responses to one prompt in order of their sample number, generated with one version of the weights.
 
-    Args:
-        prompt: what they continue.
-        rollouts: num_samples of them, in order of their sample number.
-        version: optimizer steps behind the weights.
+    `version` is the optimizer steps behind the weights.
     """
 
     prompt: Prompt
