@@ -30,14 +30,10 @@ LARGEST_REWARD = 1e32
 def group_advantages(
     groups: Mapping[GroupT, Sequence[float]], estimator: AdvantageEstimator
 ) -> dict[GroupT, list[float]]:
-    """The advantage of every response, by the estimator's name.
+    """The advantage of every response, by the estimator's name; 0 in groups of one or of equal rewards.
 
     Args:
         groups: rewards by group id, in any unit; sizes may differ.
-        estimator: group_normalized, dr_grpo or leave_one_out.
-    Returns:
-        As `groups`; zeros for a group whose rewards are all equal and for a group of one response, which
-        has nothing to be compared with.
     Raises:
         UserError: no groups, a group without responses, a reward that is not finite, an unknown estimator.
     """
@@ -114,11 +110,8 @@ def check_rewards(groups: Mapping[GroupT, Sequence[float]]) -> None:
                 )
 
 
-# Which groups of responses are trained on: those in which one was better than another.
-#
-# Groups are found by id, never by position: responses of one prompt may arrive apart from each other,
-# late, or in part only.
-
+# Which groups of responses are trained on: those in which one was better than another. They are found by id,
+# never by position: responses of one prompt may arrive apart from each other, late, or in part only.
 
 ValueT = TypeVar("ValueT")
 
@@ -126,9 +119,6 @@ ValueT = TypeVar("ValueT")
 def by_group(group_ids: Sequence[GroupT], values: Sequence[ValueT]) -> dict[GroupT, list[ValueT]]:
     """The values of each group: groups by first appearance, values in the order given.
 
-    Args:
-        group_ids: of each response.
-        values: of each response: rewards, or places in a list.
     Raises:
         UserError: not one value per id.
     """
@@ -144,12 +134,9 @@ def by_group(group_ids: Sequence[GroupT], values: Sequence[ValueT]) -> dict[Grou
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSelection(Generic[GroupT]):
-    """The outcome of dynamic sampling.
+    """The outcome of dynamic sampling: ids of groups whose rewards differ, in their order, and of the others.
 
-    Args:
-        kept: ids of groups whose rewards differ, in their order.
-        dropped: ids of the others. With nothing kept there is nothing to learn: sample again, or skip the
-            step.
+    With nothing kept there is nothing to learn: sample again, or skip the step.
     """
 
     kept: tuple[GroupT, ...]
@@ -163,8 +150,6 @@ def informative_groups(groups: Mapping[GroupT, Sequence[float]]) -> GroupSelecti
     are not all equal. [1, 0, 0, 0] is kept whatever the advantage estimator: its single success is what
     there is to learn. A group that came back in part and has one response is dropped.
 
-    Args:
-        groups: rewards by group id.
     Raises:
         UserError: no groups, an empty group, a reward that is not finite.
     """
@@ -184,12 +169,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
     Counted in integers: no cancellation and no overflow for any n.
 
-    Args:
-        num_samples: n.
-        num_correct: c, in 0..n.
-        k: in 1..n.
     Raises:
-        UserError: k or c out of range.
+        UserError: k not in 1..n or c not in 0..n.
     """
     if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
         raise UserError(
@@ -206,7 +187,6 @@ class RewardStatistics:
 
     Args:
         mean, std: over all responses; std of the sample (n - 1), 0 for one response.
-        num_groups: groups in all.
         num_zero_variance_groups: groups whose rewards are all equal: they have no gradient.
     """
 
@@ -219,8 +199,6 @@ class RewardStatistics:
 def reward_statistics(groups: Mapping[GroupT, Sequence[float]]) -> RewardStatistics:
     """Summarise the rewards of a batch.
 
-    Args:
-        groups: rewards by group id.
     Raises:
         UserError: no groups, an empty group, a reward that is not finite.
     """
@@ -237,11 +215,8 @@ def reward_statistics(groups: Mapping[GroupT, Sequence[float]]) -> RewardStatist
 
 
 def mean_pass_at_k(groups: Mapping[GroupT, Sequence[bool]], k: int) -> float:
-    """pass@k averaged over groups; every group counts once, whatever its size.
+    """pass@k averaged over groups of right or wrong responses; every group counts once, whatever its size.
 
-    Args:
-        groups: by group id, whether each response is right.
-        k: at most the size of the smallest group.
     Raises:
         UserError: no groups, or a group of fewer than k responses.
     """
@@ -261,7 +236,6 @@ class LogprobMismatch:
         multiplicative_error: mean of exp(|difference|), 1 when equal. NeMo-RL's token_mult_prob_error (its
             guide "Adding New Models"), which calls more than 1.05 a problem. It is the mean of the
             exponentials, at least exp(mean): few tokens far apart weigh more.
-        num_tokens: compared.
     """
 
     mean: float
@@ -272,15 +246,12 @@ class LogprobMismatch:
 
 
 def logprob_mismatch(first: Tensor, second: Tensor, loss_mask: Tensor) -> LogprobMismatch:
-    """Compare two [T] vectors of log-probabilities, nats, over the loss tokens.
+    """Compare two [T] vectors of log-probabilities, nats, over the loss tokens; their order does not matter.
 
     A NaN or infinity on a loss token is an infinite difference, so that a threshold sees it; equal
     infinities are no exception, since neither can be trained on. What stands at masked positions is not
     looked at.
 
-    Args:
-        first, second: [T] floating point; the order does not matter.
-        loss_mask: [T] bool.
     Raises:
         UserError: shapes that differ, or no loss token.
     """

@@ -11,12 +11,9 @@ from megatron_sftrl.rl.rewards.pool import RewardPool
 from megatron_sftrl.rl.rewards.reasoning_gym import ReasoningGymConfig
 from megatron_sftrl.rl.rewards.registry import Canary, Json, Part, Reward, RewardInputs
 
-# The checks before a run: each reward tells its known right answers from its known wrong ones, and tasks
-# that a constant answer solves are named.
-#
-# A verifier that gives everybody 0 (a library of another version, an answer format that it does not read)
-# trains nothing and looks like a hard task.
-
+# Each reward tells its known right answers from its known wrong ones, and tasks that a constant answer solves
+# are named. A verifier that gives every response 0 (a library of another version, an answer format that it
+# does not read) trains nothing and looks like a hard task.
 
 # Rows per task, and answers tried on each: enough to tell a share above MOST_BY_CONSTANT from a coin's.
 NUM_ROWS, NUM_CONSTANTS = 32, 2
@@ -38,14 +35,10 @@ def check_canaries(pool: RewardPool) -> None:
 
 
 def constant_answers(pool: RewardPool, rows: Iterable[Mapping[str, Json]]) -> str | None:
-    """Which tasks of reasoning_gym one answer solves in most of the run's own rows.
+    """One line naming the tasks of reasoning_gym that one answer solves in most of the run's own rows.
 
-    Args:
-        pool: of the run.
-        rows: of its data; of each task the first 32 are tried with the two answers most frequent among them.
-    Returns:
-        One line that names the tasks with the answer and its share, where it solves more than 70 %; None
-        where there are none.
+    Of each task the first 32 rows are tried with the two answers most frequent among them. The line has the
+    answer and its share, where it solves more than 70 %; None where there are none.
     """
     (index, config), *_ = *_tasks_of(pool), (-1, None)
     if config is None:
@@ -123,11 +116,8 @@ def _shown(canary: Canary) -> str:
     return f"{text} (row {dict(canary.row)})" if canary.row else text
 
 
-# The check before a run that its rewards can read its own rows: the rows' answers are scored as responses.
-#
-# A reward that fails on every row, and a row whose answer its verifier cannot read, train nothing and look
-# like a hard task.
-
+# Rewards must be able to read the run's own rows, whose answers are scored as responses. A reward that fails
+# on every row, and a row whose answer its verifier cannot read, train nothing and look like a hard task.
 
 FULL_CREDIT = 1 - 1e-6
 """What a row's own answer must get: 1, less the rounding of a verifier's arithmetic."""
@@ -137,13 +127,7 @@ _LONGEST_SHOWN = 80
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnRow:
-    """A row of the run's data.
-
-    Args:
-        source: where it stands, such as `train.jsonl:17`.
-        prompt: as rewards see it.
-        values: the row.
-    """
+    """A row of the run's data, where it stands (`train.jsonl:17`), and its prompt as rewards see it."""
 
     source: str
     prompt: str

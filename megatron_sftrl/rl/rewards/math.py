@@ -106,8 +106,7 @@ def math(inputs: RewardInputs, config: MathConfig) -> RewardOutput:
 def gold_answer(value: Json) -> str:
     r"""The final answer of a solution, or the whole text where it is only that.
 
-    Raises:
-        UserError: neither text nor a number, or nothing.
+    UserError where it is neither text nor a number, or empty.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(
@@ -128,10 +127,7 @@ def written_answer(text: str, formats: Sequence[Format], *, num_boxes: int = 1) 
     Behind <think> ... </think> only what follows is the answer. A line behind #### that holds no number is a
     heading where there is another answer.
 
-    Args:
-        text: a response or a solution.
-        formats: where to look.
-        num_boxes: answers that are looked for; the last so many boxes are read as a list.
+    The last `num_boxes` boxes are read as a list.
     """
     closed = text.rfind("</think>")
     if text.rfind("<think>") > closed:

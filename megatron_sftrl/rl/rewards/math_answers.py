@@ -45,12 +45,9 @@ _BRACKETS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
 
 
 def are_equal(gold: str, answer: str, *, decimals: int) -> bool:
-    """Whether an answer has the value of the right one, or is the same text.
+    """Whether an answer has the value of the right one, or is the same text; LaTeX or plain text.
 
-    Args:
-        gold: the right answer; LaTeX or plain text.
-        answer: as written in a response. What offers several candidates is not equal to one of them.
-        decimals: places to which inexact numbers must agree.
+    What offers several candidates is not equal to one of them. Inexact numbers agree to `decimals` places.
     """
     if len(answer) > LONGEST_ANSWER or len(gold) > LONGEST_ANSWER:
         return gold.strip() == answer.strip()

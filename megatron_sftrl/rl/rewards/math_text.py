@@ -431,13 +431,7 @@ _BASE = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """A value as written, with what stands beside it.
-
-    Args:
-        value: LaTeX.
-        unit: in one spelling; empty where none is written.
-        base: of the digits; empty where none is written.
-    """
+    """A value in LaTeX, its unit in one spelling and the base of its digits, both empty where not written."""
 
     value: str
     unit: str = ""

@@ -61,14 +61,10 @@ def is_feasible(gold: Value, answer: Value) -> bool:
 def agree(
     gold: Value, answer: Value, *, tolerance: Callable[[Fraction], Fraction], is_rough: bool = False
 ) -> bool | None:
-    """Whether two expressions have the same values.
+    """Whether two parsed expressions have the same values.
 
-    Args:
-        gold, answer: as parsed.
-        tolerance: how far an inexact number may be from the given one.
-        is_rough: exact numbers may be as far apart.
-    Returns:
-        None for what has no value: sets, relations, infinities, and functions that are real nowhere.
+    None for what has no value: sets, relations, infinities, and functions that are real nowhere. `tolerance`
+    is how far an inexact number may be from the given one; with `is_rough` exact numbers may be as far apart.
     """
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return None

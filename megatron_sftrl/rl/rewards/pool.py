@@ -33,14 +33,11 @@ from megatron_sftrl.rl.rewards.registry import (
     weighted,
 )
 
-# One worker process as the trainer sees it: started bare, spoken to in JSON lines, killed with its
-# children.
-#
-# It gets no environment but a short list, no file descriptor but its end of a socket, and a directory of
-# its own for home, working directory and temporary files. It runs as the same user, so this keeps
-# accidents and text that a model wrote away from the trainer; it is no jail for somebody who means harm
-# (confinement.py says what is refused).
-
+# One worker process as the trainer sees it: started bare, spoken to in JSON lines, killed with its children.
+# It gets no environment but a short list, no file descriptor but its end of a socket, and a directory of its
+# own for home, working directory and temporary files. It runs as the same user, so this keeps accidents and
+# text that a model wrote away from the trainer; it is no jail for someone who means harm (worker.py says what
+# is refused).
 
 # What an interpreter may need to start: where programs and libraries are, and how text is encoded.
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
@@ -56,9 +53,7 @@ _LAST_MOMENT = 2.0
 class WorkerProcess:
     """A started worker. Ready once it has answered its setup; then one job at a time.
 
-    Args:
-        setup: first message: rewards, memory_bytes, seconds.
-        start_seconds: time to load its libraries.
+    `setup`, its first message, has rewards, memory_bytes and seconds; it may take `start_seconds` to load.
     """
 
     def __init__(self, *, setup: Mapping[str, Any], start_seconds: float) -> None:
@@ -114,12 +109,7 @@ class WorkerProcess:
             self._outgoing = self._outgoing[sent:]
 
     def receive(self) -> Mapping[str, Any] | None:
-        """The reply, once it is complete; None until then.
-
-        Raises:
-            EOFError: the worker ended.
-            ValueError: what came is no reply.
-        """
+        """The reply, None until complete; EOFError if the worker ended, ValueError if it is no reply."""
         with contextlib.suppress(BlockingIOError):
             try:
                 chunk = self._channel.recv(_CHUNK)
@@ -145,8 +135,7 @@ class WorkerProcess:
     def stop(self) -> tuple[int, str]:
         """Kill it with every process that it started, and remove its directory.
 
-        Returns:
-            its return code, negative for a signal, its own if it had ended; and the end of what it printed.
+        Its return code, negative for a signal, its own if it had ended; and the end of what it printed.
         """
         # Its end of the socket closes a moment before it is gone: wait for its own return code.
         give_up = time.monotonic() + _LAST_MOMENT
@@ -227,9 +216,6 @@ class RewardPool:
     that fails is tried once more, in a worker that no failure has touched: a machine under load and a state
     that an earlier sample left behind say nothing about a response. What fails again has no reward.
 
-    Args:
-        sections: the run's rewards.
-        workers: how many processes, and the limits of one job.
     Raises:
         UserError: as build_rewards.
     """
@@ -262,11 +248,8 @@ class RewardPool:
     def score(
         self, samples: Sequence[RewardInputs], on_result: Callable[[], None] = lambda: None
     ) -> list[Scored]:
-        """The reward of each sample, in order.
+        """The reward of each sample, in order; `on_result` is called for each reward of each sample.
 
-        Args:
-            samples: what is scored.
-            on_result: called whenever one reward of one sample is known.
         Raises:
             UserError: a row that lacks what a reward needs or is no JSON; a module that does not load in the
                 workers.

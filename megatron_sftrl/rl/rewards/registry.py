@@ -17,10 +17,8 @@ from megatron_sftrl.config.schema import RewardSection, Section, check_rewards
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.registry import Entry, FunctionRegistry, origin_of
 
-# What a reward is given, what it returns, and how it shows that it can tell right from wrong.
-#
-# No tensor comes near a reward: its processes start without torch.
-
+# What a reward is given, what it returns, and how it shows that it can tell right from wrong. No tensor comes
+# near it: its processes start without torch.
 
 # The largest number that a reward may return: times a weight that is no larger, it is still one in fp32, and
 # so are sums and squares of it in float64.
@@ -74,10 +72,7 @@ class Canary:
     Args:
         response: the text.
         is_right: what a working reward says about it.
-        prompt: as in RewardInputs, and so are the following.
-        row: what the reward needs of it.
-        num_response_tokens: tokens generated.
-        is_finished: the end token was reached.
+        prompt, row, num_response_tokens, is_finished: as in RewardInputs.
     """
 
     response: str
@@ -122,15 +117,7 @@ def no_solution(row: Mapping[str, Json], config: RewardConfig) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardEntry(Entry):
-    """A registered reward.
-
-    Args:
-        canaries: examples of known worth, given the options.
-        imports: libraries that a worker imports before its first sample.
-        is_confined: processes, the network and changes to files are refused while it runs.
-        check_row: raises for a row that the reward cannot read.
-        solution: a response that answers a row rightly.
-    """
+    """A registered reward; the fields are explained at register_reward."""
 
     canaries: CanaryFunction
     imports: tuple[str, ...]
@@ -141,13 +128,7 @@ class RewardEntry(Entry):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    """A reward with its options and its weight fixed.
-
-    Args:
-        entry: as registered.
-        config: validated options.
-        weight: factor in the sum that is trained.
-    """
+    """A reward with its validated options and its weight, its factor in the sum that is trained, fixed."""
 
     entry: RewardEntry
     config: RewardConfig
@@ -211,8 +192,6 @@ def register_reward(
     worker, and then left out of the loss and of its group. A wrong or unreadable response gets 0 instead.
 
     Args:
-        name: what run.yaml calls it.
-        config: options, a subclass of RewardConfig.
         needs: keys that each row of the data must hold.
         canaries: from the options to examples, right ones and wrong ones, which are tried before the run.
         imports: libraries that the function imports, so that their loading is not counted as a sample's time.
@@ -223,7 +202,6 @@ def register_reward(
             row is checked before a run, in the trainer: be quick.
         solution: from row and options to a response of which the reward gives 1, the row's own answer in the
             form that the reward reads; None where there is none. Some rows are tried before a run.
-        registry: where it is entered.
     Raises:
         UserError: the name is taken by another function.
     """
@@ -251,11 +229,8 @@ def register_reward(
 def build_rewards(
     sections: Iterable[RewardSection], *, registry: RewardRegistry = DEFAULT_REGISTRY
 ) -> tuple[Reward, ...]:
-    """The rewards of a run, with their options checked.
+    """The rewards of a run in order, with their options checked, after every section's modules were imported.
 
-    Args:
-        sections: the run's list, in order.
-        registry: where the names are looked up, after every section's modules were imported.
     Raises:
         UserError: an empty list or one without a weight, an unknown name, an unknown or invalid option, a
             module that cannot be found.
@@ -284,7 +259,6 @@ def _build(section: RewardSection, registry: RewardRegistry) -> Reward:
 
 # The rewards of a response, and the numbers that a step logs about them.
 
-
 Outcome: TypeAlias = Literal["ok", "timeout", "crashed", "error", "nonfinite"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
@@ -294,14 +268,12 @@ class Part:
     """What one reward said about one response; unless it is ok, its numbers say nothing.
 
     Args:
-        name: the reward.
         outcome: ok, or what went wrong: out of time (wall clock or processor), the worker died, the reward
             raised an exception, a number was not finite or above 1e15 in size.
         reward: strict, before its weight; 0 unless ok.
         lenient: by the lenient reading; 0 unless ok.
         metrics: the reward's own numbers; empty unless ok.
         seconds: wall-clock time in the worker.
-        detail: what went wrong, for a human.
         is_retried: it failed once before, in another worker.
     """
 
@@ -324,7 +296,6 @@ class Scored:
             failed, so that the response is neither right nor wrong; it is left out of the loss and of every
             mean.
         lenient: the same sum of the lenient readings; None with `reward`.
-        parts: one for each reward, in the run's order.
     """
 
     reward: float | None
@@ -346,11 +317,9 @@ class Scored:
 
 
 def weighted(weights: Sequence[float], parts: tuple[Part, ...]) -> Scored:
-    """The sum of the parts; unknown as soon as one that counts has failed.
+    """The sum of the parts of one response; unknown as soon as one that counts has failed.
 
-    Args:
-        weights: of each part. What weighs 0 is measured only, and its failure takes nothing away.
-        parts: of one response.
+    What weighs 0 is measured only, and its failure takes nothing away.
     """
     pairs = [(weight, part) for weight, part in zip(weights, parts, strict=True) if weight != 0]
     if any(part.outcome != "ok" for _, part in pairs):
@@ -363,15 +332,13 @@ def weighted(weights: Sequence[float], parts: tuple[Part, ...]) -> Scored:
 
 
 def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
-    """Numbers of a step.
+    """Numbers of a step; a mean over nothing is left out.
 
-    Returns:
-        reward/mean and reward/lenient_mean of the weighted sums, over the samples that have one;
-        reward/unscored, the share of those that have none; for each reward reward/NAME and
-        reward/NAME/lenient, means over the samples that it could judge, and reward/NAME/METRIC, over those
-        that have it; reward/NAME/timeout, /crashed, /error, /nonfinite, numbers of samples, and
-        reward/NAME/retried, of those that needed a second try; reward/slowest_seconds, of one reward of one
-        sample. A mean over nothing is left out.
+    reward/mean and reward/lenient_mean of the weighted sums, over the samples that have one;
+    reward/unscored, the share of those that have none; for each reward reward/NAME and reward/NAME/lenient,
+    means over the samples that it could judge, and reward/NAME/METRIC, over those that have it;
+    reward/NAME/timeout, /crashed, /error, /nonfinite, numbers of samples, and reward/NAME/retried, of those
+    that needed a second try; reward/slowest_seconds, of one reward of one sample.
     """
     if not scored:
         return {}

@@ -46,8 +46,7 @@ def exact_match_examples(config: ExactMatchConfig) -> Sequence[Canary]:
 def answers_of(row: Mapping[str, Json], config: ExactMatchConfig) -> list[str]:
     """The accepted texts; a whole number is its digits.
 
-    Raises:
-        UserError: another kind of value, no answer, or an empty one, which no answer at all would match.
+    UserError for another kind of value, no answer, or an empty one, which no answer at all would match.
     """
     answer = row["answer"]
     answers = answer if isinstance(answer, list) else [answer]
@@ -109,11 +108,8 @@ def _written(response: str, marker: str | None) -> str | None:
     return (lines[0] if lines else "") if found else None
 
 
-# format: 1 if a regular expression matches the whole response, else 0.
-#
-# The default is the format of DeepSeek-R1 (arXiv:2501.12948, table 1): one block of thinking, one of
-# answer.
-
+# format: 1 if a regular expression matches the whole response, else 0. The default is the format of
+# DeepSeek-R1 (arXiv:2501.12948, table 1): one block of thinking, one of answer.
 
 THINK_THEN_ANSWER = (
     r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>"

@@ -33,15 +33,13 @@ from megatron_sftrl.rl.rewards.registry import (
 )
 
 # Refuses what a verifier has no business with while it runs: processes, the network, changes to files, and
-# what /proc says about other processes, the trainer's environment, arguments and memory among it.
-#
-# Some verifiers evaluate text that the model wrote (sympy's parse_expr does, and reasoning-gym calls it),
-# so that an answer may be a program. Python's audit events name what a program asks of the system; here
-# they raise. This stops programs that do not expect it; it is no proof against native code. Environment,
-# memory and open files of other processes are refused by the kernel as well, where it offers Landlock
-# (Linux 5.13, docs.kernel.org/userspace-api/landlock.html): to native code, and to calls that have no
-# audit event, such as reading where a link of /proc leads.
-
+# what /proc says about other processes, the trainer's environment, arguments and memory among it. Some
+# verifiers evaluate text that the model wrote (sympy's parse_expr does, and reasoning-gym calls it), so that
+# an answer may be a program. Python's audit events name what a program asks of the system; here they raise.
+# This stops programs that do not expect it; it is no proof against native code. Environment, memory and open
+# files of other processes are refused by the kernel as well, where it offers Landlock (Linux 5.13,
+# docs.kernel.org/userspace-api/landlock.html): to native code, and to calls that have no audit event, such as
+# reading where a link of /proc leads.
 
 # docs.python.org/3/library/audit_events.html; every event that begins so.
 REFUSED = (
@@ -98,11 +96,7 @@ class Confinement:
 
     @contextmanager
     def on(self, *, enabled: bool) -> Iterator[None]:
-        """Refuse inside the with block, when enabled.
-
-        Raises:
-            PermissionError: from whatever asks for what is refused.
-        """
+        """Refuse inside the with block, when enabled; whatever asks for it gets PermissionError."""
         self._is_on = enabled
         try:
             yield
@@ -173,12 +167,9 @@ _LOOKS_INTO_PROCESSES = 1 << 19 | 1 << 21 | 1 << 38
 def enter_kernel_domain() -> bool:
     """Have the kernel keep this process out of the others, for the rest of its life and for its children.
 
-    A process in a Landlock domain can trace none outside of it, and the kernel asks for that right before it
-    shows another process's environment, memory, open files or folders. Root also gives up what it could look
-    into processes with regardless.
-
-    Returns:
-        False where the kernel does not offer it.
+    False where the kernel does not offer it. A process in a Landlock domain can trace none outside of it, and
+    the kernel asks for that right before it shows another process's environment, memory, open files or
+    folders. Root also gives up what it could look into processes with regardless.
     """
     library = ctypes.CDLL(None, use_errno=True)
     _drop_capabilities(library)
