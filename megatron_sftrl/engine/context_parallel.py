@@ -12,13 +12,9 @@ from megatron_sftrl.types import TokenBatch
 
 
 def shard_for_context_parallel(batch: TokenBatch, *, cp_rank: int, cp_size: int) -> TokenBatch:
-    """This rank's share of a micro-batch: chunks r and 2 cp - 1 - r of every sequence.
+    """This rank's chunks r and 2 cp - 1 - r of every sequence, whose length is a multiple of 2 cp.
 
     positions stay positions in the whole sequence; cu_seqlens become offsets of the local pieces.
-
-    Args:
-        batch: every sequence's length a multiple of 2 * cp_size (padding included).
-        cp_rank, cp_size: place on the context-parallel axis.
     """
     if cp_size == 1:
         return batch
@@ -27,13 +23,7 @@ def shard_for_context_parallel(batch: TokenBatch, *, cp_rank: int, cp_size: int)
 
 
 def gather_whole(local: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:
-    """[T] values of the whole micro-batch, in packed order, from each rank's [T/cp]; no gradient.
-
-    Args:
-        local: [T/cp] floating point, this rank's share.
-        cu_seqlens: [S + 1] of this rank's share.
-        parallel: this rank's place.
-    """
+    """[T] values in packed order from each rank's floating point [T/cp] with its cu_seqlens; no gradient."""
     if parallel.cp_size == 1:
         return local
     whole_offsets = cu_seqlens * parallel.cp_size
@@ -45,12 +35,7 @@ def gather_whole(local: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -
 
 
 def local_rows(cu_seqlens: Tensor, *, cp_rank: int, cp_size: int) -> Tensor:
-    """[T/cp] int64, where each of this rank's tokens stands in the whole packed micro-batch.
-
-    Args:
-        cu_seqlens: [S + 1] of the whole micro-batch.
-        cp_rank, cp_size: place on the context-parallel axis.
-    """
+    """[T/cp] int64: where this rank's tokens stand in the whole micro-batch, which has these cu_seqlens."""
     lengths, starts = cu_seqlens.diff().tolist(), cu_seqlens[:-1].tolist()
     assert all(length % (2 * cp_size) == 0 for length in lengths) or cp_size == 1, "pad to 2 * cp"
     pieces = [

@@ -1,12 +1,8 @@
 """Makes megatron-core's hard-wired CUDA calls land on the CPU; nothing is redirected where CUDA is there.
 
-megatron-core writes `device="cuda"`, `torch.cuda.current_device()`, streams, events and type strings
-into code that is otherwise indifferent to the device. This file is the only one in the house that
-changes other libraries. Factory calls and tensor methods are redirected by a TorchFunctionMode, so
-torch's own functions stay what they are; functions of the `torch.cuda` module, which a mode cannot
-see, are replaced one by one.
-
-Written against megatron-core 0.16.1; every entry names the caller it is for.
+The only file of the package that changes other libraries. A TorchFunctionMode redirects factory calls and
+tensor methods, so torch's own functions stay what they are; functions of the `torch.cuda` module, which a
+mode cannot see, are replaced one by one. Written against megatron-core 0.16.1; every entry names its caller.
 """
 
 from __future__ import annotations
@@ -22,15 +18,11 @@ _CPU = torch.device("cpu")
 
 
 def install() -> bool:
-    """Redirect CUDA calls of megatron-core to the CPU, for the rest of this process.
+    """Redirect megatron-core's CUDA calls to the CPU for this process; False where CUDA is available.
 
     On any device it also defines the one name that megatron-core leaves undefined without Transformer Engine.
-
-    Call it before the first call into megatron.core (importing it is harmless). Calling it again changes
+    Call it before the first call into megatron.core (importing it is harmless); calling it again changes
     nothing.
-
-    Returns:
-        True where the redirection is active, False where CUDA is available and nothing was redirected.
     """
     _define_missing_names()
     if torch.cuda.is_available():
@@ -47,7 +39,7 @@ def install() -> bool:
 
 
 def without_redirection() -> contextlib.AbstractContextManager:
-    """For a stretch of the house's own small operations, which name their devices.
+    """For a stretch of the package's own small operations, which name their devices.
 
     Factory calls and tensor methods are then not looked at one by one, which costs as much as one token's
     arithmetic in a small layer. What is replaced in torch.cuda stays replaced.
@@ -56,8 +48,6 @@ def without_redirection() -> contextlib.AbstractContextManager:
 
 
 class _CpuMode(TorchFunctionMode):
-    """Sends tensors that were meant for CUDA to the CPU."""
-
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:

@@ -1,9 +1,8 @@
 """One new token of each sequence through the weights of Megatron's layers, as few operations as it takes.
 
 Megatron's modules spend more time on one token than its arithmetic does: autograd functions, rotations that
-take cosines again in each layer, and on the CPU a look at every call. The equations are those of the modules,
-rounded at the same places; prompts and training run the modules themselves, and the contract of rollout
-engines compares both.
+take cosines again in each layer, and on the CPU a look at every call. The equations and roundings are those
+of the modules, which run prompts and training; the contract of rollout engines compares both.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
     Args:
         model: this stage's chunk, of the local layer spec.
         tokens: [T] int64.
-        places: of the tokens in the cache, with a span.
+        places: with a span.
     Returns:
         [T, 1, H]; [T/tp, 1, H] under sequence parallelism.
     """

@@ -16,11 +16,7 @@ _GROWTH = 128
 class KvCache:
     """One slot a sequence, in every layer of this rank's pipeline stage.
 
-    Memory follows the longest sequence so far: most responses end long before max_length.
-
-    Args:
-        num_slots: sequences.
-        max_length: tokens of the longest, prompt and response together.
+    Memory follows the longest sequence so far: most responses end long before max_length (prompt included).
     """
 
     def __init__(self, *, num_slots: int, max_length: int) -> None:
@@ -67,13 +63,11 @@ class CacheSlots:
     """Where the tokens of one micro-batch stand in a cache.
 
     Args:
-        cache: of this generation.
-        slots: [T] int64, of each token's sequence.
-        positions: [T] int64, in it.
+        slots, positions: [T] int64, each token's sequence and its place in it.
         longest: largest position + 1.
         span: None where the micro-batch holds whole sequences from position 0. Otherwise it holds one new
-            token of each sequence, and attention is to the cache: the first tokens are of the slots first
-            to last in order, and `span` is (first, last + 1); the others only fill the batch up.
+            token of each sequence, and attention is to the cache: the first tokens are of the slots first to
+            last in order, and `span` is (first, last + 1); the others only fill the batch up.
         is_even: all sequences of `span` are of one length.
     """
 
@@ -85,7 +79,6 @@ class CacheSlots:
     is_even: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> CacheSlots:
-        """The same places with `function` applied to both tensors."""
         return CacheSlots(
             cache=self.cache,
             slots=function(self.slots),

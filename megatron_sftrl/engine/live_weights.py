@@ -17,11 +17,7 @@ from megatron_sftrl.models.tensors import Region, hf_regions, hf_shapes, megatro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveWeights:
-    """Parts of Hugging Face tensors that this rank's parameters hold, without vocabulary padding.
-
-    Args:
-        parts: for each tensor, disjoint regions and the view of each.
-    """
+    """Disjoint parts of Hugging Face tensors that this rank's parameters hold, without vocabulary padding."""
 
     parts: Mapping[str, Mapping[Region, Tensor]]
 
@@ -37,7 +33,6 @@ class LiveWeights:
         return {name: tuple(parts) for name, parts in self.parts.items()}
 
     def dtypes(self) -> set[torch.dtype]:
-        """Of all parts."""
         return {view.dtype for _, view in self._views()}
 
     def _views(self) -> Iterator[tuple[str, Tensor]]:
@@ -47,11 +42,7 @@ class LiveWeights:
 
 
 def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) -> LiveWeights:
-    """The weights of this rank's chunks as they are now.
-
-    Args:
-        chunks: without DDP, in any layout.
-    """
+    """The weights of this rank's chunks, in any layout, as they are now."""
     table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}
     num_stacked = {key: len(index) for key, index in table}
     parts: dict[str, dict[Region, Tensor]] = {}
@@ -72,14 +63,11 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
 
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[LanguageModel], weights: HfWeights, architecture: Architecture) -> None:
-    """Fill this rank's chunks; dtypes are cast, rows of vocabulary padding become zero.
+    """Fill this rank's chunks, in any layout; dtypes are cast, rows of vocabulary padding become zero.
 
     An optimizer over bf16 weights keeps fp32 copies: build it after this call, or call its
     reload_model_params().
 
-    Args:
-        chunks: this rank's chunks, without DDP, in any layout.
-        weights: of a model of this architecture.
     Raises:
         UserError: every missing, extra or differently shaped tensor, before anything is changed.
     """

@@ -84,12 +84,10 @@ def forget_routing(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 class ExpertBalance:
-    """The load-balancing loss of a step, over all layers and ranks.
+    """The load-balancing loss of a step over all layers and ranks; the chunks have BalancedRouters.
 
     Args:
-        chunks: of the policy on this rank, with BalancedRouters.
         num_layers: of the whole model.
-        parallel: this rank's place.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], num_layers: int, parallel: ParallelContext) -> None:
@@ -99,7 +97,7 @@ class ExpertBalance:
         self._num_layers, self._parallel = num_layers, parallel
 
     def begin_step(self, batches: Sequence[TokenBatch]) -> None:
-        """Count the step's real tokens; every rank calls it with its micro-batches."""
+        """Count the step's real tokens; a collective."""
         count = sum(
             batch.num_tokens - (0 if batch.is_padding is None else int(batch.is_padding.sum()))
             for batch in batches

@@ -49,19 +49,15 @@ from megatron_sftrl.vocab_parallel import OutputLayer
 
 # Weights that are still on their way from the ranks whose optimizer moved them.
 #
-# With parallel.overlap_param_gather a rank updates its share of the weights, and the others' shares arrive
-# during the next forward: calling a module waits for that module's weights. Code that reads a weight and
-# does not call its module has to wait itself, through LanguageModel.wait_for_weights().
+# With parallel.overlap_param_gather the others' shares arrive during the next forward. Calling a module waits
+# for its weights; code that reads them in another way has to call LanguageModel.wait_for_weights() first.
 
 
 class WeightGathers:
-    """The all-gathers of one chunk's weights.
+    """The all-gathers of the weights of one chunk in Megatron's DDP, with overlap_param_gather.
 
     Megatron's own start_param_sync(force_sync=True) returns once an all-gather that is under way has ended,
     also when that one began before the last update (0.16.1, 0.19.2); the rules here leave no such one behind.
-
-    Args:
-        wrapped: the chunk in Megatron's DDP, with overlap_param_gather.
     """
 
     def __init__(self, wrapped: DistributedDataParallel) -> None:
@@ -197,7 +193,6 @@ def transformer_config(
     *,
     is_cuda: bool,
 ) -> TransformerConfig:
-    """Everything megatron-core needs to know, from our sections."""
     dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
     is_interleaved = parallel.vp > 1
     with_te = is_cuda and uses_transformer_engine()
@@ -279,9 +274,7 @@ def model_inputs(
     """Keyword arguments of the model's forward for one (context-parallel share of a) micro-batch.
 
     Args:
-        batch: the micro-batch, on the model's device.
-        cp_size: context parallel size.
-        places: of the tokens in a cache of keys and values, when one is used; never with cp_size > 1.
+        places: of the tokens in a cache of keys and values; never with cp_size > 1.
         marks_padding: routers leave padding out of their load-balancing loss.
     """
     whole = batch.cu_seqlens * cp_size
@@ -320,10 +313,9 @@ def _scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:
 
 
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
-    """Tell Megatron which parameters are shards.
+    """Tell Megatron which parameters are shards, which its layers do only while they draw weights themselves.
 
-    Its layers do so only while they draw weights themselves; an unmarked shard counts as a copy and
-    the gradient norm of tp > 1 would miss every shard but the first.
+    An unmarked shard counts as a copy, and the gradient norm of tp > 1 would miss every shard but the first.
     """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear):

@@ -24,12 +24,7 @@ _BLOCK = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextTokens:
-    """One token for each prefix.
-
-    Args:
-        ids: [S] int64.
-        logprobs: [S] fp32 nats, as types.Rollout documents them.
-    """
+    """One token for each prefix: [S] int64 ids, [S] fp32 logprobs in nats as types.Rollout documents them."""
 
     ids: Tensor
     logprobs: Tensor
@@ -48,12 +43,10 @@ def next_tokens(
     """The token after each prefix: the most likely one, or the inverse of the cumulative distribution.
 
     Args:
-        policy: in evaluation or training mode, its weights are only read.
         batches: packed prefixes, as run_schedule wants them.
         last_rows: per micro-batch, [S_i] int64 row of each prefix's last token in the packed micro-batch.
-        uniforms: [S] float64 in [0, 1), one per prefix in order; equal numbers give equal tokens in
-            every layout, up to rounding of the logits.
-        sampling: temperature, top_k and top_p.
+        uniforms: [S] float64 in [0, 1), one per prefix in order; equal numbers give equal tokens in every
+            layout, up to rounding of the logits.
         places: of the batches' tokens in a cache of keys and values; none without a cache.
     Returns:
         The same on every rank of this data-parallel replica.
@@ -139,10 +132,9 @@ def _gather_vocabulary(logits: Tensor, parallel: ParallelContext) -> Tensor:
 def _draw(logits: Tensor, uniforms: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     """([S] ids, [S] log-probabilities), both float64 so that they travel in one tensor.
 
-    NaN instead of both where nothing can be drawn: one rank alone must not raise.
-
-    All in float64: in fp32 it was twice as fast, but a draw near a boundary then fell on the other side of it
-    under another layout (seen at tp 2).
+    NaN instead of both where nothing can be drawn: one rank alone must not raise. All in float64: in fp32 it
+    was twice as fast, but a draw near a boundary then fell on the other side of it under another layout (seen
+    at tp 2).
     """
     if sampling.temperature == 0:
         return _most_likely(logits)

@@ -37,12 +37,7 @@ Fused = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputHead:
-    """A model's last stage and the hidden states it gave for a micro-batch.
-
-    Args:
-        model: with the output layer.
-        hidden_states: [T, 1, H] after the final norm; [T/tp, 1, H] under sequence parallelism.
-    """
+    """A model's last stage and its hidden states, after the final norm: [T, 1, H], or [T/tp, 1, H] split."""
 
     model: LanguageModel
     hidden_states: Tensor
@@ -61,7 +56,6 @@ class Objective:
 
     Args:
         vocab_size: V, without padding.
-        parallel: this rank's place.
         fused: `auto` fuses where the logits of a step's longest micro-batch are more than one chunk of them.
         dtype: of the logits.
     """
@@ -75,14 +69,11 @@ class Objective:
         self._dtype = dtype
 
     def longest(self, batches: Sequence[TokenBatch], *, over_all_ranks: bool = False) -> int:
-        """Tokens of the longest micro-batch, which decides for all of a step whether they are fused.
+        """Tokens of the longest whole micro-batch: of this rank, or (a collective) over_all_ranks.
 
-        A step must not mix: the fused layer adds the weight's gradient to main_grad by itself and marks the
-        weight for Megatron's DDP, which would then leave out the gradient of one that is not fused.
-
-        Args:
-            batches: whole micro-batches of this rank.
-            over_all_ranks: of the step; every rank calls it then.
+        It decides for all of a step whether they are fused. A step must not mix: the fused layer adds the
+        weight's gradient to main_grad by itself and marks the weight for Megatron's DDP, which would then
+        leave out the gradient of one that is not fused.
         """
         longest = max(batch.num_tokens for batch in batches)
         if self._fused != "auto" or not over_all_ranks or self._parallel.dp_size == 1:
@@ -92,12 +83,7 @@ class Objective:
         return int(found)
 
     def distribution(self, head: OutputHead, *, longest: int) -> TokenDistribution:
-        """What the head says of the next tokens.
-
-        Args:
-            head: after this rank's context-parallel share of the micro-batch.
-            longest: as found by longest().
-        """
+        """What the head says of this rank's context-parallel share; `longest` as found by longest()."""
         if not self._is_fused(longest):
             return self._of_logits(head.logits())
         layer = head.layer()
@@ -117,13 +103,10 @@ class Objective:
         *,
         longest: int,
     ) -> TokenValues:
-        """The loss of a micro-batch, ready for its backward.
+        """The loss of this rank's context-parallel share of a micro-batch, ready for its backward.
 
         Args:
-            loss: the objective.
-            policy: what is trained.
             reference: the second model, without gradient.
-            batch: this rank's context-parallel share of the micro-batch.
             longest: as found by longest().
         """
         if loss.is_token_local and self._is_fused(longest):
@@ -199,8 +182,7 @@ class MicrobatchReport:
     """Sums over this rank's tokens of one micro-batch, weighted with token_weight.
 
     Args:
-        names: of the sums after the first two.
-        sums: [2 + len(names)] fp32: sum of weights, loss, then each metric.
+        sums: [2 + len(names)] fp32: sum of weights, loss, then each metric of `names`.
         has_nonfinite_loss: [] bool, a trained token's loss is NaN or infinite.
         is_trained: False where a gradient was asked for and the loss has none.
         missing: of the names, those that some of the micro-batch's tokens lack.

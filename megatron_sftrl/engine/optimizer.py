@@ -28,7 +28,6 @@ class OptimStep:
 
     Args:
         grad_norm: global L2 norm before clipping.
-        lr: learning rate used.
         is_skipped: the loss or the gradient was not finite and no parameter moved.
     """
 
@@ -84,16 +83,10 @@ def build_optimizer(
 def step_if_finite(
     optimizer: MegatronOptimizer, *, lr: float, is_loss_finite: bool, decays_all: bool = False
 ) -> OptimStep:
-    """Clip and apply the accumulated gradients, unless their norm or the loss is not finite.
+    """Clip and apply the accumulated gradients, unless their norm or the loss (on any rank) is not finite.
 
-    Megatron's own step() checks for non-finite gradients only with an fp16 loss scale, so its parts
-    are called one by one.
-
-    Args:
-        optimizer: with the gradients of this step.
-        lr: learning rate.
-        is_loss_finite: on every rank.
-        decays_all: norms and biases decay, too.
+    Megatron's own step() checks for non-finite gradients only with an fp16 loss scale, so its parts are
+    called one by one. With decays_all norms and biases decay, too.
     """
     for group in optimizer.param_groups:
         # Megatron leaves the multipliers to its scheduler; wd_mult is 0 for norms and biases.
@@ -137,18 +130,15 @@ def learning_rate(step: int, optim: OptimSection, *, num_steps: int) -> float:
 #
 # Gradients are not kept: every step starts with empty ones. The optimizer's state waits in CPU memory.
 # Storages are emptied and filled in place, so every view of them (Megatron's buckets, the optimizer's
-# shards, a checkpoint's tensors) is good again afterwards. Megatron's own MegatronOptimizer.offload_to_cpu
-# (0.16.1) puts new tensors in their place instead: weights that optimizer and model share in fp32 would
-# leave with the state, and come back as copies that the model never sees.
+# shards, a checkpoint's tensors) is good again afterwards. MegatronOptimizer.offload_to_cpu (0.16.1) makes
+# new tensors instead: weights that optimizer and model share in fp32 would come back as copies that the
+# model never sees.
 
 
 class TrainingState:
-    """Gradients and optimizer state of one model on this rank: on the device, or away.
+    """Gradients and optimizer state of one model on this rank: on the device, or away; weights stay.
 
-    Args:
-        wrapped: the model's chunks in Megatron's DDP, whose weights stay where they are.
-        optimizer: of these chunks.
-        device: where both belong; on the CPU "away" is another place in the same memory.
+    On the CPU "away" is another place in the same memory.
     """
 
     def __init__(
@@ -159,7 +149,6 @@ class TrainingState:
 
     @property
     def is_away(self) -> bool:
-        """The device does not hold it."""
         return self._away is not None
 
     def leave(self) -> None:

@@ -1,4 +1,4 @@
-"""The process grid: built once, then handed around; nothing in the house asks a global who it is."""
+"""The process grid: built once, then handed around; nothing in the package asks a global for its rank."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ class ParallelContext:
 
     Args:
         rank, world_size: in the whole job.
-        device: where this process computes.
-        tp_group, cp_group, dp_group, pp_group: the process groups of each axis.
         dp_cp_group: the ranks that hold different tokens of one step for the same weights.
         ep_group: the ranks among which the experts are spread; it exchanges tokens in every forward, so all
             of its ranks run the same number of micro-batches.
-        tp_rank ... dp_size: position and size along each axis.
         ep_rank, ep_size: rank r holds experts [r * E / ep, (r + 1) * E / ep).
         etp_rank, etp_size: place of this rank's slice in each of its experts.
         vp_size: model chunks on this pipeline stage.
@@ -65,7 +62,6 @@ class ParallelContext:
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank holds the output layer."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -82,11 +78,10 @@ _NEVER = timedelta(days=3650)
 def initialize_parallel(section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES) -> ParallelContext:
     """Start torch.distributed (NCCL where CUDA is there, else gloo) and Megatron's process groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without
-    them the job is this one process.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them the
+    job is this one process.
 
     Args:
-        section: sizes of the axes.
         hang_minutes: train.hang_minutes. Collectives wait a little longer: the watch over the run shows every
             rank's stacks, a collective that fails shows one. 0: they wait for ever.
     Raises:
@@ -159,8 +154,7 @@ def parallel_context(
 ) -> Iterator[ParallelContext]:
     """initialize_parallel, and its end when the block ends well.
 
-    A rank that fails leaves at once instead: its peers may stand in a collective, and what started
-    them (torchrun) ends them.
+    A rank that fails leaves at once instead: its peers may stand in a collective, and torchrun ends them.
     """
     context = initialize_parallel(section, hang_minutes=hang_minutes)
     try:
@@ -207,8 +201,7 @@ def _start_torch_distributed(rank: int, world_size: int, device: torch.device, t
 def _seed_rng_tracker() -> None:
     """Megatron forks its RNG tracker in sequence-parallel regions even when nothing draws from it.
 
-    Dropout is 0 in every family here and initial weights come from engine/initialize.py, so the seed
-    has no influence on any number.
+    No number depends on the seed: dropout is 0 in every family here, and initialize_weights has its own.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -53,10 +53,8 @@ class GradientClock:
     """Seconds from the beginning of a forward to the end of this rank's backward, summed until collected.
 
     The reduction over data-parallel ranks, where the fast ones wait for the slow, is not in them. Waiting
-    inside (tensor, context, expert and pipeline parallel) is: ranks that share a model copy look alike.
-
-    Args:
-        device: CUDA: events in its stream are timed, without waiting for it. CPU: the wall clock.
+    inside (tensor, context, expert and pipeline parallel) is: ranks that share a model copy look alike. CUDA
+    is timed by events in its stream, without waiting for it; the CPU by the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +63,6 @@ class GradientClock:
         self._spans: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """A forward begins."""
         self._started = self._now()
 
     def stop(self) -> None:
@@ -96,9 +93,6 @@ class PolicyEngine:
     """Owns the policy's chunks, their gradients and the optimizer on this rank.
 
     Args:
-        architecture: sizes of the network.
-        run: the run's configuration.
-        parallel: this rank's place.
         with_optimizer: False for evaluation and scoring, which then need no gradient memory.
     """
 
@@ -211,12 +205,7 @@ class PolicyEngine:
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[TokenBatch], *, temperature: float = 1.0) -> list[Tensor]:
-        """log-probability of each label, [T] fp32 nats per micro-batch; empty before the last stage.
-
-        Args:
-            batches: whole micro-batches.
-            temperature: logits are divided by it.
-        """
+        """log-probability of each label, [T] fp32 nats per whole micro-batch; empty before the last stage."""
         parallel, longest = self.parallel, self._objective.longest(batches)
 
         def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,8 +226,7 @@ class PolicyEngine:
         """Clip, update the weights, and report; a step that is not finite changes nothing.
 
         Args:
-            step: 0-based, for the learning rate.
-            num_steps: of the whole run.
+            step: 0-based, for the learning rate over the `num_steps` of the whole run.
             loss: of the step: NaN and infinity skip it as a non-finite gradient norm does.
         """
         assert self.optimizer is not None

@@ -19,10 +19,10 @@ from megatron_sftrl.types import TokenBatch
 class ReferenceModel:
     """Owns the reference's weights and where they are.
 
-    It runs through the same schedule as the policy, ahead of it, and keeps the last stage's hidden
-    states [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path
-    of its own and no [T, V] tensor outlives its micro-batch. A moving average of bf16 weights is kept in
-    fp32 beside them, where the weights are between two steps.
+    It runs through the same schedule as the policy, ahead of it, and keeps the last stage's hidden states
+    [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path of its
+    own and no [T, V] tensor outlives its micro-batch. A moving average of bf16 weights is kept in fp32 beside
+    them, where the weights are between two steps.
     """
 
     def __init__(
@@ -78,11 +78,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def follow(self, policy_chunks: Sequence[LanguageModel]) -> None:
-        """reference <- decay * reference + (1 - decay) * policy in fp32   (CurioSFT, arXiv:2602.02244).
-
-        Args:
-            policy_chunks: the policy's chunks, without DDP.
-        """
+        """reference <- decay * reference + (1 - decay) * policy in fp32   (CurioSFT, arXiv:2602.02244)."""
         decay = self.section.decay
         for own, policy in self._pairs(policy_chunks):
             own.mul_(decay).add_(policy.to(own.device), alpha=1.0 - decay)

@@ -30,7 +30,6 @@ class LastStageInput:
         index: of the micro-batch in this rank's step.
         batch: this rank's context-parallel share.
         hidden_states: [T, 1, H] after the final norm; [T/tp, 1, H] under sequence parallelism.
-        model: gives logits for hidden states.
     """
 
     index: int
@@ -49,19 +48,18 @@ def run_schedule(
     places: Sequence[CacheSlots] = (),
     on_microbatch: Callable[[], None] | None = None,
 ) -> list[Any]:
-    """Run every micro-batch through this rank's stage; the last stage's reports come back in order.
+    """Run every micro-batch through this rank's stage.
 
     Args:
-        chunks: model chunks of this rank, wrapped by DDP or not.
-        batches: whole micro-batches (before the context-parallel split), on any device; all of one
-            length when pp > 1, since the stages exchange tensors of a fixed size.
+        chunks: wrapped by DDP or not.
+        batches: whole micro-batches (before the context-parallel split), on any device; all of one length
+            when pp > 1, since the stages exchange tensors of a fixed size.
         last_stage: called on the last stage only, once a micro-batch.
-        parallel: this rank's place.
         forward_only: no backward and no gradient synchronisation.
         places: of each micro-batch's tokens in a cache of keys and values; none without a cache.
         on_microbatch: called on every stage when a micro-batch begins.
     Returns:
-        The third values that last_stage returned; empty on other stages.
+        The third values that last_stage returned, in order; empty on other stages.
     """
     lengths = {batch.num_tokens for batch in batches}
     assert parallel.pp_size == 1 or len(lengths) == 1, "pipeline stages exchange tensors of one size"

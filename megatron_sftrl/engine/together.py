@@ -28,7 +28,6 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
     """Run `action` on rank 0 and give its (picklable) result to every rank.
 
     Args:
-        action: called once.
         group: of all ranks, for a thread beside the one that uses the default group.
     Raises:
         UserError, RuntimeError: on every rank, with the text of what rank 0 raised.
@@ -47,10 +46,8 @@ def on_rank_zero(action: Callable[[], T], group: dist.ProcessGroup | None = None
 
 
 def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `action` on every rank; its result stays local.
+    """Run `action` on every rank; its result stays local. `group` as for on_rank_zero.
 
-    Args:
-        action, group: as for on_rank_zero.
     Raises:
         UserError, RuntimeError: on every rank, with the text of each rank that raised.
     """
@@ -68,12 +65,7 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = Non
 
 
 def sum_over_ranks(value: int, group: dist.ProcessGroup | None = None) -> int:
-    """The sum of what each rank has.
-
-    Args:
-        value: of this rank.
-        group: as for on_rank_zero.
-    """
+    """The sum of what each rank has; `group` as for on_rank_zero."""
     values = [0] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return sum(values)
@@ -83,10 +75,8 @@ def sum_over_ranks(value: int, group: dist.ProcessGroup | None = None) -> int:
 def new_directory_together(out: Path, *, num_bytes: int) -> Iterator[Path]:
     """hf.output.new_directory for a job: rank 0 makes and completes it, every rank may write into it.
 
-    Args:
-        out, num_bytes: as there; num_bytes of all ranks.
-    Yields:
-        The temporary directory, on every rank.
+    `num_bytes` is of all ranks; the temporary directory is given on every rank.
+
     Raises:
         UserError, RuntimeError: on every rank.
     """
@@ -136,7 +126,6 @@ class SharedProgress:
     In a collective a rank sees nothing but its timeout. Here it waits at the job's store instead.
 
     Args:
-        parallel: this rank's place.
         on_move: called when this rank moves and, while it waits, when another one does.
         seconds: at least, between two reports of a rank; at most, between two looks of one that waits.
     """

@@ -1,8 +1,8 @@
 """Checkpoints of one format for every layout: what is saved, how it lies on the disk, how it is proven whole.
 
-`store` is the door; behind it `tensors` names what a checkpoint holds in coordinates of the model, `format`
-writes and reads torch_dist files, `directory` makes a directory complete or refused, `background` writes
-beside the training. `converted` is for conversions: checkpoints of weights only, tensor by tensor.
+`store` saves and loads a run; behind it `tensors` names what a checkpoint holds, `format` writes and reads
+torch_dist files, `directory` makes a directory complete or refused, `background` writes beside the training.
+`converted` is for conversions: weights only.
 """
 
 from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets

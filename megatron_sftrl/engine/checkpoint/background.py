@@ -56,10 +56,8 @@ class BackgroundAction(Generic[T]):
         self._thread.start()
 
     def take(self, *, wait: bool) -> T | None:
-        """The action's result, once; None while it is under way on any rank, or when there is none.
+        """The action's result, once; None when there is none or, without `wait`, while a rank is still at it.
 
-        Args:
-            wait: until it has ended on every rank.
         Raises:
             BaseException: on every rank, when it failed on any: what the action raised, or a RuntimeError
                 where it has not ended. Not a UserError: that would say that starting again cannot help.

@@ -29,14 +29,11 @@ _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "f
 def save_converted(
     out: Path, parts: Sequence[StoredPart], *, architecture: Architecture, assets: HfAssets
 ) -> Path:
-    """Write the checkpoint directory `out`; every rank calls it with its own parts.
+    """Write the checkpoint directory `out`, which has its name only when it is complete; every rank calls it.
 
     Args:
-        out: has its name only when everything in it is on the disk.
         parts: of this process, with keys as in the table of names.
         assets: stored with them, for an export.
-    Returns:
-        `out`.
     Raises:
         UserError: on every rank: `out` exists, a full disk, a part that could not be read.
     """
@@ -60,7 +57,6 @@ def save_converted(
 
 
 def store_assets(checkpoint: Path, assets: HfAssets) -> None:
-    """Write `assets` into a checkpoint that is being made."""
     folder = checkpoint / _ASSETS
     folder.mkdir()
     write_assets(folder, assets)

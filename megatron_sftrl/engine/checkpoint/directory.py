@@ -62,12 +62,7 @@ class TrainerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """A file of the checkpoint.
-
-    Args:
-        size: bytes.
-        sha256: of its content, in hexadecimal as sha256sum prints it.
-    """
+    """Bytes of a file, and the SHA-256 of its content in hexadecimal, as sha256sum prints it."""
 
     size: int
     sha256: str
@@ -78,7 +73,6 @@ class CheckpointRecord:
     """The content of checkpoint.json.
 
     Args:
-        trainer: where the run stood.
         architecture: every field of the Architecture.
         dtype: of the weights, bf16, fp32 or fp16 (converted ones only).
         optimizer: its name in the configuration, None when only weights are stored.
@@ -100,7 +94,6 @@ class CheckpointRecord:
     files: Mapping[str, FileRecord]
 
     def to_json(self) -> str:
-        """The text of checkpoint.json."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     def content_hash(self) -> str:
@@ -110,11 +103,7 @@ class CheckpointRecord:
 
 
 def read_record(path: Path) -> CheckpointRecord:
-    """The record of the checkpoint directory `path`.
-
-    Raises:
-        UserError: no checkpoint.json there, or one that this version cannot read.
-    """
+    """The record of the checkpoint `path`; UserError without a checkpoint.json that this version can read."""
     file = path / FILE_NAME
     try:
         content = json.loads(file.read_text())
@@ -197,8 +186,7 @@ def begin(directory: Path, step: int, *, num_bytes: int) -> Path:
     """Clear what killed processes left, and make the empty temporary directory of a new checkpoint.
 
     Args:
-        directory: holds the checkpoints; created when missing.
-        step: of the new checkpoint.
+        directory: of all checkpoints; created when missing.
         num_bytes: about as much as will be written.
     Raises:
         UserError: not enough space on the disk.
@@ -223,8 +211,7 @@ def complete(temporary: Path, record: CheckpointRecord, *, keep_last: int) -> Pa
     """Write the record, force everything to the disk, give the directory its name, remove old ones.
 
     Args:
-        temporary: from begin(), with every file but checkpoint.json.
-        record: describes those files.
+        temporary: from begin(), with every file but checkpoint.json, which `record` describes.
         keep_last: complete checkpoints that stay.
     Returns:
         The checkpoint's path.
@@ -246,7 +233,6 @@ def complete(temporary: Path, record: CheckpointRecord, *, keep_last: int) -> Pa
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and hash of a file."""
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return FileRecord(size=path.stat().st_size, sha256=digest.hexdigest())
@@ -264,12 +250,10 @@ def file_problem(path: Path, expected: FileRecord) -> str | None:
 
 
 def discard(temporary: Path) -> None:
-    """Remove an unfinished checkpoint."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def step_name(step: int) -> str:
-    """Directory name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -292,11 +276,10 @@ def hashed_files(
     names: Sequence[str] | None = None,
     on_progress: Callable[[], None] | None = None,
 ) -> dict[str, FileRecord]:
-    """Size and hash of files below `directory`; each rank reads its share.
+    """Size and hash of files below `directory` that do not change any more; each rank reads its share.
 
     Args:
-        directory: whose files do not change any more.
-        names: of the files; all of them when not given.
+        names: all of them when not given.
         on_progress: called for each file.
     Raises:
         UserError, RuntimeError: on every rank, when any rank could not read.
@@ -324,10 +307,8 @@ def hashed_files(
 
 
 class Verification:
-    """Hashes a checkpoint's files in a thread, each rank its share, while the checkpoint is used.
+    """Hashes a checkpoint's files in a thread, each rank its share, while the checkpoint is used; collective.
 
-    Args:
-        path: of the checkpoint; every rank makes a Verification of it.
     Raises:
         UserError: on every rank: no checkpoint.json that can be read.
     """

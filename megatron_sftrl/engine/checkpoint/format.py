@@ -1,9 +1,8 @@
 """Tensors to and from a directory in Megatron's torch_dist format.
 
-Written and read by torch.distributed.checkpoint inside this process. Megatron's own synchronous save goes
-through a manager process that it spawns (a fresh interpreter that imports torch and the user's main
-module) and a forked writer: seconds for every run, a hang without psutil, and a main module that must
-be importable. The files are the same, and dist_checkpointing.load reads them.
+torch.distributed.checkpoint does it inside this process. Megatron's own synchronous save spawns a manager
+process (which imports torch and the user's main module, so that must be importable) and forks a writer:
+seconds for every run, a hang without psutil. The files are the same, and dist_checkpointing.load reads them.
 """
 
 from __future__ import annotations
@@ -52,9 +51,8 @@ from megatron_sftrl.models.tensors import Region
 
 # The index of a checkpoint's tensors (.metadata), read without trusting it.
 #
-# torch.distributed.checkpoint writes the index as a pickle, and reading a pickle can run any code. A
-# checkpoint may come from someone else (model.init_checkpoint): only the few classes that an index is made
-# of are let through. The tensors themselves are read with torch.load(weights_only=True).
+# It is a pickle, which can run any code, and a checkpoint may come from someone else (model.init_checkpoint):
+# only the few classes of an index are let through. Tensors are read with torch.load(weights_only=True).
 
 
 _ALLOWED = {
@@ -86,11 +84,7 @@ class IndexReader(FileSystemReader):
 
 
 def read_index(directory: Path) -> Metadata:
-    """The index of the checkpoint in `directory`.
-
-    Raises:
-        UserError: it cannot be read, or holds something that no index needs.
-    """
+    """The index of the checkpoint in `directory`; UserError: unreadable, or it holds what no index needs."""
     file = directory / ".metadata"
     try:
         metadata = _IndexUnpickler(io.BytesIO(file.read_bytes())).load()
@@ -157,8 +151,6 @@ def write_tensors(
 
 
 class _SavePlanner(MCoreSavePlanner):
-    """Megatron's planner, which tells of each tensor that is written."""
-
     def __init__(self, on_progress: Callable[[], None] | None) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._on_progress = on_progress
@@ -206,10 +198,8 @@ def _tensor_entries(directory: Path) -> list[tuple[str, TensorStorageMetadata]]:
 def check_tensors(
     tensors: Sequence[ShardedTensor], stored: dict[str, tuple[int, ...]], directory: Path
 ) -> None:
-    """Compare what all ranks want with what is stored, before anything is read.
+    """Before anything is read, compare what all ranks want with the stored shapes that some rank should want.
 
-    Args:
-        stored: shapes of the tensors that should all be wanted by some rank.
     Raises:
         UserError: on every rank, naming the first missing, unexpected and differently shaped tensors.
     """
@@ -231,7 +221,6 @@ def check_tensors(
 
 
 def num_bytes(tensors: Iterable[ShardedTensor]) -> int:
-    """Bytes that write_tensors would write on this rank."""
     return sum(tensor.data.nbytes for tensor in stored_here(tensors) if tensor.data is not None)
 
 
@@ -267,11 +256,7 @@ def finish_format(directory: Path) -> None:
 
 
 class StoredTensors:
-    """A checkpoint directory's tensors; close them (contextlib.closing).
-
-    Raises:
-        UserError: the index cannot be read.
-    """
+    """A checkpoint's tensors; close them (contextlib.closing). UserError: the index cannot be read."""
 
     def __init__(self, directory: Path) -> None:
         index = read_index(directory)
@@ -289,10 +274,9 @@ class StoredTensors:
         }
 
     def read_into(self, target: Tensor, key: str, offset: tuple[int, ...]) -> None:
-        """Read the region of a tensor that begins at `offset` and has the target's shape.
+        """Fill `target` (CPU, of the stored dtype) with the region of its shape that begins at `offset`.
 
         Args:
-            target: filled; CPU, of the stored dtype.
             offset: one number a dimension, stacked axes first.
         Raises:
             UserError: the files do not hold all of the region.
@@ -317,7 +301,6 @@ class StoredTensors:
             )
 
     def close(self) -> None:
-        """Close the files; nothing can be read afterwards."""
         for stream in self._streams.values():
             stream.close()
         self._streams = {}
@@ -359,8 +342,7 @@ class StoredPart:
     """A region of a checkpoint tensor that this process writes.
 
     Args:
-        region: of the tensor, stacked axes (of size 1) first.
-        global_shape: of the tensor.
+        region: stacked axes (of size 1) first.
         fill: puts the values into a CPU tensor of this shape and dtype, when they are written.
     """
 
@@ -377,9 +359,8 @@ class StoredPart:
 
 
 def write_parts(parts: Sequence[StoredPart], directory: Path) -> None:
-    """Write this process's parts; every rank calls it, and together they cover each tensor once.
-
-    The files are forced to the disk.
+    """Write this process's parts, forced to the disk; every rank calls it, and together they cover each
+    tensor once.
 
     Raises:
         UserError: on every rank, when any rank could not make or write a part.

@@ -1,11 +1,8 @@
 """A run on the disk and back: saved atomically, loaded into any layout, refused when it does not fit.
 
-What a checkpoint holds is told in tensors.py and directory.py. Not in it: a frozen
-reference (it is made again from the configuration), gradients, the configuration itself (run_dir has
-it), and the sampler's state (a function of seed and consumed_samples).
-
-Saving stops the training until the files are on the disk or, asynchronously, until the state is copied in
-host memory; writing.py then does the same on a thread of its own (background.py).
+Not in a checkpoint: a frozen reference (made again from the configuration), gradients, the configuration
+(run_dir has it), and the sampler's state (a function of seed and consumed_samples). Saving stops the training
+until the files are on the disk or, asynchronously, until the state is copied in host memory.
 """
 
 from __future__ import annotations
@@ -76,13 +73,7 @@ _FREE_ARCHITECTURE_FIELDS = ("init_std", "max_position_embeddings")
 def describe_run(
     state: TrainerState, policy: PolicyEngine, reference: ReferenceModel | None, step: int
 ) -> CheckpointRecord:
-    """The record of a checkpoint of this run that has no files yet.
-
-    Args:
-        state: where the run stands.
-        policy, reference: of the run.
-        step: updates that the optimizer has applied.
-    """
+    """The record, without files, of a checkpoint of this run whose optimizer has applied `step` updates."""
     return CheckpointRecord(
         trainer=state,
         architecture=to_record(policy.architecture),
@@ -117,11 +108,7 @@ def check_record(
 
 
 def check_architecture(record: CheckpointRecord, architecture: Architecture, path: Path) -> None:
-    """Refuse a checkpoint of a model of other sizes.
-
-    Raises:
-        UserError: on every rank, naming each difference.
-    """
+    """Refuse a checkpoint of a model of other sizes: UserError on every rank, naming each difference."""
     _raise_if_different(_architecture_differences(record, architecture), path)
 
 
@@ -133,7 +120,6 @@ def stored_reference(reference: ReferenceModel | None) -> str | None:
 
 
 def layout_of(parallel: ParallelContext) -> dict[str, str | int]:
-    """Sizes of the parallel axes and the kind of device."""
     return {
         "tp": parallel.tp_size,
         "pp": parallel.pp_size,
@@ -169,12 +155,7 @@ def _dtype(policy: PolicyEngine) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A checkpoint that is complete.
-
-    Args:
-        num_bytes: of its files.
-        seconds: from the first byte until everything was on the disk under its name.
-    """
+    """A complete checkpoint: its bytes, and the seconds from the first one until it had its name."""
 
     num_bytes: int
     seconds: float
@@ -196,7 +177,6 @@ def write_checkpoint(
         tensors: of this rank; nothing changes them meanwhile.
         record: without files.
         directory: of the run's checkpoints.
-        assets: stored beside the tensors.
         keep_last: complete checkpoints that stay.
         on_progress: called for each tensor that is written and each file that is hashed.
     Raises:
@@ -230,13 +210,10 @@ def write_checkpoint(
 
 
 class HostCopies:
-    """Memory of one copy of what this rank stores, taken at the first copy: new pages cost more than copying.
+    """Memory, pinned for CUDA, of one copy of what this rank stores; kept: new pages cost more than copying.
 
     torch's own stager (torch.distributed.checkpoint.staging, 2.13) copies the whole storage under a tensor:
     of a sharded optimizer's views, every rank would copy the buffers of all ranks.
-
-    Args:
-        device: of the tensors; the memory is pinned where it is CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -244,11 +221,7 @@ class HostCopies:
         self._memory: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def copy(self, tensors: Iterable[ShardedTensor]) -> list[ShardedTensor]:
-        """The tensors that this rank stores, with data of their own; the call before loses its.
-
-        Args:
-            tensors: any; those that another rank stores are left out.
-        """
+        """Those of the tensors that this rank stores, with data of their own; the call before loses its."""
         copies = []
         for tensor in stored_here(tensors):
             assert tensor.data is not None
@@ -314,12 +287,11 @@ class CheckpointStore:
         """Write a checkpoint of `state.step`; a kill or error at any moment leaves earlier ones as they are.
 
         Args:
-            state: where the run stands.
             policy: with an optimizer, between two steps.
             reference: stored when it is a moving average.
         Returns:
             The checkpoint's path, which an asynchronous save gives it later. One of this step that exists
-            already is kept and returned.
+                already is kept and returned.
         Raises:
             UserError, RuntimeError: on every rank, when it or, asynchronously, the one before could not be
                 written; a UserError where starting again would meet it again (a full disk, say).
@@ -341,22 +313,14 @@ class CheckpointStore:
         return path
 
     def written(self) -> Written | None:
-        """What the last save wrote, once, as soon as it is complete; for every step boundary.
-
-        Raises:
-            UserError, RuntimeError: on every rank, when an asynchronous save has failed, as for save().
-        """
+        """What the last save wrote, once, when complete; for every step boundary. Raises like save()."""
         if self._background is not None:
             self._written = self._background.take(wait=False) or self._written
         written, self._written = self._written, None
         return written
 
     def finish(self) -> None:
-        """Wait until an asynchronous save is complete.
-
-        Raises:
-            UserError, RuntimeError: on every rank, when it has failed, as for save().
-        """
+        """Wait until an asynchronous save is complete. Raises like save()."""
         if self._background is not None:
             self._written = self._background.take(wait=True) or self._written
 
@@ -394,8 +358,8 @@ class CheckpointStore:
         """Bring policy, optimizer and moving-average reference to where the checkpoint was written.
 
         On the layout that wrote it the run then continues bit by bit. On another one (tp, pp, vp, cp, dp,
-        distributed optimizer or not) every weight and moment is the same number at its new place; the
-        random generators, which nothing in training draws from, keep their own state.
+        distributed optimizer or not) every weight and moment is the same number at its new place; the random
+        generators, which nothing in training draws from, keep their own state.
 
         Args:
             path: a complete checkpoint, from latest().
@@ -436,12 +400,7 @@ def find_checkpoint(path: Path) -> Verification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundCheckpoint:
-    """A complete checkpoint whose files all are what was written.
-
-    Args:
-        path: its directory.
-        record: its checkpoint.json.
-    """
+    """A complete checkpoint whose files all are what was written."""
 
     path: Path
     record: CheckpointRecord
@@ -456,13 +415,10 @@ def load_weights(
     reload_model_params().
 
     Args:
-        chunks: this rank's chunks, without DDP.
         path: a step directory, or a run directory for its latest complete checkpoint.
-    Returns:
-        What was read.
     Raises:
-        UserError: on every rank and before anything is changed: no or a damaged checkpoint, differing
-            sizes (all of them), missing or unexpected tensors (all of them).
+        UserError: on every rank and before anything is changed: no or a damaged checkpoint, differing sizes
+            (all of them), missing or unexpected tensors (all of them).
     """
     verification = find_checkpoint(path)
     found, record = verification.path, verification.finish()

@@ -37,10 +37,9 @@ from megatron_sftrl.models.tensors import Region
 
 # Megatron's optimizers seen as one thing: for each parameter, the elements whose state this rank holds.
 #
-# The plain optimizers hold whole parameters, the distributed one a range of elements of some. Megatron's
-# own loading of a distributed optimizer's state over torch's Adam fails before the first step (it looks
-# for a "step" that does not exist yet, 0.16.1); here missing state is created as zeros, which is what Adam
-# and SGD start from, and the step count is read and set explicitly.
+# The plain optimizers hold whole parameters, the distributed one a range of elements of some. Megatron's own
+# loading of a distributed optimizer's state over torch's Adam fails before the first step (no "step" yet,
+# 0.16.1); here missing state is created as zeros, as Adam and SGD start, and the step count set explicitly.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +47,9 @@ class OptimizerShare:
     """What this rank's optimizer holds of one parameter.
 
     Args:
-        parameter: of the model.
         start: element of the parameter at which the share begins.
-        tensors: by kind (exp_avg, exp_avg_sq, momentum_buffer, main_param), each with as many elements
-            as the share, fp32, the optimizer's own memory.
+        tensors: by kind (exp_avg, exp_avg_sq, momentum_buffer, main_param), each with as many elements as the
+            share, fp32, the optimizer's own memory.
         is_exclusive: no other data-parallel rank holds these elements.
     """
 
@@ -62,10 +60,7 @@ class OptimizerShare:
 
 
 def optimizer_shares(optimizer: MegatronOptimizer) -> list[OptimizerShare]:
-    """Everything that the optimizer keeps between steps, except its step count.
-
-    State that the optimizer has not created yet (no step done) is created as zeros.
-    """
+    """All that the optimizer keeps between steps, except its step count; absent state is made, as zeros."""
     shares = []
     for leaf in leaves(optimizer):
         kinds = _kinds(leaf)
@@ -165,8 +160,8 @@ def regions_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[
     For a matrix: the end of a row, whole rows, the beginning of a row. The elements of each are consecutive.
 
     Args:
-        shape: of the tensor, at least one dimension.
-        start, stop: element indices in the flattened tensor, 0 <= start <= stop <= numel.
+        shape: at least one dimension.
+        start, stop: in the flattened tensor, 0 <= start <= stop <= numel.
     """
     assert shape and 0 <= start <= stop <= math.prod(shape)
     if start == stop:
@@ -213,8 +208,6 @@ def model_tensors(
     """Weights of this rank's chunks as `<prefix>.<name>`.
 
     Args:
-        chunks: without DDP.
-        prefix: of every name.
         instead: by the id() of a weight, a tensor of its shape that takes its place.
     """
     values = instead or {}
@@ -233,12 +226,7 @@ def model_tensors(
 def optimizer_tensors(
     chunks: Sequence[LanguageModel], shares: Sequence[OptimizerShare]
 ) -> list[ShardedTensor]:
-    """This rank's share of the optimizer's tensors as `optimizer.<kind>.<name>`.
-
-    Args:
-        chunks: the policy's chunks, without DDP.
-        shares: from optimizer_shares().
-    """
+    """This rank's share of the optimizer's tensors as `optimizer.<kind>.<name>`."""
     pieces: dict[int, list[_Piece]] = {}
     for piece in _pieces(chunks):
         pieces.setdefault(id(piece.parameter), []).append(piece)
@@ -316,9 +304,7 @@ def _placed(piece: _Piece, flat: Tensor, flat_start: int, *, key: str) -> Iterat
     """The part of a parameter-shaped quantity that this rank holds of `piece`, as views into `flat`.
 
     Args:
-        piece: gives shape and coordinates.
         flat: any shape; its elements are elements [flat_start, flat_start + numel) of the parameter.
-        flat_start: element of the parameter that flat's first element belongs to.
     """
     place = piece.place
     flat = flat.detach().view(-1)
