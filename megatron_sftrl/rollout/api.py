@@ -1,7 +1,6 @@
 """What a rollout engine is: anything that generates groups of responses with the policy's current weights.
 
-Every method is collective: each rank of the job calls it with equal arguments. How prompts are spread over
-replicas, and which ranks form an engine, is the engine's own business.
+Every method is collective: each rank calls it with equal arguments. The engine spreads the prompts.
 """
 
 from __future__ import annotations
@@ -53,9 +52,7 @@ class RolloutEngine(Protocol):
         """Free the memory that training needs until the next update(); weights and caches may be lost."""
         ...
 
-    def close(self) -> None:
-        """Release everything."""
-        ...
+    def close(self) -> None: ...
 
 
 # When a response has come to its end: the same rule for every engine.
@@ -69,12 +66,7 @@ _SPARE_TOKENS = 16
 
 
 class Stops:
-    """Whether the last token of a response ends it.
-
-    Args:
-        sampling: its stop_ids and stop.
-        decode: needed for sampling.stop only.
-    """
+    """Whether the last token of a response ends it; `decode` is needed for sampling.stop only."""
 
     def __init__(self, sampling: SamplingParams, decode: Decode | None) -> None:
         assert decode is not None or not sampling.stop, "an engine without decode() knows no texts"
@@ -99,14 +91,11 @@ class Stops:
 def check_prompts(
     prompts: Sequence[Prompt], sampling: SamplingParams, *, max_length: int, limit: str, vocab_size: int
 ) -> None:
-    """Refuse prompts that an engine cannot continue.
+    """Refuse prompts (equal on every rank, so that every rank raises) that an engine cannot continue.
 
     Args:
-        prompts: equal on every rank, so that every rank raises.
-        sampling: for max_new_tokens.
         max_length: tokens of prompt and response together.
         limit: what sets max_length, for the message.
-        vocab_size: V.
     Raises:
         UserError: names the first prompt that is empty, too long, or has ids outside the vocabulary.
     """
@@ -126,12 +115,6 @@ def check_prompts(
 
 
 def response_seed(seed: int, prompt: int, sample: int) -> int:
-    """63 bits for an engine that seeds each response; neither batching nor replicas change them.
-
-    Args:
-        seed: of SamplingParams.
-        prompt: id of the prompt.
-        sample: number of the response.
-    """
+    """63 bits for an engine that seeds each response; neither batching nor replicas change them."""
     digest = hashlib.blake2b(f"{seed}:{prompt}:{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -20,11 +20,6 @@ def check_engine(
 ) -> None:
     """Refuse an engine that cannot run here, before any model is built.
 
-    Args:
-        config: of the run.
-        architecture: of its model.
-        device: of this process.
-        world_size: processes in all.
     Raises:
         UserError: on every rank: an engine that is not installed or does not fit ranks or model, or an
             offload without a GPU.
@@ -41,13 +36,8 @@ def check_engine(
 def build_engine(
     config: GrpoConfig, policy: PolicyEngine, decode: Decode, progress: SharedProgress | None = None
 ) -> RolloutEngine:
-    """The engine that rollout.engine names, asleep; every rank calls it.
+    """The engine that rollout.engine names, asleep; every rank calls it. `progress` is told of every token.
 
-    Args:
-        config: of the run.
-        policy: whose weights will be generated with.
-        decode: text of tokens.
-        progress: told of every token.
     Raises:
         UserError: on every rank: what check_engine refuses, or not enough memory.
     """

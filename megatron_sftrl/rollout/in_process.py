@@ -39,11 +39,9 @@ Packed = tuple[list[TokenBatch], list[Tensor], list[CacheSlots]]
 def pack_prefixes(
     prefixes: Mapping[int, tuple[int, ...]], parallel: ParallelContext, cache: KvCache | None
 ) -> Packed:
-    """Whole prefixes, from their first token on.
+    """Whole prefixes, from their first token on, by number of the response.
 
     Args:
-        prefixes: tokens so far, by number of the response.
-        parallel: decides on micro-batches and padding.
         cache: remembers the prefixes where one is given, in the slot of the response's number.
     """
     multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
@@ -74,14 +72,7 @@ def pack_prefixes(
 def pack_new_tokens(
     tokens: Sequence[int], positions: Sequence[int], parallel: ParallelContext, cache: KvCache
 ) -> Packed:
-    """The last token of each response; the cache holds what stands before it.
-
-    Args:
-        tokens: of the responses in the slots 0, 1, 2, ...
-        positions: of the tokens in their sequences.
-        parallel: decides on micro-batches and padding.
-        cache: with every earlier token.
-    """
+    """The last token of each response (in the slots 0, 1, 2, ...); the cache holds every earlier one."""
     shares = _shares(range(len(tokens)), parallel.pp_size)
     length = max(_round_up(max(map(len, shares)), parallel.tp_size), parallel.tp_size)
     batches, rows, places = [], [], []
@@ -190,10 +181,7 @@ def generate_in_flight(
     """One response to each; every rank of one data-parallel replica calls it with the same arguments.
 
     Args:
-        policy: its weights are only read.
         wanted: those of one prompt stand beside each other.
-        sampling: of all.
-        stops: of `sampling`.
         max_responses: on their way at once; bounds the memory of cache and forward.
         max_prompts: computed in one forward.
         on_step: called after every token.
@@ -335,10 +323,9 @@ class InProcessEngine:
     """A RolloutEngine (see api.py) that reads the policy's weights where they are.
 
     Args:
-        parallel: this rank's place; each data-parallel replica generates its share of the prompts.
         max_responses: generated together on one replica; bounds the memory of cache and forward.
         max_prompts: whose keys and values one forward computes; None for as many as responses.
-        decode: text of tokens; needed where sampling stops at texts.
+        decode: needed where sampling stops at texts.
         progress: told of every token.
     """
 
@@ -406,7 +393,6 @@ class InProcessEngine:
         """Caches live as long as a call of generate()."""
 
     def close(self) -> None:
-        """Forget the policy."""
         self._policy = None
 
 

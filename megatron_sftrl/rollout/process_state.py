@@ -25,10 +25,9 @@ _Attributes = dict[tuple[ModuleType, str], object]
 
 
 class Guest:
-    """Keeps what a library changed in the process, for the time between two calls into it.
+    """Keeps what a library changed in the process, a CUDA generator included, between two calls into it.
 
     Args:
-        device: the rank's; a CUDA device's generator is kept too.
         environment: variables that the library sees; one that is set already keeps its value.
     """
 

@@ -37,15 +37,11 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> int:
-    """sum_i (2 i + 1) w_i modulo 2^64 over the elements' bit patterns w_i, in row-major order.
+    """sum_i (2 i + 1) w_i modulo 2^64 (signed) over the elements' bit patterns w_i, in row-major order.
 
-    The factors are odd, so a change of any one element changes the sum; exchanging two different elements
-    of at most 32 bits changes it too, because (w_i - w_j) 2 (i - j) is no multiple of 2^64.
-
-    Args:
-        tensor: any shape, dtype and device; need not be contiguous.
-    Returns:
-        A signed 64-bit number.
+    The factors are odd, so a change of any one element changes the sum; exchanging two different elements of
+    at most 32 bits changes it too, because (w_i - w_j) 2 (i - j) is no multiple of 2^64. The tensor need not
+    be contiguous.
     """
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     flat = tensor.detach().reshape(-1)
@@ -68,8 +64,7 @@ class Received:
     Args:
         values: of each region, of its shape.
         checksums: of each region, as its holder computed it; empty without checksums.
-        num_bytes: received.
-        sent_bytes: sent.
+        num_bytes, sent_bytes: received, and sent.
     """
 
     values: Mapping[NamedRegion, Tensor]
@@ -86,9 +81,6 @@ class Exchange:
     tags are needed.
 
     Args:
-        each: the rank's part in the round.
-        weights: this rank's.
-        dtype, device: of the weights.
         has_checksums: send the sums of all parts, too.
     """
 
@@ -181,19 +173,17 @@ def _operations(direction: Callable, buffers: Mapping[int, Tensor]) -> Iterator[
 #     resharder.last_report
 #
 # Every rank opens the stream at the same time. The end of the block is collective: a rank whose engine
-# refused a tensor still takes part in the messages that others wait for, and then the same ValueError is
-# raised everywhere.
+# refused a tensor still takes part in the messages of others; then all raise the same ValueError.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReshardReport:
-    """What one update cost this rank.
+    """What one update cost this rank; bytes are of weights.
 
     Args:
         seconds: inside the stream: messages and copies, not the engine's own work on the tensors.
-        received_bytes: of weights, from other ranks.
-        sent_bytes: of weights, to other ranks.
-        copied_bytes: of weights that the rank already held.
+        received_bytes, sent_bytes: from and to other ranks.
+        copied_bytes: that the rank already held.
         peak_bytes: most that message buffers and the tensor being filled occupied at once.
         num_tensors: yielded.
         num_rounds: exchanges of messages.
@@ -221,8 +211,6 @@ class StreamPlan:
         shapes: of every tensor, in the order of the stream.
         share: the region of each that the rank's engine reads.
         rounds: the rank's exchanges.
-        dtype: of the weights.
-        device: of the weights.
         is_checked: fill what the engine does not read with NaN.
         has_checksums: compare the bits of every part at its holder and here.
     """
@@ -252,11 +240,10 @@ class WeightStream:
 
     A tensor has the whole Hugging Face shape and the trainer's dtype, and owns its memory: the stream never
     touches it again, so a consumer may keep it. Of its elements only the share of this rank's engine is
-    filled (`engine_regions`); the rest is memory that was never written, or NaN in checked mode. On the CPU
-    pages never written cost nothing. An engine of tp 1 gets everything.
+    filled (`engine_regions`); the rest is memory that was never written (free on the CPU), or NaN in checked
+    mode. An engine of tp 1 gets everything.
 
     Args:
-        plan: of this rank.
         weights: this rank's live weights; nothing may change them before finish().
         on_finish: called with the report when every rank has finished well.
     """
@@ -303,8 +290,6 @@ class WeightStream:
     def finish(self) -> ReshardReport:
         """Prove that every tensor was taken exactly once, on every rank; collective, called once.
 
-        Returns:
-            What the update cost this rank.
         Raises:
             RuntimeError: on every rank: a rank did not take every tensor, or received other bits than were
                 sent.
@@ -423,7 +408,6 @@ class Resharder:
     """Streams of the policy's weights for the engine ranks of this job; construction is collective.
 
     Args:
-        chunks: the policy's chunks on this rank, without DDP.
         layout: how the ranks form engines; `EngineLayout(tp=1, world_size=...)` for whole tensors everywhere.
         bucket_bytes: an update takes at most the memory of two buckets and the largest tensor. (A row of a
             tensor travels whole, however large.)
@@ -485,12 +469,10 @@ class Resharder:
         )
 
     def stream(self) -> WeightStream:
-        """The weights as they are now; every rank opens its stream, and ends it, at the same time.
+        """The weights as they are now: an iterator of (Hugging Face name, tensor), used as a context manager.
 
-        Call it after PolicyEngine.gather_parameters(). Nothing may change the weights before the end.
-
-        Returns:
-            An iterator of (Hugging Face name, tensor), to be used as a context manager.
+        Every rank opens its stream, and ends it, at the same time, after PolicyEngine.gather_parameters().
+        Nothing may change the weights before the end.
         """
         weights = live_weights(self._chunks, self._architecture)
         assert weights.regions() == self._regions, "the policy's layout changed after the Resharder was made"

@@ -23,12 +23,7 @@ from megatron_sftrl.models.tensors import Region
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """What one rank holds of the live weights.
-
-    Args:
-        host: name of its machine.
-        regions: of each Hugging Face tensor of which it holds something.
-    """
+    """What one rank, on the machine `host`, holds of each Hugging Face tensor of the live weights."""
 
     host: str
     regions: Mapping[str, tuple[Region, ...]]
@@ -45,8 +40,6 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedRegion:
-    """A region of the tensor `name`."""
-
     name: str
     region: Region
 
@@ -58,8 +51,7 @@ class Round:
     Args:
         fills: whole tensors, or rows of one, for which this round brings what the rank wants, in the model's
             order.
-        sends: the one message to each other rank, in the order of the message.
-        receives: likewise from each other rank.
+        sends, receives: the one message to, and from, each other rank, in the order of the message.
         copies: what the rank itself holds.
     """
 
@@ -93,7 +85,6 @@ def plan_rounds(
         shapes: every tensor, in the order of the stream.
         wanted: for each rank, the region that it wants of each tensor.
         holdings: for each rank.
-        rank: whose rounds.
         element_bytes: size of a weight.
         bucket_bytes: most that a rank packs, and most that it receives, in one round.
     Raises:

@@ -55,7 +55,6 @@ class EngineMemory:
 
     Args:
         sleep: gives everything back; weights and cache are lost.
-        wake: takes memory for one part.
         is_cuda: on the CPU no engine can give memory back, and neither is called.
     """
 
@@ -64,7 +63,6 @@ class EngineMemory:
         self._asleep: set[Part] = set()
 
     def sleep(self) -> None:
-        """Give everything back, whatever is there."""
         if self._is_cuda and len(self._asleep) < 2:
             self._sleep()
             self._asleep = {"weights", "kv_cache"}
@@ -95,10 +93,7 @@ def all_rollouts(
 
     Args:
         mine: this rank's, `size` for each prompt of share_of(); the ranks of a replica have the same.
-        layout: of the engines.
-        rank: in the job.
         num_prompts: of all replicas.
-        size: rollouts of a prompt.
     """
     is_first = layout.tp_rank(rank) == 0
     drawn = hash(tuple(rollout.response_tokens for rollout in mine))
@@ -127,10 +122,8 @@ def load_weights(
     without them the engine goes on with the earlier weights there, silently.
 
     Args:
-        llm: engine.
-        model: of this rank in it.
+        model: of this rank in the engine.
         weights: (Hugging Face name, tensor of the whole shape).
-        is_cuda: where the engine runs.
     Raises:
         UserError: a name that the engine does not have, or a parameter of it that lacks elements.
     """
@@ -178,9 +171,8 @@ class VllmEngine:
     """A RolloutEngine (see api.py) on vLLM; construction is collective.
 
     Args:
-        policy: whose weights will be generated with; its architecture, dtype and ranks are the engine's.
-        settings: of the engine.
-        decode: text of tokens; needed where sampling stops at texts.
+        policy: its architecture, dtype and ranks are the engine's.
+        decode: needed where sampling stops at texts.
         progress: told of every step of the engine.
     Raises:
         UserError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
@@ -227,7 +219,6 @@ class VllmEngine:
 
     @property
     def last_report(self) -> ReshardReport | None:
-        """What the last update cost this rank."""
         return self._resharder.last_report
 
     def update(self, policy: PolicyEngine, *, version: int) -> None:
@@ -393,8 +384,6 @@ class VllmEngine:
 
 @dataclass(slots=True)
 class _Answer:
-    """A response on its way."""
-
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     is_finished: bool = False
@@ -448,11 +437,7 @@ def _cpu_executor(name: str) -> type[Executor]:
 
 
 def _unname_shared_memory(name: str) -> None:
-    """Every rank of the engine has it open by now; without a name nothing stays behind a job that is killed.
-
-    Args:
-        name: of what the executor made.
-    """
+    """Every rank of the engine has it open by now; without a name nothing outlives a job that is killed."""
     from vllm.distributed import parallel_state
 
     for file in Path("/dev/shm").glob(f"{name}*"):

@@ -31,9 +31,7 @@ class VllmSettings:
             first, the cache gets the rest. On the CPU the cache has room for max_num_seqs whole responses.
         enforce_eager: no CUDA graphs; slower, starts sooner and needs less memory. Always so on the CPU.
         enable_prefix_caching: the responses to one prompt share its keys and values.
-        bucket_bytes: of weights in flight during an update, see Resharder.
-        is_checked: fill what a rank's engine does not read of each tensor with NaN, see Resharder.
-        has_checksums: compare the bits of all weights at their holder and their receiver.
+        bucket_bytes, is_checked, has_checksums: see Resharder.
     """
 
     tp: int
