@@ -132,15 +132,12 @@ class Architecture:
 
     Args:
         family: block layout; names the table of parameter names.
-        num_layers: blocks.
         hidden_size: H, width of the residual stream.
         ffn_hidden_size: width of the gated MLP, in a mixture of each expert.
-        num_attention_heads: query heads.
-        num_query_groups: key/value heads.
-        head_dim: width of one head; heads * head_dim need not be H.
+        num_attention_heads, num_query_groups: query heads, and key/value heads.
+        head_dim: heads * head_dim need not be H.
         vocab_size: V, before padding for tensor parallelism.
         max_position_embeddings: longest sequence, tokens.
-        rope: rotary frequencies.
         sliding_window: positions that a token of a window layer attends to, its own included; None for all.
         window_layers: the layers, counted from 0, that attend over the sliding window only.
         norm_eps: added to the variance in RMSNorm.
@@ -264,11 +261,7 @@ def has_qk_norm(family: Family) -> bool:
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
-    """hidden_size / num_attention_heads.
-
-    Raises:
-        UserError: the quotient is not whole.
-    """
+    """hidden_size / num_attention_heads; UserError where the quotient is not whole."""
     if hidden_size % num_attention_heads:
         raise UserError(
             f"hidden_size = {hidden_size} is not a multiple of num_attention_heads = {num_attention_heads}; "
@@ -278,18 +271,11 @@ def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
 
 
 def padded_vocab_size(vocab_size: int, tp: int, *, multiple: int = 1) -> int:
-    """Rows of the embedding so that each tensor-parallel rank holds the same number of them.
+    """Rows of the embedding: the smallest multiple of tp * multiple that is at least vocab_size.
 
-    Only the tp size forces padding. TokenDistribution cuts the padded columns off before any loss sees
-    the logits and the export cuts the rows, so the amount of padding changes no number; rounding further
-    up (64 or 128, for the speed of the matrix product) is the caller's choice.
-
-    Args:
-        vocab_size: V, tokens.
-        tp: tensor parallel size.
-        multiple: each rank's share is a multiple of it.
-    Returns:
-        The smallest multiple of tp * multiple that is at least vocab_size.
+    Each tensor-parallel rank holds the same number of them. TokenDistribution cuts the padded columns off
+    before any loss sees the logits and the export cuts the rows, so the amount of padding changes no number;
+    rounding further up (64 or 128, for the speed of the matrix product) is the caller's choice.
     """
     step = tp * multiple
     return -(-vocab_size // step) * step

@@ -26,11 +26,8 @@ VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLayout:
-    """How the ranks of a job form rollout engines: runs of `tp` consecutive ranks, one replica each.
+    """How a job's ranks form rollout engines: runs of `tp` consecutive ranks, one replica each.
 
-    Args:
-        tp: tensor parallel size of each replica; 1 gives every rank every tensor whole.
-        world_size: ranks of the job.
     Raises:
         UserError: the ranks do not form whole replicas.
     """
@@ -55,7 +52,6 @@ class EngineLayout:
         return rank % self.tp
 
     def replica(self, rank: int) -> int:
-        """The replica of a global rank."""
         return rank // self.tp
 
     def replica_ranks(self, replica: int) -> tuple[int, ...]:
@@ -66,9 +62,6 @@ class EngineLayout:
 def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict[str, Region]:
     """The region of every Hugging Face tensor that rank `tp_rank` of an engine reads, in the model's order.
 
-    Args:
-        tp: tensor parallel size of the engine.
-        tp_rank: 0 to tp - 1.
     Returns:
         One region for each name of `hf_shapes(architecture)`; empty where only padding falls to the rank.
     Raises:
@@ -84,11 +77,7 @@ def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict
 
 
 def check_cut(architecture: Architecture, tp: int) -> None:
-    """Refuse a tensor parallel size that does not suit the model.
-
-    Raises:
-        UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
-    """
+    """Refuse a tensor parallel size that cannot cut the heads, widths or vocabulary: UserError."""
     a = architecture
     problems = []
     if a.num_attention_heads % tp:

@@ -95,10 +95,8 @@ _KEYS_WITHOUT_EFFECT = frozenset(
 
 
 def from_hf_config(path: Path | str) -> Architecture:
-    """The architecture that a config.json describes.
+    """The architecture that a config.json describes; `path` may be its directory.
 
-    Args:
-        path: the file, or the directory that holds it.
     Raises:
         UserError: no such file, not JSON, or every request in it that cannot be honoured.
     """
@@ -248,12 +246,11 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
     """The JSON object of a config.json that transformers and vLLM load and from_hf_config reads back.
 
     The keys are those that transformers 5 writes. Beside them stand the older names (rope_theta,
-    rope_scaling, num_experts), equal in value: transformers 4 would otherwise take its own defaults without
-    a word. Token ids are null, since an architecture has no tokenizer and the defaults of transformers (1
-    and 2 for llama) are those of a particular one; a caller that knows the tokenizer writes them over.
+    rope_scaling, num_experts), equal in value: transformers 4 would otherwise take its own defaults without a
+    word. Token ids are null, since an architecture has no tokenizer and the defaults of transformers (1 and 2
+    for llama) are those of a particular one; a caller that knows the tokenizer writes them over.
 
     Args:
-        architecture: what to describe.
         dtype: of the weights beside it; None leaves the key out.
     Raises:
         UserError: a sliding window in layers for which the family has no key.

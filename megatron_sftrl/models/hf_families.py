@@ -13,13 +13,7 @@ from megatron_sftrl.models.json_reader import JsonReader, shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureDefaults:
-    """Experts that transformers assumes.
-
-    Args:
-        num_experts, experts_per_token: counts.
-        width_key: the key that holds the width of an expert.
-        width: that width, None if it must be given.
-    """
+    """Experts that transformers assumes; `width` of one, under `width_key`, is None if it must be given."""
 
     num_experts: int
     experts_per_token: int
@@ -130,7 +124,6 @@ _GEMMA_ARCHITECTURES = frozenset(
 
 
 def hf_family(family: Family) -> HfFamily:
-    """The line of the table for one of our families."""
     return next(line for line in HF_FAMILIES if line.family == family)
 
 
@@ -198,13 +191,7 @@ _OBEYED_ELSEWHERE: Mapping[str, str] = {
 
 
 def judge_other_keys(reader: JsonReader, line: HfFamily, keys: set[str]) -> None:
-    """Refuse what another reader obeys and note the rest; problems and notes are added to the reader.
-
-    Args:
-        reader: of the whole config.json.
-        line: the family that it names.
-        keys: those of its keys that are not read here.
-    """
+    """Refuse `keys`, not read here, that another reader obeys and note the rest; both in the reader."""
     for key in sorted(keys):
         value = reader.get(key)
         if key in _OBEYED_ELSEWHERE and not _states_what_is_built(reader, line, key):

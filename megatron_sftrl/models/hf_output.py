@@ -52,10 +52,9 @@ TOKENIZER_FILES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfAssets:
-    """Files of a model directory that are not weights.
+    """Files of a model directory that are not weights: content by name.
 
-    Args:
-        files: content by name; a name may have one folder in front (additional_chat_templates/rag.jinja).
+    A name may have one folder in front (additional_chat_templates/rag.jinja).
     """
 
     files: Mapping[str, bytes]
@@ -68,8 +67,6 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
         model: directory with config.json, and generation_config.json if it has one.
         tokenizer: Hugging Face tokenizer directory (a model directory is one), or a SentencePiece file.
         chat_template: Jinja file that replaces every chat template of the tokenizer.
-    Returns:
-        The files.
     Raises:
         UserError: a path that is not there, cannot be read, or holds none of these files.
     """
@@ -91,14 +88,9 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
-    """The same files with the dtype of the weights in config.json.
+    """New assets with the dtype of the weights in their config.json, the rest of which stays as it was.
 
-    Args:
-        assets: with a config.json.
-        dtype: of the weights.
-    Returns:
-        New assets; config.json's `dtype`, or `torch_dtype` where the file uses that older key, is set, and
-        the rest of the file stays as it was.
+    The key is `dtype`, or `torch_dtype` where the file uses that older one.
     """
     values = _json_object(assets.files[CONFIG], CONFIG)
     text = assets.files[CONFIG].decode("utf-8")
@@ -135,13 +127,10 @@ def end_ids(assets: HfAssets) -> tuple[int, ...]:
 
 
 def with_end_ids(assets: HfAssets, ends: Collection[int]) -> HfAssets:
-    """The same files with a generation_config.json and a config.json that end at all of `ends` as well.
+    """Assets (with a config.json) whose generation_config.json and config.json end at all of `ends` as well.
 
-    Args:
-        assets: with a config.json.
-        ends: ids. Those that are missing come first: a reader of one id alone takes what was trained.
-    Returns:
-        The same object when nothing is missing.
+    Missing ids come first: a reader of one id alone takes what was trained. The same object when none is
+    missing.
     """
     present = end_ids(assets)
     missing = sorted(set(ends) - set(present))
@@ -217,7 +206,6 @@ def _json_object(content: bytes, name: str) -> dict[str, object]:
 
 
 def _read_named(directory: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """The files among `names` that the directory has."""
     if not directory.is_dir():
         raise UserError(f"no such directory: {directory}{hub_hint(directory)}")
     return {name: _read(directory / name) for name in sorted(names) if (directory / name).is_file()}
@@ -248,22 +236,16 @@ LOCK = ".lock"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfFile:
-    """A weight file of a model directory.
-
-    Args:
-        name: of the file.
-        tensors: names of its tensors.
-    """
+    """A weight file of a model directory, and the names of its tensors."""
 
     name: str
     tensors: tuple[str, ...]
 
 
 def plan_files(sizes: Sequence[tuple[str, int]], *, max_bytes: int) -> list[HfFile]:
-    """Spread tensors over files in their order, as huggingface_hub's split does.
+    """Spread tensors of (name, bytes) over files in their order, as huggingface_hub's split does.
 
     Args:
-        sizes: name and bytes of each tensor.
         max_bytes: of the tensors of one file; a larger tensor gets a file of its own.
     Returns:
         The files; one named model.safetensors, or several with their number in the name.
@@ -293,11 +275,7 @@ def plan_files(sizes: Sequence[tuple[str, int]], *, max_bytes: int) -> list[HfFi
 
 
 def write_file(directory: Path, file: HfFile, tensors: Mapping[str, Tensor]) -> None:
-    """Write a weight file and force it to the disk.
-
-    Args:
-        tensors: at least the file's, CPU, contiguous.
-    """
+    """Write a weight file of (at least) these CPU, contiguous tensors and force it to the disk."""
     kinds = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in file.tensors}
     write_safetensors(directory / file.name, kinds, lambda name: tensors[name])
 
@@ -322,7 +300,7 @@ def temporary_directory(out: Path) -> Path:
 
 @contextmanager
 def new_directory(out: Path, *, num_bytes: int) -> Iterator[Path]:
-    """Make a directory in one step: the block fills a temporary one, which then gets its name.
+    """Make a directory in one step: the block fills a temporary, empty one, which then gets its name.
 
     One process enters this; others may write into `temporary_directory(out)` until the block ends. An error
     in the block removes the temporary directory; what a killed process left is removed by the next one.
@@ -330,8 +308,6 @@ def new_directory(out: Path, *, num_bytes: int) -> Iterator[Path]:
     Args:
         out: that does not exist; its parents are made.
         num_bytes: about as much as will be written.
-    Yields:
-        The temporary directory, empty.
     Raises:
         UserError: `out` exists, another process is writing it, or the disk has not the space.
     """
@@ -362,11 +338,7 @@ def new_directory(out: Path, *, num_bytes: int) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        UserError: something has this name.
-    """
+    """Raise UserError where something has this name already."""
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: choose another --out, or remove it")
 
@@ -395,7 +367,6 @@ def _remove_left_over(temporary: Path, out: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock; False when another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -57,7 +57,6 @@ def read_rope(reader: JsonReader, *, default_theta: float, max_position_embeddin
     """The rotary positions that a config.json asks for; problems are added to the reader.
 
     Args:
-        reader: of the whole config.json.
         default_theta: base when no key gives it.
         max_position_embeddings: tokens; the original length when no key gives it.
     """
@@ -206,11 +205,7 @@ def read_window(
 ) -> tuple[int | None, tuple[int, ...]]:
     """(window in tokens or None, layers that use it); problems are added to the reader.
 
-    Args:
-        reader: of the whole config.json.
-        family: whose rules decide.
-        num_layers: of the model.
-        max_position_embeddings: a window this long excludes nothing and counts as none.
+    A window of max_position_embeddings or more excludes nothing and counts as none.
     """
     window = _size(reader, family)
     if family.family == "mistral" and reader.has("layer_types"):

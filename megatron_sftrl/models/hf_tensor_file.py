@@ -1,8 +1,8 @@
 """A tensor in a file, and the reading of exactly the bytes of a part of it.
 
 Plain preads instead of a memory map: mapped pages count as this process's memory until the map is closed (the
-whole file after one pass), a slice of a mapped tensor is a view that keeps all of it, and a file that is cut
-short while it is mapped ends the process with SIGBUS instead of an error.
+whole file after one pass), a slice of a mapped tensor keeps all of it, and a file that is cut short while it
+is mapped ends the process with SIGBUS instead of an error.
 """
 
 from __future__ import annotations
@@ -28,14 +28,7 @@ from megatron_sftrl.errors import UserError, error_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a contiguous tensor lies.
-
-    Args:
-        file: that holds it.
-        offset: of its first byte in the file.
-        shape: of the tensor, () for a scalar.
-        dtype: as stored.
-    """
+    """Where a contiguous tensor lies: its first byte in the file, shape, () for a scalar, and dtype."""
 
     file: Path
     offset: int
@@ -50,7 +43,6 @@ def read_part(
 
     Args:
         descriptor: of the open file; its position is neither used nor moved, so threads may share it.
-        stored: the tensor.
         part: slices of step 1 of its leading dimensions; those without a slice are read whole.
         out: where to read to, of the part's shape and the stored dtype, contiguous, on the CPU.
     Returns:
@@ -131,12 +123,8 @@ DTYPES = {
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file.
+    """Every tensor of an existing safetensors file by its name.
 
-    Args:
-        file: that exists.
-    Returns:
-        Every tensor by its name.
     Raises:
         UserError: cut short, no safetensors file, or a dtype that torch has not.
     """
@@ -169,12 +157,9 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_pickle_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file that torch.save wrote; only tensors are unpickled, no code of the file runs.
+    """The tensors of a file that torch.save wrote, by name; only tensors are unpickled, none of its code
+    runs.
 
-    Args:
-        file: that exists.
-    Returns:
-        Every tensor by its name.
     Raises:
         UserError: cut short, not a state dict of torch.save's zip format, anything but tensors in it, or a
             tensor that is not contiguous.
@@ -263,15 +248,12 @@ def write_safetensors(
     kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensor: Callable[[str], Tensor],
 ) -> None:
-    """Write a safetensors file and force it to the disk.
+    """Write a new safetensors file and force it to the disk. Raises OSError.
 
     Args:
-        path: of the file, made new.
         kinds: dtype and shape of each tensor.
         tensor: makes the tensor of a name, on the CPU and contiguous; asked once for each, in the order of
             the file, and done with the one before, whose memory it may use again.
-    Raises:
-        OSError: the file cannot be written.
     """
     # Wide elements first, so that each tensor begins at a multiple of its element's size.
     names = sorted(kinds, key=lambda name: -kinds[name][0].itemsize)

@@ -33,12 +33,7 @@ _PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
-    """What was found.
-
-    Args:
-        tensors: every tensor by its name.
-        notes: what a user should know about the choice of the files, for a tool to print.
-    """
+    """Every tensor by its name, and notes on the choice of the files for a tool to print."""
 
     tensors: Mapping[str, StoredTensor]
     notes: tuple[str, ...]
@@ -56,10 +51,7 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
     config.json names as transformers_weights, model.safetensors, its index, pytorch_model.bin, its index.
 
     Args:
-        directory: of the model.
         allow_pickle: read pickled weights, as tensors only, when there are no others.
-    Returns:
-        Where the tensors are.
     Raises:
         UserError: no directory, no weights, pickled weights that are not allowed, broken files, or an index
             that does not agree with its shards.
@@ -132,7 +124,6 @@ def _read_header(path: Path, *, is_pickled: bool) -> dict[str, StoredTensor]:
 
 
 def _read_sharded(index: Path, *, is_pickled: bool) -> dict[str, StoredTensor]:
-    """Every tensor of the shards of an index."""
     placement = _read_index(index)
     names = sorted(set(placement.values()))
     if absent := [name for name in names if not (index.parent / name).is_file()]:
@@ -237,7 +228,6 @@ def mismatch_lines(*, missing: Sequence[str], unexpected: Sequence[str], other: 
 
 
 def _shown(problems: Sequence[str]) -> str:
-    """The first problems of one kind, in one line."""
     return "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
 
 
@@ -268,11 +258,7 @@ _COMPARED_BYTES = 32 * 2**20
 class HfWeights:
     """Open weight files; close them, or use this as a context manager.
 
-    Reading moves no state, so threads may share it.
-
-    Args:
-        tensors: where each tensor lies.
-        notes: what a user should know about the choice of the files.
+    Reading moves no state, so threads may share it. `notes` on the choice of the files are for the user.
     """
 
     def __init__(
@@ -291,13 +277,10 @@ class HfWeights:
         return tuple(sorted({entry.file for entry in self._tensors.values()}))
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
-        """Read a tensor or a region of it; only the bytes of the part are read.
+        """Read only the bytes of a tensor or a region: CPU, stored dtype, contiguous, memory of its own.
 
         Args:
-            name: one of `shapes`.
             part: slices of step 1 of the leading dimensions, the others whole; None for the whole tensor.
-        Returns:
-            CPU tensor of the stored dtype, contiguous, of its own memory.
         Raises:
             UserError: the file was cut short after it was opened.
         """
@@ -305,13 +288,7 @@ class HfWeights:
         return read_part(self._descriptors[stored.file], stored, part or ())
 
     def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
-        """Read a region into a tensor of its shape, any dtype and device; directly where both agree.
-
-        Args:
-            name, part: as in read().
-        Raises:
-            UserError: the file was cut short after it was opened.
-        """
+        """As read(), into a tensor of the region's shape, any dtype and device; directly where both agree."""
         stored = self._tensors[name]
         is_direct = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
         found = read_part(
@@ -326,9 +303,6 @@ class HfWeights:
         Two extras are harmless: rotary frequencies of early Llama files, and in a model with tied embeddings
         an output layer that equals the embedding bit by bit.
 
-        Args:
-            expected: shape of each tensor of the model.
-            tied: the output layer is the embedding.
         Raises:
             UserError: tensors that are missing, not expected, of another shape or of another kind of dtype:
                 up to four one by one; of more, the number of each kind, its first ones and what they share.
@@ -358,7 +332,6 @@ class HfWeights:
             )
 
     def close(self) -> None:
-        """Close the files; nothing can be read afterwards."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
@@ -393,7 +366,6 @@ class HfWeights:
             yield f"{name} {list(shape)}"
 
     def _are_equal(self, one: str, other: str) -> bool:
-        """Two matrices are the same bits."""
         if self.shapes[one] != self.shapes[other] or self.dtypes[one] != self.dtypes[other]:
             return False
         if len(self.shapes[one]) != 2:
@@ -412,10 +384,7 @@ def open_weights(directory: Path, *, allow_pickle: bool = False) -> HfWeights:
     """Open the weights of a Hugging Face model directory: one file or shards with an index.
 
     Args:
-        directory: of the model.
         allow_pickle: also read pytorch_model.bin and its shards, tensors only.
-    Returns:
-        The open weights.
     Raises:
         UserError: nothing there that can be read, files that are broken or do not agree; the message says
             which, and what to do.
@@ -438,11 +407,9 @@ def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], wei
 def fill_whole(
     whole: Tensor, name: str, tensor: MegatronTensor, read_into: Callable[[Tensor, tuple[int, ...]], None]
 ) -> None:
-    """Fill the Hugging Face tensor `name` in place from the Megatron tensor that holds it.
+    """Fill the Hugging Face tensor `name` in place from the Megatron tensor that it is a part of.
 
     Args:
-        name: one of those that `tensor` is made of.
-        tensor: its line of the table.
         read_into: fills its first argument with the region of the Megatron tensor that begins at the second.
     """
     for each in hf_regions(tensor, Region.of(tensor.shape)):

@@ -17,11 +17,9 @@ class JsonReader:
     A default stands for a key that is absent. A null is not absent: it is a value, and here a wrong one.
 
     Args:
-        file: where the object was read, for messages.
-        values: the object.
         prefix: said before each key in messages, for an object inside another one.
-        problems: list to add to; a new one by default.
-        notes: likewise, what a user should know though nothing is wrong.
+        problems, notes: lists to add to, new ones by default; notes are what a user should know though
+            nothing is wrong.
     """
 
     def __init__(
@@ -52,11 +50,9 @@ class JsonReader:
         return key in self.values
 
     def say(self, key: str, problem: str) -> None:
-        """Add a problem with one key."""
         self.problems.append(f"{self.prefix}{key}{problem}")
 
     def note(self, key: str, remark: str) -> None:
-        """Add a remark on one key."""
         self.notes.append(f"{self.prefix}{key}{remark}")
 
     def whole(self, key: str, default: int | None = None) -> int:
@@ -85,18 +81,13 @@ class JsonReader:
         return 1.0
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """true or false."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             self.say(key, f": expected true or false, got {value!r}")
         return bool(value)
 
     def raise_problems(self) -> None:
-        """End the reading if anything was wrong.
-
-        Raises:
-            UserError: everything that was found wrong, one line each.
-        """
+        """Raise UserError if anything was wrong: everything that was found, one line each."""
         if self.problems:
             listed = first_of(list(dict.fromkeys(self.problems)), 12)  # each once, in order
             raise UserError("\n  ".join([f"{self.file} cannot be used:", *listed]))
@@ -109,11 +100,7 @@ def shown(value: object) -> str:
 
 
 def read_json_object(file: Path) -> JsonReader:
-    """A reader of the JSON object in `file`.
-
-    Raises:
-        UserError: no such file, not JSON, or not an object.
-    """
+    """A reader of the JSON object in `file`; UserError: no such file, not JSON, or not an object."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -46,7 +46,6 @@ class Region:
 
     @property
     def text(self) -> str:
-        """For messages."""
         return str(list(zip(self.start, self.stop, strict=True)))
 
     def intersect(self, other: Region) -> Region:
@@ -77,8 +76,8 @@ class _Rule:
     Args:
         megatron: key, below "decoder.layers." for a tensor of every layer.
         hf: the tensors it is made of, below "model.layers.{layer}." for a tensor of every layer.
-        rows: order of their rows. one: a single tensor. halves: one tensor below the other.
-            groups: for each key/value head its query heads, the key head, the value head.
+        rows: order of their rows. one: a single tensor. halves: one tensor below the other. groups: for each
+            key/value head its query heads, the key head, the value head.
         shard: the dimension that tensor parallelism cuts; of `halves` each half is cut. None: every rank has
             all of it.
     """
@@ -155,13 +154,7 @@ _MIXTURE_MLP = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfRows:
-    """Consecutive rows of a Hugging Face tensor.
-
-    Args:
-        name: of the tensor.
-        start: its first row here.
-        num_rows: rows.
-    """
+    """`num_rows` consecutive rows of a Hugging Face tensor, from its row `start`."""
 
     name: str
     start: int
