@@ -32,23 +32,16 @@ class MetricsSink(Protocol):
         """Take the numbers of one step; steps come in rising order."""
         ...
 
-    def close(self) -> None:
-        """Finish what is buffered."""
-        ...
+    def close(self) -> None: ...
 
 
 class MetricsWriter:
-    """Fans a step's numbers out to its sinks and closes all of them at the end.
-
-    Args:
-        sinks: in the order in which they receive each step; keep metrics.jsonl first.
-    """
+    """Fans a step's numbers out to its sinks, in order (metrics.jsonl first), and closes all of them."""
 
     def __init__(self, sinks: Sequence[MetricsSink]) -> None:
         self._sinks = tuple(sinks)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand one step's numbers to every sink."""
         for sink in self._sinks:
             sink.write(step, metrics)
 
@@ -70,11 +63,8 @@ class MetricsWriter:
 class OptionalSink:
     """A place whose failure is told once and costs what would still have gone there, not the run.
 
-    A tracker that is down for an hour must not end weeks of training; metrics.jsonl has every number.
-
-    Args:
-        name: for the message.
-        open_sink: makes the place; a UserError of its own passes through.
+    A tracker that is down for an hour must not end weeks of training; metrics.jsonl has every number. A
+    UserError of `open_sink` passes through.
     """
 
     def __init__(self, name: str, open_sink: Callable[[], MetricsSink]) -> None:
@@ -84,13 +74,11 @@ class OptionalSink:
             self._sink = open_sink()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the numbers on, as long as nothing has failed."""
         if self._sink is not None:
             with self._told():
                 self._sink.write(step, metrics)
 
     def close(self) -> None:
-        """Close the place, as long as nothing has failed."""
         if self._sink is not None:
             with self._told():
                 self._sink.close()
@@ -112,12 +100,10 @@ class OptionalSink:
 
 
 class JsonlSink:
-    """metrics.jsonl: one JSON object per step, on disk as soon as the step is over.
-
-    A number that is not finite is written as null, since JSON has no NaN.
+    """metrics.jsonl: one JSON object a step, on disk as soon as the step is over; null for NaN and infinity.
 
     Args:
-        path: the file; created, or continued.
+        path: created, or continued.
         resume_step: last step that the resumed checkpoint holds; later lines are removed, at 0 all.
     Raises:
         UserError: a line in the middle of the file that is not a JSON object with a step, or a file that
@@ -150,7 +136,6 @@ class JsonlSink:
             ) from error
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -202,10 +187,8 @@ class ProgressSink:
     every `seconds_between_lines`.
 
     Args:
-        total_steps: of the whole run.
         first_step: steps already done before this process, so that they do not count as speed.
         stream: where to write; standard error when not given.
-        seconds_between_lines: without a terminal.
         clock: seconds, monotonic.
     """
 
@@ -229,7 +212,6 @@ class ProgressSink:
         self._bar = _open_bar(total_steps, first_step, target) if target.isatty() else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show one step's numbers."""
         now = self._clock()
         left = eta(step - self._first, self._total - step, now - self._start)
         text = "  ".join([*_numbers(metrics), f"eta {left}"])
@@ -285,10 +267,7 @@ def open_metrics(
     """The writer that config.log asks for: metrics.jsonl always, the others when switched on. Rank 0 only.
 
     Args:
-        directory: the opened run directory.
-        config: the run.
         resume_step: last step of the resumed checkpoint, 0 for a new run.
-        total_steps: optimizer steps of the whole run.
     Raises:
         UserError: a package that a sink needs is not installed, a damaged metrics.jsonl.
     """
@@ -319,7 +298,6 @@ class WandbSink:
 
     Args:
         directory: holds the id and, in offline mode, the data (`wandb sync <run_dir>/wandb/offline-run-*`).
-        config: stored with the run.
         mode: offline or online.
     Raises:
         UserError: wandb itself says that it is used wrongly; online without an API key, say.
@@ -350,11 +328,9 @@ class WandbSink:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log one step."""
         self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        """Flush and end the wandb run."""
         self._run.finish()
 
 
@@ -372,12 +348,10 @@ class TensorBoardSink:
         self._writer = SummaryWriter(log_dir=str(directory.tensorboard), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one point to each curve."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, global_step=step)
 
     def close(self) -> None:
-        """Flush and close the event file."""
         self._writer.close()
 
 

@@ -48,12 +48,10 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """Step directories."""
         return self.path / "checkpoints"
 
     @property
@@ -63,22 +61,18 @@ class RunDirectory:
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard events."""
         return self.path / "tensorboard"
 
 
 def open_run_directory(config: TrainingConfig, *, is_writer: bool) -> RunDirectory:
     """The run's directory, once it is certain that it belongs to this run.
 
-    Every rank may call it: all of them compare, only the writer writes, and what the writer leaves behind
-    is accepted by the others whether they look before or after.
+    Every rank may call it: all of them compare, only the writer (rank 0) makes the directory and
+    resolved.yaml, which the others accept whether they look before or after.
 
-    Args:
-        config: the run.
-        is_writer: this process creates the directory and writes resolved.yaml (rank 0).
     Raises:
-        UserError: the directory belongs to another configuration (each differing key is named), or
-            holds a run without its configuration, or cannot be created.
+        UserError: the directory belongs to another configuration (each differing key is named), or holds a
+            run without its configuration, or cannot be created.
     """
     directory = RunDirectory(path=config.run_dir)
     if directory.path.exists() and not directory.path.is_dir():

@@ -38,14 +38,12 @@ class Owner:
     """The process that writes into a run directory.
 
     Args:
-        host: its name, for people.
+        host, since: its name, and when the lock was taken, for people.
         boot: of the host's kernel; with `namespace` it says whether `pid` can be looked up from here.
         namespace: of process ids: those of two containers on one host have nothing to do with each other.
-        pid: process id.
         started: of the process, in clock ticks since the boot; process ids are used again.
         job: Slurm's job id; empty outside of Slurm.
         restart: how often Slurm had requeued the job.
-        since: when the lock was taken, for people.
         token: of this lock alone.
     """
 
@@ -61,7 +59,6 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
-        """The owner that this process would be."""
         boot, namespace = _machine()
         return cls(
             host=socket.gethostname(),
@@ -82,7 +79,6 @@ class Owner:
         return _start_of(self.pid) == self.started
 
     def describe(self) -> str:
-        """Who it is, in words."""
         job = f"Slurm job {self.job}, " if self.job else ""
         return f"host {self.host}, {job}process {self.pid}, since {self.since}"
 
@@ -158,11 +154,7 @@ class RunLock:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _may_take(self, owner: Owner, watch: _Watch) -> bool:
-        """Whether the owner is dead; False to look again.
-
-        Raises:
-            UserError: it is alive.
-        """
+        """Whether the owner is dead; False to look again, UserError when it is alive."""
         is_alive = owner.is_alive()
         if is_alive is False or (
             owner.job and owner.job == self._me.job and owner.restart < self._me.restart

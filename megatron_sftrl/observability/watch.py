@@ -25,10 +25,8 @@ class HangWatch:
     """Writes the stacks of all threads to standard error and ends the process with code 1 when time is up.
 
     A rank that waits for a dead or stopped peer may wait for ever, and in a call that holds Python's lock:
-    faulthandler's watchdog is a thread of C that needs no lock. Exit code 1 makes torchrun restart all.
-
-    Args:
-        minutes: between two calls of moved(); 0 never ends anything.
+    faulthandler's watchdog is a thread of C that needs no lock. Exit code 1 makes torchrun restart all. Time
+    is `minutes` between two calls of moved(); 0 never ends anything.
     """
 
     # moved() may be called for every token: the watchdog is wound up once in this share of its time.
@@ -83,8 +81,8 @@ class Timers:
 
     Args:
         synchronize: called when a phase ends, before its clock stops; `torch.cuda.synchronize` makes work
-            that was only queued count for the phase that queued it. None on the CPU. It runs at ends
-            only: phases that follow each other then start on an idle device anyway.
+            that was only queued count for the phase that queued it. None on the CPU. It runs at ends only:
+            phases that follow each other then start on an idle device anyway.
         on_end: called when a phase has ended well.
         clock: seconds, monotonic.
     """
@@ -129,12 +127,7 @@ STEPS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a rank runs.
-
-    Args:
-        host: name of its node.
-        stage: of the pipeline; stages begin and end a step at different times.
-    """
+    """A rank's node and pipeline stage; stages begin and end a step at different times."""
 
     host: str
     stage: int
@@ -142,13 +135,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slowest:
-    """The rank that is slowest beside its peers.
-
-    Args:
-        rank: in the whole job.
-        seconds: that it took.
-        slowdown: times the median of the other ranks of its stage.
-    """
+    """The rank that took `slowdown` times the median of the other ranks of its stage."""
 
     rank: int
     seconds: float
@@ -159,9 +146,6 @@ class StragglerWatch:
     """Notes each step's slowest rank and speaks when the same one is it for STEPS steps by SLOWDOWN.
 
     One slow step is no straggler: a rank's share of a batch may be longer than the others'.
-
-    Args:
-        places: by rank.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -170,11 +154,7 @@ class StragglerWatch:
         self._num_steps = 0
 
     def note(self, seconds: Sequence[float]) -> tuple[Slowest | None, str | None]:
-        """The step's slowest rank, None where no rank has a peer, and a line to print when it is due.
-
-        Args:
-            seconds: of one step, by rank.
-        """
+        """From one step's seconds by rank: its slowest rank (None: no rank has a peer), and a line if due."""
         slowest = self._slowest(seconds)
         if slowest is None or slowest.slowdown <= SLOWDOWN:
             self._rank, self._num_steps = -1, 0
@@ -211,14 +191,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far.
-
-    Args:
-        device: CUDA: tensors allocated on it since the last `take_device_peak`. CPU: the largest
-            resident set of the process since it began.
-    Returns:
-        Bytes.
-    """
+    """Most bytes of tensors on CUDA since the last `take_device_peak`; on the CPU, peak resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -238,7 +211,7 @@ def take_device_peak(device: torch.device) -> int:
 
 
 def return_freed_memory() -> None:
-    """Let glibc give freed tensors back to the system at once; does nothing where there is no glibc.
+    """Let glibc, where it is there, give freed tensors back to the system at once.
 
     It keeps blocks below 32 MiB otherwise, and a tool that goes through a model tensor by tensor would hold
     some hundred megabytes that it does not use.
