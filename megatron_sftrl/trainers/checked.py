@@ -43,9 +43,6 @@ def stop_ids(
     """Ids that end a response: of the tokenizer, its template, the model's files and rollout.stop_ids.
 
     Args:
-        config: of the run.
-        tokenizer: with its chat template.
-        vocab_size: V.
         checkpoint: step or run directory whose weights are used; what they were trained to end with counts.
     Raises:
         UserError: no such checkpoint, files that cannot be read, or a rollout.stop_ids outside of V.
@@ -66,13 +63,7 @@ def stop_ids(
 
 
 def check_stop_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Refuse ids that the model cannot draw.
-
-    Args:
-        name: of the setting, for the message.
-        ids: what it says.
-        vocab_size: V.
-    """
+    """Refuse ids of the setting `name` that the model cannot draw."""
     if foreign := [each for each in ids if not 0 <= each < vocab_size]:
         raise UserError(f"{name}: expected ids from 0 to {vocab_size - 1}, got {foreign}")
 
@@ -88,15 +79,7 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRun(Generic[ConfigT]):
-    """A configuration that has passed its checks, and what was read to check it.
-
-    Args:
-        config: as the user gave it.
-        architecture: sizes of the model.
-        loss: the objective.
-        tokenizer: text to ids.
-        stop_ids: a response ends with the first of them.
-    """
+    """A configuration that has passed its checks, and what was read to check it."""
 
     config: ConfigT
     architecture: Architecture
@@ -106,11 +89,7 @@ class CheckedRun(Generic[ConfigT]):
 
 
 def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
-    """Check sections against each other, the model, the loss, the tokenizer and the number of processes.
-
-    Raises:
-        UserError: what is wrong, and what to do.
-    """
+    """Check sections against each other, the model, the loss, the tokenizer and the number of processes."""
     architecture, notes = architecture_of(config.model), notes_on(config.model)
     if config.model.hf is not None:
         with open_weights(config.model.hf, allow_pickle=config.model.allow_pickle) as weights:
@@ -130,11 +109,7 @@ def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
 
 
 def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
-    """What generation and scoring need: the model's sizes and its tokenizer, checked against the layout.
-
-    Raises:
-        UserError: what is wrong, and what to do.
-    """
+    """What generation and scoring need: the model's sizes and its tokenizer, checked against the layout."""
     architecture = architecture_of(config.model)
     say_notes(notes_on(config.model))
     needs = ("reference",) if config.reference is not None else ()
@@ -180,8 +155,8 @@ def _loss(config: TrainingConfig) -> Loss:
 def export_assets(checked: CheckedRun[ConfigT]) -> HfAssets:
     """What a checkpoint carries for an export to Hugging Face: configuration and tokenizer files.
 
-    generation_config.json ends at everything that the run's responses end with; where the model's own does
-    not, rank 0 says so.
+    generation_config.json ends at everything that the run's responses end with; rank 0 says where the model's
+    does not.
     """
     config, tokenizer = checked.config, checked.tokenizer
     model = model_directory(config)
@@ -215,7 +190,6 @@ def export_assets(checked: CheckedRun[ConfigT]) -> HfAssets:
 
 
 def batch_layout(config: TrainingConfig, *, dp_rank: int, dp_size: int) -> BatchLayout:
-    """What the parallel section asks of every micro-batch."""
     parallel = config.parallel
     return BatchLayout(
         dp_rank=dp_rank,

@@ -22,15 +22,7 @@ _FIRST_ID = 2**40
 
 
 class EngineUpdates:
-    """Updates of one engine from one policy.
-
-    Args:
-        config: of the run.
-        engine, policy: of the run; the engine sleeps.
-        rows: prompts; the first ones are the probe's.
-        batches: layout of the trainer.
-        sampling: of the run.
-    """
+    """Updates of one engine, asleep, from one policy; the first prompts of `rows` are the probe's."""
 
     def __init__(
         self,
@@ -112,16 +104,10 @@ def probe_engine(
     batches: ExperienceBatches,
     sampling: SamplingParams,
 ) -> float:
-    """Mean |difference| in nats between engine and trainer, over a few tokens that the engine generates.
+    """Mean |difference| in nats of an updated engine from the trainer, over a few tokens that it generates.
 
     A stale prefix cache, a lost or misplaced weight and a tied head that was forgotten show as whole nats.
-
-    Args:
-        engine: just updated.
-        policy: with the same weights.
-        rows: of the run's prompts; the first ones are continued, the same in every step.
-        batches: layout of the trainer.
-        sampling: of the run.
+    The first prompts of `rows` are continued, the same in every step.
     """
     short = replace(sampling, num_samples=1, max_new_tokens=min(_NUM_TOKENS, sampling.max_new_tokens))
     asked = [

@@ -26,9 +26,7 @@ class Response:
 
     Args:
         group: id of its prompt in the run.
-        row: the prompt's row.
         rollout: tokens and the engine's log-probabilities.
-        scored: its rewards.
         advantage: against the responses of its group that have a reward; 0 without one.
         old_logprobs: nats, the trainer's own for each response token, before the first update.
     """
@@ -46,7 +44,6 @@ class Response:
 
 
 def grouped(responses: Sequence[Response]) -> dict[int, list[Response]]:
-    """Responses of each prompt, in order."""
     return by_group([response.group for response in responses], responses)
 
 
@@ -63,12 +60,10 @@ def first_rewards(responses: Sequence[Response]) -> dict[int, list[float]]:
 
 
 def as_example(response: Response, number: int, *, is_learned: bool) -> Example:
-    """The sequence that the trainer sees: every generated token carries loss, the end token included.
+    """The sequence that the trainer sees: where `is_learned`, every generated token carries loss, the end
+    too.
 
-    Args:
-        response: token ids are taken as they were generated, never tokenized again.
-        number: its place in the step.
-        is_learned: otherwise it carries no loss.
+    Token ids are taken as they were generated, never tokenized again; `number` is its place in the step.
     """
     prompt, generated = response.rollout.prompt_tokens, response.rollout.response_tokens
     mask = np.zeros(len(prompt) + len(generated), np.bool_)
@@ -92,11 +87,8 @@ class ExperienceBatches:
     """Turns responses into the batches of one update.
 
     Args:
-        batch: sizes, packing and aggregation.
-        layout: of the ranks.
         max_length: divisor of constant_length, tokens of the longest response.
         pad_id: any valid id.
-        mask_truncated: filters.mask_truncated.
     """
 
     batch: BatchSection
@@ -115,11 +107,8 @@ class ExperienceBatches:
     def lay_out(self, responses: Sequence[Response], *, everything: bool = False) -> StepData | None:
         """This rank's micro-batches of one update; None when no response carries loss.
 
-        StepData.rows and microbatch_rows are places in `responses`.
-
-        Args:
-            responses: of one update.
-            everything: every generated token, to look at log-probabilities; nothing is masked.
+        StepData.rows and microbatch_rows are places in `responses`. With `everything` every generated token
+        is there, to look at log-probabilities; nothing is masked.
         """
         examples = [
             as_example(
@@ -170,14 +159,8 @@ def with_advantages(responses: Sequence[Response], estimator: AdvantageEstimator
 def score_responses(
     policy: PolicyEngine, data: StepData, *, temperature: float = 1.0
 ) -> dict[int, list[float]]:
-    """Score the learned tokens of every sequence of a step; every rank calls it and gets all of them.
+    """Nats of each learned token, in order, by row of the step; every rank calls it and gets all of them.
 
-    Args:
-        policy: the model.
-        data: this rank's micro-batches.
-        temperature: logits are divided by it.
-    Returns:
-        By row of the step: nats of each learned token, in order.
     Raises:
         FloatingPointError: on every rank: some that are NaN or infinite.
     """

@@ -33,8 +33,8 @@ class GenerateRequest:
 
     Args:
         prompts: JSONL, Parquet or a datasets directory whose rows hold `prompt` or `messages`.
-        out: JSONL; each row of `prompts` with `responses` (texts), `num_tokens` (of each response, the
-            end token included) and `is_finished` added.
+        out: JSONL; each row of `prompts` with `responses` (texts), `num_tokens` (of each response, the end
+            token included) and `is_finished` added.
         checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.
         num_samples: responses per prompt.
         sampling: temperature, length, seed, and ends beside those of the run, its model and the checkpoint.

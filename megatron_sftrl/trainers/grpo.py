@@ -113,15 +113,11 @@ def _reward_numbers(responses: Sequence[Response]) -> dict[str, float]:
 
 
 def filling_metrics(collected: Collected, *, wanted: int) -> dict[str, float]:
-    """How dynamic sampling filled the step; nothing without it.
+    """How dynamic sampling filled the step of `wanted` groups; nothing without it.
 
-    Args:
-        collected: of the step.
-        wanted: groups of a full step.
-    Returns:
-        rollout/rounds of generation; rollout/useful_groups, the share of the groups whose first rewards
-        differ; rollout/filled, groups that are trained on over `wanted`; rollout/put_back, prompts that the
-        next step draws again.
+    rollout/rounds of generation; rollout/useful_groups, the share of the groups whose first rewards differ;
+    rollout/filled, groups that are trained on over `wanted`; rollout/put_back, prompts that the next step
+    draws again.
     """
     if not collected.num_rounds:
         return {}
@@ -135,11 +131,7 @@ def filling_metrics(collected: Collected, *, wanted: int) -> dict[str, float]:
 
 
 def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
-    """How far the engine's log-probabilities are from the trainer's, over all generated tokens.
-
-    Args:
-        responses: with old_logprobs.
-    """
+    """How far the engine's log-probabilities are from old_logprobs, over all generated tokens."""
     ours = torch.tensor([value for each in responses for value in each.old_logprobs])
     engine = torch.tensor([value for each in responses for value in each.rollout.logprobs])
     found = logprob_mismatch(ours, engine, torch.ones_like(ours, dtype=torch.bool))
@@ -160,10 +152,10 @@ def run_grpo(config: GrpoConfig) -> bool:
     Returns:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
-        UserError: something that the user can fix, found before anything is built or overwritten; later
-            only a full disk, a gate that stops, a reward that can judge nothing of the first step, or too
-            many steps in a row without a finite gradient or without anything to learn from. All else that
-            can be raised is a failure, as for run_sft.
+        UserError: something that the user can fix, found before anything is built or overwritten; later only
+            a full disk, a gate that stops, a reward that can judge nothing of the first step, or too many
+            steps in a row without a finite gradient or without anything to learn from. All else that can be
+            raised is a failure, as for run_sft.
     """
     checked = checked_run(config)
     prompts, valid = open_prompts(checked)
@@ -214,8 +206,6 @@ def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:
 
 
 class GrpoTrainer:
-    """The loop of GRPO over a run: generate, reward, update."""
-
     def __init__(
         self,
         run: Run[GrpoConfig],
@@ -402,5 +392,4 @@ class GrpoTrainer:
 
 
 def _sources(responses: Sequence[Response]) -> list[str]:
-    """Where the prompts of responses come from."""
     return sorted({each.row.source for each in responses})

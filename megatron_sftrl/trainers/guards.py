@@ -25,7 +25,6 @@ def no_gradient_warning(report: StepReport, *, grad_norm: float, loss_name: str)
     Args:
         report: of the update, whose samples carry loss (and an advantage, where losses use advantages).
         grad_norm: of all parameters; exactly 0 where no gradient arrived.
-        loss_name: as registered.
     """
     if report.is_trained and grad_norm != 0:
         return None
@@ -38,12 +37,10 @@ def no_gradient_warning(report: StepReport, *, grad_norm: float, loss_name: str)
 
 @contextlib.contextmanager
 def named_step(step: int) -> Iterator[None]:
-    """A step in which the policy's own numbers are not finite ends the run by that name.
+    """A step (from 1) in which the policy's own numbers are not finite ends the run by that name.
 
     Not as an error of the user: a device may have failed, and a restart goes on from the last checkpoint.
 
-    Args:
-        step: the one under way, from 1.
     Raises:
         RuntimeError: where the block raises a FloatingPointError.
     """
@@ -57,13 +54,7 @@ def named_step(step: int) -> Iterator[None]:
 
 
 def tell_skipped(num_skipped: int, *, step: int, suspects: Sequence[str]) -> None:
-    """Say on rank 0 that updates of a step were left out.
-
-    Args:
-        num_skipped: in this step.
-        step: steps done.
-        suspects: as for stop_on_nonfinite_streak.
-    """
+    """Say on rank 0 that updates were left out; `suspects` as for stop_on_nonfinite_streak."""
     if num_skipped and int(os.environ.get("RANK", "0")) == 0:
         LOGGER.warning(
             "step %d: the loss or the gradient was NaN or infinite, and %d of its updates moved no weight "
@@ -77,17 +68,14 @@ def tell_skipped(num_skipped: int, *, step: int, suspects: Sequence[str]) -> Non
 def stop_on_nonfinite_streak(
     streak: int, *, limit: int, step: int, suspects: Sequence[str], directory: str
 ) -> None:
-    """End the run when its last `limit` steps were all skipped, and name the samples.
+    """Raise UserError when the last `limit` (train.max_nonfinite_steps) steps were all skipped.
 
     Args:
         streak: consecutive steps, up to now, whose gradient norm was NaN or infinite.
-        limit: train.max_nonfinite_steps.
         step: optimizer steps done.
         suspects: where the samples come from whose loss was not finite; all of the step's when only the
             gradient was.
         directory: where the last checkpoint lies.
-    Raises:
-        UserError: the streak has reached the limit.
     """
     if streak < limit:
         return
@@ -99,15 +87,11 @@ def stop_on_nonfinite_streak(
 
 
 def stop_on_idle_streak(streak: int, *, limit: int, step: int, numbers: Mapping[str, float]) -> None:
-    """End the run when its last `limit` steps had nothing to learn from.
+    """Raise UserError when the last `limit` steps (filters.max_idle_steps) had nothing to learn from.
 
     Args:
         streak: consecutive steps, up to now, without an update.
-        limit: filters.max_idle_steps.
-        step: steps done.
         numbers: of the last step.
-    Raises:
-        UserError: the streak has reached the limit.
     """
     if streak < limit:
         return
@@ -132,12 +116,7 @@ def _named(suspects: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """A gate that has been crossed for its number of steps.
-
-    Args:
-        text: what happened, for people.
-        stops: the gate ends the run.
-    """
+    """A gate that has been crossed for its number of steps, in words; `stops`: it ends the run."""
 
     text: str
     stops: bool
@@ -147,7 +126,6 @@ class Gates:
     """Counts for how many steps in a row each gate has been crossed; a resumed run starts at 0.
 
     Args:
-        sections: the run's gates.
         defaults: of the run's loss; those on a metric that the run has a gate on are left out. They warn
             after 1, 2, 4, 8, ... times their steps.
         held_out: metrics of an evaluation, which only some steps have; None where they are those of a step,
@@ -182,8 +160,6 @@ class Gates:
         """Look at one step's numbers; a number that is NaN crosses every gate on it.
 
         Args:
-            step: they are of.
-            metrics: by name.
             is_whole: the policy was updated, so that every metric of training is there. A gate on one that is
                 not there waits for a step that has it.
         Raises:
@@ -235,11 +211,7 @@ def tell(crossings: Sequence[Crossing]) -> None:
 
 
 def stop_at(crossings: Sequence[Crossing]) -> None:
-    """End the run, whose checkpoint is saved, where a gate stops it.
-
-    Raises:
-        UserError: with what happened.
-    """
+    """Raise UserError with what happened, after the checkpoint is saved, where a gate ends the run."""
     if texts := [crossing.text for crossing in crossings if crossing.stops]:
         raise UserError(f"a gate ended the run, its checkpoint is saved: {'; '.join(texts)}")
 

@@ -1,7 +1,7 @@
 """Which weights a run began with: found once, kept in origins.json, and the same ones at every resume.
 
 A run directory names its newest checkpoint, and a Hugging Face directory can be written again: the same path
-is another model after a while. A frozen reference that is read from it would change in the middle of the run.
+is another model after a while, and a frozen reference read from it would change in the middle of the run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class Origin:
 
     @property
     def text(self) -> str:
-        """For messages."""
         what = "weights" if self.step is None else f"{self.place} (step {self.step}), weights"
         return f"{what} {self.weights[:12]}"
 
@@ -68,11 +67,8 @@ class Origins:
         self._found = dict(self._recorded)
 
     def checkpoint(self, key: str, path: Path) -> Path:
-        """The checkpoint to read for a path of the configuration: the one of the run's first start.
+        """The checkpoint to read for a key of the configuration and its path: that of the run's first start.
 
-        Args:
-            key: of the configuration.
-            path: as it stands there.
         Raises:
             UserError: on every rank: nothing there, or not the recorded one any more.
         """

@@ -52,11 +52,9 @@ _MOST_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """What became of prompts that were drawn; of the last step it is the share that the next one counts on.
+    """Prompts that were answered, and of them those whose responses were not all equally good.
 
-    Args:
-        drawn: prompts that were answered.
-        useful: of them, those whose responses were not all equally good.
+    Of the last step it is the share that the next one counts on.
     """
 
     drawn: int = 0
@@ -111,8 +109,7 @@ def fill(useful: Sequence[int], *, first: int, drawn: int, wanted: int, multiple
 
     Args:
         useful: ids, which are places in the order of the data, ascending.
-        first: place of the step's first prompt.
-        drawn: prompts of the step.
+        first, drawn: place of the step's first prompt, and its number of prompts.
         wanted: groups of a full step, a multiple of `multiple_of`.
         multiple_of: groups of the smallest number of whole mini-batches that ends with a group.
     """
@@ -130,8 +127,7 @@ class Collected:
         responses: those that are trained on, group by group.
         generated: all of them, left-out groups included.
         num_prompts: by which the order of the data has moved.
-        draws: under dynamic sampling, what became of the prompts.
-        num_rounds: of generation, under dynamic sampling.
+        draws, num_rounds: under dynamic sampling, what became of the prompts, and rounds of generation.
     """
 
     responses: tuple[Response, ...]
@@ -171,10 +167,9 @@ class RolloutCollector:
     def collect(
         self, engine: RolloutEngine, *, consumed: int, recent: Draws = NO_DRAWS, multiple_of: int = 1
     ) -> Collected:
-        """One step's responses.
+        """One step's responses; the engine is awake, with the policy's weights.
 
         Args:
-            engine: awake, with the policy's weights.
             consumed: prompts drawn by the steps before.
             recent: draws of the step before, under dynamic sampling.
             multiple_of: under dynamic sampling groups are trained in multiples of it.
@@ -221,10 +216,9 @@ class RolloutCollector:
         *,
         phases: tuple[str, str] = ("generate", "reward"),
     ) -> list[Response]:
-        """Generate, score and compare within each group.
+        """Generate with an awake engine, score and compare within each group.
 
         Args:
-            engine: awake, with the policy's weights.
             rows: (id of the prompt in the run, its row).
             sampling: the run's when not given.
             phases: what the time of both halves is counted for.
@@ -277,14 +271,11 @@ def useful_groups(responses: Sequence[Response]) -> list[int]:
 
 
 def stop_on_broken_reward(responses: Sequence[Response], *, is_first_step: bool) -> None:
-    """End a run in which a reward can judge nothing: it would go on without learning.
+    """End a run in which a reward can judge no response, on any rank: it would go on without learning.
 
-    Args:
-        responses: of one step, on all ranks.
-        is_first_step: of the run, which points at the reward; later it is what the reward depends on, a judge
-            that is out of reach, say, and the job may be started again.
     Raises:
-        UserError, RuntimeError: see collect; with the reward and the first of its failures.
+        UserError, RuntimeError: with the reward's first failure. In the first step the reward is to blame;
+            later what it depends on, a judge that is out of reach, say, and the job may be started again.
     """
     broken = failed_everywhere([each.scored for each in responses])
     if broken is None:
@@ -304,12 +295,8 @@ def check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, s
     A prompt whose responses are missing would be left out of every mean without a word, and NaN would reach
     the policy's weights.
 
-    Args:
-        groups: from the engine.
-        prompts: that it was asked to continue.
-        size: responses to each.
     Raises:
-        RuntimeError: a group that is empty, incomplete or of another prompt.
+        RuntimeError: a group that is empty, incomplete (fewer than `size`) or of another prompt.
         FloatingPointError: log-probabilities that are not finite.
     """
     for prompt, group in zip(prompts, groups, strict=True):
@@ -333,8 +320,7 @@ class SampleLog:
     """Appends one line for each response of a step's first groups.
 
     Args:
-        path: the file; created, or continued.
-        tokenizer: to show token ids as text.
+        path: created, or continued.
         num_groups: written of each step, left-out groups included.
         resume_step: last step that the resumed checkpoint holds; lines of later steps, which will be taken
             again, are removed.
@@ -352,12 +338,7 @@ class SampleLog:
             raise error_of(f"the samples cannot be written to {path}: {error}", error) from error
 
     def write(self, step: int, responses: Sequence[Response]) -> None:
-        """One step's responses, group by group.
-
-        Raises:
-            UserError: they cannot be written, and would not be after a restart; a disk is full, say.
-            RuntimeError: the file system fails.
-        """
+        """One step's responses, group by group. Raises as JsonlSink.write()."""
         groups = list(grouped(responses).values())[: self._num_groups]
         lines = [
             json.dumps(self._sample(response, step), ensure_ascii=False) + "\n"
@@ -450,11 +431,7 @@ def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
 
 
 def check_rows(rewards: Sequence[Reward], *prompts: PromptSet) -> None:
-    """Every row holds what the rewards look at, in a form that they can read.
-
-    Raises:
-        UserError: names the first row that does not.
-    """
+    """Raise UserError for the first row without what the rewards look at, in a form that they can read."""
     for row in (row for each in prompts for row in each.rows):
         for reward in rewards:
             try:

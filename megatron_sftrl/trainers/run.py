@@ -85,13 +85,9 @@ class Run(Generic[ConfigT]):
     """Models, checkpoints, metrics and watches of one run, and when each is due; the loop has the steps.
 
     Args:
-        checked: the run.
         directory: that it holds.
-        parallel: this rank's place.
         stop: asked after every step.
-        num_steps: of the whole run.
-        fingerprint: of the training data.
-        columns: what the fingerprint covers, for messages.
+        fingerprint, columns: of the training data, and what it covers, for messages.
         held_out, sometimes: as for Gates.
     Raises:
         UserError: on every rank: weights that cannot be read, or are not those that the run began with.
@@ -145,8 +141,8 @@ class Run(Generic[ConfigT]):
     def begin(self) -> None:
         """Go on from the run's latest checkpoint or start at step 0, and take the directory as this run's.
 
-        Only now: who corrects a bad row, max_length or init_checkpoint must not meet the resolved.yaml of a
-        run that never began, and be refused as another run.
+        Only now: a bad row, max_length or init_checkpoint can then be corrected without meeting the
+        resolved.yaml of a run that never began, and being refused as another run.
 
         Raises:
             UserError: the checkpoint was trained on other data.
@@ -187,7 +183,6 @@ class Run(Generic[ConfigT]):
 
     @property
     def is_finished(self) -> bool:
-        """Every step is done."""
         return self.state.step >= self.num_steps
 
     @property
@@ -221,13 +216,7 @@ class Run(Generic[ConfigT]):
         return update
 
     def check_learning(self, report: StepReport, *, grad_norm: float, step: int) -> None:
-        """Warn of a loss without a gradient, after the first update of this process.
-
-        Args:
-            report: of an update whose samples carry loss.
-            grad_norm: of it.
-            step: it belongs to, from 1.
-        """
+        """Warn of a loss without a gradient, after this process's first update; its samples carry loss."""
         warning = no_gradient_warning(report, grad_norm=grad_norm, loss_name=self.loss.name)
         if warning is not None and not self._is_learning_checked and self.parallel.rank == 0:
             LOGGER.warning("step %d: %s", step, warning)
@@ -260,7 +249,6 @@ class Run(Generic[ConfigT]):
         """Stop a streak of bad gradients, save when it is due or asked for, and let gates end the run.
 
         Args:
-            numbers: of the step.
             suspects: where the samples of the step come from.
             is_whole: the policy was updated, so that every metric of training is there.
         Raises:
@@ -299,15 +287,12 @@ def build_models(
 ) -> tuple[PolicyEngine, ReferenceModel | None]:
     """The policy at its initial weights, and its reference where the run has one.
 
-    A frozen reference is the policy before its first step (or reference.checkpoint); it is derived again
-    at every start, before a checkpoint moves the policy on, and so needs no place in a checkpoint.
+    A frozen reference is the policy before its first step (or reference.checkpoint); it is derived again at
+    every start, before a checkpoint moves the policy on, and so needs no place in a checkpoint.
 
     Args:
-        checked: of the run.
-        parallel: this rank's place.
-        origins: what the run began with.
-        is_resumed: a checkpoint of the run follows. Initial weights that nothing is derived from are then
-            not read: they may be gone.
+        is_resumed: a checkpoint of the run follows. Initial weights that nothing is derived from are then not
+            read: they may be gone.
     Raises:
         UserError: on every rank: weights that cannot be read, or are not those that the run began with.
     """
@@ -405,13 +390,7 @@ class StopRequest:
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
     def agreed(self, parallel: ParallelContext, *, step: int, num_steps: int) -> bool:
-        """Whether any rank was asked to stop; every rank calls it after every step and gets the same answer.
-
-        Args:
-            parallel: this rank's place.
-            step: steps done.
-            num_steps: of the whole run.
-        """
+        """Whether any rank was asked to stop; every rank asks after every step and gets the same answer."""
         asked = self._received
         if parallel.rank == 0 and self._file is not None and self._file.exists():
             asked = signal.SIGUSR1
@@ -434,12 +413,7 @@ class StopRequest:
 
 
 class Stragglers:
-    """Compares the ranks after every step; every rank makes one and calls it.
-
-    Args:
-        policy: whose gradient clock is read.
-        parallel: this rank's place.
-    """
+    """Compares the ranks by the policy's gradient clock; every rank makes one and calls it every step."""
 
     def __init__(self, policy: PolicyEngine, parallel: ParallelContext) -> None:
         self._policy, self._parallel = policy, parallel

@@ -35,7 +35,6 @@ class Demonstrations:
         train: steps of training data.
         valid: steps that cover the held-out data once; None without data.valid.
         num_steps: optimizer steps of the whole run.
-        dataset: the training rows.
     """
 
     train: StepLoader
@@ -45,7 +44,6 @@ class Demonstrations:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the training data."""
         return len(self.dataset)
 
     def describe(self, row: int) -> str:
@@ -129,10 +127,10 @@ def run_sft(config: RunConfig) -> bool:
     Returns:
         The run is finished; False when a signal stopped it, with a checkpoint.
     Raises:
-        UserError: something that the user can fix, found before anything is built or overwritten; later
-            only a full disk, a gate that stops, or too many steps in a row without a finite gradient. All
-            else that can be raised is a failure (what a loss of the user's raises, too): the same command
-            goes on from the last checkpoint.
+        UserError: something that the user can fix, found before anything is built or overwritten; later only
+            a full disk, a gate that stops, or too many steps in a row without a finite gradient. All else
+            that can be raised is a failure (what a loss of the user's raises, too): the same command goes on
+            from the last checkpoint.
     """
     checked = checked_run(config)
     with (
@@ -157,8 +155,6 @@ def run_sft(config: RunConfig) -> bool:
 
 
 class SftTrainer:
-    """The loop of supervised fine-tuning over a run and its demonstrations."""
-
     def __init__(self, run: Run[RunConfig], data: Demonstrations) -> None:
         self.run, self.data = run, data
 
