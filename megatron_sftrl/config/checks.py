@@ -18,13 +18,7 @@ from megatron_sftrl.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleSetting:
-    """A key that does nothing in this run.
-
-    Args:
-        key: full dotted path.
-        reason: the setting that makes it idle.
-        is_written: the user gave it a value, so it is not merely the default.
-    """
+    """A key (full dotted path) that the setting `reason` makes idle; is_written: not merely the default."""
 
     key: str
     reason: str
@@ -99,13 +93,10 @@ def check_run(
 ) -> None:
     """Hold the sections against each other, the architecture and the number of processes.
 
-    batch.global_size need not divide by dp * micro_size: a rank without sequences runs an empty
-    micro-batch, and token_weight keeps every loss token's share.
+    batch.global_size need not divide by dp * micro_size: a rank without sequences runs an empty micro-batch,
+    and token_weight keeps every loss token's share.
 
     Args:
-        config: the run.
-        architecture: sizes of the model.
-        world_size: processes in all.
         loss_needs: what the loss declared, for example ("reference",).
     Raises:
         UserError: everything that does not fit, one line each.

@@ -1,8 +1,8 @@
 """From a YAML file and `key=value` overrides to a RunConfig, and back to the text of resolved.yaml.
 
-Paths inside the file are relative to the current directory, as they would be on the command line, and may
-begin with `~` or contain $VARIABLES; resolved.yaml has them replaced.
-`key=null` takes a key out again, so that its default holds; below `loss.` it sets the option to null.
+Paths inside the file are relative to the current directory, as on the command line, and may begin with `~` or
+contain $VARIABLES; resolved.yaml has them replaced. `key=null` takes a key out again, so that its default
+holds; below `loss.` it sets the option to null.
 """
 
 from __future__ import annotations
@@ -77,25 +77,15 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YamlDocument:
-    """A parsed document.
-
-    Args:
-        value: plain Python: dict, list, str, int, float, bool, None.
-        lines: 1-based line of every mapping key, by its path from the root.
-    """
+    """A document's plain value, and the 1-based line of every mapping key by its path from the root."""
 
     value: Any
     lines: dict[tuple[str, ...], int]
 
 
 def parse_yaml(text: str, *, source: str) -> YamlDocument:
-    """Read one YAML document.
+    """Read one YAML document; `source` is how error messages call it, for example a file name.
 
-    Args:
-        text: the document.
-        source: how error messages call it, for example a file name.
-    Returns:
-        The plain value and the line of each key.
     Raises:
         UserError: text that is not YAML, a key given twice, a key that is not a string, a recursive alias.
     """
@@ -197,17 +187,13 @@ PRESETS: Mapping[str, Tree] = _PresetFiles(Path(__file__).with_name("presets"))
 
 
 def with_preset(raw: Tree, presets: Mapping[str, Tree]) -> dict[str, Any]:
-    """The run's tree with its preset's settings below it, and without the key `preset`.
+    """The run's tree with its preset's settings below it, and without the key `preset`; always a new tree.
 
     A key that the run gives wins over the preset's, whatever its value; a key that it does not give, the
-    preset's sections included, comes from the preset. What comes out has every setting once, in its own
-    place, and expanding it again changes nothing.
+    preset's sections included, comes from the preset. Expanding what comes out again changes nothing.
 
     Args:
         raw: as parsed, with overrides applied and before validation; not modified.
-        presets: by name.
-    Returns:
-        A new tree; `raw` itself, copied, where it names no preset.
     Raises:
         UserError: an unknown preset, or one for another loss than the run asks for.
     """
@@ -257,11 +243,8 @@ def load_config(
     """Read a run's YAML file, apply overrides in order, and validate the whole.
 
     Args:
-        path: the YAML file.
         overrides: `a.b.c=value`, the value in YAML notation (`data.train=[a.jsonl,b.jsonl]`); the last wins.
         schema: RunConfig (`sftrl sft`) or GrpoConfig (`sftrl grpo`).
-    Returns:
-        The validated, immutable configuration.
     Raises:
         UserError: everything that is wrong with the file and the overrides, one line each.
     """
@@ -272,12 +255,8 @@ def load_config(
 def config_from_text(
     text: str, *, source: str, overrides: Sequence[str] = (), schema: type[ConfigT] = RunConfig
 ) -> ConfigT:
-    """As `load_config`, for a configuration held in a string, such as a run directory's resolved.yaml.
+    """As `load_config`, for a configuration in a string (a resolved.yaml, say) that messages call `source`.
 
-    Args:
-        text: the YAML document.
-        source: how error messages call it.
-        overrides, schema: as in `load_config`.
     Raises:
         UserError: everything that is wrong with it, one line each.
     """
@@ -294,10 +273,7 @@ def config_from_text(
 
 
 def resolved_yaml(config: TrainingConfig) -> str:
-    """Every setting that has an effect in this run, defaults included, as YAML.
-
-    Loading the text again gives an equal configuration, and the same text.
-    """
+    """Every setting with an effect, defaults included, as YAML; it loads to an equal config and text."""
     tree = config.model_dump(mode="json")
     for setting in idle_settings(config):
         section, name = setting.key.split(".")
@@ -306,11 +282,7 @@ def resolved_yaml(config: TrainingConfig) -> str:
 
 
 def read_config_text(path: Path) -> str:
-    """The text of a YAML file.
-
-    Raises:
-        UserError: there is no such file, or it cannot be read.
-    """
+    """The text of a YAML file; UserError when there is no such file, or it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -403,13 +375,7 @@ def _kind(value: object) -> str:
 
 
 def load_any_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """The configuration of a run of `sftrl sft` or, where it has a section `rollout`, of `sftrl grpo`.
-
-    Args:
-        path, overrides: as in load_config.
-    Raises:
-        UserError: as load_config.
-    """
+    """As load_config, for a run of `sftrl sft` or, where it has a section `rollout`, of `sftrl grpo`."""
     tree = parse_yaml(read_config_text(Path(path)), source=str(path)).value
     is_grpo = isinstance(tree, dict) and "rollout" in tree
     return load_config(path, overrides, schema=GrpoConfig if is_grpo else RunConfig)

@@ -29,14 +29,7 @@ _EXPECTED_TYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origins:
-    """Where each key of a configuration was written.
-
-    Args:
-        file: name of the YAML document.
-        lines: line of each key in it.
-        overrides: the `key=value` text that wrote a path, by path.
-        schema: what the document is held against.
-    """
+    """Where each key was written: its line in `file`, or by path the `key=value` override that wrote it."""
 
     file: str
     lines: dict[tuple[str, ...], int]
@@ -56,7 +49,6 @@ class Origins:
 
 
 def explain(error: ValidationError, origins: Origins) -> list[str]:
-    """One line for each problem that validation found."""
     return [_line(detail, origins) for detail in error.errors(include_url=False)]
 
 
