@@ -238,7 +238,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bf16",
-        # Weights come from engine/initialize.py or a checkpoint, the same in every layout.
+        # Weights come from initialize_weights() or a checkpoint, the same in every layout.
         perform_initialization=False,
         use_cpu_initialization=not is_cuda,
         # Normalisation is data (token_weight): the schedule must neither average nor scale. See schedule.py.

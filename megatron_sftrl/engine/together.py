@@ -73,7 +73,7 @@ def sum_over_ranks(value: int, group: dist.ProcessGroup | None = None) -> int:
 
 @contextlib.contextmanager
 def new_directory_together(out: Path, *, num_bytes: int) -> Iterator[Path]:
-    """hf.output.new_directory for a job: rank 0 makes and completes it, every rank may write into it.
+    """hf_output.new_directory for a job: rank 0 makes and completes it, every rank may write into it.
 
     `num_bytes` is of all ranks; the temporary directory is given on every rank.
 
