@@ -55,9 +55,7 @@ class TokenStore:
         numbers: [R] int64, line or row inside its source.
         behavior_logprobs: [N] fp32 nats, 0 where not learned; None when the rows have no scores.
         sources: paths as the user gave them.
-        num_dropped: rows left out because they were too long.
-        num_truncated: rows that were cut.
-        scorers: who made the scores: the different texts of behavior.read_scorer() in the rows.
+        scorers: who made the scores: the different texts of read_scorer() in the rows.
         fingerprint: hash of everything above that reaches a model.
     """
 

@@ -59,10 +59,8 @@ class StepData:
             all steps, in an evaluation).
         rows: index into the dataset of every sequence of the step, in the order they were drawn.
         microbatch_rows: microbatch_rows[dp_rank][microbatch], the rows that each micro-batch holds.
-        num_sequences: over all ranks.
-        num_loss_tokens: learned tokens over all ranks.
-        num_tokens: positions with a real token, over all ranks.
-        num_padded_tokens: positions computed over all ranks, padding included.
+        num_sequences, num_loss_tokens: over all ranks.
+        num_tokens, num_padded_tokens: over all ranks, positions with a real token, and all computed ones.
     """
 
     batches: tuple[TokenBatch, ...]
@@ -204,8 +202,7 @@ def num_training_steps(
     """Optimizer steps of a run; the incomplete last batch of its epochs is left out.
 
     Args:
-        global_size: sequences per step.
-        size_key: the setting that global_size comes from, for the message.
+        size_key: the setting that global_size, sequences per step, comes from, for the message.
     Raises:
         UserError: not exactly one of steps and epochs, or the epochs do not fill one batch.
     """
@@ -242,7 +239,6 @@ class StepLoader:
         Args:
             max_length: data.max_length, the divisor of constant_length.
             pad_id: any valid id.
-            shuffle: a new order each epoch.
             mode: evaluate goes through all rows once, in the order of the files, the last step possibly
                 smaller, with weights that sum to 1 over all steps.
         """

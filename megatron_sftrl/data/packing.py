@@ -125,9 +125,7 @@ Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "adva
 class StepNormalization:
     """What the weights of one optimizer step are made of; equal for all its batches on all ranks.
 
-    Args:
-        num_loss_tokens, num_sequences: of the step.
-        max_length: divisor of constant_length, in tokens.
+    `max_length`, in tokens, is the divisor of constant_length.
     """
 
     aggregation: Aggregation
@@ -167,7 +165,8 @@ def build_token_batch(
     """Lay sequences one behind the other, aligned on the predicting position: labels[t] = tokens[t + 1].
 
     Each sequence is padded inside its own cu_seqlens span. What is missing to the batch's length is one
-    more sequence of padding. Padding has weight 0, positions that go on counting, and finite values.
+    more sequence of padding. Padding has weight 0, positions that go on counting, and finite values. The
+    batch is on the CPU.
 
     Args:
         examples: in order; none gives a batch of padding alone.
@@ -176,8 +175,6 @@ def build_token_batch(
         sequence_multiple_of, pad_to_multiple_of: of each sequence's length, and of T.
         pad_to_length: T, when all micro-batches of a step have to be equal.
         carried: values of learned tokens that the batch carries, too; 0 where masked.
-    Returns:
-        The batch, on the CPU.
     Raises:
         UserError: the examples do not fit into pad_to_length, or an example lacks a carried value.
     """
@@ -266,8 +263,7 @@ def plan_microbatches(
 
     Args:
         lengths: tokens of each sequence of the step, its own padding included.
-        microbatch_multiple: the number of micro-batches of a rank is a multiple of it (the pipeline size,
-            under virtual pipeline parallelism).
+        microbatch_multiple: of each rank's number of micro-batches (pp under virtual pipeline parallelism).
     Raises:
         UserError: a sequence is longer than max_tokens, or packing without max_tokens.
     """

@@ -27,11 +27,7 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """At least one row, in the order of the files.
-
-    Args:
-        fingerprint: hash of tokens and rows, so that a resume on changed prompts is noticed.
-    """
+    """Rows in the order of the files, at least one; a hash by which a resume on changed ones is noticed."""
 
     rows: tuple[PromptRow, ...]
     fingerprint: str
@@ -82,8 +78,7 @@ def _as_json(tokens: tuple[int, ...], values: Mapping[str, object], source: str)
 def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a response: the tokenizer's end token, and the one that training puts behind a turn.
 
-    The two differ where a base model's tokenizer ends texts with one token and its chat template ends
-    turns with another.
+    A base model's tokenizer may end texts with one token and its chat template turns with another.
     """
     return frozenset({tokenizer.eos_id, _end_of_turn(tokenizer)})
 

@@ -170,10 +170,9 @@ def read_behavior_scores(
 ) -> NDArray[np.float32] | None:
     """[num_kept] fp32 nats, checked against the tokens that we learn; None when the row has no scores.
 
-    A row that is cut on the right may carry scores of all its loss tokens or of those that remain.
+    A row that is cut on the right may carry scores of all its loss tokens, [k] before truncation, or of the
+    first num_kept, which remain.
 
-    Args:
-        loss_token_ids: [k] ids of the loss tokens before truncation, of which the first num_kept remain.
     Raises:
         UserError: one column without the other, unequal lengths, ids that differ, or scores that are not
             finite or above 0.

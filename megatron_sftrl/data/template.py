@@ -33,14 +33,7 @@ class ChatTemplate:
     """A compiled template. Rendering has no side effects and reaches no file, module or clock."""
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str], origin: str) -> None:
-        """Compile Jinja text.
-
-        Args:
-            special_tokens: variables of the template, such as bos_token and eos_token.
-            origin: where the text came from, for error messages.
-        Raises:
-            UserError: the text is not a Jinja template.
-        """
+        """Compile Jinja text, else UserError; `origin` says in messages where the text came from."""
         self.source = source
         self.origin = origin
         self._variables = dict(special_tokens)
@@ -62,9 +55,8 @@ class ChatTemplate:
     ) -> str:
         """The conversation as one text, special tokens written out.
 
-        Args:
-            add_generation_prompt: end with the header of an assistant turn.
-            given: tools and documents, where there are any.
+        `add_generation_prompt` ends it with the header of an assistant turn; `given` has tools and documents.
+
         Raises:
             UserError: the template refuses these messages, or needs something it is not given.
         """

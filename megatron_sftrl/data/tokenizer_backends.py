@@ -71,8 +71,7 @@ class RoundTrip:
     """What becomes of a text that a tokenizer reads and writes.
 
     Args:
-        drops_text: some characters have no token at all, not even an unknown one: every text has to be
-            compared with its tokens.
+        drops_text: some characters have no token, not even an unknown one: texts are compared with tokens.
         notes: what is lost or changed, for people; empty when every text comes back as it was.
     """
 
@@ -92,12 +91,8 @@ def examine(
 
     A vocabulary may say that it does not know a character, and a normalizer may rewrite a text (lower case,
     one space for many): both are the tokenizer's own and are noted. Anything else that does not come back is
-    a tokenizer whose parts do not belong together.
+    a tokenizer whose parts do not belong together. `encode` adds nothing, `decode` removes nothing.
 
-    Args:
-        encode, decode: nothing added, nothing removed.
-        unknown_ids: ids that stand for characters the vocabulary does not have.
-        origin: the tokenizer's path, for messages.
     Raises:
         UserError: a text comes back as another one.
     """
@@ -151,9 +146,8 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
     """Read a tokenizer directory without the network and without executing code from it.
 
     With a tokenizer.json the ids are the ones that this file itself gives: transformers' AutoTokenizer
-    builds another tokenizer out of its vocabulary where `tokenizer_class` names one.
-
-    `bos_id` is set only when the tokenizer itself puts it in front of a text.
+    builds another tokenizer out of its vocabulary where `tokenizer_class` names one. `bos_id` is set only
+    when the tokenizer itself puts it in front of a text.
 
     Raises:
         UserError: the directory is not a tokenizer, or its files contradict each other.
