@@ -95,11 +95,8 @@ class _GatherWithGradient(torch.autograd.Function):
 class VocabShard:
     """The columns `start : start + num_columns` of a vocabulary of `vocab_size`, held by one rank of `group`.
 
-    Args:
-        vocab_size: V, without padding.
-        start: first column of this rank.
-        num_columns: real columns held here; what stands behind them in the logits is padding and never read.
-        group: the tensor-parallel group; None is one process.
+    V counts no padding. What stands behind the real columns in the logits is padding and never read. A group
+    of None is one process.
     """
 
     vocab_size: int

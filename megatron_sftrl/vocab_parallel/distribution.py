@@ -173,7 +173,6 @@ class TokenDistribution:
                 holds no real column (such logits look like gathered ones).
             is_scratch: the logits are not needed after the backward of what is asked here: their gradient
                 overwrites them where that is possible.
-
         Raises:
             UserError: the widths do not cover the vocabulary, or look like gathered logits.
         """

@@ -130,8 +130,7 @@ class _Total:
 class TopLogits:
     """The k largest logits of each token, alike on all ranks of the group.
 
-    Args:
-        values: [T, k] in the working dtype, without gradient, in no order (sorting costs as much as finding).
+    `values` are [T, k] in the working dtype, without gradient, unsorted (sorting costs as much as finding).
     """
 
     values: Tensor
@@ -147,10 +146,7 @@ class TopLogits:
 
 @torch.no_grad()
 def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
-    """The top k, and [T] log sum_v exp(z_v - M) and [T] E_p[z - M] of the whole vocabulary, without gradient.
-
-    All travel in one all-gather.
-    """
+    """The top k; [T] log sum_v exp(z_v - M) and E_p[z - M] of all columns; one all-gather, no gradient."""
     evaluation = Evaluation.of((LogSumExp(source), Expectation(source, source)))
     packets = []
     for _, chunk in evaluation.chunks():

@@ -34,8 +34,7 @@ class TokenValues:
 
     Args:
         total: [] sum of token_weight * token_loss, with the gradient into hidden states and weight.
-        token_loss: [T] detached.
-        metrics: [T] detached, by name.
+        token_loss, metrics: [T] detached.
         missing: of the metrics, those that the loss did not give for every chunk of tokens.
         is_trained: False where a gradient was asked for and the loss has none.
     """
@@ -58,6 +57,7 @@ def one_pass(
 
     d total is taken as 1: the weight's gradient is in `policy.main_grad`, where there is one, when this
     returns, and a backward of `total` only brings the hidden states theirs.
+
     Args:
         function: what it says of a token depends on that token alone.
         reference: another output layer over the same tokens, without gradient.

@@ -134,10 +134,7 @@ class OutputLayer:
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
     def add_gradients(self, rows: slice | Tensor, gradient: Tensor, sums: GradientSums) -> None:
-        """Add d loss / d hidden and d loss / d weight of a chunk to `sums`.
-
-        `gradient` is d loss / d logits of the chunk, [rows, V_local] in the logits' dtype.
-        """
+        """Add a chunk's gradients to `sums`, from [rows, V_local] d loss / d logits in their dtype."""
         if sums.hidden is not None:
             sums.hidden[rows] = gradient @ self.weight.detach()
         if sums.weight is not None:

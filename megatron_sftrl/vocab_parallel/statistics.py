@@ -182,7 +182,6 @@ class Source:
 
     Args:
         origin: [T, V_local] logits of any floating dtype, or the output layer that makes them.
-        shard: which columns these are.
         inverse_tau: [T] one over the temperature, in the working dtype, or None for temperature 1.
         scratch: of logits that may be overwritten; None for those that must stay.
     """
