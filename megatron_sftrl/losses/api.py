@@ -145,8 +145,7 @@ def token_weights(
     Args:
         loss_mask: [T] bool, of whole sequences: weights are filled before context parallelism cuts them.
         cu_seqlens: [S + 1] int32.
-        num_loss_tokens, num_sequences: of the step, over all micro-batches and ranks; sequences that have
-            loss tokens.
+        num_loss_tokens, num_sequences: of the whole step; only sequences that have loss tokens count.
     Raises:
         UserError: the step has no loss token or no sequence, or the aggregation is unknown.
     """

@@ -37,10 +37,7 @@ Correction = Literal["none", "tis", "icepop"]
 
 
 def log_ratio(logprobs: Tensor, other: Tensor, loss_mask: Tensor) -> Tensor:
-    """clip(logprobs - other, -20, 20), [T] nats; exactly 0, and without gradient, where there is no loss.
-
-    Where masked, inputs may be anything, inf and NaN included.
-    """
+    """clip(logprobs - other, -20, 20), [T] nats; 0 without gradient where masked, whatever stands there."""
     bounded = (logprobs - other).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     return torch.where(loss_mask, bounded, 0.0)
 

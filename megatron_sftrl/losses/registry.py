@@ -28,13 +28,7 @@ FunctionT = TypeVar("FunctionT", bound=LossFunction)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """A loss with its options fixed: a function from inputs to a [T] loss.
-
-    Args:
-        needs: what the inputs must hold: "reference", or optional fields of the batch.
-        function: called as function(inputs, config).
-        is_token_local: what it says of a token depends on that token alone.
-    """
+    """A loss with its options fixed: function(inputs, config); other fields as in register_loss."""
 
     name: str
     config: LossOptions

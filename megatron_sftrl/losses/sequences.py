@@ -36,8 +36,6 @@ class Sequences:
         order: [N] int64, where the n-th token in order stands in the concatenation of the ranks' vectors;
             None when that is n itself.
         local: [T] int64, place in order of each token held here.
-        num_sequences: S.
-        cp_group: context-parallel group, or None.
     """
 
     owner: Tensor
