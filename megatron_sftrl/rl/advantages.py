@@ -32,8 +32,8 @@ def group_advantages(
 ) -> dict[GroupT, list[float]]:
     """The advantage of every response, by the estimator's name; 0 in groups of one or of equal rewards.
 
-    Args:
-        groups: rewards by group id, in any unit; sizes may differ.
+    Rewards have any unit and groups any size.
+
     Raises:
         UserError: no groups, a group without responses, a reward that is not finite, an unknown estimator.
     """
@@ -183,12 +183,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardStatistics:
-    """Of one batch of groups.
-
-    Args:
-        mean, std: over all responses; std of the sample (n - 1), 0 for one response.
-        num_zero_variance_groups: groups whose rewards are all equal: they have no gradient.
-    """
+    """Of one batch; std of the sample (n - 1), 0 for one response; zero-variance groups have no gradient."""
 
     mean: float
     std: float
@@ -249,8 +244,7 @@ def logprob_mismatch(first: Tensor, second: Tensor, loss_mask: Tensor) -> Logpro
     """Compare two [T] vectors of log-probabilities, nats, over the loss tokens; their order does not matter.
 
     A NaN or infinity on a loss token is an infinite difference, so that a threshold sees it; equal
-    infinities are no exception, since neither can be trained on. What stands at masked positions is not
-    looked at.
+    infinities are no exception, since neither can be trained on. Masked positions are not looked at.
 
     Raises:
         UserError: shapes that differ, or no loss token.

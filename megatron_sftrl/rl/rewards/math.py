@@ -104,10 +104,7 @@ def math(inputs: RewardInputs, config: MathConfig) -> RewardOutput:
 
 
 def gold_answer(value: Json) -> str:
-    r"""The final answer of a solution, or the whole text where it is only that.
-
-    UserError where it is neither text nor a number, or empty.
-    """
+    r"""The final answer of a solution, or the whole text where it is only that; UserError if it is none."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(
             f"math: expected row.answer to be text or a number, got {type(value).__name__}; write the answer "
@@ -125,9 +122,7 @@ def written_answer(text: str, formats: Sequence[Format], *, num_boxes: int = 1) 
     r"""The last answer in one of the formats; None when there is none, or it was cut off.
 
     Behind <think> ... </think> only what follows is the answer. A line behind #### that holds no number is a
-    heading where there is another answer.
-
-    The last `num_boxes` boxes are read as a list.
+    heading where there is another answer. The last `num_boxes` boxes are read as a list.
     """
     closed = text.rfind("</think>")
     if text.rfind("<think>") > closed:

@@ -214,10 +214,8 @@ class RewardPool:
     Workers start with the first samples, without torch and without the trainer's environment, and are
     replaced when they die. Each reward of each sample is a job of its own, with the limits of `workers`. One
     that fails is tried once more, in a worker that no failure has touched: a machine under load and a state
-    that an earlier sample left behind say nothing about a response. What fails again has no reward.
-
-    Raises:
-        UserError: as build_rewards.
+    that an earlier sample left behind say nothing about a response. What fails again has no reward. Raises
+    UserError as build_rewards does.
     """
 
     def __init__(self, sections: Sequence[RewardSection], workers: RewardWorkersSection) -> None:

@@ -36,7 +36,6 @@ class RewardInputs:
     """One response as a reward sees it.
 
     Args:
-        prompt: the text that was to be answered.
         response: the generated text, without the end token; any characters, of any length.
         row: the prompt's row of the data: answer, metadata and whatever else stands there.
         num_response_tokens: tokens generated, the end token included.
@@ -67,13 +66,7 @@ class RewardOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canary:
-    """A response of which it is known whether it is right; each right one must score above each wrong one.
-
-    Args:
-        response: the text.
-        is_right: what a working reward says about it.
-        prompt, row, num_response_tokens, is_finished: as in RewardInputs.
-    """
+    """A response known to be right or wrong, with inputs; each right one must score above each wrong one."""
 
     response: str
     is_right: bool
@@ -270,8 +263,7 @@ class Part:
     Args:
         outcome: ok, or what went wrong: out of time (wall clock or processor), the worker died, the reward
             raised an exception, a number was not finite or above 1e15 in size.
-        reward: strict, before its weight; 0 unless ok.
-        lenient: by the lenient reading; 0 unless ok.
+        reward, lenient: by the strict and the lenient reading, before the weight; 0 unless ok.
         metrics: the reward's own numbers; empty unless ok.
         seconds: wall-clock time in the worker.
         is_retried: it failed once before, in another worker.
@@ -293,8 +285,7 @@ class Scored:
 
     Args:
         reward: sum of weight * strict reward over the parts: what is trained. None: a part with a weight
-            failed, so that the response is neither right nor wrong; it is left out of the loss and of every
-            mean.
+            failed: the response is neither right nor wrong, and left out of the loss and of every mean.
         lenient: the same sum of the lenient readings; None with `reward`.
     """
 
@@ -317,10 +308,7 @@ class Scored:
 
 
 def weighted(weights: Sequence[float], parts: tuple[Part, ...]) -> Scored:
-    """The sum of the parts of one response; unknown as soon as one that counts has failed.
-
-    What weighs 0 is measured only, and its failure takes nothing away.
-    """
+    """The weighted sum of a response's parts; unknown as soon as one whose weight is not 0 has failed."""
     pairs = [(weight, part) for weight, part in zip(weights, parts, strict=True) if weight != 0]
     if any(part.outcome != "ok" for _, part in pairs):
         return Scored(reward=None, lenient=None, parts=parts)
