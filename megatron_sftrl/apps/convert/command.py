@@ -35,11 +35,8 @@ def run_to_megatron(
     """`sftrl convert to-megatron`: a Hugging Face directory becomes a checkpoint; every rank calls it.
 
     Args:
-        hf, out: the directory to read, and the one to make.
-        layout: that will read the checkpoint; with_verify builds the model in it.
+        layout: that will read the checkpoint; with_verify compares the logits of both sides in it.
         dtype: a name of --dtype; kept when None.
-        allow_pickle: read pickled weights, too.
-        with_verify: compare the logits of both sides.
     Raises:
         UserError: a directory that cannot be converted, an output that exists, sides that differ.
     """
@@ -70,11 +67,9 @@ def run_to_hf(
 
     Args:
         checkpoint: or a run directory.
-        out: the directory to make.
         dtype: a name of --dtype; kept when None.
         max_file_gb: size of a file of weights.
-        with_verify: compare the logits of both sides.
-        verify_pp: processes that hold the model for it.
+        with_verify: compare the logits of both sides, with the model on `verify_pp` processes.
     Raises:
         UserError: a checkpoint that cannot be read, an output that exists, sides that differ.
     """
@@ -100,7 +95,6 @@ def run_to_hf(
 
 # Both sides of a conversion compute the same logits: transformers from one, Megatron from the other.
 
-
 _LARGEST_DIFFERENCE = 1e-4
 """Of the logit scale. fp32 rounding over a deep model stays ten times below, a wrong weight far above."""
 
@@ -109,13 +103,7 @@ _NUM_PROMPTS, _PROMPT_LENGTH = 4, 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitDifference:
-    """Logits of the fixed prompts on both sides, computed in fp32.
-
-    Args:
-        largest: largest absolute difference.
-        scale: largest absolute logit.
-        num_logits: numbers compared.
-    """
+    """Logits of the fixed prompts on both sides, in fp32: the largest difference, and the largest logit."""
 
     largest: float
     scale: float
@@ -132,10 +120,8 @@ def compare_logits(
 ) -> LogitDifference:
     """Load both sides in fp32 and compare; every rank calls it, rank 0 also holds the transformers model.
 
-    Args:
-        checkpoint: a checkpoint directory or run directory.
-        hf: a Hugging Face directory.
-        section, parallel: layout of the Megatron model.
+    `checkpoint` may be a run directory. `section` and `parallel` are the layout of the Megatron model.
+
     Raises:
         UserError: on every rank: a checkpoint that cannot be loaded.
     """
@@ -260,11 +246,7 @@ class ByteProgress:
 
 
 def _report_assets(names: Iterable[str]) -> None:
-    """Print on rank 0 which files came along beside the weights, and whether a tokenizer is among them.
-
-    Args:
-        names: of the files of the output; weights are left out.
-    """
+    """Print on rank 0 which files came along beside the weights, and whether a tokenizer did."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
     beside = sorted(name for name in names if ".safetensors" not in name)
@@ -278,10 +260,6 @@ def _report_assets(names: Iterable[str]) -> None:
 def _verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: ParallelContext) -> None:
     """Compare the logits of both sides and print the largest difference; every rank calls it.
 
-    Args:
-        checkpoint: or run directory.
-        hf: directory of the other side.
-        section, parallel: layout of the Megatron model.
     Raises:
         UserError: on every rank: the sides differ by more than rounding.
     """

@@ -24,11 +24,8 @@ from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_shapes, meg
 class Layout:
     """The layout that is expected to load the checkpoint; any other one loads it, too.
 
-    Tensors are stored in the regions that its ranks hold, and processes write those of whole ranks
-    where their numbers allow it, so that a rank reads few files and nothing twice.
-
-    Args:
-        tp, pp, ep: sizes of the axes; experts are cut by tp.
+    Tensors are stored in the regions that its ranks hold (experts are cut by tp), and processes write those
+    of whole ranks where their numbers allow it, so that a rank reads few files and nothing twice.
     """
 
     tp: int = 1
@@ -54,19 +51,16 @@ def convert_from_hf(
     allow_pickle: bool,
     on_bytes: Callable[[int, int], None],
 ) -> Path:
-    """Write the checkpoint `out`; every rank calls it.
+    """Write the checkpoint `out`, which has its name only when it is complete; every rank calls it.
 
     Memory: one part and the Hugging Face rows it is made of, at most two of the largest tensors.
 
     Args:
         hf: directory with config.json and safetensors files; a tokenizer that it has is carried along.
-        out: directory to make; it has its name only when it is complete.
         layout: its ranks' regions are what tensors are stored in.
         dtype: of the stored weights; None keeps the dtype of each tensor.
         allow_pickle: read pickled .bin files, with torch's weights_only loading.
         on_bytes: told (bytes written by this process so far, bytes it will write).
-    Returns:
-        `out`.
     Raises:
         UserError: on every rank: a config.json, weights or a layout that cannot be used, an output that
             exists, a disk that is full.
@@ -91,11 +85,7 @@ def convert_from_hf(
 
 
 def check_layout(layout: Layout, architecture: Architecture) -> None:
-    """Refuse a layout that no model of this architecture can have.
-
-    Raises:
-        UserError: everything that does not divide.
-    """
+    """Raise UserError for a layout that no model of this architecture can have: all that does not divide."""
     problems = []
     counts = [
         ("tp", layout.tp, "query groups (key/value heads)", architecture.num_query_groups),
@@ -158,11 +148,7 @@ def _share(owned: list[_OwnedRegion], *, rank: int, world_size: int) -> list[_Ow
 def _dtypes(
     architecture: Architecture, weights: HfWeights, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Dtype of each checkpoint tensor, by key.
-
-    Raises:
-        UserError: dtypes are to be kept, and a stacked tensor would have several.
-    """
+    """Dtype of each checkpoint tensor by key; UserError where a stacked tensor would keep several."""
     found: dict[str, set[torch.dtype]] = {}
     for tensor in megatron_tensors(architecture):
         found.setdefault(tensor.key, set()).update(weights.dtypes[run.name] for run in tensor.rows)

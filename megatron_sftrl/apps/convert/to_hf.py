@@ -37,7 +37,6 @@ from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_te
 
 # The exported tokenizer gives the ids that training saw, also to programs that load it by its class.
 
-
 _RULES, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _GENERIC = "PreTrainedTokenizerFast"
 
@@ -46,12 +45,8 @@ def with_ids_of_tokenizer_json(assets: HfAssets) -> HfAssets:
     """The same files, with the generic `tokenizer_class` where AutoTokenizer would make other ids without it.
 
     Training takes its ids from tokenizer.json; transformers and vLLM rebuild the tokenizer from the class
-    that tokenizer_config.json or config.json names. Prints a line when the two differ.
-
-    Args:
-        assets: files of an export.
-    Returns:
-        New assets, or the same ones when nothing differs or there is no tokenizer.json.
+    that tokenizer_config.json or config.json names. Prints a line when the two differ, and else returns the
+    same assets, as without a tokenizer.json.
     """
     if _RULES not in assets.files:
         return assets
@@ -123,12 +118,10 @@ def convert_to_hf(
     Args:
         checkpoint: a converted checkpoint, a training checkpoint (its policy is exported), or a run
             directory (its latest checkpoint). Any layout wrote it.
-        out: directory to make; it has its name only when it is complete.
+        out: has its name only when it is complete.
         dtype: of the exported weights; None keeps the stored one of each tensor.
         max_file_bytes: size of a safetensors file; a tensor larger than that has a file of its own.
         on_bytes: told (bytes written by this process so far, bytes it will write).
-    Returns:
-        `out`.
     Raises:
         UserError: on every rank: no or a damaged checkpoint, an output that exists, a full disk.
     """

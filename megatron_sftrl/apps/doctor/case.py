@@ -30,13 +30,7 @@ Kind = Literal["plain", "extreme", "no_loss"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Case:
-    """One step.
-
-    Args:
-        batch: all its sequences; only what the loss declares to need is filled.
-        policy: [T, V] float32 logits, without padding.
-        reference: [T, V] float32 logits, or None.
-    """
+    """One step: its sequences with what the loss needs, and [T, V] float32 logits without padding."""
 
     batch: TokenBatch
     policy: Tensor
@@ -65,12 +59,8 @@ def draw_case(
 ) -> Case:
     """A step whose labels are sometimes likely and sometimes not.
 
-    Args:
-        seed: of everything that is drawn.
-        needs: what the loss declares; nothing else is given to it.
-        lengths: tokens of each sequence.
-        kind: `extreme` has rows near +-1e4, and labels that are all but certain or all but impossible;
-            `no_loss` masks every token.
+    The loss is given what it declares to need and nothing else. `extreme` has rows near +-1e4, and labels
+    that are all but certain or all but impossible; `no_loss` masks every token.
     """
     draw = torch.Generator().manual_seed(seed)
     num_tokens = sum(lengths)
@@ -140,16 +130,13 @@ def _make_extreme(logits: Tensor, labels: Tensor) -> None:
     logits[impossible, labels[impossible]] = -HUGE
 
 
-# Cuts a step over the ranks of every parallel axis and over micro-batches, as the engine does.
-
-
 Padding = Literal["none", "huge", "-inf", "heavy"]
 _PADDING_VALUES = {"none": 0.0, "huge": 1e30, "-inf": -torch.inf, "heavy": 1e30}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the step is spread.
+    """How the step is spread over the ranks of every axis and over micro-batches, as the engine does it.
 
     Args:
         tp, pp, cp, dp: ranks on each axis; tp runs fastest, then cp, dp, pp.
@@ -157,7 +144,6 @@ class Layout:
         is_reversed: sequences are packed last first.
         padding: what stands in the padded columns of the vocabulary; `heavy` are so many that the last rank
             of several holds nothing else.
-        dtype: of the logits.
         path: how the loss gets them.
     """
 

@@ -28,9 +28,6 @@ from megatron_sftrl.apps.doctor.evaluation import (
 from megatron_sftrl.apps.doctor.ranks import RankError, RankPool
 from megatron_sftrl.losses.registry import Loss
 
-# The largest difference between what ranks computed and the truth, with the place where it stands.
-
-
 SMALLEST_UNIT = 1e-6
 """Where the truth is smaller, it may be rounding alone: PEAR's log weight of a sequence's last token is."""
 
@@ -54,17 +51,14 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """The largest error of one quantity.
+    """The largest error of one quantity, on the rank that computed it.
 
     Args:
         what: "loss", "gradient", "gradient of padding" or a metric.
         token: place in the whole step.
         column: of the vocabulary; None for a quantity of the token.
-        rank: that computed it.
-        got, expected: values there.
-        absolute: how far off; infinite where either is not finite.
-        relative: in the tolerance's unit.
-        is_wrong: beyond the tolerance.
+        absolute: how far off; infinite where either value is not finite.
+        relative: in the tolerance's unit; is_wrong is beyond the tolerance.
     """
 
     what: str
@@ -85,13 +79,9 @@ def largest_differences(
     outcomes: Sequence[Sequence[Outcome]],
     tolerance: Tolerance,
 ) -> list[Difference]:
-    """The largest difference of each quantity over all ranks and micro-batches.
+    """The largest difference of each quantity from the truth, which is of the whole step in float64.
 
-    Args:
-        case: the step.
-        truth: of the whole step, float64.
-        pieces, outcomes: of every rank; together they cover the step.
-        tolerance: what counts as wrong.
+    Pieces and outcomes are those of every rank; together they cover the step.
     """
     found: dict[str, Difference] = {}
     for rank, (own_pieces, own_outcomes) in enumerate(zip(pieces, outcomes, strict=True)):
@@ -181,9 +171,6 @@ def _largest(
     )
 
 
-# Carries out checks on one loss and collects what they found.
-
-
 START_S = 300.0
 """Seconds that the workers may take to import torch: on a busy machine much longer than any check."""
 
@@ -194,10 +181,8 @@ class Examination:
 
     Args:
         spec: the loss, for workers.
-        loss: the same, built.
         seed: of the step that is drawn.
-        pool: workers for layouts of several ranks.
-        timeout_s: seconds for one layout of several ranks.
+        timeout_s: seconds for one layout of several ranks, which the pool's workers compute.
     """
 
     spec: LossSpec
@@ -233,9 +218,7 @@ class Finding:
     """The outcome of one check.
 
     Args:
-        check: its name.
-        detail: what was seen, when all is well.
-        problems: what is wrong and where; empty when all is well.
+        detail: what was seen, when all is well; else `problems` says what is wrong and where.
         has_raised: the loss itself failed in this process.
     """
 
@@ -247,13 +230,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One property.
-
-    Args:
-        name: for --only.
-        says: the property, in a few words.
-        run: gives what was seen and what is wrong.
-    """
+    """One property, named for --only and told in a few words; `run` gives what was seen and what is wrong."""
 
     name: str
     says: str

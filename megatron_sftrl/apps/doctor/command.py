@@ -25,10 +25,8 @@ class DoctorRequest:
 
     Args:
         loss: registered name; the one that `modules` register when not given.
-        modules: files or modules of losses.
         options: key=value words, values in YAML.
         only: names of checks; all when empty.
-        seed: of the generated step.
         timeout_s: seconds for one layout of several ranks.
     """
 
@@ -53,10 +51,8 @@ def request_of(parsed: argparse.Namespace) -> DoctorRequest:
 
 
 def run_doctor(request: DoctorRequest) -> bool:
-    """Examine the loss and print a line for each property as it is found.
+    """Print a line for each property of the loss as it is found; whether all of them hold.
 
-    Returns:
-        Whether all of them hold.
     Raises:
         UserError: an unknown loss, option or check, a module that registers none or several losses.
     """

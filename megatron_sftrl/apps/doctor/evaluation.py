@@ -30,13 +30,7 @@ _TOKENS_PER_CHUNK = 7  # of a fused output layer: several chunks, and sequences 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSpec:
-    """A loss by name, as a worker can build it.
-
-    Args:
-        name: as registered.
-        options: its own options.
-        modules: files or modules that register it.
-    """
+    """A registered loss by name with its own options, as a worker can build it from its modules."""
 
     name: str
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -52,11 +46,9 @@ class Piece:
     """One micro-batch on one rank.
 
     Args:
-        batch: its tokens here.
-        rows: [t] int64, where they stand in the whole step.
+        rows: [t] int64, where its tokens stand in the whole step.
         first_column, num_columns: real columns of the vocabulary held here; what follows is padding.
-        policy, reference: [t, V_local] logits.
-        path: how the loss gets them.
+        policy, reference: [t, V_local] logits, which the loss gets by `path`.
     """
 
     batch: TokenBatch
@@ -70,12 +62,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """What a loss made of a piece.
+    """What a loss made of a piece, in token_loss and metrics [t].
 
-    Args:
-        token_loss: [t].
-        gradient: [t, V_local] of sum(token_loss * token_weight) with respect to the logits.
-        metrics: [t] by name.
+    `gradient` is [t, V_local] of sum(token_loss * token_weight) with respect to the logits.
     """
 
     token_loss: Tensor
@@ -85,12 +74,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGroups:
-    """Ranks of every tensor-parallel and context-parallel group; empty where there is none.
+    """Rank numbers of every tensor-parallel and context-parallel group; empty where there is none.
 
-    Args:
-        vocab_size: V.
-        padded_vocab_size: columns over all ranks of a tensor-parallel group.
-        tp, cp: rank numbers of each group.
+    `padded_vocab_size` is the columns over all ranks of a tensor-parallel group.
     """
 
     vocab_size: int
@@ -105,13 +91,7 @@ def prepare(spec: LossSpec) -> None:
 
 
 def evaluate_on_rank(spec: LossSpec, pieces: Sequence[Sequence[Piece]], groups: RankGroups) -> list[Outcome]:
-    """This rank's micro-batches, one after the other; a rank without any (an early stage) only waits.
-
-    Args:
-        spec: the loss.
-        pieces: of every rank.
-        groups: who shares a vocabulary, who shares sequences.
-    """
+    """This rank's micro-batches out of every rank's; a rank without any (an early stage) only waits."""
     tp_group, cp_group = _own_group(groups.tp), _own_group(groups.cp)
     loss = spec.build()
     return [evaluate(loss, piece, groups, tp_group, cp_group) for piece in pieces[dist.get_rank()]]
@@ -124,11 +104,7 @@ def evaluate(
     tp_group: dist.ProcessGroup | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Outcome:
-    """Loss, gradient and metrics of one piece.
-
-    Raises:
-        UserError: what the loss returned is not a [T] loss, or nothing would train.
-    """
+    """Loss, gradient and metrics of one piece; UserError if it is no [T] loss, or nothing would train."""
     own = _copy(piece)
     leaf = own.policy.requires_grad_()
     if piece.path == "one_pass":
@@ -166,13 +142,7 @@ def _evaluate_in_one_pass(
 
 
 def modified_inputs(loss: Loss, piece: Piece, groups: RankGroups) -> list[str]:
-    """Names of the inputs that the loss wrote into, also when that made it fail.
-
-    Args:
-        loss: the loss.
-        piece: of one process.
-        groups: without groups.
-    """
+    """Names of the inputs that the loss wrote into, in one process, also when that made it fail."""
     own = _copy(piece)
     logits = own.policy.requires_grad_().clone()
     with contextlib.suppress(Exception):

@@ -8,10 +8,10 @@
     with RankPool() as pool:
         assert pool.run(2, total, 3) == [6, 6]
 
-Importing torch and Megatron costs seconds, so one process does it and every worker is a fork of that one; the
-workers are kept from call to call, and every call gets a fresh gloo group. A rank that raises is reported with
-its traceback, a call that does not end with the stack of every rank. After either the workers are killed,
-because a rank may still stand in a collective, and the next call forks others.
+Importing torch and Megatron costs seconds, so one process does it and every worker is a fork of that one;
+the workers are kept from call to call, and every call gets a fresh gloo group. A rank that raises is reported
+with its traceback, a call that does not end with the stack of every rank. After either the workers are
+killed, because a rank may still stand in a collective, and the next call forks others.
 """
 
 from __future__ import annotations
@@ -89,10 +89,8 @@ class RankPool:
         are set, all random seeds are 0 and torch uses one thread.
 
         Args:
-            world_size: number of ranks.
             function: of a module, since it travels by pickle like arguments and results: return tensors
                 detached.
-            args: the same on every rank.
             timeout_s: seconds, the start of workers included.
             group: False lets the function find the variables and make the group itself. (Taking down the
                 group that it was given would race: a peer may still be connecting.)

@@ -33,10 +33,8 @@ class Microbatch:
     """One micro-batch as a rank sees it.
 
     Args:
-        tokens: t.
-        residual_tokens: u.
+        tokens, residual_tokens, element: t, u and e.
         longest: tokens of its longest sequence, before context parallelism.
-        element: e.
         kernels: whose layers.
     """
 
@@ -203,12 +201,9 @@ def _largest_gradient(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     return 2 * a.ffn_hidden_size // cuts * a.hidden_size * batch.element
 
 
-# The most that one step's forward and backward hold at once on a rank, beyond the model's state.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPeak:
-    """Bytes at the fullest moment of a step on one rank.
+    """Bytes at the fullest moment of a step's forward and backward on one rank, beyond the model's state.
 
     Args:
         blocks: kept for the backward of all micro-batches in flight, and the block at work.
@@ -251,14 +246,7 @@ def step_peak(
     stage: int,
     num_microbatches: int,
 ) -> StepPeak:
-    """What a stage's rank holds at the fullest moment.
-
-    Args:
-        architecture, config, grid: of the run.
-        batch: the largest micro-batch.
-        stage: pipeline stage.
-        num_microbatches: of a rank in one step.
-    """
+    """What a stage's rank holds at the fullest moment, by its largest micro-batch."""
     block = block_bytes(architecture, grid, batch)
     is_full, has_reference = config.train.recompute == "full", config.reference is not None
     per_chunk = architecture.num_layers // grid.num_chunks

@@ -23,7 +23,6 @@ from megatron_sftrl.observability.run_directory import write_atomically
 
 # A plan as tables for people and as JSON for programs; estimates are called estimates in both.
 
-
 _GB = 1e9
 
 
@@ -162,13 +161,9 @@ class PlanRequest:
     """What `sftrl plan` is asked.
 
     Args:
-        config: YAML file of a run.
         overrides: key=value words.
-        num_gpus: ranks of the job.
-        hardware: the machine.
         mean_length: tokens of a sequence in estimates; the longest when not given.
-        is_search: look for layouts, too.
-        num_shown: layouts in the table.
+        is_search: look for layouts, too, of which the table has num_shown.
         json: file for everything that was found.
     """
 
@@ -183,11 +178,7 @@ class PlanRequest:
 
 
 def request_of(parsed: argparse.Namespace) -> PlanRequest:
-    """The request that a command line makes.
-
-    Raises:
-        UserError: a size without a unit, a rate that is not positive.
-    """
+    """The request that a command line makes; UserError for a size without a unit or a rate not positive."""
     hardware = Hardware(
         gpu_memory=parse_bytes(parsed.gpu_memory),
         reserve=parse_bytes(parsed.reserve),

@@ -12,8 +12,6 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
-# What a step has to work through: micro-batches of one rank, tokens, operations.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -21,9 +19,8 @@ class Workload:
 
     Args:
         length: tokens of a sequence, of all of them in an estimate.
-        num_microbatches: of one rank in one update.
+        num_microbatches: of one rank in one optimizer step.
         microbatch_tokens: filled, over the context-parallel ranks.
-        num_updates: optimizer steps.
         num_responses: generated in the step; 0 without rollouts.
     """
 
@@ -85,15 +82,12 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-# The machine that a plan is made for: stated rates and assumptions, nothing is looked up.
-
-
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """GPUs in nodes; the defaults are an H100 SXM with one 400 Gbit/s port a GPU.
+    """GPUs in nodes at stated rates, none looked up; the defaults: H100 SXM with one 400 Gbit/s port a GPU.
 
     Args:
         gpu_memory: bytes of one GPU.
@@ -139,11 +133,7 @@ class Hardware:
 
 
 def parse_bytes(text: str) -> float:
-    """Bytes of "80GB" (10^9 each) or "80GiB" (2^30 each).
-
-    Raises:
-        UserError: no number with a unit, or nothing at all.
-    """
+    """Bytes of "80GB" (10^9 each) or "80GiB" (2^30 each); UserError without a number and a unit."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)", text.strip())
     if match is None or float(match[1]) == 0:
         raise UserError(f"expected a size such as 80GB or 80GiB, got {text!r}")

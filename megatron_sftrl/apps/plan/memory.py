@@ -14,9 +14,6 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import engine_regions
 from megatron_sftrl.models.tensors import hf_shapes
 
-# What generating takes on one rank beside the trainer's state, and how many responses run at once.
-
-
 VLLM_WORK = 3e9
 """Bytes that vLLM is taken to need for its forward and its CUDA graphs: an assumption."""
 _CACHE_GROWTH = 128
@@ -27,7 +24,7 @@ _DRAWING_BLOCK = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutMemory:
-    """Bytes of one rank.
+    """Bytes that generating takes on one rank beside the trainer's state.
 
     Args:
         weights: of the engine; 0 where it reads the trainer's.
@@ -49,11 +46,7 @@ class RolloutMemory:
 def rollout_memory(
     architecture: Architecture, config: GrpoConfig, grid: Grid, batch: Microbatch, hardware: Hardware
 ) -> RolloutMemory:
-    """Of the engine that rollout.engine names.
-
-    Raises:
-        UserError: a model that an engine of rollout.vllm.tp cannot cut.
-    """
+    """Of the engine that rollout.engine names; UserError if rollout.vllm.tp cannot cut the model."""
     if config.rollout.engine == "in_process":
         return _in_process(architecture, config, grid, batch)
     vllm, element = config.rollout.vllm, element_bytes(config)
@@ -153,12 +146,7 @@ VLLM_ASLEEP = 2e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A part of a step, and what a rank holds in it.
-
-    Args:
-        name: of the part.
-        items: bytes by what they are for, in the order in which they are shown.
-    """
+    """A part of a step, and bytes that a rank holds in it by what they are for, in the order shown."""
 
     name: str
     items: dict[str, float]
@@ -184,11 +172,9 @@ class StageMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """All stages.
+    """All stages in order, and the rollout engine, if any.
 
     Args:
-        stages: in order.
-        rollout: of the rollout engine, None without one.
         host_reference: bytes of an offloaded reference in the memory of each node, over its GPUs.
         host_checkpoint: bytes that the copies of an asynchronous save take in the memory of a node, at most.
     """
@@ -207,11 +193,7 @@ class MemoryPlan:
 def plan_memory(
     architecture: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware
 ) -> MemoryPlan:
-    """What the ranks of every stage need, when micro-batches are as large as the batch section allows.
-
-    Raises:
-        UserError: a rollout engine that cannot cut the model.
-    """
+    """What each stage's ranks need at the largest micro-batch; UserError if no engine can cut the model."""
     batch = microbatch_of(config, grid, hardware.kernels)
     num_microbatches = workload_of(config, grid).num_microbatches
     rollout = None

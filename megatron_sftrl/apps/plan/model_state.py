@@ -17,8 +17,6 @@ from megatron_sftrl.config.schema import ParallelSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
 
-# How many ranks stand along each axis.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
@@ -67,9 +65,6 @@ def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
     )
 
 
-# The parameters of one model chunk on one rank, in the order in which Megatron's DDP meets them.
-
-
 # The order of torch.nn.Module.named_parameters in a block of engine/local_layers.py. Transformer Engine's
 # blocks have norms elsewhere; that moves padding, of at most 63 elements a tensor.
 _ORDER = (
@@ -89,11 +84,9 @@ _ORDER = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """One rank's part of one tensor.
+    """One rank's part of one tensor of models/tensors.py.
 
     Args:
-        key: of the tensor, see models/tensors.py.
-        num_elements: held by the rank.
         is_expert: lives on the experts' grid.
         is_shared: the embedding of a tied model that the first and the last stage both hold.
     """
@@ -108,13 +101,9 @@ class Parameter:
 def chunk_parameters(
     architecture: Architecture, grid: Grid, *, has_embedding: bool, has_output: bool
 ) -> tuple[Parameter, ...]:
-    """The parameters of a chunk.
+    """The parameters of one model chunk on one rank, in the order in which Megatron's DDP meets them.
 
-    Args:
-        architecture: of the model.
-        grid: of the job.
-        has_embedding: it is the first chunk of the first pipeline stage.
-        has_output: it is the last chunk of the last stage.
+    Only the first chunk of the first pipeline stage has the embedding, only the last of the last the output.
     """
     vocabulary = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp * architecture.hidden_size
     is_shared = architecture.tie_embeddings and grid.pp > 1
@@ -194,13 +183,7 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buffer:
-    """One buffer, in elements.
-
-    Args:
-        num_elements: padding included.
-        spans: (start, stop) of each tensor.
-        buckets: (start, stop) of each bucket.
-    """
+    """One buffer, in elements, padding included, with (start, stop) of each tensor and of each bucket."""
 
     num_elements: int
     spans: tuple[tuple[int, int], ...]
@@ -219,10 +202,6 @@ def model_state(
     """What one rank holds between steps.
 
     Args:
-        architecture: of the model.
-        config: dtype, optimizer, reference and distributed optimizer.
-        grid: of the job.
-        stage: pipeline stage.
         dp_cp_rank: place among the dp * cp ranks that share the optimizer; None for a bound of all shares, a
             few kilobytes of padding above the largest.
         edp_rank: the same among the copies of an expert.

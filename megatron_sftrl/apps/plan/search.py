@@ -19,15 +19,7 @@ _LARGEST_CP = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One layout of a run.
-
-    Args:
-        config: of the run in this layout.
-        grid: its axes.
-        memory: what it needs.
-        estimate: what a step takes.
-        problems: why it does not fit; empty when it does.
-    """
+    """One layout of a run: its needs, its time, and why it does not fit (`problems`, empty when it does)."""
 
     config: TrainingConfig
     grid: Grid
@@ -55,11 +47,7 @@ def plan_run(
     loss_needs: tuple[str, ...],
     mean_length: int | None = None,
 ) -> Plan:
-    """What the run needs as it is written.
-
-    Raises:
-        UserError: settings that the run itself would refuse.
-    """
+    """What the run needs as it is written; UserError for settings that the run itself would refuse."""
     check_run(config, architecture, num_gpus, loss_needs=loss_needs)
     grid = grid_of(config.parallel, num_gpus)
     memory = plan_memory(architecture, config, grid, hardware)
@@ -149,7 +137,6 @@ def _divisors(number: int, *, most: int | None = None) -> Sequence[int]:
 
 # What to change in a run that does not fit: only what the planner has tried and found to fit.
 
-
 _MORE_GPUS = (2, 4, 8)
 _SMALLER_SHARES = (0.45, 0.4, 0.35, 0.3)
 
@@ -162,10 +149,7 @@ Attempt = Callable[[Sequence[str]], Plan | None]
 def advice(config: TrainingConfig, num_gpus: int, *, attempt: Attempt, search: Search) -> list[str]:
     """Lines that each name one way to make the run fit: a setting, else a layout, else more GPUs.
 
-    Args:
-        config: that does not fit.
-        num_gpus: it was planned for.
-        attempt, search: of the planner, for this run and machine.
+    The planner's `attempt` and `search` try what is named, for this run and machine.
     """
     words = list(_savings(config))
     lines = []

@@ -21,11 +21,9 @@ from megatron_sftrl.apps.plan.model_state import Grid, chunk_parameters, element
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, num_parameters
 
-# Bytes that one rank sends along each axis, from the sizes of the collectives; nothing here is measured.
-#
-# A ring sends (n - 1) / n of the whole for an all-gather, a reduce-scatter or an all-to-all over n ranks,
-# and twice that for an all-reduce.
-
+# Bytes that one rank sends along each axis, from the sizes of the collectives; nothing here is measured. A
+# ring sends (n - 1) / n of the whole for an all-gather, a reduce-scatter or an all-to-all over n ranks, and
+# twice that for an all-reduce.
 
 _FP32 = 4
 
@@ -157,10 +155,8 @@ def estimate_step(
 ) -> StepEstimate:
     """Time, utilisation and messages of one step.
 
-    Args:
-        architecture, config, grid, hardware: of the run.
-        rollout: memory of the rollout engine, for a run that has one.
-        mean_length: tokens of a sequence, prompt and response together; the longest when not given.
+    `rollout` is for a run that has an engine; `mean_length` is tokens of a sequence, prompt and response
+    together, the longest when not given.
     """
     work = workload_of(config, grid, mean_length=mean_length)
     batch = _filled(microbatch_of(config, grid, hardware.kernels), grid, work)

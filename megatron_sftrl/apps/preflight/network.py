@@ -90,10 +90,8 @@ class Meeting:
 
 @contextlib.contextmanager
 def world(meeting: Meeting, timeout_s: float) -> Iterator[torch.device]:
-    """One group of all processes, NCCL where CUDA is, else gloo.
+    """One group of all processes, NCCL where CUDA is, else gloo; yields this process's device.
 
-    Yields:
-        This process's device.
     Raises:
         RuntimeError: on every process, naming the nodes where it failed.
     """
@@ -127,13 +125,10 @@ def world(meeting: Meeting, timeout_s: float) -> Iterator[torch.device]:
 
 
 def unreachable_neighbour(meeting: Meeting, leaders: Mapping[str, int]) -> str | None:
-    """Every node's leader listens on a free port, and the one before it connects.
+    """Every node's leader listens on a free port, and the one before it connects; every process takes part.
 
-    Args:
-        meeting: every process takes part.
-        leaders: the leading rank of each node.
-    Returns:
-        On a leader: why it cannot reach the next node; None when it can, and on the others.
+    On a leader: why it cannot reach the next node; None when it can, and on the others. `leaders` has the
+    leading rank of each node.
     """
     own = node_name()
     is_leader = leaders[own] == meeting.rank

@@ -97,7 +97,6 @@ def _code_hash() -> str:
 
 # The run directory: seen and written by every node, with space for the checkpoints.
 
-
 _PATIENCE_S = 10.0  # network file systems show a new file to other nodes only after a while
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -109,11 +108,7 @@ def existing_ancestor(path: Path) -> Path:
 
 
 def leave_mark(directory: Path, name: str) -> None:
-    """Write a small file.
-
-    Raises:
-        OSError: the directory cannot be written.
-    """
+    """Write a small file; OSError where the directory cannot be written."""
     (directory / name).write_text(name)
 
 
@@ -148,9 +143,7 @@ def checkpoint_bytes(config: TrainingConfig, architecture: Architecture) -> int:
 def space_problem(config: TrainingConfig, architecture: Architecture) -> tuple[str, str | None]:
     """(what was seen, what is wrong): the disk holds the checkpoints that the run keeps, and one more.
 
-    Args:
-        config: of the run; what lies in its run directory already is counted.
-        architecture: of its model.
+    What lies in the run directory already is counted.
     """
     directory = existing_ancestor(config.run_dir)
     there = len(list((config.run_dir / "checkpoints").glob("step-*")))

@@ -44,7 +44,6 @@ from megatron_sftrl.trainers.checked import CheckedRun, checked_run
 
 # Compares what all nodes found; the odd one is named. Pure functions.
 
-
 LARGEST_SKEW_S = 5.0
 """Clocks that differ by more make time stamps of files and logs of different nodes useless."""
 
@@ -54,7 +53,6 @@ class Finding:
     """The outcome of one check.
 
     Args:
-        check: what was looked at.
         detail: what was seen.
         problems: what is wrong, with the node's name and what to do; empty when all is well.
         failures: what went wrong and may pass, such as a stale file handle; told like the problems.
@@ -113,11 +111,7 @@ def compare_versions(facts: Sequence[NodeFacts]) -> Finding:
 
 
 def compare_clocks(clocks: Mapping[str, float]) -> Finding:
-    """The clocks of the nodes, read after one barrier, agree.
-
-    Args:
-        clocks: seconds since 1970 by node.
-    """
+    """The clocks of the nodes, in seconds since 1970, read after one barrier, agree."""
     middle = statistics.median_low(clocks.values())
     skews = {node: clock - middle for node, clock in clocks.items()}
     problems = [
@@ -148,11 +142,7 @@ def memory_problem(
 ) -> tuple[str, str | None]:
     """(what was seen, what is wrong): a lower bound, without activations, which `sftrl plan` estimates.
 
-    Args:
-        config: of a run that its own checks have accepted.
-        architecture: of its model.
-        world_size: processes, one a GPU.
-        gpu_bytes: of the GPU that this process has; None on the CPU.
+    `gpu_bytes` is of this process's GPU, None on the CPU; the run's own checks have accepted `config`.
     """
     grid = grid_of(config.parallel, world_size)
     is_offloaded = config.reference is not None and config.reference.placement == "offload"
@@ -174,7 +164,6 @@ def run_preflight(config: TrainingConfig, *, timeout_s: float, least_rate: float
     """Check nodes, network, disks and the configuration; every process of the job calls it.
 
     Args:
-        config: of the run that follows.
         timeout_s: how long to wait for a process that does not answer.
         least_rate: bytes per second that all-reduce must reach; None only reports it.
     Raises:
