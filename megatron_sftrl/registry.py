@@ -28,13 +28,7 @@ EntryT = TypeVar("EntryT", bound="Entry")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A registered function.
-
-    Args:
-        function: called with its inputs and its validated options.
-        needs: what the inputs must hold.
-        origin: the file it came from.
-    """
+    """A registered function of inputs that hold what it needs, and of its options; `origin` is its file."""
 
     name: str
     function: Callable[..., Any]
@@ -44,10 +38,7 @@ class Entry:
 
 
 class FunctionRegistry(Generic[EntryT]):
-    """Names of one kind ("loss" or "reward") and what they stand for.
-
-    `modules_key` is where the run lists files with further ones, for messages.
-    """
+    """Names of one kind ("loss" or "reward"); `modules_key` is the setting that lists files with more."""
 
     def __init__(self, *, kind: str, modules_key: str) -> None:
         self.kind = kind
@@ -59,10 +50,7 @@ class FunctionRegistry(Generic[EntryT]):
         return sorted(self._entries)
 
     def add(self, entry: EntryT) -> None:
-        """Enter a function; the same function of the same file again (a reload) replaces itself.
-
-        UserError where another function has the name.
-        """
+        """Enter a function; the same one of the same file (a reload) replaces itself, else UserError."""
         old = self._entries.get(entry.name)
         same = old is not None and (old.origin, old.function.__qualname__) == (
             entry.origin,

@@ -162,10 +162,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """The responses to one prompt in order of their sample number, generated with one version of the weights.
-
-    `version` is the optimizer steps behind the weights.
-    """
+    """The responses to one prompt by sample number; `version` is the optimizer steps behind the weights."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
