@@ -250,7 +250,7 @@ class Dataset:
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """Who made the behaviour scores, as in behavior.scorer_warnings(); empty without scores."""
+        """Who made the behaviour scores, as in rows.scorer_warnings(); empty without scores."""
         return self._store.scorers
 
     @property

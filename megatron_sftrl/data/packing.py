@@ -172,7 +172,7 @@ def build_token_batch(
         examples: in order; none gives a batch of padding alone.
         normalization: of the whole step, which token_weight is filled from.
         pad_id: any valid id.
-        sequence_multiple_of, pad_to_multiple_of: of each sequence's length, and of T.
+        sequence_multiple_of, pad_to_multiple_of: each sequence's length, and T, is a multiple of it.
         pad_to_length: T, when all micro-batches of a step have to be equal.
         carried: values of learned tokens that the batch carries, too; 0 where masked.
     Raises:
@@ -263,7 +263,7 @@ def plan_microbatches(
 
     Args:
         lengths: tokens of each sequence of the step, its own padding included.
-        microbatch_multiple: of each rank's number of micro-batches (pp under virtual pipeline parallelism).
+        microbatch_multiple: divides each rank's number of micro-batches (pp under virtual pipelining).
     Raises:
         UserError: a sequence is longer than max_tokens, or packing without max_tokens.
     """

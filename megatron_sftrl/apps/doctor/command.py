@@ -39,7 +39,7 @@ class DoctorRequest:
 
 
 def request_of(parsed: argparse.Namespace) -> DoctorRequest:
-    """The request that a command line makes (arguments.py)."""
+    """The request that a command line makes (cli.add_doctor_arguments)."""
     return DoctorRequest(
         loss=parsed.loss,
         modules=parsed.module,
