@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -258,17 +257,6 @@ def test_a_conversion_says_what_it_lacks_and_shows_where_an_error_was_raised(
         main([*to_hf, "--verify-pp", "2", "--traceback"])
 
 
-@pytest.fixture
-def log() -> Iterator[logging.Logger]:
-    """The package's, as it was before once the test is over."""
-    log = logging.getLogger("megatron_sftrl")
-    level, handlers = log.level, list(log.handlers)
-    yield log
-    log.setLevel(level)
-    log.handlers[:] = handlers
-
-
-@pytest.mark.usefixtures("log")
 @pytest.mark.parametrize(
     ("rank", "level", "said"),
     [
