@@ -87,7 +87,7 @@ def grpo(inputs: LossInputs, config: GrpoOptions) -> LossOutput:
                  dual clip, where A_t < 0: l_t = min(l_t, -c A_t)                       (arXiv:1912.09729)
         cispo:   l_t = -sg(clip(rho_t, 1 - eps_low, 1 + eps_high)) A_t lp_t             (arXiv:2506.13585)
 
-    w is the rollout correction (policy_ratio), KL_t the term of kl_estimators; sequence ratios are
+    w is the rollout correction (policy_ratio), KL_t that of kl_estimator; sequence ratios are
     arXiv:2507.18071. Dual clip bounds the objective from below, max(., c A), hence the loss from above. The
     paper's 1/|o| and Dr. GRPO's constant length are ways to fill token_weight, not part of this function.
 
