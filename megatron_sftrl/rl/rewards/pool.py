@@ -38,8 +38,8 @@ from megatron_sftrl.rl.rewards.registry import (
 # own for home, working directory and temporary files. It runs as the same user, so this keeps accidents and
 # text that a model wrote away from the trainer; it is no jail for someone who means harm (worker.py says what
 # is refused).
-# Not a library's pool: pebble 5.2.3, which has timeouts, gives its workers the trainer's environment, unpickles
-# what they send, and leaves behind what a sample that ran out of time had started (each tried).
+# Not a library's pool: pebble 5.2.3, which has timeouts, gives its workers the trainer's environment,
+# unpickles what they send, and leaves behind what a sample that ran out of time had started (each tried).
 
 # What an interpreter may need to start: where programs and libraries are, and how text is encoded.
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
