@@ -62,6 +62,8 @@ def save_as_before(directory: str) -> None:
 
 def load_again(directory: str) -> tuple[str, dict[str, torch.Tensor]]:
     """What loading says, and the averages behind it."""
+    from megatron_sftrl.cli import start_logging
+
     with engines(SPAN) as (parallel, policy, reference):
         assert reference is not None
         for average in reference.averages().values():
@@ -69,6 +71,7 @@ def load_again(directory: str) -> tuple[str, dict[str, torch.Tensor]]:
         store, said = open_store(directory, parallel, SPAN), io.StringIO()
         path = store.latest()
         assert path is not None
+        start_logging()
         with contextlib.redirect_stderr(said):
             store.load(path, policy, reference)
         averages = reference.averages()

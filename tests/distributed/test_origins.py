@@ -14,11 +14,13 @@ from tests.ranks import run_ranks
 
 def start(run_dir: Path, hf: Path, is_resumed: bool) -> str:
     """What a start of the run says of model.hf, the refusal included."""
+    from megatron_sftrl.cli import start_logging
     from megatron_sftrl.errors import UserError
     from megatron_sftrl.models.hf_weights import open_weights
     from megatron_sftrl.observability.run_directory import RunDirectory
     from megatron_sftrl.trainers.origins import Origins
 
+    start_logging()
     said = io.StringIO()
     with contextlib.redirect_stderr(said), open_weights(hf) as weights:
         origins = Origins(RunDirectory(path=run_dir), is_resumed=is_resumed)
