@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sftrl.apps.doctor.ranks import IMPORTED_BEFORE_THE_FORKS
 from megatron_sftrl.engine.checkpoint import directory as checkpoint_directory
 from megatron_sftrl.engine.checkpoint.directory import read_record
 from tests.distributed.checkpoint_runs import NUM_STEPS, Outcome, Span, engines, run_span, stored_tensors
@@ -105,7 +106,8 @@ def kill_and_resume(directory: str) -> tuple[Outcome, Outcome]:
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:
     """Call `function` in a process that has no threads, so that it may fork."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_BEFORE_THE_FORKS)
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, function, args))
     process.start()
