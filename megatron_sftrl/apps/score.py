@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.data import DemonstrationColumns
+from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.data.dataset import Dataset, pack_examples, tokenize_sources
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.rows import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
@@ -35,7 +36,9 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it")
     architecture, tokenizer = checked_model(config)
-    rows, dataset = _read(data, tokenizer, max_length=architecture.max_position_embeddings)
+    # The columns of a GRPO run are those of its prompts.
+    columns = config.data.columns if isinstance(config, RunConfig) else None
+    rows, dataset = _read(data, tokenizer, columns, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         found = load_weights(policy.chunks, checkpoint, architecture=architecture)
@@ -55,11 +58,19 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
         on_rank_zero(lambda: _write(out, rows, dataset, scores, by))
 
 
-def _read(data: Path, tokenizer: Tokenizer, *, max_length: int) -> tuple[list[dict[str, Any]], Dataset]:
+def _read(
+    data: Path, tokenizer: Tokenizer, columns: DemonstrationColumns | None, *, max_length: int
+) -> tuple[list[dict[str, Any]], Dataset]:
     """Rows as they are, and tokenized whole: training may cut a row later, the scores are cut with it."""
     rows, examples = [], []
     for source, row, example, _ in tokenize_sources(
-        [data], tokenizer, max_length=max_length, truncation="error", use_scores=False
+        [data],
+        tokenizer,
+        max_length=max_length,
+        truncation="error",
+        columns=columns,
+        key="--data",
+        use_scores=False,
     ):
         assert example is not None
         rows.append(dict(row.values))

@@ -11,17 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from megatron_sftrl.config.data import DataSection, PromptSection, Section
 from megatron_sftrl.config.paths import ExpandedPath, ModuleName
 from megatron_sftrl.errors import UserError
-
-# What every part of a configuration has in common.
-
-
-class Section(BaseModel):
-    """A part of the run's configuration: frozen, strict about unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
 
 # Which network is trained: its sizes and its first weights.
 
@@ -139,22 +131,6 @@ class ParallelSection(Section):
     """Reduce gradients while the backward still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward runs; needs the two settings above."""
-
-
-class DataSection(Section):
-    """The demonstrations."""
-
-    train: list[ExpandedPath] = Field(min_length=1)
-    """JSONL or Parquet files, or directories written by datasets.save_to_disk."""
-    valid: list[ExpandedPath] = Field(default=[])
-    """Held-out data of the same kinds; no evaluation when empty."""
-    max_length: int = Field(ge=2)
-    """Longest sequence, prompt and response together, in tokens."""
-    truncation: Literal["error", "drop", "right", "left_prompt"] = "error"
-    """A sequence longer than max_length: stop the run, leave the row out (counted), cut the end, or cut the
-    start of the prompt."""
-    shuffle: bool = True
-    """A new order each epoch, derived from the run's seed and the epoch."""
 
 
 class BatchSection(Section):
@@ -454,20 +430,6 @@ RewardList = Annotated[list[RewardSection], AfterValidator(check_rewards)]
 
 
 # What a run of `sftrl grpo` says beyond what every training run says.
-
-
-class PromptSection(Section):
-    """The prompts, and the answers that rewards look at."""
-
-    train: list[ExpandedPath] = Field(min_length=1)
-    """JSONL or Parquet files, or directories written by datasets.save_to_disk, with `prompt` or `messages`;
-    every other column reaches the rewards."""
-    valid: list[ExpandedPath] = Field(default=[])
-    """Held-out prompts of the same kinds; no evaluation when empty."""
-    max_prompt_length: int = Field(ge=1)
-    """Longest prompt, in tokens; a longer one is refused before the run begins."""
-    shuffle: bool = True
-    """A new order each epoch, derived from the run's seed and the epoch."""
 
 
 class VllmSection(Section):

@@ -1,8 +1,9 @@
 """Rows of text to tokens and the mask of what is learned.
 
 Two kinds of rows: {prompt, response}, and {messages: [{role, content}, ...]} with the loss on assistant
-turns. What is learned is exactly what a model would have to generate: the tokens of a prompt are those
-that inference feeds, the rest of the turn up to and with its end token is learned, nothing else.
+turns; formats.py finds them in the columns of other formats. What is learned is exactly what a model would
+have to generate: the tokens of a prompt are those that inference feeds, the rest of the turn up to and with
+its end token is learned, nothing else.
 """
 
 from __future__ import annotations
@@ -273,17 +274,17 @@ def _short(text: str) -> str:
     return repr(text) if len(text) <= 120 else f"{text[:60]!r} ... {text[-60:]!r}"
 
 
-def tokenize_row(tokenizer: Tokenizer, row: Row) -> tuple[list[int], list[bool]]:
+def tokenize_row(tokenizer: Tokenizer, row: Row | Conversation) -> tuple[list[int], list[bool]]:
     """Ids [n] of a row and mask [n] of what is learned, False at position 0, which no position predicts.
 
-    With a chat template, {prompt, response} is one user turn and one assistant turn. Without one, it is
-    [first token] + prompt + response + end token.
+    The row is one of demonstrations. With a chat template, texts {prompt, response} are one user turn and one
+    assistant turn. Without one, it is [first token] + prompt + response + end token.
 
     Raises:
         UserError: no or an empty response, a wrong type, something that would be lost, or messages that the
             template cannot render or whose assistant turns cannot be told apart from the rest exactly.
     """
-    conversation = read_demonstration(row)
+    conversation = row if isinstance(row, Conversation) else read_demonstration(row)
     template = tokenizer.chat_template
     if template is None:
         ids, mask = _tokenize_plain(tokenizer, *_plain_texts(conversation))

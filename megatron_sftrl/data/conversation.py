@@ -22,6 +22,8 @@ _FLAGS: tuple[str, ...] = ("weight", "loss", "trainable", "train", "training")
 _GIVEN = ("tools", "documents")
 """Columns that a chat template is given beside the turns."""
 
+_OWN_NAMES: Mapping[str, str] = {}
+
 _READ = {"prompt", "response", "messages", "system", *_GIVEN}
 
 _SYSTEM = "name the column system"
@@ -82,7 +84,7 @@ class Conversation:
         asked: those of them whose own keys say so.
         given: tools and documents of the row, where it has some.
         columns: names of its other columns that hold something.
-        is_plain: the row is {prompt, response} or {prompt}, without anything that needs a chat template.
+        is_plain: the row is two texts or one, prompt and response, with nothing that needs a chat template.
     """
 
     messages: tuple[Message, ...]
@@ -94,11 +96,16 @@ class Conversation:
     is_plain: bool
 
 
-def read_demonstration(row: Row) -> Conversation:
+Names = Mapping[str, str]
+"""What the columns that are read here are called in the file, for messages: {response: completion}, say."""
+
+
+def read_demonstration(row: Row, names: Names = _OWN_NAMES) -> Conversation:
     """The conversation of a row of demonstrations, up to its last learned turn.
 
-    The row has `prompt` and `response`, or `messages`; `system`, `tools` and `documents` beside them. An
-    assistant turn with `weight: 0` (or `loss`, `trainable`, `train` or `training: false`) is not learned.
+    The row has `prompt` and `response`, each a text or a list of turns, or `messages`; `system`, `tools` and
+    `documents` beside them. Assistant turns of messages and response are learned, except those with
+    `weight: 0` (or `loss`, `trainable`, `train` or `training: false`).
 
     Raises:
         UserError: no or an empty response, a wrong type, no turn to learn, an instruction that nothing reads.
@@ -106,43 +113,59 @@ def read_demonstration(row: Row) -> Conversation:
     _refuse_columns(row, {**_OF_A_PROMPT, **_OF_A_RESPONSE}, _OF_LEARNING)
     if row.get("messages") is not None:
         if row.get("prompt") is not None or row.get("response") is not None:
-            raise UserError("the row has messages and also prompt or response; keep one of the two forms")
-        turns = _turns(row["messages"])
-        flags = [_flag(turn, f"messages[{number}]") for number, turn in enumerate(turns)]
-        answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers:
-            raise UserError("the row has no response: none of its messages has the role assistant")
-        learned = [number for number in answers if flags[number] is not False]
-        if not learned:
-            raise UserError("the row teaches nothing: none of its assistant turns is learned; remove the row")
-        for number in learned:
-            if not str(turns[number]["content"]).strip() and not _calls(turns[number]):
-                raise UserError(f"messages[{number}]: the assistant's response is empty; remove the turn")
-        # Turns behind the last learned one teach nothing and would only cost tokens.
-        turns = turns[: learned[-1] + 1]
-        asked = [number for number in learned if flags[number]]
-        return _conversation(row, turns, _numbered(turns), learned, asked)
+            raise UserError(
+                "the row has messages and also prompt or response; keep one of the two forms, or name one by "
+                "data.columns, such as data.columns: {messages: messages}"
+            )
+        name = names.get("messages", "messages")
+        turns = _turns(row["messages"], name)
+        return _demonstration(row, turns, _numbered(turns, name), first=0)
     for key in ("prompt", "response"):
         if row.get(key) is None:
             raise UserError(
                 f"the row has no {key}; expected prompt and response, or messages, got {sorted(row)}"
             )
-        if not isinstance(row[key], str):
-            raise UserError(f"{key}: expected text, got {type(row[key]).__name__}")
-    if not str(row["response"]).strip():
+    prompt, of_prompt = _texts_or_turns(row["prompt"], names.get("prompt", "prompt"), "user")
+    answer, of_answer = _texts_or_turns(row["response"], names.get("response", "response"), "assistant")
+    for turn, name in zip(prompt, of_prompt, strict=True):
+        if _flag(turn, name):
+            raise UserError(f"{name} says that it is learned, but turns of a prompt are not; remove the key")
+    if prompt[-1]["role"] == "assistant":
+        raise UserError(f"{of_prompt[-1]}: the prompt ends with an assistant turn; move it into the response")
+    if answer[0]["role"] != "assistant":
+        raise UserError(f"{of_answer[0]}.role: expected assistant, got {answer[0]['role']!r}")
+    if isinstance(row["response"], str) and not row["response"].strip():
         raise UserError("the response is empty; remove the row")
-    turns = [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row["response"]},
-    ]
-    return _conversation(row, turns, ["prompt", "response"], [1])
+    is_text = isinstance(row["prompt"], str) and isinstance(row["response"], str)
+    names_of_turns = [*of_prompt, *of_answer]
+    return _demonstration(row, [*prompt, *answer], names_of_turns, first=len(prompt), is_text=is_text)
 
 
-def read_prompt(row: Row) -> Conversation:
+def _demonstration(
+    row: Row, turns: list[Message], names: list[str], *, first: int, is_text: bool = False
+) -> Conversation:
+    """The conversation whose assistant turns from number `first` on are learned, where they do not say no."""
+    flags = [_flag(turn, name) for turn, name in zip(turns, names, strict=True)]
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant" and number >= first]
+    if not answers:
+        raise UserError("the row has no response: none of its messages has the role assistant")
+    learned = [number for number in answers if flags[number] is not False]
+    if not learned:
+        raise UserError("the row teaches nothing: none of its assistant turns is learned; remove the row")
+    for number in learned:
+        if not str(turns[number]["content"]).strip() and not _calls(turns[number]):
+            raise UserError(f"{names[number]}: the assistant's response is empty; remove the turn")
+    # Turns behind the last learned one teach nothing and would only cost tokens.
+    upto = learned[-1] + 1
+    asked = [number for number in learned if flags[number]]
+    return _conversation(row, turns[:upto], names[:upto], learned, asked, is_text=is_text)
+
+
+def read_prompt(row: Row, names: Names = _OWN_NAMES) -> Conversation:
     """The prompt that a row asks to be answered; a reference answer beside it is left alone.
 
-    The row has `prompt` (text), or `messages` whose last turn is not the assistant's; `system`, `tools` and
-    `documents` beside them.
+    The row has `prompt` (a text or a list of turns) or `messages`, whose last turn is not the assistant's;
+    `system`, `tools` and `documents` beside them.
 
     Raises:
         UserError: neither is there, a wrong type, or an instruction that is not read.
@@ -151,14 +174,26 @@ def read_prompt(row: Row) -> Conversation:
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
         raise UserError(f"expected either prompt or messages, got {sorted(row)}")
-    if prompt is not None:
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError("prompt: expected a non-empty text")
-        return _conversation(row, [{"role": "user", "content": prompt}], ["prompt"])
-    turns = _turns(messages)
+    key = "messages" if prompt is None else "prompt"
+    name, said = names.get(key, key), row[key]
+    if isinstance(said, str) and prompt is not None:
+        if not said:
+            raise UserError(f"{name}: expected a non-empty text, or a list of turns")
+        return _conversation(row, [{"role": "user", "content": said}], [name], is_text=True)
+    turns = _turns(said, name)
     if turns[-1]["role"] == "assistant":
-        raise UserError("messages: the last turn is the assistant's; remove it, it is what is generated")
-    return _conversation(row, turns, _numbered(turns))
+        raise UserError(f"{name}: the last turn is the assistant's; remove it, it is what is generated")
+    return _conversation(row, turns, _numbered(turns, name))
+
+
+def _texts_or_turns(said: object, name: str, role: str) -> tuple[list[Message], list[str]]:
+    """The turns of a prompt or a response, a text being one turn of the role, and what each is called."""
+    if isinstance(said, str):
+        return [{"role": role, "content": said}], [name]
+    if not isinstance(said, Sequence):
+        raise UserError(f"{name}: expected text, or a list of turns, got {type(said).__name__}")
+    turns = _turns(said, name)
+    return turns, _numbered(turns, name)
 
 
 def _conversation(
@@ -167,11 +202,13 @@ def _conversation(
     names: Sequence[str],
     learned: Sequence[int] = (),
     asked: Sequence[int] = (),
+    *,
+    is_text: bool = False,
 ) -> Conversation:
     """The turns behind the row's system text, and what a template is given beside them."""
     given = {key: value for key in _GIVEN if not is_empty(value := _objects(key, row.get(key)))}
     system = row.get("system")
-    is_plain = row.get("messages") is None and not given and is_empty(system)
+    is_plain = is_text and not given and is_empty(system)
     if not is_empty(system):
         if not isinstance(system, str):
             raise UserError(f"system: expected text, got {type(system).__name__}")
@@ -195,8 +232,8 @@ def is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str | Sequence | Mapping) and len(value) == 0)
 
 
-def _numbered(turns: Sequence[Message]) -> list[str]:
-    return [f"messages[{number}]" for number in range(len(turns))]
+def _numbered(turns: Sequence[Message], name: str) -> list[str]:
+    return [f"{name}[{number}]" for number in range(len(turns))]
 
 
 def _objects(key: str, value: object) -> object:
@@ -252,26 +289,26 @@ def _calls(turn: Message) -> bool:
     return not (is_empty(turn.get("tool_calls")) and is_empty(turn.get("function_call")))
 
 
-def _turns(messages: object) -> list[Message]:
+def _turns(messages: object, name: str) -> list[Message]:
     """Turns with a role and a text."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"messages: expected a list of turns, got {type(messages).__name__}")
+    if isinstance(messages, Sequence) and not messages:
+        raise UserError(f"{name}: expected a list of turns, got an empty one")
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise UserError(f"{name}: expected a list of turns, got {type(messages).__name__}")
     checked: list[Message] = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"messages[{number}]: expected role and content, got {type(message).__name__}")
+            raise UserError(f"{name}[{number}]: expected role and content, got {type(message).__name__}")
         kept = {str(key): value for key, value in message.items() if value is not None}
         if kept.get("role") == "assistant" and _calls(kept):
             kept.setdefault("content", "")
         for key in ("role", "content"):
             if not isinstance(kept.get(key), str):
-                raise UserError(
-                    f"messages[{number}].{key}: expected text, got {type(kept.get(key)).__name__}"
-                )
+                raise UserError(f"{name}[{number}].{key}: expected text, got {type(kept.get(key)).__name__}")
         role = str(kept["role"])
         known = _OTHER_ROLES.get(role.casefold(), role.casefold())
         if role != known and known in _ROLES:
-            raise UserError(f"messages[{number}].role: expected {known}, got {role!r}; write {known}")
+            raise UserError(f"{name}[{number}].role: expected {known}, got {role!r}; write {known}")
         checked.append(kept)
     return checked
 

@@ -23,16 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sftrl.config.data import DemonstrationColumns
 from megatron_sftrl.data.chat import tokenize_row
+from megatron_sftrl.data.formats import FormattedRow, read_formatted
 from megatron_sftrl.data.packing import Example, Truncation, truncate
-from megatron_sftrl.data.rows import (
-    SourceRow,
-    check_source,
-    describe_row,
-    read_behavior_scores,
-    read_rows,
-    read_scorer,
-)
+from megatron_sftrl.data.rows import check_source, describe_row, read_behavior_scores, read_scorer
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError, error_of
 
@@ -197,7 +192,7 @@ def _concatenate(arrays: list, dtype: type) -> NDArray:
     return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
 
 
-_READING = 2
+_READING = 3
 """Raised when the same rows become other tokens or masks, so that no cache of an earlier version is used."""
 
 
@@ -265,6 +260,7 @@ def load_dataset(
     *,
     max_length: int,
     truncation: Truncation,
+    columns: DemonstrationColumns | None = None,
     cache_dir: Path | None = None,
     key: str = "data.train",
 ) -> Dataset:
@@ -272,6 +268,7 @@ def load_dataset(
 
     Args:
         max_length: tokens of the longest sequence; `truncation` says what happens to longer ones.
+        columns: data.columns.
         cache_dir: where the tokenized rows are kept and looked for; memory only when None. Let one rank
             come first, and the others after a barrier, so that the work is done once.
         key: where the paths stand in the configuration, for messages.
@@ -283,10 +280,13 @@ def load_dataset(
         check_source(path, key)
     place = None
     if cache_dir is not None:
-        place = cache_dir / _cache_key(paths, tokenizer, max_length=max_length, truncation=truncation)
+        mapped = columns and columns.model_dump()
+        place = cache_dir / _cache_key(paths, tokenizer, max_length, truncation, mapped)
         if (store := open_store(place)) is not None:
             return Dataset(store)
-    store = _build_store(paths, tokenizer, max_length=max_length, truncation=truncation, key=key)
+    store = _build_store(
+        paths, tokenizer, max_length=max_length, truncation=truncation, columns=columns, key=key
+    )
     if place is not None:
         try:
             save_store(store, place)
@@ -306,11 +306,14 @@ def tokenize_sources(
     *,
     max_length: int,
     truncation: Truncation,
+    columns: DemonstrationColumns | None = None,
+    key: str,
     use_scores: bool = True,
-) -> Iterator[tuple[int, SourceRow, Example | None, bool]]:
+) -> Iterator[tuple[int, FormattedRow, Example | None, bool]]:
     """Index of the source, the row, its example (None when dropped) and whether it was cut, in order.
 
-    `max_length` is in tokens. A tool that replaces behaviour scores does not read them (use_scores).
+    `max_length` is in tokens, `columns` are data.columns, `key` says where the paths come from. A tool that
+    replaces behaviour scores does not read them (use_scores).
 
     Raises:
         UserError: a row that cannot be read or used, named by file and line.
@@ -319,9 +322,9 @@ def tokenize_sources(
     # Threads: the tokenizers run outside of Python's lock, and results come back in order.
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         for index, path in enumerate(paths):
-            for chunk in _chunks(read_rows(path)):
+            for chunk in _chunks(read_formatted(path, "demonstrations", columns=columns, key=key)):
                 numbers = range(first_row, first_row + len(chunk))
-                examples = pool.map(partial(_tokenize, tokenizer, path), chunk, numbers)
+                examples = pool.map(partial(_tokenize, tokenizer), chunk, numbers)
                 for row, full in zip(chunk, examples, strict=True):
                     opens = int(full.tokens[0]) == tokenizer.bos_id
                     cut = truncate(full, max_length=max_length, truncation=truncation, keep_first=opens)
@@ -330,29 +333,28 @@ def tokenize_sources(
                 first_row += len(chunk)
 
 
-def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
+def _chunks(rows: Iterator[FormattedRow]) -> Iterator[list[FormattedRow]]:
     """Rows in lists that keep every thread busy and memory small."""
     while chunk := list(islice(rows, 1024)):
         yield chunk
 
 
-def _tokenize(tokenizer: Tokenizer, path: Path, row: SourceRow, row_over_all: int) -> Example:
+def _tokenize(tokenizer: Tokenizer, row: FormattedRow, row_over_all: int) -> Example:
     """The whole example of a row, without its scores."""
-    source = describe_row(path, row.number)
     try:
-        ids, mask = tokenize_row(tokenizer, row.values)
+        ids, mask = tokenize_row(tokenizer, row.conversation())
     except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{row.source}: {error}") from error
     return Example(
         tokens=np.array(ids, np.int32),
         loss_mask=np.array(mask, np.bool_),
         behavior_logprobs=None,
         row=row_over_all,
-        source=source,
+        source=row.source,
     )
 
 
-def _with_scores(row: SourceRow, full: Example, cut: Example) -> Example:
+def _with_scores(row: FormattedRow, full: Example, cut: Example) -> Example:
     """The example with the row's behaviour scores, if it has any."""
     try:
         scores = read_behavior_scores(
@@ -366,14 +368,20 @@ def _with_scores(row: SourceRow, full: Example, cut: Example) -> Example:
 
 
 def _build_store(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation, key: str
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation: Truncation,
+    columns: DemonstrationColumns | None,
+    key: str,
 ) -> TokenStore:
     kept: list[tuple[int, int, Example]] = []
     num_dropped = num_truncated = 0
     scorers: set[str] = set()
     empty = set(range(len(paths)))
     for index, row, example, is_cut in tokenize_sources(
-        paths, tokenizer, max_length=max_length, truncation=truncation
+        paths, tokenizer, max_length=max_length, truncation=truncation, columns=columns, key=key
     ):
         empty.discard(index)
         if example is None:
@@ -401,14 +409,12 @@ def _build_store(
     )
 
 
-def _cache_key(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, max_length: int, truncation: Truncation
-) -> str:
+def _cache_key(paths: Sequence[Path], tokenizer: Tokenizer, *settings: object) -> str:
     """Name that changes whenever the tokenized rows could."""
     files = []
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             stat = file.stat()
             files.append((str(file.resolve()), stat.st_size, stat.st_mtime_ns))
-    facts = [_READING, files, [str(path) for path in paths], tokenizer.fingerprint, max_length, truncation]
+    facts = [_READING, files, [str(path) for path in paths], tokenizer.fingerprint, *settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from megatron_sftrl.config.data import PromptColumns
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
-from megatron_sftrl.data.conversation import read_prompt
-from megatron_sftrl.data.rows import check_source, describe_row, read_rows
+from megatron_sftrl.data.formats import read_formatted
+from megatron_sftrl.data.rows import check_source
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
-    """A row as it was read, where it stands (such as `train.jsonl:17`), and ids that responses continue."""
+    """Ids that responses continue, where the row stands (such as `train.jsonl:17`), and its columns.
+
+    Among them is the answer, wherever the row's format has it.
+    """
 
     tokens: tuple[int, ...]
     values: Mapping[str, object]
@@ -34,9 +38,14 @@ class PromptSet:
 
 
 def read_prompt_set(
-    paths: Sequence[Path], tokenizer: Tokenizer, *, max_prompt_length: int, key: str = "data.train"
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    columns: PromptColumns | None = None,
+    key: str = "data.train",
 ) -> PromptSet:
-    """Read and tokenize every row; `key` is where the paths stand in the configuration.
+    """Read and tokenize every row; `columns` are data.columns, `key` is where the paths stand there.
 
     Raises:
         UserError: a source or row that cannot be used, a prompt that is too long, a source without rows.
@@ -46,10 +55,11 @@ def read_prompt_set(
     for path in paths:
         check_source(path, key)
         before = len(rows)
-        for row in read_rows(path):
-            source = describe_row(path, row.number)
+        for row in read_formatted(path, "prompts", columns=columns, key=key):
+            source = row.source
             try:
-                tokens = tuple(encode_prompt(tokenizer, read_prompt(row.values)))
+                tokens = tuple(encode_prompt(tokenizer, row.conversation()))
+                values = row.values_with_answer()
             except ValueError as error:
                 raise UserError(f"{source}: {error}") from error
             if len(tokens) > max_prompt_length:
@@ -57,8 +67,8 @@ def read_prompt_set(
                     f"{source}: expected at most data.max_prompt_length = {max_prompt_length} tokens, got "
                     f"{len(tokens)}; raise it or remove the row"
                 )
-            rows.append(PromptRow(tokens=tokens, values=row.values, source=source))
-            digest.update(_as_json(tokens, row.values, source))
+            rows.append(PromptRow(tokens=tokens, values=values, source=source))
+            digest.update(_as_json(tokens, values, source))
         if len(rows) == before:
             raise UserError(f"{key}: no prompts in {path}; remove it from {key}, or write it again")
     return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest())

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sftrl.config.data import PromptColumns
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
-from megatron_sftrl.data.conversation import read_prompt
-from megatron_sftrl.data.rows import describe_row, read_rows
+from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
@@ -61,7 +61,8 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         raise UserError(f"{request.out} exists already: choose another --out, or remove it")
     architecture, tokenizer = checked_model(config)
     check_stop_ids("--stop-id", sorted(request.sampling.stop_ids), architecture.vocab_size)
-    rows, prompts = _read_prompts(request.prompts, tokenizer)
+    columns = config.grpo.data.columns if config.grpo is not None else None
+    rows, prompts = _read_prompts(request.prompts, tokenizer, columns)
     checkpoint = request.checkpoint or config.run_dir
     sampling = replace(
         request.sampling,
@@ -79,13 +80,15 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         on_rank_zero(lambda: _write(request, rows, groups, tokenizer, sampling))
 
 
-def _read_prompts(path: Path, tokenizer: Tokenizer) -> tuple[list[Mapping[str, Any]], list[tuple[int, ...]]]:
+def _read_prompts(
+    path: Path, tokenizer: Tokenizer, columns: PromptColumns | None
+) -> tuple[list[Mapping[str, Any]], list[tuple[int, ...]]]:
     rows, prompts = [], []
-    for row in read_rows(path):
+    for row in read_formatted(path, "prompts", columns=columns, key="--prompts"):
         try:
-            prompts.append(tuple(encode_prompt(tokenizer, read_prompt(row.values))))
+            prompts.append(tuple(encode_prompt(tokenizer, row.conversation())))
         except ValueError as error:
-            raise UserError(f"{describe_row(path, row.number)}: {error}") from error
+            raise UserError(f"{row.source}: {error}") from error
         rows.append(row.values)
     if not rows:
         raise UserError(f"{path} holds no prompt")

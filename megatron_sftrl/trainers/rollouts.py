@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -407,12 +408,17 @@ def open_prompts(checked: CheckedRun[GrpoConfig]) -> tuple[PromptSet, PromptSet 
         UserError: as read_prompt_set, or epochs that do not fill a step.
     """
     data = checked.config.data
-    limit = data.max_prompt_length
-    train = read_prompt_set(data.train, checked.tokenizer, max_prompt_length=limit)
+    read = partial(
+        read_prompt_set,
+        tokenizer=checked.tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        columns=data.columns,
+    )
+    train = read(data.train)
     num_rollout_steps(checked.config, train)
     if not data.valid:
         return train, None
-    return train, read_prompt_set(data.valid, checked.tokenizer, max_prompt_length=limit, key="data.valid")
+    return train, read(data.valid, key="data.valid")
 
 
 def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:

@@ -100,6 +100,7 @@ def _load(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: 
         checked.tokenizer,
         max_length=data.max_length,
         truncation=data.truncation,
+        columns=data.columns,
         cache_dir=directory.path / "tokens",
         key="data.train" if is_train else "data.valid",
     )

@@ -35,8 +35,8 @@ from megatron_sftrl.apps.preflight.node import (
 )
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
-from megatron_sftrl.data.conversation import read_prompt
-from megatron_sftrl.data.rows import check_source, read_rows
+from megatron_sftrl.data.formats import read_formatted
+from megatron_sftrl.data.rows import check_source
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.build import check_engine
@@ -287,18 +287,20 @@ def _data_files(config: TrainingConfig) -> list:
 def _read_first_rows(checked: CheckedRun[TrainingConfig]) -> None:
     """The first row of each file becomes tokens; the run itself reads all of them."""
     data = cast(RunConfig | GrpoConfig, checked.config).data
+    kind = "demonstrations" if checked.config.grpo is None else "prompts"
     for key, path in [("train", path) for path in data.train] + [("valid", path) for path in data.valid]:
         check_source(path, f"data.{key}")
-        row = next(iter(read_rows(path)), None)
+        row = next(read_formatted(path, kind, columns=data.columns, key=f"data.{key}"), None)
         if row is None:
             raise UserError(f"data.{key}: {path} holds no row: expected at least one")
         try:
-            if checked.config.grpo is not None:
-                encode_prompt(checked.tokenizer, read_prompt(row.values))
+            if kind == "prompts":
+                encode_prompt(checked.tokenizer, row.conversation())
+                row.values_with_answer()
             else:
-                tokenize_row(checked.tokenizer, row.values)
+                tokenize_row(checked.tokenizer, row.conversation())
         except ValueError as error:
-            raise UserError(f"{path}, first row: {error}") from error
+            raise UserError(f"{row.source}: {error}") from error
 
 
 def _shared_directory(meeting: Meeting, config: TrainingConfig, leaders: dict[str, int]) -> Finding:

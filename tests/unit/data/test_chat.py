@@ -79,7 +79,7 @@ def test_a_template_that_prints_earlier_turns_differently_is_refused_and_not_gue
         ({"response": "Hello"}, "no prompt"),
         ({"prompt": "Hello", "response": None}, "no response"),
         ({"prompt": "Hello", "response": " \n"}, "response is empty"),
-        ({"prompt": "Hello", "response": 4}, "expected text, got int"),
+        ({"prompt": "Hello", "response": 4}, "expected text, or a list of turns, got int"),
         ({"messages": []}, "list of turns"),
         ({"messages": "Hello"}, "list of turns"),
         ({"messages": ["Hello"]}, r"messages\[0\]"),

@@ -1,0 +1,380 @@
+"""Formats of rows: which columns hold prompt, response and answer, told by the first row of a file.
+
+A format is recognised by the columns that it must have and by their types, and one line says which one it is.
+A row that two formats fit is refused, as is a row of another format than those before it: a guess would be
+seen only in what a model learns. `data.columns` names the columns of everything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from megatron_sftrl.config.data import DemonstrationColumns, PromptColumns
+from megatron_sftrl.data.conversation import Conversation, Row, read_demonstration, read_prompt
+from megatron_sftrl.data.rows import describe_row, read_rows
+from megatron_sftrl.errors import UserError
+
+LOGGER = logging.getLogger(__name__)
+
+Kind = Literal["demonstrations", "prompts"]
+"""Rows whose responses are learned, or rows that ask for responses."""
+
+Columns = DemonstrationColumns | PromptColumns
+
+_SAID_BY = ("prompt", "response", "messages")
+"""Names under which conversation.py reads what a row says."""
+
+
+def _leave_as_is(said: dict[str, object], row: Row) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFormat:
+    """One way to write rows.
+
+    Args:
+        title: what the log calls it, and what becomes of its columns.
+        columns: the column (or a.b inside of one) of each of prompt, response, messages and answer.
+        fits: a row has these columns, in the types that tell this format from others.
+        finish: changes what was found in the columns where it is not read as it stands.
+        used: further columns that `finish` reads.
+        is_mapped: the columns are the user's, from data.columns.
+    """
+
+    title: str
+    columns: Mapping[str, str]
+    fits: Callable[[Row], bool]
+    finish: Callable[[dict[str, object], Row], None] = _leave_as_is
+    used: tuple[str, ...] = ()
+    is_mapped: bool = False
+
+    def said_by(self, row: Row, kind: Kind) -> dict[str, object]:
+        """The row under the names that conversation.py reads, with the columns that are the user's own.
+
+        Raises:
+            UserError: a column that data.columns names is not there, or a column of another format is.
+        """
+        said = {name: self._value(row, name) for name in self.columns}
+        self.finish(said, row)
+        others = {key: value for key, value in row.items() if key not in (*self.columns.values(), *self.used)}
+        if kind == "demonstrations" and not self.is_mapped:
+            left = sorted(key for key in _SAID_BY if others.get(key) is not None)
+            if left:
+                raise UserError(
+                    f"the row has {' and '.join(left)} beside {self.title}; keep one of the two forms, or "
+                    f"name the columns that are meant by data.columns{self.example}"
+                )
+        return {key: value for key, value in others.items() if key not in _SAID_BY} | said
+
+    def answer_column(self, columns: Columns | None) -> str | None:
+        """Where the answer of a prompt stands, by data.columns or else the format; None: nowhere known."""
+        named = columns.answer if isinstance(columns, PromptColumns) else None
+        return named or self.columns.get("answer")
+
+    @property
+    def example(self) -> str:
+        """`, such as data.columns: {...}`: how to choose this format, empty where no mapping can."""
+        if self.used:
+            return ""
+        return f", such as data.columns: {{{', '.join(f'{n}: {c}' for n, c in self.columns.items())}}}"
+
+    def _value(self, row: Row, name: str) -> object:
+        column = self.columns[name]
+        is_there, value = find_column(row, column)
+        if not is_there:
+            raise UserError(f"data.columns.{name}: {_not_there(row, column)}")
+        if value is None and name != "answer":
+            raise UserError(f"{column} is null in this row; write a text or turns there, or remove the row")
+        return value
+
+
+def find_column(row: Row, column: str) -> tuple[bool, object]:
+    """Whether a row has a column, or a key in its objects (`reward_model.ground_truth`), and its value.
+
+    Raises:
+        UserError: a column has this name with its dots, and objects have such keys, too.
+    """
+    inner: object = row
+    for part in column.split("."):
+        if not isinstance(inner, Mapping) or part not in inner:
+            return (column in row), row.get(column)
+        inner = inner[part]
+    if "." in column and column in row:
+        raise UserError(f"{column}: the row has a column of this name and also such keys; rename one of them")
+    return True, inner
+
+
+def _not_there(row: Row, column: str) -> str:
+    """Why a column cannot be read: the nearest one, and a text on the way, which is not parsed."""
+    names = list(_dotted(row))
+    outer = column
+    while "." in outer:
+        outer = outer.rpartition(".")[0]
+        is_there, value = find_column(row, outer)
+        if is_there and not isinstance(value, Mapping):
+            return (
+                f"expected {column}, but {outer} holds {type(value).__name__} and not an object (JSON text "
+                "is not parsed); write it as an object, or name another column"
+            )
+    near = difflib.get_close_matches(column, names, n=1, cutoff=0)
+    nearest = f"; the nearest is {near[0]}" if near else ""
+    return f"the row has no column {column}{nearest} (it has {', '.join(map(str, row)) or 'none'})"
+
+
+def _dotted(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+# What tells the formats apart. A null is no column: columnar files fill in what other rows have.
+
+
+def _has(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(row.get(name) is not None for name in names)
+
+
+def _is_turns(value: object) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(turn, Mapping) for turn in value)
+    )
+
+
+def _is_verl(row: Row) -> bool:
+    scoring = row.get("reward_model")
+    return _is_turns(row.get("prompt")) and isinstance(scoring, Mapping) and "ground_truth" in scoring
+
+
+def _is_from_and_value(turns: object) -> bool:
+    return _is_turns(turns) and all("from" in turn and "value" in turn for turn in turns)  # type: ignore[union-attr]
+
+
+def _join_instruction(said: dict[str, object], row: Row) -> None:
+    """Alpaca: what the instruction is about stands below it, where there is anything."""
+    for name, value in (("instruction", said["prompt"]), ("output", said["response"])):
+        if not isinstance(value, str):
+            raise UserError(f"{name}: expected text, got {type(value).__name__}")
+    about = row.get("input")
+    if about is not None and not isinstance(about, str):
+        raise UserError(f"input: expected text, got {type(about).__name__}")
+    if about:
+        said["prompt"] = f"{said['prompt']}\n{about}"
+
+
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant"), "assistant"),
+    "system": "system",
+}
+
+
+def _turns_of_sharegpt(name: str, said: dict[str, object], row: Row) -> None:
+    """Turns of {from, value} as turns of {role, content}; turns of other keys stay as they are."""
+    if not _is_from_and_value(turns := said.get("messages")):
+        return
+    said["messages"] = [
+        _turn_of_sharegpt(turn, f"{name}[{number}]")
+        for number, turn in enumerate(turns)  # type: ignore[arg-type]
+    ]
+
+
+def _turn_of_sharegpt(turn: Mapping[str, object], name: str) -> dict[str, object]:
+    speaker, text = turn["from"], turn["value"]
+    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(
+            f"{name}.from: expected one of {', '.join(_SHAREGPT_ROLES)}, got {speaker!r}; write the row with "
+            "messages of role and content"
+        )
+    if not isinstance(text, str):
+        raise UserError(f"{name}.value: expected text, got {type(text).__name__}")
+    for key in ("role", "content"):
+        if turn.get(key) is not None:
+            raise UserError(f"{name} has from and value, and also {key}; keep one of the two forms")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    return {"role": role, "content": text, **others}
+
+
+def _known(title: str, fits: Callable[[Row], bool], **columns: str) -> RowFormat:
+    return RowFormat(title=title, columns=MappingProxyType(columns), fits=fits)
+
+
+_MESSAGES = _known("messages", _has("messages"), messages="messages")
+
+_FORMATS: dict[Kind, tuple[RowFormat, ...]] = {
+    "demonstrations": (
+        _MESSAGES,
+        _known("prompt and response", _has("prompt", "response"), prompt="prompt", response="response"),
+        _known(
+            "TRL's rows: prompt, and completion as the response",
+            _has("prompt", "completion"),
+            prompt="prompt",
+            response="completion",
+        ),
+        _known(
+            "LUFFY's rows: prompt turns, and target turns as the response",
+            lambda row: _is_turns(row.get("prompt")) and _is_turns(row.get("target")),
+            prompt="prompt",
+            response="target",
+        ),
+        RowFormat(
+            title="Alpaca's rows: instruction, a newline and input as the prompt, output as the response",
+            columns=MappingProxyType({"prompt": "instruction", "response": "output"}),
+            fits=_has("instruction", "output"),
+            finish=_join_instruction,
+            used=("input",),
+        ),
+        RowFormat(
+            title="ShareGPT's rows: conversations of from and value, human as user and gpt as assistant",
+            columns=MappingProxyType({"messages": "conversations"}),
+            fits=lambda row: _is_from_and_value(row.get("conversations")),
+            finish=lambda said, row: _turns_of_sharegpt("conversations", said, row),
+        ),
+    ),
+    "prompts": (
+        _known(
+            "verl's RL rows: prompt turns",
+            _is_verl,
+            prompt="prompt",
+            answer="reward_model.ground_truth",
+        ),
+        _known("prompts", lambda row: row.get("prompt") is not None and not _is_verl(row), prompt="prompt"),
+        _MESSAGES,
+        _known(
+            "question and answer: question as the prompt",
+            _has("question", "answer"),
+            prompt="question",
+            answer="answer",
+        ),
+    ),
+}
+
+_EXPECTED: dict[Kind, str] = {
+    "demonstrations": "expected prompt and response (or completion, or target), messages, conversations of "
+    "from and value, or instruction and output",
+    "prompts": "expected either prompt or messages, or question and answer",
+}
+
+
+def recognise(row: Row, kind: Kind, columns: Columns | None = None) -> RowFormat:
+    """The one format that a row is written in; `columns` are data.columns.
+
+    Raises:
+        UserError: no format fits, or more than one.
+    """
+    mapped = {} if columns is None else columns.model_dump(exclude_none=True)
+    if any(name in mapped for name in _SAID_BY):
+        return _mapped_format(mapped)
+    fitting = [each for each in _FORMATS[kind] if each.fits(row)]
+    if not fitting:
+        missing = ""
+        if kind == "demonstrations":
+            missing = f"the row has no {'prompt' if row.get('prompt') is None else 'response'}; "
+        raise UserError(
+            f"{missing}{_EXPECTED[kind]}, got {sorted(row)}; data.columns names columns of other names"
+        )
+    if len(fitting) > 1:
+        one, two = fitting[:2]
+        raise UserError(
+            f"the row fits two formats, {one.title}; and {two.title}: remove the columns of one, or name "
+            f"those that are meant by data.columns{one.example or two.example}"
+        )
+    return fitting[0]
+
+
+def _mapped_format(mapped: Mapping[str, str]) -> RowFormat:
+    told = ", ".join(f"{name} from {column}" for name, column in mapped.items() if name != "answer")
+    name = mapped.get("messages", "")
+    return RowFormat(
+        title=f"rows as data.columns names them: {told}",
+        columns=MappingProxyType(dict(mapped)),
+        fits=lambda row: True,
+        finish=lambda said, row: _turns_of_sharegpt(name, said, row),
+        is_mapped=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormattedRow:
+    """A row as its file holds it, its number as in SourceRow, where it stands, and the format of its file."""
+
+    values: Mapping[str, object]
+    number: int
+    source: str
+    kind: Kind
+    format: RowFormat
+    columns: Columns | None
+
+    def conversation(self) -> Conversation:
+        """What the row says.
+
+        Raises:
+            UserError: without the row's place: another format than the file's, or a row that cannot be used.
+        """
+        found = self.format
+        if not found.is_mapped and (found := recognise(self.values, self.kind)) is not self.format:
+            raise UserError(
+                f"the row holds {found.title}, but the first row of the file holds {self.format.title}; "
+                "write rows of one format into each file"
+            )
+        said = found.said_by(self.values, self.kind)
+        read = read_demonstration if self.kind == "demonstrations" else read_prompt
+        return read(said, found.columns)
+
+    def values_with_answer(self) -> Mapping[str, object]:
+        """The row for the rewards: every column, and `answer` from where the format has it.
+
+        Raises:
+            UserError: without the row's place: the answer's column is not there, or there are two answers.
+        """
+        column = self.format.answer_column(self.columns)
+        if column is None or column == "answer":
+            return self.values
+        is_there, answer = find_column(self.values, column)
+        if not is_there:
+            raise UserError(f"data.columns.answer: {_not_there(self.values, column)}")
+        own = self.values.get("answer")
+        is_named = isinstance(self.columns, PromptColumns) and self.columns.answer is not None
+        if not is_named and own is not None and own != answer:
+            raise UserError(
+                f"the row has two answers, {own!r} in answer and {answer!r} in {column}; remove one, or name "
+                f"the one that is meant by data.columns, such as data.columns: {{answer: {column}}}"
+            )
+        return {**self.values, "answer": answer}
+
+
+def read_formatted(
+    path: Path, kind: Kind, *, columns: Columns | None = None, key: str
+) -> Iterator[FormattedRow]:
+    """Rows of one source in order, in the format of its first row, which one line of the log tells.
+
+    `columns` are data.columns, `key` is where the path stands in the configuration.
+
+    Raises:
+        UserError: as read_rows, or the first row is of no format or of two.
+    """
+    chosen = None
+    for row in read_rows(path):
+        source = describe_row(path, row.number)
+        if chosen is None:
+            try:
+                chosen = recognise(row.values, kind, columns)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from error
+            answer = chosen.answer_column(columns) if kind == "prompts" else None
+            told = f", answer from {answer}" if answer not in (None, "answer") else ""
+            LOGGER.info("%s: %s holds %s%s", key, path, chosen.title, told)
+        yield FormattedRow(
+            values=row.values, number=row.number, source=source, kind=kind, format=chosen, columns=columns
+        )
