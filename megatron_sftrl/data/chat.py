@@ -439,7 +439,7 @@ def _plain_texts(conversation: Conversation) -> list[str]:
         return [str(message["content"]) for message in conversation.messages]
     asks = [*(name for name in conversation.names if name == "system"), *conversation.given]
     raise UserError(
-        f"the row has {', '.join(asks) or 'messages'} but the tokenizer has no chat template; set "
+        f"the row has {', '.join(asks) or 'turns'} but the tokenizer has no chat template; set "
         "tokenizer.chat_template to a Jinja file, or write rows with prompt and response alone"
     )
 

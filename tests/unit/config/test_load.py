@@ -167,3 +167,15 @@ def test_loading_does_not_change_the_given_overrides() -> None:
     overrides = ["parallel.tp=2"]
     config_from_text(EXAMPLE, source="run.yaml", overrides=overrides)
     assert overrides == ["parallel.tp=2"]
+
+
+def test_the_columns_of_the_data_are_kept_and_a_name_that_does_nothing_is_refused() -> None:
+    columns = {"prompt": "question", "response": "meta.answer", "messages": None}
+    config = example("data.columns={prompt: question, response: meta.answer}")
+    assert config.data.columns is not None
+    assert config.data.columns.model_dump() == columns
+    assert config_from_text(resolved_yaml(config), source="resolved.yaml") == config
+    assert "'data.columns.answer'" in message_of("data.columns={messages: a, answer: b}")
+    assert "did you mean 'data.columns.response'?" in message_of("data.columns={prompt: a, respones: b}")
+    assert "or messages alone (override 'data.columns.prompt=a')" in message_of("data.columns.prompt=a")
+    assert example("data.columns={messages: a}", "data.columns=null").data.columns is None
