@@ -55,7 +55,7 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
     if config.model.hf is None:
         add("model", ("allow_pickle",), "model.hf is not given")
-    if not config.has_validation:
+    if not config.held_out:
         add("train", ("eval_every",), "data.valid is empty")
     return idle
 

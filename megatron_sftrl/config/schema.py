@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -327,8 +328,8 @@ class TrainingConfig(Section, ABC):
 
     @property
     @abstractmethod
-    def has_validation(self) -> bool:
-        """There is held-out data."""
+    def held_out(self) -> list[Path]:
+        """Files of held-out data, none where there is no evaluation."""
 
     @property
     def grpo(self) -> GrpoConfig | None:
@@ -350,8 +351,8 @@ class RunConfig(TrainingConfig):
         return "data.max_length"
 
     @property
-    def has_validation(self) -> bool:
-        return bool(self.data.valid)
+    def held_out(self) -> list[Path]:
+        return self.data.valid
 
 
 # What a run says about its rewards: named functions with weights, and the limits of their workers.
@@ -546,8 +547,8 @@ class GrpoConfig(TrainingConfig):
         return "data.max_prompt_length + rollout.max_new_tokens"
 
     @property
-    def has_validation(self) -> bool:
-        return bool(self.data.valid)
+    def held_out(self) -> list[Path]:
+        return self.data.valid
 
     @property
     def grpo(self) -> GrpoConfig:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
+import shlex
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.data.conversation import read_prompt
+from megatron_sftrl.data.rows import read_rows
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState, load_weights
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.model import LanguageModel
@@ -29,7 +34,7 @@ from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture, num_parameters
 from megatron_sftrl.models.hf_weights import open_weights
-from megatron_sftrl.observability.metrics import MetricsWriter, open_metrics
+from megatron_sftrl.observability.metrics import MetricsWriter, open_metrics, read_metrics
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
 from megatron_sftrl.observability.watch import HangWatch, Place, StragglerWatch, Timers, peak_memory_bytes
@@ -108,6 +113,7 @@ class Run(Generic[ConfigT]):
     ) -> None:
         config = checked.config
         self.config, self.loss, self.directory, self.parallel = config, checked.loss, directory, parallel
+        self._num_positions = checked.architecture.max_position_embeddings
         self.num_steps = num_steps
         many = "es" if parallel.world_size > 1 else ""
         LOGGER.info("starting on %d process%s, %s", parallel.world_size, many, parallel.device.type)
@@ -164,6 +170,8 @@ class Run(Generic[ConfigT]):
     def recorded(self) -> Iterator[None]:
         """Around the loop: rank 0 writes metrics, the watch runs, and the last checkpoint is waited for.
 
+        Of a finished run rank 0 tells where its result is, and what can be done with it.
+
         Raises:
             UserError, RuntimeError: on every rank, when rank 0 cannot open what it must write to.
         """
@@ -178,8 +186,24 @@ class Run(Generic[ConfigT]):
         with on_every_rank(open_sinks) as self._metrics, self.watch, self.store:
             yield
         dist.barrier()
-        if self.is_finished:
-            LOGGER.info("finished %d steps: %s", self.num_steps, self.directory.path)
+        checkpoint = self.store.latest()
+        if self.is_finished and checkpoint is not None and self.parallel.rank == 0:
+            self._tell_end(checkpoint)
+
+    def _tell_end(self, checkpoint: Path) -> None:
+        LOGGER.info("finished %d steps: %s", self.num_steps, self.directory.path)
+        LOGGER.info("last checkpoint: %s", checkpoint)
+        if numbers := last_numbers(self.directory):
+            LOGGER.info("last numbers: %s", numbers)
+        world_size = self.parallel.world_size
+        for line in next_commands(
+            self.config,
+            checkpoint,
+            num_positions=self._num_positions,
+            world_size=world_size,
+            per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        ):
+            LOGGER.info("%s", line)
 
     @property
     def is_finished(self) -> bool:
@@ -277,6 +301,87 @@ class Run(Generic[ConfigT]):
         if is_last:
             self.store.finish()
             stop_at(crossings)
+
+
+# What a finished run says: its last numbers, and commands that take its result, ready to be copied.
+
+
+_AT_THE_END = ("loss", "reward/mean", "valid/loss", "valid/reward/mean")
+_LONGEST_ANSWER = 256
+
+
+def last_numbers(directory: RunDirectory) -> str:
+    """The last loss, reward and evaluation in metrics.jsonl, with their step where it is not the last one."""
+    rows, shown = read_metrics(directory.metrics), []
+    for name in _AT_THE_END:
+        if (row := next((row for row in reversed(rows) if name in row), None)) is not None:
+            value = "not finite" if row[name] is None else f"{row[name]:.4g}"
+            shown.append(f"{name} {value}" + ("" if row is rows[-1] else f" (step {row['step']:.0f})"))
+    return ", ".join(shown)
+
+
+def next_commands(
+    config: TrainingConfig, checkpoint: Path, *, num_positions: int, world_size: int, per_node: int
+) -> list[str]:
+    """Export, generate and go on, each a line that ends with its command.
+
+    The commands start from resolved.yaml, which holds the overrides of the run's own command, and have as
+    many processes as the run's layout needs. Words in capitals are files that the user has to name.
+
+    Args:
+        checkpoint: step directory.
+        num_positions: longest sequence of the model.
+        world_size, per_node: processes of the run, and those on one node.
+    """
+    run_dir, resolved = config.run_dir, str(RunDirectory(path=config.run_dir).resolved)
+    step, grpo = checkpoint.name, config.grpo
+    longest = grpo.rollout.max_new_tokens if grpo else min(_LONGEST_ANSWER, num_positions // 2)
+    layout = config.parallel
+    experts = (layout.etp or layout.tp) * layout.ep * layout.pp
+    smallest = math.lcm(layout.tp * layout.pp * layout.cp, experts)
+    one_copy = _program(smallest if smallest <= per_node else world_size, per_node)
+    generate = [
+        *("generate", resolved, "--checkpoint", str(checkpoint), "--prompts", _held_out_prompts(config)),
+        *("--out", str(run_dir / f"responses-{step}.jsonl"), "--max-new-tokens", str(longest)),
+    ]
+    export = ["convert", "to-hf", "--checkpoint", str(checkpoint), "--out", str(run_dir / f"hf-{step}")]
+    if grpo:
+        label, more = "go on from here in a new run", ["grpo", resolved, *_as_new_run(config, checkpoint)]
+    else:
+        label, more = "go on with GRPO", ["grpo", "GRPO.yaml", f"model.init_checkpoint={checkpoint}"]
+    return [
+        f"export: sftrl {shlex.join(export)}",
+        f"try it: {one_copy} {shlex.join(generate)}",
+        f"{label}: {_program(world_size, per_node)} {shlex.join(more)}",
+    ]
+
+
+def _program(processes: int, per_node: int) -> str:
+    """The start of a command on so many processes; on several nodes it is given on each of them."""
+    if processes == 1:
+        return "sftrl"
+    nodes = ""
+    if processes > per_node:
+        nodes = f"--nnodes {processes // per_node} --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 "
+    return f"torchrun {nodes}--nproc-per-node {min(processes, per_node)} -m megatron_sftrl"
+
+
+def _held_out_prompts(config: TrainingConfig) -> str:
+    """A file of data.valid whose first row can be asked; `messages` that end with an answer cannot."""
+    for path in config.held_out:
+        with contextlib.suppress(UserError, OSError, StopIteration):
+            read_prompt(next(read_rows(path)).values)
+            return str(path)
+    return "PROMPTS.jsonl"
+
+
+def _as_new_run(config: TrainingConfig, checkpoint: Path) -> list[str]:
+    """Overrides that make another run of the same settings, from this one's weights."""
+    names = (Path(f"{config.run_dir}-{number}") for number in itertools.count(2))
+    changes = [f"run_dir={next(name for name in names if not name.exists())}"]
+    if config.model.hf is not None:  # it names weights as well, and two starts are refused
+        changes += ["model.hf=null", "model.allow_pickle=null", f"model.hf_config={config.model.hf}"]
+    return [*changes, f"model.init_checkpoint={checkpoint}"]
 
 
 # The models of a run, with the weights that it starts from.

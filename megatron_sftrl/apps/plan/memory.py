@@ -99,7 +99,7 @@ def _in_process(
     per_token = 2 * num_layers * groups * architecture.head_dim * batch.element
     cache = float((slots + 1) * longest * per_token)
     prompt_length, missing = config.data.max_prompt_length, 0.0
-    is_more = config.has_validation or config.filters.dynamic_sampling
+    is_more = bool(config.held_out) or config.filters.dynamic_sampling
     if slots * grid.dp >= rollout.prompts_per_step * rollout.group_size and not is_more:
         # All begin together; else places that come free are taken again beside a whole cache.
         missing = cache * max(0.0, 1 - (prompt_length + _CACHE_GROWTH) / longest)
