@@ -178,13 +178,15 @@ def _plain(value: float) -> float | int | None:
 
 
 _SHOWN = ("reward/mean", "loss", "grad_norm", "tokens_per_second")
+_HELD_OUT = "valid/"
 
 
 class ProgressSink:
-    """Shows step, loss, gradient norm, speed and the time that is left.
+    """Shows step, loss, gradient norm, speed and the time that is left, and every number of an evaluation.
 
-    Without a terminal (a Slurm log, a pipe) it prints a plain line at the first step, at the last one and
-    every `seconds_between_lines`.
+    Without a terminal (a Slurm log, a pipe) it prints a plain line at the first step, at the last one, at
+    each step with an evaluation and every `seconds_between_lines`. On a terminal an evaluation stays above
+    the bar.
 
     Args:
         first_step: steps already done before this process, so that they do not count as speed.
@@ -213,13 +215,16 @@ class ProgressSink:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         now = self._clock()
-        left = eta(step - self._first, self._total - step, now - self._start)
-        text = "  ".join([*_numbers(metrics), f"eta {left}"])
+        left = f"eta {eta(step - self._first, self._total - step, now - self._start)}"
+        numbers, held_out, place = _numbers(metrics), _held_out(metrics), f"step {step}/{self._total}"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, numbers=text)
-        elif step >= self._total or now - self._last_line >= self._pause:
+            if held_out:
+                line = "  ".join([place, *held_out])
+                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.update(self._bar.task_ids[0], completed=step, numbers="  ".join([*numbers, left]))
+        elif held_out or step >= self._total or now - self._last_line >= self._pause:
             self._last_line = now
-            print(f"step {step}/{self._total}  {text}", file=self._stream, flush=True)
+            print("  ".join([place, *numbers, *held_out, left]), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""
@@ -256,6 +261,10 @@ def _numbers(metrics: Mapping[str, float]) -> list[str]:
             value = f"{metrics[name]:,.0f}" if name == "tokens_per_second" else f"{metrics[name]:.4g}"
             shown.append(f"{label} {value}")
     return shown
+
+
+def _held_out(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(_HELD_OUT)]
 
 
 # The optional places for a run's numbers: Weights & Biases and TensorBoard.

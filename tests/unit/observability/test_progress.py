@@ -32,6 +32,18 @@ def test_without_a_terminal_a_line_comes_first_last_and_now_and_then() -> None:
     assert lines[-1].endswith("eta 0:00:00")
 
 
+def test_an_evaluation_has_a_line_of_its_step_with_all_of_its_numbers() -> None:
+    clock, stream = Clock(), io.StringIO()
+    sink = ProgressSink(total_steps=10, stream=stream, seconds_between_lines=10.0, clock=clock)
+    for step in range(1, 5):
+        clock.now += 1.0
+        held_out = {"valid/loss": 1.5, "valid/nll": 1.25} if step == 3 else {}
+        sink.write(step, {"loss": 2.0, "seconds/evaluate": 0.0, **held_out})
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "3/10"]
+    assert lines[1] == "step 3/10  loss 2  valid/loss 1.5  valid/nll 1.25  eta 0:00:07"
+
+
 def test_steps_before_a_resume_are_not_counted_as_speed() -> None:
     clock, stream = Clock(), io.StringIO()
     sink = ProgressSink(total_steps=110, first_step=100, stream=stream, clock=clock)
@@ -57,6 +69,17 @@ def test_on_a_terminal_the_bar_shows_steps_and_numbers(monkeypatch: pytest.Monke
     sink.close()
     assert "4/4" in stream.getvalue()
     assert "loss 0.25" in stream.getvalue()
+
+
+def test_on_a_terminal_an_evaluation_stays_when_the_bar_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    sink = ProgressSink(total_steps=4, stream=stream)
+    sink.write(2, {"loss": 0.75, "valid/loss": 1.5, "valid/[mine]": 0.125})
+    sink.write(4, {"loss": 0.25})
+    sink.close()
+    assert stream.getvalue().count("step 2/4  valid/loss 1.5  valid/[mine] 0.125\n") == 1
 
 
 @pytest.mark.parametrize(
