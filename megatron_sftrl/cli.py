@@ -11,11 +11,15 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from megatron_sftrl import __version__
 from megatron_sftrl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_sftrl.registry import FunctionRegistry
 
 # The options of `sftrl plan`; nothing heavy is imported here, since every command builds the parser.
 
@@ -102,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
     except BrokenPipeError:
         # `sftrl keys | head`. In a run it may be the pipe to a process that died.
-        if parsed.command not in (_keys, _losses, _plan):
+        if parsed.command not in (_keys, _losses, _plan, _rewards):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -207,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     losses = commands.add_parser("losses", help="list the losses: equation, source, needs and options")
     losses.add_argument("modules", nargs="*", metavar="file.py", help="files of your own losses, listed too")
     losses.set_defaults(command=_losses)
+
+    rewards = commands.add_parser("rewards", help="list the rewards: what they give, needs and options")
+    rewards.add_argument(
+        "modules", nargs="*", metavar="file.py", help="files of your own rewards, listed too"
+    )
+    rewards.set_defaults(command=_rewards)
 
     for name, command in {**commands.choices, **directions.choices}.items():
         if name != "convert":  # its directions have it
@@ -487,16 +497,33 @@ def _keys(parsed: argparse.Namespace) -> None:
 
 
 def _losses(parsed: argparse.Namespace) -> None:
-    from megatron_sftrl.config.messages import document_fields
-    from megatron_sftrl.losses.registry import DEFAULT_REGISTRY, load_module
+    from megatron_sftrl.losses import registry
 
-    for module in parsed.modules:
+    _list(registry.DEFAULT_REGISTRY, parsed.modules, needs="needs {}")
+
+
+def _rewards(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.rl.rewards import registry
+
+    _list(registry.DEFAULT_REGISTRY, parsed.modules, needs="needs {} in every row")
+
+
+def _list(registry: FunctionRegistry, modules: Sequence[str], *, needs: str) -> None:
+    """Print every function that a run can name, those of the files included, with its options."""
+    from megatron_sftrl.config.messages import document_fields
+    from megatron_sftrl.registry import load_module
+
+    for module in modules:
         load_module(module)
-    for name in DEFAULT_REGISTRY.names():
-        entry = DEFAULT_REGISTRY.get(name)
-        needs = f" (needs {', '.join(entry.needs)})" if entry.needs else ""
+    for name in registry.names():
+        entry = registry.get(name)
+        note = f" ({needs.format(', '.join(entry.needs))})" if entry.needs else ""
         text = inspect.getdoc(entry.function) or "No description."
-        print("\n".join([f"## {name}{needs}", "", text, "", *document_fields(entry.config)]), end="\n\n")
+        print(
+            "\n".join([f"## {name}{note}", "", text, "", *document_fields(entry.config)]),
+            end="\n\n",
+            flush=True,
+        )
 
 
 def _report(error: UserError | ValidationError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -242,6 +243,8 @@ def _default(field: FieldInfo) -> str:
         value = str(value).lower()
     if isinstance(value, tuple | list):
         value = f"[{', '.join(str(item) for item in value)}]"
+    if "\n" in str(value):  # a line of the list is one line
+        value = json.dumps(str(value))
     return f"default {value}"
 
 

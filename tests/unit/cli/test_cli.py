@@ -121,9 +121,64 @@ def test_every_loss_is_listed_with_its_equation_needs_and_options(
     )
 
 
-def test_a_closed_pipe_is_no_error() -> None:
+def test_every_reward_is_listed_with_what_it_gives_its_needs_and_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "my_reward_for_the_cli_test.py"
+    mine.write_text(
+        '"""Mine."""\n'
+        "from megatron_sftrl import RewardConfig, RewardInputs, RewardOutput, register_reward\n"
+        "class Config(RewardConfig):\n"
+        "    share: float = 0.5\n"
+        '    """Share of nothing."""\n'
+        "@register_reward('listed_by_the_cli_test', config=Config, needs=('answer', 'hint'))\n"
+        "def mine(inputs: RewardInputs, config: Config) -> RewardOutput:\n"
+        '    """Nothing."""\n'
+        "    raise AssertionError\n"
+    )
+    from megatron_sftrl.rl.rewards.registry import DEFAULT_REGISTRY
+
+    try:
+        assert main(["rewards", str(mine)]) == 0
+    finally:
+        DEFAULT_REGISTRY._entries.pop("listed_by_the_cli_test", None)
+    out = capsys.readouterr().out
+    for name in DEFAULT_REGISTRY.names():
+        assert f"## {name}" in out
+    assert "## math (needs answer in every row)\n\n1 for an answer of the right value" in out
+    assert "- `decimals` (integer >= 0, <= 15; default 6): Decimal places" in out
+    assert "## format\n\n1 if the whole response matches, else 0.\n\n- `pattern` (text; default " in out
+    assert (
+        "## listed_by_the_cli_test (needs answer, hint in every row)\n\nNothing.\n\n"
+        "- `share` (number; default 0.5): Share of nothing." in out
+    )
+    assert (
+        '- `example` (text; default "<think>\\n1 + 1 = 2\\n</think>\\n<answer>2</answer>"): A response' in out
+    )
+    assert "No description." not in out
+
+
+def test_the_list_of_rewards_loads_neither_torch_nor_a_verifier() -> None:
+    code = (
+        "import sys; from megatron_sftrl.cli import _parser, main; _parser(); "
+        "assert 'megatron_sftrl.registry' not in sys.modules; main(['rewards']); "
+        "print(sorted({'torch', 'sympy', 'math_verify', 'megatron', 'reasoning_gym'} & {*sys.modules}))"
+    )
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -m megatron_sftrl keys | head -1"],
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_file_of_rewards_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "missing.py"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["keys | head -1", "rewards | true"])
+def test_a_closed_pipe_is_no_error(command: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m megatron_sftrl {command}"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
