@@ -6,12 +6,13 @@ import argparse
 import inspect
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pydantic import ValidationError
 
@@ -20,6 +21,8 @@ from megatron_sftrl.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_sftrl.registry import FunctionRegistry
+
+LOGGER = logging.getLogger(__name__)
 
 # The options of `sftrl plan`; nothing heavy is imported here, since every command builds the parser.
 
@@ -119,7 +122,7 @@ def run_command(command: Callable[[], int | None], *, with_traceback: bool = Fal
     SFTRL_TRACEBACK=1 does). Any other exception is a failure and passes through: Python's traceback and exit
     code 1, with which torchrun and the job scripts start the run again.
     """
-    _hide_warnings_about_absent_cuda_packages()
+    _log_known_warnings()
     try:
         start_logging()
         return command() or 0
@@ -159,15 +162,59 @@ def start_logging() -> None:
     logger.setLevel(level or ("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"))
 
 
-def _hide_warnings_about_absent_cuda_packages() -> None:
+# What Megatron and torch warn of though no user can change it: by package, and how the text begins.
+
+_ON_THE_CPU = (
+    ("megatron.core", r".*(Apex|Transformer Engine).*not installed"),
+    ("megatron.core", r".*CUDA_DEVICE_MAX_CONNECTIONS"),
+)
+_ANYWHERE = (
+    ("megatron.core", r"full scope is deprecated"),  # a default of its own TransformerConfig
+    ("torch.distributed", r"`torch\.distributed\.\w+` .*deprecated"),  # collectives that megatron-core uses
+)
+
+
+class _KnownWarnings:
+    """In the place of warnings.showwarning: logs once, at DEBUG, what is `known`, and shows the rest.
+
+    Only of those packages' own files: what a file of the user's warns of is shown.
+    """
+
+    def __init__(self, show: Callable[..., None], known: Sequence[tuple[str, str]]) -> None:
+        self.show = show
+        self._known = [(f"/{package.replace('.', '/')}/", text) for package, text in known]
+        self._told: set[str] = set()
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = str(message)
+        is_known = any(part in filename and re.match(begin, text) for part, begin in self._known)
+        if not is_known or file is not None:
+            self.show(message, category, filename, lineno, file, line)
+        elif text not in self._told:
+            self._told.add(text)
+            LOGGER.debug("%s:%d: %s: %s", filename, lineno, category.__name__, text)
+
+
+def _log_known_warnings() -> None:
     """megatron-core warns a dozen times at import that Apex and Transformer Engine are not installed.
 
     On the CPU neither could be; where a GPU driver is there they are worth knowing, and stay.
     """
-    if not os.path.exists("/dev/nvidiactl"):
-        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed")
-    # A default of megatron-core's own TransformerConfig.
-    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    known = _ANYWHERE if os.path.exists("/dev/nvidiactl") else (*_ON_THE_CPU, *_ANYWHERE)
+    for package, text in known:
+        # Whatever PYTHONWARNINGS says of others: an import must not fail for it.
+        warnings.filterwarnings("default", message=text, module=rf"{re.escape(package)}\.")
+    before = warnings.showwarning
+    show = before.show if isinstance(before, _KnownWarnings) else before
+    warnings.showwarning = _KnownWarnings(show, known)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,107 @@ def test_the_list_of_rewards_loads_neither_torch_nor_a_verifier() -> None:
 def test_a_file_of_rewards_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rewards", "missing.py"]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+MEGATRON = "/site-packages/megatron/core/models/backends.py"
+TORCH = "/site-packages/torch/distributed/c10d_logger.py"
+APEX = "Apex is not installed. Falling back to Torch Norm"
+CONNECTIONS = "When using sequence parallelism it is recommended to set CUDA_DEVICE_MAX_CONNECTIONS to 1"
+FULL_SCOPE = "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer."
+COLLECTIVE = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another."
+
+
+def warn(text: str, file: str, *, line: int = 1) -> None:
+    """As the code of that file does."""
+    category = FutureWarning if text == COLLECTIVE else UserWarning
+    module = file.removeprefix("/site-packages/").removesuffix(".py").replace("/", ".")
+    warnings.warn_explicit(text, category, file, line, module=module)
+
+
+def warned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, has_driver: bool, level: str
+) -> str:
+    """What a command says that meets the warnings of Megatron twice, and those of a user's file."""
+    exists = os.path.exists
+    monkeypatch.setattr(
+        os.path, "exists", lambda path: has_driver if path == "/dev/nvidiactl" else exists(path)
+    )
+    monkeypatch.setenv("SFTRL_LOG", level)
+
+    def command() -> None:
+        for line in (1, 2):
+            for text in (APEX, CONNECTIONS, FULL_SCOPE):
+                warn(text, MEGATRON, line=line)
+            warn(COLLECTIVE, TORCH, line=line)
+        for text in (COLLECTIVE, APEX, "beta is large"):
+            warn(text, "/home/me/megatron_sftrl/my_loss.py")
+        warn("something else", MEGATRON)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        # As outside of pytest, which keeps warnings for its summary.
+        monkeypatch.setattr(warnings, "showwarning", show_on_standard_error)
+        assert run_command(command) == run_command(lambda: None) == 0
+    return capsys.readouterr().err
+
+
+def show_on_standard_error(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    sys.stderr.write(f"{filename}:{lineno}: {category.__name__}: {message}\n")
+
+
+@pytest.mark.parametrize("level", ["", "DEBUG"])
+@pytest.mark.parametrize("has_driver", [False, True], ids=["cpu", "gpu"])
+def test_what_megatron_warns_of_is_told_once_at_debug_and_the_rest_is_shown(
+    has_driver: bool, level: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = warned(monkeypatch, capsys, has_driver=has_driver, level=level).splitlines()
+    worth_knowing = [APEX, CONNECTIONS] if has_driver else []
+    shown = [line for line in lines if "[rank 0]" not in line]
+    logged = [line.partition("[rank 0] ")[2] for line in lines if "[rank 0]" in line]
+    mine = "/home/me/megatron_sftrl/my_loss.py:1"
+    assert shown == [
+        *(f"{MEGATRON}:{line}: UserWarning: {text}" for line in (1, 2) for text in worth_knowing),
+        f"{mine}: FutureWarning: {COLLECTIVE}",
+        f"{mine}: UserWarning: {APEX}",
+        f"{mine}: UserWarning: beta is large",
+        f"{MEGATRON}:1: UserWarning: something else",
+    ]
+    told = [APEX, CONNECTIONS, FULL_SCOPE][len(worth_knowing) :]
+    told = [f"DEBUG: {MEGATRON}:1: UserWarning: {text}" for text in told]
+    assert logged == ([*told, f"DEBUG: {TORCH}:1: FutureWarning: {COLLECTIVE}"] if level else [])
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="they are shown where a GPU driver is")
+def test_the_import_of_megatron_shows_nothing_and_fails_for_no_warning() -> None:
+    code = (
+        "from megatron_sftrl.cli import run_command\n"
+        "def command():\n"
+        "    import megatron_sftrl.engine.policy\n"
+        "    import warnings; warnings.warn('mine')\n"
+        "run_command(command)"
+    )
+    # Of torch's own imports some warn, too.
+    options = ["-W", "error:Apex", "-W", "error:Transformer Engine"]
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SFTRL_LOG": "DEBUG"},
+        timeout=300,
+        check=True,
+    )
+    absent = [line for line in done.stderr.splitlines() if "not installed" in line]
+    assert absent
+    assert all("[rank 0] DEBUG: " in line for line in absent)
+    assert len(absent) == len({line.partition("Warning: ")[2] for line in absent})
+    assert "UserWarning: mine" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["keys | head -1", "rewards | true"])
