@@ -283,7 +283,7 @@ def test_a_closed_pipe_is_no_error(command: str) -> None:
         ["bash", "-c", f"set -o pipefail; {sys.executable} -m megatron_sftrl {command}"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         timeout=120,
         check=False,
     )
