@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.conversation import read_prompt
+from megatron_sftrl.data.formats import recognise
 from megatron_sftrl.data.rows import read_rows
 from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState, load_weights
 from megatron_sftrl.engine.live_weights import load_hf_weights
@@ -368,9 +369,11 @@ def _program(processes: int, per_node: int) -> str:
 
 def _held_out_prompts(config: TrainingConfig) -> str:
     """A file of data.valid whose first row can be asked; `messages` that end with an answer cannot."""
+    columns = config.grpo.data.columns if config.grpo is not None else None  # as `sftrl generate` reads them
     for path in config.held_out:
         with contextlib.suppress(UserError, OSError, StopIteration):
-            read_prompt(next(read_rows(path)).values)
+            row = next(read_rows(path)).values
+            read_prompt(recognise(row, "prompts", columns).said_by(row, "prompts"))
             return str(path)
     return "PROMPTS.jsonl"
 

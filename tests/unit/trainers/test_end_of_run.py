@@ -74,6 +74,7 @@ def test_a_command_has_the_processes_that_its_layout_needs(
     ("row", "is_asked"),
     [
         ({"prompt": "2+2=", "response": "4"}, True),
+        ({"question": "2+2=", "answer": "4"}, True),
         ({"messages": [{"role": "user", "content": "2+2="}]}, True),
         ({"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "4"}]}, False),
     ],
