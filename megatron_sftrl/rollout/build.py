@@ -53,7 +53,7 @@ def build_engine(
             progress=progress,
         )
     # vLLM measures what it may take: what will leave while it generates must not be in its way now.
-    with policy.lent_memory(offload=bool(rollout.offload)):
+    with policy.lent_memory(offload=rollout.offload):
         return VllmEngine(policy, _vllm_settings(config), decode, progress)
 
 
