@@ -17,11 +17,12 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MOD
 stage lint
 ruff check .
 ruff format --check .
-stage types
-pyright
 stage "other people's programs"
 bash tests/oracles.sh
 bash tests/slurm/install.sh
+# Only now: what calls vLLM is checked against the vLLM that is installed here.
+stage types
+pyright
 # Two processes of tests, a file in one of them. The folders come in the order of testpaths in pyproject.toml; a
 # failure is printed at once (tests/conftest.py).
 stage tests
