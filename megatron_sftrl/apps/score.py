@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sftrl.config.data import DemonstrationColumns
+from megatron_sftrl.config.data import ALL_TURNS, DataSection
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.data.dataset import Dataset, pack_examples, tokenize_sources
 from megatron_sftrl.data.loader import StepLoader
@@ -36,9 +36,9 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it")
     architecture, tokenizer = checked_model(config)
-    # The columns of a GRPO run are those of its prompts.
-    columns = config.data.columns if isinstance(config, RunConfig) else None
-    rows, dataset = _read(data, tokenizer, columns, max_length=architecture.max_position_embeddings)
+    # What a GRPO run says about its data is about prompts.
+    said = config.data if isinstance(config, RunConfig) else None
+    rows, dataset = _read(data, tokenizer, said, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         found = load_weights(policy.chunks, checkpoint, architecture=architecture)
@@ -59,22 +59,26 @@ def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) ->
 
 
 def _read(
-    data: Path, tokenizer: Tokenizer, columns: DemonstrationColumns | None, *, max_length: int
+    data: Path, tokenizer: Tokenizer, said: DataSection | None, *, max_length: int
 ) -> tuple[list[dict[str, Any]], Dataset]:
     """Rows as they are, and tokenized whole: training may cut a row later, the scores are cut with it."""
     rows, examples = [], []
+    last = None
     for source, row, example, _ in tokenize_sources(
         [data],
         tokenizer,
         max_length=max_length,
         truncation="error",
-        columns=columns,
+        columns=None if said is None else said.columns,
+        learning=ALL_TURNS if said is None else said.learning,
         key="--data",
         use_scores=False,
     ):
-        assert example is not None
-        rows.append(dict(row.values))
-        examples.append((source, row.number, example))
+        if row is not last:
+            rows.append(dict(row.values))
+            last = row
+        if example is not None:
+            examples.append((source, row.number, example))
     if not rows:
         raise UserError(f"{data} holds no row")
     store = pack_examples(examples, sources=(str(data),), num_dropped=0, num_truncated=0)
@@ -96,14 +100,15 @@ def _write(
     scores: dict[int, list[float]],
     by: dict[str, str],
 ) -> None:
-    lines = []
-    for number, row in enumerate(rows):
-        added = {
-            LOGPROBS_COLUMN: scores[number],
-            TOKEN_IDS_COLUMN: dataset[number].loss_token_ids.tolist(),
-            SCORER_COLUMN: by,
-        }
-        lines.append(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+    for number in range(len(dataset)):
+        # The sequences of one row stand one after the other in its columns; a row of weight 0 has none.
+        example = dataset[number]
+        row = rows[example.row]
+        if row.get(SCORER_COLUMN) is not by:
+            row |= {LOGPROBS_COLUMN: [], TOKEN_IDS_COLUMN: [], SCORER_COLUMN: by}
+        row[LOGPROBS_COLUMN] += scores[number]
+        row[TOKEN_IDS_COLUMN] += example.loss_token_ids.tolist()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, "".join(lines))

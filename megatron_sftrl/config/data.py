@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +16,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+
+Thinking = Literal["keep", "cut"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """Which assistant turns of a row are learned, and whether with their thoughts."""
+
+    turns: Literal["all_turns", "last_turn"] = "all_turns"
+    thinking: Thinking = "keep"
+
+
+ALL_TURNS = Learning()
 
 Column = Annotated[str, Field(min_length=1)]
 
@@ -66,6 +80,12 @@ class DataSection(Section):
     """Held-out data of the same kinds; no evaluation when empty."""
     columns: DemonstrationColumns | None = None
     """Where the rows of all these files hold what is read; not given: the format of each is recognised."""
+    learn: Literal["all_turns", "last_turn"] = "all_turns"
+    """Every assistant turn that does not say `weight: 0`, or the last of them alone."""
+    thinking: Thinking = "keep"
+    """The thoughts of a row's assistant turns are learned as the row has them, or left out. Where the chat
+    template opens <think> for a generation, cut closes it at once; keep learns a row without thoughts as it
+    stands."""
     max_length: int = Field(ge=2)
     """Longest sequence, prompt and response together, in tokens."""
     truncation: Literal["error", "drop", "right", "left_prompt"] = "error"
@@ -73,6 +93,11 @@ class DataSection(Section):
     start of the prompt."""
     shuffle: bool = True
     """A new order each epoch, derived from the run's seed and the epoch."""
+
+    @property
+    def learning(self) -> Learning:
+        """What of a row is learned."""
+        return Learning(turns=self.learn, thinking=self.thinking)
 
 
 class PromptSection(Section):

@@ -5,10 +5,11 @@ Each field's text below it is its documentation: meaning, unit, range.
 
 from __future__ import annotations
 
+import datetime
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -105,6 +106,12 @@ class TokenizerSection(Section):
     """A Hugging Face tokenizer directory, or a SentencePiece .model file."""
     chat_template: ExpandedPath | None = None
     """A Jinja file used instead of the tokenizer's own chat template."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Switches of the chat template, such as {enable_thinking: false} or {reasoning_effort: high}, for
+    training and generation; a row's own column chat_template_kwargs comes first."""
+    date: datetime.date | None = None
+    """The date that a chat template is told when it asks for today's, such as 2026-01-31: tokens must not
+    depend on the day. Not given: templates that can do without print a date of their own."""
 
 
 class ParallelSection(Section):

@@ -8,16 +8,24 @@ its end token is learned, nothing else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
-from megatron_sftrl.data.conversation import Conversation, Row, is_empty, read_demonstration, read_prompt
-from megatron_sftrl.data.template import ChatTemplate, Message
+from megatron_sftrl.config.data import ALL_TURNS, Learning
+from megatron_sftrl.data.conversation import (
+    Conversation,
+    Row,
+    as_template_reads,
+    changes_arguments,
+    functions_of,
+    is_empty,
+    read_demonstration,
+    read_prompt,
+    text_of,
+)
+from megatron_sftrl.data.template import THOUGHTS, ChatTemplate, Message
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.data.turns import Span, TurnText, turn_texts
 from megatron_sftrl.errors import UserError
-
-Span = tuple[int, int]
-"""[start, end), in characters or in tokens."""
 
 
 def tokenize_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
@@ -31,12 +39,25 @@ def tokenize_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tu
     Raises:
         UserError: the parts, tokenized apart, no longer read as the same text.
     """
-    cuts = [cut for span in spans for cut in span]
     whole = tokenizer.encode(text)
-    prefixes = [_encode_prefix(tokenizer, text, cut, whole) for cut in cuts]
-    if all(whole[: len(prefix)] == prefix for prefix in prefixes):
-        borders = [len(prefix) for prefix in prefixes]
-        return whole, list(zip(borders[::2], borders[1::2], strict=True))
+    return _as_a_whole(tokenizer, text, spans, whole) or _apart(tokenizer, text, spans, whole)
+
+
+def _as_a_whole(
+    tokenizer: Tokenizer, text: str, spans: Sequence[Span], whole: list[int]
+) -> tuple[list[int], list[Span]] | None:
+    """The tokens of the text where they have a border at every border of a span, else None."""
+    prefixes = [_encode_prefix(tokenizer, text, cut, whole) for span in spans for cut in span]
+    if any(whole[: len(prefix)] != prefix for prefix in prefixes):
+        return None
+    borders = [len(prefix) for prefix in prefixes]
+    return whole, list(zip(borders[::2], borders[1::2], strict=True))
+
+
+def _apart(
+    tokenizer: Tokenizer, text: str, spans: Sequence[Span], whole: list[int]
+) -> tuple[list[int], list[Span]]:
+    cuts = [cut for span in spans for cut in span]
     ids: list[int] = []
     borders = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -108,9 +129,6 @@ def _end_of_turn(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int,
 # Templates leave out in silence what they do not know: tools, names, a system turn, the thinking of an
 # assistant. A key was used when the rendered text is another one without it.
 
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of an assistant turn whose text the model has to write."""
-
 _MARK = "\ufdd2"
 """A Unicode noncharacter: never part of a text."""
 
@@ -130,7 +148,7 @@ def check_nothing_lost(
     check = _Check(template, conversation, text)
     end = 0
     for index, message in enumerate(conversation.messages):
-        content = str(message["content"]).strip()
+        content = text_of(message).strip()
         if index in spans:
             start, end = spans[index]
             check.is_written(index, content, text[start:end])
@@ -194,29 +212,19 @@ class _Check:
         if learned is None and not is_used:
             # Served, an earlier answer loses its thinking only behind the next question.
             is_used = self._differs(messages, upto=index + 1) or _is_link(self._conversation, index, key)
-        if learned is not None and key in _THOUGHTS and str(value).strip() not in learned:
+        if learned is not None and key in THOUGHTS and str(value).strip() not in learned:
             is_used = False
         if not is_used:
-            raise UserError(
-                f"{self._name(index)}.{key}: {self._template.origin} does not print it, so that it would be "
-                "lost; remove the key, or use a template that prints it (a file that tokenizer.chat_template "
-                "names)"
-            )
+            raise UserError(_not_printed(self._template, self._name(index), key))
 
     def arguments_are_written(self, index: int) -> None:
         """Arguments of calls that are JSON text are printed as they are, and not as a text in quotes."""
-        calls = self._conversation.messages[index].get("tool_calls")
-        for number, call in enumerate(calls if isinstance(calls, Sequence) else ()):
-            function = call.get("function", call) if isinstance(call, Mapping) else None
-            written = function.get("arguments") if isinstance(function, Mapping) else None
-            if not isinstance(written, str):
-                continue
-            quoted = json.dumps(written, ensure_ascii=False)
-            times = self._text.count(quoted)
-            if times and self._text.count(written) <= times * quoted.count(written):
+        for number, function in enumerate(functions_of(self._conversation.messages[index])):
+            if changes_arguments(function, self._text):
                 raise UserError(
-                    f"{self._name(index)}.tool_calls[{number}]: {self._template.origin} prints the text of "
-                    "the arguments in quotes, as no model is asked to write them; write them as an object"
+                    f"{self._name(index)}.tool_calls[{number}]: {self._template.origin} prints the "
+                    "arguments in quotes, or as Python writes them, as no model is asked to; use a template "
+                    "that prints JSON (a file that tokenizer.chat_template names)"
                 )
 
     def given_is_used(self, key: str) -> None:
@@ -237,10 +245,10 @@ class _Check:
     ) -> bool:
         """Whether other messages (the first `upto` of them) or columns give another text."""
         original = self._conversation
-        given = original.given if given is None else given
+        given = original.variables if given is None else {**original.switches, **given}
         text = self._text
         if upto is not None:
-            text = self._template.render(original.messages[:upto], given=original.given)
+            text = self._template.render(original.messages[:upto], given=original.variables)
         try:
             return text != self._template.render(
                 messages[:upto], add_generation_prompt=self._is_prompt and upto is None, given=given
@@ -274,11 +282,17 @@ def _short(text: str) -> str:
     return repr(text) if len(text) <= 120 else f"{text[:60]!r} ... {text[-60:]!r}"
 
 
-def tokenize_row(tokenizer: Tokenizer, row: Row | Conversation) -> tuple[list[int], list[bool]]:
-    """Ids [n] of a row and mask [n] of what is learned, False at position 0, which no position predicts.
+Tokens = tuple[list[int], list[bool]]
+"""Ids [n] of a sequence and mask [n] of what is learned, False at position 0, which no position predicts."""
 
-    The row is one of demonstrations. With a chat template, texts {prompt, response} are one user turn and one
-    assistant turn. Without one, it is [first token] + prompt + response + end token.
+
+def tokenize_row(
+    tokenizer: Tokenizer, row: Row | Conversation, learning: Learning = ALL_TURNS
+) -> list[Tokens]:
+    """The sequences of a row of demonstrations: one, or several whose learned turns have no common context.
+
+    With a chat template, texts {prompt, response} are one user turn and one assistant turn. Without one, it
+    is [first token] + prompt + response + end token.
 
     Raises:
         UserError: no or an empty response, a wrong type, something that would be lost, or messages that the
@@ -287,20 +301,61 @@ def tokenize_row(tokenizer: Tokenizer, row: Row | Conversation) -> tuple[list[in
     conversation = row if isinstance(row, Conversation) else read_demonstration(row)
     template = tokenizer.chat_template
     if template is None:
-        ids, mask = _tokenize_plain(tokenizer, *_plain_texts(conversation))
+        sequences = [_tokenize_plain(tokenizer, *_plain_texts(conversation))]
     else:
-        text, spans = assistant_spans(template, conversation)
-        check_nothing_lost(template, conversation, text, spans)
-        if template.has_generation_markers:
-            _check_ends(tokenizer, template, conversation, text, spans)
-        ids, borders = tokenize_spans(tokenizer, text, list(spans.values()))
-        ids, mask = learn_ends(tokenizer, ids, borders)
-    mask[0] = False
-    if not any(mask):
-        raise UserError(
-            "no token of the row is learned: the chat template prints nothing for its assistant turns"
-        )
-    return ids, mask
+        conversation = as_template_reads(template, conversation)
+        if learning.turns == "last_turn":
+            conversation = conversation.learning_last()
+        texts = turn_texts(template, conversation, learning.thinking)
+        sequences = [tokens for text in texts for tokens in _tokenize_text(tokenizer, template, text)]
+    for _, mask in sequences:
+        mask[0] = False
+        if not any(mask):
+            raise UserError(
+                "no token of the row is learned: the chat template prints nothing for its assistant turns"
+            )
+    return sequences
+
+
+def _tokenize_text(tokenizer: Tokenizer, template: ChatTemplate, found: TurnText) -> list[Tokens]:
+    if found.prompt is None:
+        check_nothing_lost(template, found.conversation, found.text, found.spans)
+    else:
+        _check_written_out(template, found, found.prompt)
+    if template.has_generation_markers:
+        _check_ends(tokenizer, template, found.conversation, found.text, found.spans)
+    text, spans = found.text, list(found.spans.values())
+    whole = tokenizer.encode(text)
+    tokens = _as_a_whole(tokenizer, text, spans, whole)
+    if tokens is None and not template.has_generation_markers:
+        # Asked again, the model is given the whole conversation, in which tokens merge across the start of an
+        # earlier answer: each answer gets a sequence of its own behind the tokens that it is asked with.
+        parts = [(text[:end], (start, end)) for start, end in spans]
+        return [learn_ends(tokenizer, *tokenize_spans(tokenizer, part, [span])) for part, span in parts]
+    return [learn_ends(tokenizer, *(tokens or _apart(tokenizer, text, spans, whole)))]
+
+
+def _check_written_out(template: ChatTemplate, found: TurnText, prompt: str) -> None:
+    """Nothing is lost of a prompt, nor of the turn behind it: a text, with thoughts where it opens one."""
+    conversation, last = found.conversation, len(found.conversation.messages) - 1
+    check_nothing_lost(template, conversation.upto(last - 1, learned=()), prompt, {})
+    learned = found.text[slice(*found.spans[last])]
+    check = _Check(template, conversation, learned)
+    message = conversation.messages[last]
+    check.is_written(last, text_of(message).strip().removeprefix("<think>").lstrip(), learned)
+    check.arguments_are_written(last)
+    has_opener = prompt.rstrip().endswith("<think>")
+    known = {"role", "content", "tool_calls", *(THOUGHTS if has_opener else ())}
+    for key in sorted(message.keys() - known):
+        if not is_empty(message[key]):
+            raise UserError(_not_printed(template, conversation.names[last], key))
+
+
+def _not_printed(template: ChatTemplate, name: str, key: str) -> str:
+    return (
+        f"{name}.{key}: {template.origin} does not print it, so that it would be lost; remove the key, or "
+        "use a template that prints it (a file that tokenizer.chat_template names)"
+    )
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Conversation) -> list[int]:
@@ -316,94 +371,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Conver
     if template is None:
         (plain,) = _plain_texts(conversation)
         return _opening(tokenizer) + tokenizer.encode(plain)
-    text = template.render(conversation.messages, add_generation_prompt=True, given=conversation.given)
+    conversation = as_template_reads(template, conversation)
+    text = template.render(conversation.messages, add_generation_prompt=True, given=conversation.variables)
     check_nothing_lost(template, conversation, text, {})
     return tokenizer.encode(text)
-
-
-def assistant_spans(template: ChatTemplate, conversation: Conversation) -> tuple[str, dict[int, Span]]:
-    """The rendered conversation and [start, end) of each learned turn in it by its index, in order.
-
-    Turn i stands between the conversation before it (with the header of an assistant turn, as generation
-    asks for it) and the conversation up to it; this is exact as long as each of the two is a prefix of the
-    whole. Where the template has `{% generation %}` blocks they say what is learned and where it ends, and
-    the conversation before a turn has to end where its block starts.
-
-    Raises:
-        UserError: a prefix does not hold, or a block does not start where a turn does.
-    """
-    if template.has_generation_markers:
-        return _marked_spans(template, conversation)
-    messages, given = conversation.messages, conversation.given
-    text = template.render(messages, given=given)
-    spans = {}
-    for turn in conversation.learned:
-        before = template.render(messages[:turn], add_generation_prompt=True, given=given)
-        upto = template.render(messages[: turn + 1], given=given)
-        if not text.startswith(before) or not text.startswith(upto) or len(upto) <= len(before):
-            raise UserError(
-                f"{template.origin}: the place of {_name(conversation, turn)} (assistant) in the "
-                "conversation is not exact, because the template prints earlier turns differently once later "
-                "ones follow (or prints an assistant header that the turn itself does not start with). Put "
-                "{% generation %} and {% endgeneration %} around the assistant text in a Jinja file and set "
-                "tokenizer.chat_template, or split the conversation into rows of one assistant turn each"
-            )
-        spans[turn] = (len(before), len(upto))
-    return text, spans
-
-
-def _marked_spans(template: ChatTemplate, conversation: Conversation) -> tuple[str, dict[int, Span]]:
-    """The blocks of the learned turns, each of which starts where generation would."""
-    messages, given = conversation.messages, conversation.given
-    text, blocks = template.render_generated_spans(messages, given=given)
-    blocks = [(start, end) for start, end in blocks if start < end]
-    if not blocks:
-        raise UserError(f"{template.origin}: its {{% generation %}} blocks are empty for these messages")
-    before = {
-        turn: template.render(messages[:turn], add_generation_prompt=True, given=given)
-        for turn, message in enumerate(messages)
-        if message["role"] == "assistant"
-    }
-    spans: dict[int, Span] = {}
-    for start, end in blocks:
-        turn = next((turn for turn, asked in before.items() if asked == text[:start]), None)
-        if turn is None:
-            raise UserError(_misplaced(template, conversation, before, text, start))
-        if turn in conversation.learned:
-            spans[turn] = (start, end)
-    for turn in conversation.asked:
-        if turn not in spans:
-            raise UserError(
-                f"{conversation.names[turn]} says that it is learned, but {template.origin} has no "
-                "{% generation %} block for it; remove the key, or put a block around the turn"
-            )
-    if not spans:
-        raise UserError(f"{template.origin}: no {{% generation %}} block is one of a turn that is learned")
-    return text, spans
-
-
-def _name(conversation: Conversation, turn: int) -> str:
-    """A turn by its number in the row, which a column system is not counted in."""
-    return f"message {turn - conversation.names.count('system')}"
-
-
-def _misplaced(
-    template: ChatTemplate, conversation: Conversation, before: Mapping[int, str], text: str, start: int
-) -> str:
-    """Why no turn starts where a block does: the turn that comes nearest, and where the two part."""
-    turn, asked = min(before.items(), key=lambda item: abs(len(item[1]) - start))
-    name = _name(conversation, turn)
-    same = next(
-        (i for i, (a, b) in enumerate(zip(asked, text[:start], strict=False)) if a != b),
-        min(len(asked), start),
-    )
-    return (
-        f"{template.origin}: a {{% generation %}} block does not start where generation does, so that "
-        f"what is learned is not what the model is asked for. Before {name} (assistant) generation is given "
-        f"a text that ends in {asked[max(0, same - 20) :]!r}, the block starts behind "
-        f"{text[max(0, same - 20) : start]!r}; put the block directly behind the header that "
-        "add_generation_prompt prints, one block for each assistant turn"
-    )
 
 
 def _check_ends(
@@ -415,7 +386,7 @@ def _check_ends(
 ) -> None:
     """Raise UserError unless only an end token and white space stand between a block's end and its turn's."""
     for turn, (_, end) in spans.items():
-        upto = template.render(conversation.messages[: turn + 1], given=conversation.given)
+        upto = template.render(conversation.messages[: turn + 1], given=conversation.variables)
         if not text.startswith(upto):
             # The template ends this turn in another way once others follow: the whole text counts.
             continue
@@ -436,7 +407,7 @@ def _check_ends(
 def _plain_texts(conversation: Conversation) -> list[str]:
     """Prompt and response, when there is no chat template to print anything else."""
     if conversation.is_plain:
-        return [str(message["content"]) for message in conversation.messages]
+        return [text_of(message) for message in conversation.messages]
     asks = [*(name for name in conversation.names if name == "system"), *conversation.given]
     raise UserError(
         f"the row has {', '.join(asks) or 'turns'} but the tokenizer has no chat template; set "

@@ -6,11 +6,12 @@ Every instruction of a row is honoured or refused by name. A column that is none
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from megatron_sftrl.data.template import Message
+from megatron_sftrl.data.template import THOUGHTS, ChatTemplate, Message
 from megatron_sftrl.errors import UserError
 
 Row = Mapping[str, object]
@@ -24,7 +25,9 @@ _GIVEN = ("tools", "documents")
 
 _OWN_NAMES: Mapping[str, str] = {}
 
-_READ = {"prompt", "response", "messages", "system", *_GIVEN}
+_SWITCHES = "chat_template_kwargs"
+
+_READ = {"prompt", "response", "messages", "system", _SWITCHES, *_GIVEN}
 
 _SYSTEM = "name the column system"
 _ONLY_TEXT = "only text is read"
@@ -39,7 +42,7 @@ _OF_A_PROMPT = {
     "systeminstructions": _SYSTEM,
     "history": "write the earlier turns into messages",
     "chattemplate": "name the file as tokenizer.chat_template",
-    "chattemplatekwargs": "write the values into a template file that tokenizer.chat_template names",
+    "chattemplatekwargs": "name the column chat_template_kwargs",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
 }
 _INTO_THE_TURN = "write it into the response, or into an assistant turn of messages"
@@ -55,6 +58,7 @@ _OF_A_RESPONSE = {
 capitals, _ and -."""
 
 _WEIGHTS: dict[str, bool] = dict.fromkeys(_FLAGS, True)
+_OF_ROWS = {*_WEIGHTS, "lossweight", "sampleweight"}
 _OF_LEARNING = {
     **_WEIGHTS,
     **dict.fromkeys(
@@ -83,6 +87,7 @@ class Conversation:
         learned: indices of the assistant turns that are learned; none in a prompt.
         asked: those of them whose own keys say so.
         given: tools and documents of the row, where it has some.
+        switches: its chat_template_kwargs.
         columns: names of its other columns that hold something.
         is_plain: the row is two texts or one, prompt and response, with nothing that needs a chat template.
     """
@@ -92,12 +97,32 @@ class Conversation:
     learned: tuple[int, ...]
     asked: tuple[int, ...]
     given: Mapping[str, object]
+    switches: Mapping[str, object]
     columns: frozenset[str]
     is_plain: bool
+
+    @property
+    def variables(self) -> dict[str, object]:
+        """What a template is given of the row beside its turns."""
+        return {**self.switches, **self.given}
+
+    def upto(self, turn: int, *, learned: tuple[int, ...]) -> Conversation:
+        """The conversation that ends with a turn, with these of its turns learned."""
+        end = turn + 1
+        return replace(self, messages=self.messages[:end], names=self.names[:end], learned=learned)
+
+    def learning_last(self) -> Conversation:
+        """The conversation with the last of its learned turns as the only one."""
+        return replace(self, learned=self.learned[-1:], asked=())
 
 
 Names = Mapping[str, str]
 """What the columns that are read here are called in the file, for messages: {response: completion}, say."""
+
+
+def is_left_out(row: Row) -> bool:
+    """Whether a row of demonstrations says that none of it is learned: `weight: 0`, or `train: false`."""
+    return any(_plain(key) in _OF_ROWS and _flags(value) == [False] for key, value in row.items())
 
 
 def read_demonstration(row: Row, names: Names = _OWN_NAMES) -> Conversation:
@@ -153,7 +178,8 @@ def _demonstration(
     if not learned:
         raise UserError("the row teaches nothing: none of its assistant turns is learned; remove the row")
     for number in learned:
-        if not str(turns[number]["content"]).strip() and not _calls(turns[number]):
+        said = turns[number]["content"]
+        if isinstance(said, str) and not said.strip() and not _calls(turns[number]):
             raise UserError(f"{names[number]}: the assistant's response is empty; remove the turn")
     # Turns behind the last learned one teach nothing and would only cost tokens.
     upto = learned[-1] + 1
@@ -208,7 +234,7 @@ def _conversation(
     """The turns behind the row's system text, and what a template is given beside them."""
     given = {key: value for key in _GIVEN if not is_empty(value := _objects(key, row.get(key)))}
     system = row.get("system")
-    is_plain = is_text and not given and is_empty(system)
+    is_plain = is_text and not given and is_empty(system) and is_empty(row.get(_SWITCHES))
     if not is_empty(system):
         if not isinstance(system, str):
             raise UserError(f"system: expected text, got {type(system).__name__}")
@@ -222,6 +248,7 @@ def _conversation(
         learned=tuple(learned),
         asked=tuple(asked),
         given=given,
+        switches=_switches(row.get(_SWITCHES)),
         columns=frozenset(key for key, value in row.items() if not is_empty(value)) - _READ,
         is_plain=is_plain,
     )
@@ -254,16 +281,36 @@ def _objects(key: str, value: object) -> object:
     return found
 
 
+def _switches(value: object) -> dict[str, object]:
+    """An object, or its JSON text; keys whose value is null are left out."""
+    found = value
+    if isinstance(value, str) and value:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{_SWITCHES}: expected an object, got no JSON: {error}") from error
+    if is_empty(found):
+        return {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"{_SWITCHES}: expected an object, got {type(found).__name__}")
+    return {str(key): setting for key, setting in found.items() if setting is not None}
+
+
+def _plain(key: str) -> str:
+    """A column's name in no spelling of capitals, _ and -."""
+    return key.casefold().replace("_", "").replace("-", "")
+
+
 def _refuse_columns(row: Row, columns: Mapping[str, str], flags: Mapping[str, bool]) -> None:
     for key, value in row.items():
-        plain = key.casefold().replace("_", "").replace("-", "")
-        if plain in columns and key != "system" and not is_empty(value):
+        plain = _plain(key)
+        if plain in columns and key not in ("system", _SWITCHES) and not is_empty(value):
             raise UserError(f"{key}: nothing reads this column, and it would be lost; {columns[plain]}")
         if plain in flags and any(said is not flags[plain] for said in _flags(value)):
             raise UserError(
-                f"{key}: expected {str(flags[plain]).lower()}, got {value!r}: all answers of a row are "
-                "learned, with the weight 1; remove the row, or write weight: 0 into the turns of messages "
-                "that are not learned"
+                f"{key}: expected {str(flags[plain]).lower()}, got {value!r}: the answers of a row are "
+                "learned with the weight 1, or the row is left out (weight: 0); write weight: 0 into the "
+                "turns of messages that are not learned"
             )
 
 
@@ -285,6 +332,20 @@ def _number(text: str) -> float | None:
         return None
 
 
+def _check_calls(turn: Message, name: str) -> None:
+    calls = turn.get("tool_calls")
+    if is_empty(calls):
+        return
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise UserError(f"{name}.tool_calls: expected a list of objects, got {type(calls).__name__}")
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise UserError(
+                f"{name}.tool_calls[{number}]: expected an object with a function, got {type(call).__name__}"
+            )
+
+
 def _calls(turn: Message) -> bool:
     return not (is_empty(turn.get("tool_calls")) and is_empty(turn.get("function_call")))
 
@@ -301,16 +362,34 @@ def _turns(messages: object, name: str) -> list[Message]:
             raise UserError(f"{name}[{number}]: expected role and content, got {type(message).__name__}")
         kept = {str(key): value for key, value in message.items() if value is not None}
         if kept.get("role") == "assistant" and _calls(kept):
-            kept.setdefault("content", "")
-        for key in ("role", "content"):
-            if not isinstance(kept.get(key), str):
-                raise UserError(f"{name}[{number}].{key}: expected text, got {type(kept.get(key)).__name__}")
+            kept.setdefault("content", None)
+        elif not isinstance(kept.get("content"), str):
+            kept["content"] = _parts(kept.get("content"), f"{name}[{number}].content")
+        if not isinstance(kept.get("role"), str):
+            raise UserError(f"{name}[{number}].role: expected text, got {type(kept.get('role')).__name__}")
+        _check_calls(kept, f"{name}[{number}]")
         role = str(kept["role"])
         known = _OTHER_ROLES.get(role.casefold(), role.casefold())
         if role != known and known in _ROLES:
             raise UserError(f"{name}[{number}].role: expected {known}, got {role!r}; write {known}")
         checked.append(kept)
     return checked
+
+
+def _parts(content: object, name: str) -> str | list[Message]:
+    """The text of a list of parts (OpenAI's form), or the list where there are several of them."""
+    if not isinstance(content, Sequence) or not content:
+        raise UserError(f"{name}: expected text, got {type(content).__name__}")
+    for number, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{name}[{number}]: expected a part of type text, got {kind}; {_ONLY_TEXT}")
+    return str(content[0]["text"]) if len(content) == 1 else list(content)
+
+
+def text_of(message: Message) -> str:
+    """The text of a turn, empty for one of calls alone; a list of parts has become a text before."""
+    return str(message["content"] or "")
 
 
 def _flag(turn: Message, name: str) -> bool | None:
@@ -336,3 +415,108 @@ def _flag(turn: Message, name: str) -> bool | None:
             f"{turn['role']!r}; remove the key"
         )
     return next(iter(said.values()))
+
+
+# As a template reads it. The forms of OpenAI's messages leave open what a template is given: a list of texts,
+# no content beside calls, the arguments of a call as JSON text. Templates differ in which of them they read.
+
+
+def as_template_reads(template: ChatTemplate, conversation: Conversation) -> Conversation:
+    """The conversation in the form that the template prints without loss.
+
+    Raises:
+        UserError: arguments that are to be an object and are none; chat_template_kwargs that nothing reads.
+    """
+    template.check_switches(conversation.switches, "chat_template_kwargs")
+    messages = tuple(_with_text(template, message) for message in conversation.messages)
+    if any(message.get("tool_calls") for message in messages):
+        messages = _with_calls(template, messages, conversation)
+    return replace(conversation, messages=messages)
+
+
+def _with_text(template: ChatTemplate, message: Message) -> Message:
+    """The turn with one text, and its thoughts under the key that the template reads."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = template.part_joiner.join(str(part["text"]) for part in content)
+    names = {}
+    written = [key for key in THOUGHTS if not is_empty(message.get(key))]
+    if len(written) == 1 and template.thought_key not in (None, *written):
+        names = {written[0]: template.thought_key}
+    return {names.get(key, key): value for key, value in message.items()} | {"content": content}
+
+
+def _with_calls(
+    template: ChatTemplate, messages: tuple[Message, ...], conversation: Conversation
+) -> tuple[Message, ...]:
+    """The turns in the first form in which no call is left out and no arguments are changed.
+
+    No text beside calls is "" or null, and arguments are as written, objects, or JSON text. Where no form is
+    exact, the first that can be rendered is left to the checks of everything else.
+    """
+    refused: UserError | None = None
+    rendered: list[tuple[Message, ...]] = []
+    for arguments, empty in itertools.product((_as_written, _as_object, _as_text), ("", None)):
+        form = tuple(_with_form(message, empty, arguments) for message in messages)
+        try:
+            text = template.render(
+                form, add_generation_prompt=not conversation.learned, given=conversation.variables
+            )
+        except UserError as error:
+            refused = refused or error
+            continue
+        functions = [function for message in form for function in functions_of(message)]
+        if not any(str(each.get("name")) not in text or changes_arguments(each, text) for each in functions):
+            return form
+        rendered.append(form)
+    if not rendered:
+        assert refused is not None
+        raise refused
+    return rendered[0]
+
+
+def _with_form(message: Message, empty: str | None, arguments: Callable[[object], object]) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:  # type: ignore[attr-defined]
+        function = call.get("function", call)
+        if "arguments" in function:
+            function = {**function, "arguments": arguments(function["arguments"])}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "content": message["content"] or empty, "tool_calls": calls}
+
+
+def _as_written(arguments: object) -> object:
+    return arguments
+
+
+def _as_object(arguments: object) -> object:
+    """An object where the text is one; others are left as they are."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: object) -> object:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def functions_of(message: Message) -> Iterator[Message]:
+    """What each call of a turn calls: name and arguments."""
+    for call in message.get("tool_calls") or ():  # type: ignore[attr-defined]
+        yield call.get("function", call)
+
+
+def changes_arguments(function: Message, text: str) -> bool:
+    """Whether arguments of a call are printed otherwise: JSON text in quotes, an object as Python has it."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        quoted = json.dumps(arguments, ensure_ascii=False)
+        times = text.count(quoted)
+        return times > 0 and text.count(arguments) <= times * quoted.count(arguments)
+    return bool(arguments) and repr(arguments) in text and repr(arguments) != json.dumps(arguments)

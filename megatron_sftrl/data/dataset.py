@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sftrl.config.data import DemonstrationColumns
+from megatron_sftrl.config.data import ALL_TURNS, DemonstrationColumns, Learning
 from megatron_sftrl.data.chat import tokenize_row
+from megatron_sftrl.data.conversation import is_left_out
 from megatron_sftrl.data.formats import FormattedRow, read_formatted
 from megatron_sftrl.data.packing import Example, Truncation, truncate
 from megatron_sftrl.data.rows import check_source, describe_row, read_behavior_scores, read_scorer
@@ -192,7 +193,7 @@ def _concatenate(arrays: list, dtype: type) -> NDArray:
     return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)
 
 
-_READING = 3
+_READING = 4
 """Raised when the same rows become other tokens or masks, so that no cache of an earlier version is used."""
 
 
@@ -230,7 +231,7 @@ class Dataset:
 
     @property
     def num_dropped(self) -> int:
-        """Rows left out because data.truncation is drop and they are too long."""
+        """Sequences left out: too long (data.truncation: drop), or rows of weight 0."""
         return self._store.num_dropped
 
     @property
@@ -261,6 +262,7 @@ def load_dataset(
     max_length: int,
     truncation: Truncation,
     columns: DemonstrationColumns | None = None,
+    learning: Learning = ALL_TURNS,
     cache_dir: Path | None = None,
     key: str = "data.train",
 ) -> Dataset:
@@ -269,6 +271,7 @@ def load_dataset(
     Args:
         max_length: tokens of the longest sequence; `truncation` says what happens to longer ones.
         columns: data.columns.
+        learning: data.learn and data.thinking.
         cache_dir: where the tokenized rows are kept and looked for; memory only when None. Let one rank
             come first, and the others after a barrier, so that the work is done once.
         key: where the paths stand in the configuration, for messages.
@@ -281,11 +284,18 @@ def load_dataset(
     place = None
     if cache_dir is not None:
         mapped = columns and columns.model_dump()
-        place = cache_dir / _cache_key(paths, tokenizer, max_length, truncation, mapped)
+        settings = (max_length, truncation, mapped, learning.turns, learning.thinking)
+        place = cache_dir / _cache_key(paths, tokenizer, *settings)
         if (store := open_store(place)) is not None:
             return Dataset(store)
     store = _build_store(
-        paths, tokenizer, max_length=max_length, truncation=truncation, columns=columns, key=key
+        paths,
+        tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        columns=columns,
+        learning=learning,
+        key=key,
     )
     if place is not None:
         try:
@@ -307,13 +317,15 @@ def tokenize_sources(
     max_length: int,
     truncation: Truncation,
     columns: DemonstrationColumns | None = None,
+    learning: Learning = ALL_TURNS,
     key: str,
     use_scores: bool = True,
 ) -> Iterator[tuple[int, FormattedRow, Example | None, bool]]:
-    """Index of the source, the row, its example (None when dropped) and whether it was cut, in order.
+    """Index of the source, the row, an example of it (None when dropped), and whether it was cut, in order.
 
-    `max_length` is in tokens, `columns` are data.columns, `key` says where the paths come from. A tool that
-    replaces behaviour scores does not read them (use_scores).
+    A row has several examples where its learned turns have no common context, and none where it says that it
+    is left out. `max_length` is in tokens, `columns` are data.columns, `key` says where the paths come from.
+    A tool that replaces behaviour scores does not read them (use_scores).
 
     Raises:
         UserError: a row that cannot be read or used, named by file and line.
@@ -324,12 +336,22 @@ def tokenize_sources(
         for index, path in enumerate(paths):
             for chunk in _chunks(read_formatted(path, "demonstrations", columns=columns, key=key)):
                 numbers = range(first_row, first_row + len(chunk))
-                examples = pool.map(partial(_tokenize, tokenizer), chunk, numbers)
-                for row, full in zip(chunk, examples, strict=True):
-                    opens = int(full.tokens[0]) == tokenizer.bos_id
-                    cut = truncate(full, max_length=max_length, truncation=truncation, keep_first=opens)
-                    scored = _with_scores(row, full, cut) if cut is not None and use_scores else cut
-                    yield index, row, scored, cut is not full
+                examples = pool.map(partial(_tokenize, tokenizer, learning), chunk, numbers)
+                for row, whole in zip(chunk, examples, strict=True):
+                    cuts = [
+                        truncate(
+                            full,
+                            max_length=max_length,
+                            truncation=truncation,
+                            keep_first=int(full.tokens[0]) == tokenizer.bos_id,
+                        )
+                        for full in whole
+                    ]
+                    scored = _with_scores(row, whole, cuts) if use_scores else cuts
+                    for full, cut, example in zip(whole, cuts, scored, strict=True):
+                        yield index, row, example, cut is not full
+                    if not whole:
+                        yield index, row, None, False
                 first_row += len(chunk)
 
 
@@ -339,32 +361,50 @@ def _chunks(rows: Iterator[FormattedRow]) -> Iterator[list[FormattedRow]]:
         yield chunk
 
 
-def _tokenize(tokenizer: Tokenizer, row: FormattedRow, row_over_all: int) -> Example:
-    """The whole example of a row, without its scores."""
+def _tokenize(
+    tokenizer: Tokenizer, learning: Learning, row: FormattedRow, row_over_all: int
+) -> list[Example]:
+    """The whole examples of a row, without their scores; none where the row says that it is left out."""
+    if is_left_out(row.values):
+        return []
     try:
-        ids, mask = tokenize_row(tokenizer, row.conversation())
+        sequences = tokenize_row(tokenizer, row.conversation(), learning)
     except ValueError as error:
         raise UserError(f"{row.source}: {error}") from error
-    return Example(
-        tokens=np.array(ids, np.int32),
-        loss_mask=np.array(mask, np.bool_),
-        behavior_logprobs=None,
-        row=row_over_all,
-        source=row.source,
-    )
-
-
-def _with_scores(row: FormattedRow, full: Example, cut: Example) -> Example:
-    """The example with the row's behaviour scores, if it has any."""
-    try:
-        scores = read_behavior_scores(
-            row.values, loss_token_ids=full.loss_token_ids, num_kept=cut.num_loss_tokens
+    return [
+        Example(
+            tokens=np.array(ids, np.int32),
+            loss_mask=np.array(mask, np.bool_),
+            behavior_logprobs=None,
+            row=row_over_all,
+            source=row.source,
         )
+        for ids, mask in sequences
+    ]
+
+
+def _with_scores(
+    row: FormattedRow, whole: Sequence[Example], cuts: Sequence[Example | None]
+) -> list[Example | None]:
+    """The examples of a row with its behaviour scores, if it has any: one after the other in its columns."""
+    if not whole:
+        return []
+    learned = np.concatenate([full.loss_token_ids for full in whole])
+    num_kept = len(learned)
+    if len(cuts) == 1 and cuts[0] is not None:
+        # One sequence may carry the scores of what remains of it.
+        num_kept = cuts[0].num_loss_tokens
+    try:
+        scores = read_behavior_scores(row.values, loss_token_ids=learned, num_kept=num_kept)
     except ValueError as error:
-        raise UserError(f"{cut.source}: {error}") from error
-    return Example(
-        tokens=cut.tokens, loss_mask=cut.loss_mask, behavior_logprobs=scores, row=cut.row, source=cut.source
-    )
+        raise UserError(f"{row.source}: {error}") from error
+    if scores is None:
+        return list(cuts)
+    found: list[Example | None] = []
+    for full, cut in zip(whole, cuts, strict=True):
+        own, scores = scores[: full.num_loss_tokens], scores[full.num_loss_tokens :]
+        found.append(cut and replace(cut, behavior_logprobs=own[: cut.num_loss_tokens]))
+    return found
 
 
 def _build_store(
@@ -374,6 +414,7 @@ def _build_store(
     max_length: int,
     truncation: Truncation,
     columns: DemonstrationColumns | None,
+    learning: Learning,
     key: str,
 ) -> TokenStore:
     kept: list[tuple[int, int, Example]] = []
@@ -381,7 +422,13 @@ def _build_store(
     scorers: set[str] = set()
     empty = set(range(len(paths)))
     for index, row, example, is_cut in tokenize_sources(
-        paths, tokenizer, max_length=max_length, truncation=truncation, columns=columns, key=key
+        paths,
+        tokenizer,
+        max_length=max_length,
+        truncation=truncation,
+        columns=columns,
+        learning=learning,
+        key=key,
     ):
         empty.discard(index)
         if example is None:
@@ -398,7 +445,7 @@ def _build_store(
     if not kept:
         raise UserError(
             f"{key}: no row to {purpose} on in {[str(path) for path in paths]}; all {num_dropped} are longer "
-            f"than data.max_length = {max_length}"
+            f"than data.max_length = {max_length}, or say that they are left out"
         )
     return pack_examples(
         kept,

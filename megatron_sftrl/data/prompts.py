@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from megatron_sftrl.config.data import PromptColumns
+from megatron_sftrl.config.data import Learning, PromptColumns
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.rows import check_source
@@ -96,10 +96,9 @@ def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def _end_of_turn(tokenizer: Tokenizer) -> int:
     """The last token of a learned turn."""
     try:
-        ids, mask = tokenize_row(tokenizer, {"prompt": "a", "response": "b"})
+        [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "a", "response": "b"}, Learning(thinking="cut"))
     except UserError:
-        # No row of text trains this template as it is: it opens <think> for a generation and prints finished
-        # turns without their thoughts, say. What it prints behind a turn still ends one.
+        # No row of text trains this template as it is. What it prints behind a turn still ends one.
         return _printed_end_of_turn(tokenizer)
     return ids[max(index for index, is_learned in enumerate(mask) if is_learned)]
 

@@ -1,15 +1,18 @@
 """Chat templates: Jinja text to rendered conversations, in a sandbox, with the spans that were generated.
 
 The environment is the one Hugging Face templates are written for (trim_blocks, lstrip_blocks, loop
-controls, `tojson`, `raise_exception`), with one exception: there is no `strftime_now`, because the tokens
-of a row must not depend on the day. Templates that ask `strftime_now is defined` then use their own date.
+controls, `tojson`, `raise_exception`), with one exception: `strftime_now` gives tokenizer.date, because the
+tokens of a row must not depend on the day. Without that date there is none, and templates that ask
+`strftime_now is defined` use a date of their own.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 import jinja2
@@ -25,6 +28,9 @@ from megatron_sftrl.errors import UserError
 Message = Mapping[str, object]
 """One turn: role, content, and whatever else the template reads."""
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant turn whose text the model has to write; a template reads one of them, or none."""
+
 # Unicode noncharacters: never part of a text, so they can travel through a rendering as marks.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
@@ -32,19 +38,74 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 class ChatTemplate:
     """A compiled template. Rendering has no side effects and reaches no file, module or clock."""
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str], origin: str) -> None:
-        """Compile Jinja text, else UserError; `origin` says in messages where the text came from."""
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str],
+        origin: str,
+        switches: Mapping[str, object] | None = None,
+        date: datetime.date | None = None,
+    ) -> None:
+        """Compile Jinja text; `origin` says in messages where the text came from.
+
+        `switches` are tokenizer.chat_template_kwargs, `date` is tokenizer.date.
+
+        Raises:
+            UserError: the text is not Jinja, or nothing in it reads a switch or the date.
+        """
         self.source = source
         self.origin = origin
-        self._variables = dict(special_tokens)
+        self._special_tokens: dict[str, object] = dict(special_tokens)
+        self._switches = dict(switches or {})
+        if date is not None:
+            self._special_tokens["strftime_now"] = date.strftime
         try:
             self._plain = _environment("", "").from_string(source)
             self._marked = _environment(_OPEN, _CLOSE).from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{origin} is not a Jinja template: {error}") from error
         self.has_generation_markers = _has_generation_markers(source)
-        self.variables = _variables(source) - {*self._variables, "messages", "add_generation_prompt"}
+        self._readable = _variables(source) - {*special_tokens, "messages", "add_generation_prompt"}
+        self.variables = self._readable - {*self._switches}
         """What the template reads and finds undefined, unless a row gives it (tools, documents)."""
+        self.asks_the_clock = "strftime_now" in source
+        self.check_switches(self._switches, "tokenizer.chat_template_kwargs")
+        if date is not None and not self.asks_the_clock:
+            raise UserError(f"tokenizer.date: {origin} prints no date that it is given; remove the key")
+
+    def check_switches(self, switches: Mapping[str, object], name: str) -> None:
+        """Raise UserError where the template reads no variable of a switch's name."""
+        for key in switches:
+            if key not in self._readable - {"tools", "documents"}:
+                readable = ", ".join(sorted(self._readable - {"tools", "documents"})) or "none"
+                raise UserError(
+                    f"{name}.{key}: {self.origin} reads no variable of this name; it reads {readable}"
+                )
+
+    @cached_property
+    def thought_key(self) -> str | None:
+        """The first of THOUGHTS that the template reads; None when it reads none."""
+        return next(
+            (key for key in THOUGHTS if re.search(rf"\.{key}\b|['\"]{key}['\"]", self.source)),
+            None,
+        )
+
+    @cached_property
+    def part_joiner(self) -> str:
+        """What stands between the texts of a turn whose content is a list of them.
+
+        It is what the template prints there; for one that reads only text, a line break, as vLLM serves it.
+        """
+        one, two = "\ufdd4", "\ufdd5"
+        parts = [{"type": "text", "text": text} for text in (one, two)]
+        try:
+            listed = self.render([{"role": "user", "content": parts}])
+            plain = self.render([{"role": "user", "content": one}])
+        except UserError:
+            return "\n"
+        between = listed.partition(one)[2].partition(two)[0]
+        return between if listed.replace(f"{one}{between}{two}", one) == plain else "\n"
 
     def render(
         self,
@@ -101,16 +162,15 @@ class ChatTemplate:
             return template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=generate,
-                **{"tools": None, "documents": None, **given},
-                **self._variables,
+                **{"tools": None, "documents": None, **self._switches, **given},
+                **self._special_tokens,
             )
         except jinja2.UndefinedError as error:
             if "strftime_now" not in str(error):
                 raise UserError(f"{self.origin} cannot render these messages: {error}") from error
             raise UserError(
-                f"{self.origin} asks for today's date (strftime_now), and the tokens of a row must not "
-                "depend on the day; copy the template into a file, write a date in place of "
-                "strftime_now(...) and name the file as tokenizer.chat_template"
+                f"{self.origin} asks for today's date, and the tokens of a row must not depend on the day; "
+                "set tokenizer.date, for example to 2026-01-31"
             ) from error
         # Templates are user code: whatever they raise (also TypeError on a missing key) is about them.
         except Exception as error:

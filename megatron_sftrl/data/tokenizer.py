@@ -6,6 +6,7 @@ A `Tokenizer` never adds tokens by itself: what builds a sequence places the fir
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,22 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         source, origin = _read_template(section.chat_template), str(section.chat_template)
     template = None
     if source is not None:
-        template = ChatTemplate(source, special_tokens=loaded.special_tokens, origin=origin)
+        template = ChatTemplate(
+            source,
+            special_tokens=loaded.special_tokens,
+            origin=origin,
+            switches=section.chat_template_kwargs,
+            date=section.date,
+        )
+    elif section.chat_template_kwargs or section.date:
+        raise UserError(
+            f"tokenizer.{'date' if section.date else 'chat_template_kwargs'}: {path} has no chat template "
+            "that reads it; remove the key, or name a Jinja file as tokenizer.chat_template"
+        )
     digest = hashlib.sha256(backend.identity().encode())
     digest.update(b"\0" + (source or "").encode())
+    if section.chat_template_kwargs or section.date:
+        digest.update(json.dumps([section.chat_template_kwargs, str(section.date)], sort_keys=True).encode())
     return Tokenizer(
         backend=backend,
         vocab_size=loaded.vocab_size,
@@ -124,7 +138,16 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         chat_template=template,
         fingerprint=digest.hexdigest(),
         drops_text=trip.drops_text,
-        notes=(*loaded.notes, *trip.notes),
+        notes=(*loaded.notes, *trip.notes, *_notes_on_dates(template, section)),
+    )
+
+
+def _notes_on_dates(template: ChatTemplate | None, section: TokenizerSection) -> tuple[str, ...]:
+    if template is None or section.date is not None or not template.asks_the_clock:
+        return ()
+    return (
+        f"{template.origin} asks for today's date and is given none: where it can do without, it prints a "
+        "date of its own; tokenizer.date sets one",
     )
 
 

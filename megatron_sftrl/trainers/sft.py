@@ -101,6 +101,7 @@ def _load(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: 
         max_length=data.max_length,
         truncation=data.truncation,
         columns=data.columns,
+        learning=data.learning,
         cache_dir=directory.path / "tokens",
         key="data.train" if is_train else "data.valid",
     )

@@ -33,6 +33,7 @@ from megatron_sftrl.apps.preflight.node import (
     see_mark,
     space_problem,
 )
+from megatron_sftrl.config.data import DataSection
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.formats import read_formatted
@@ -297,8 +298,8 @@ def _read_first_rows(checked: CheckedRun[TrainingConfig]) -> None:
             if kind == "prompts":
                 encode_prompt(checked.tokenizer, row.conversation())
                 row.values_with_answer()
-            else:
-                tokenize_row(checked.tokenizer, row.conversation())
+            elif isinstance(data, DataSection):
+                tokenize_row(checked.tokenizer, row.conversation(), data.learning)
         except ValueError as error:
             raise UserError(f"{row.source}: {error}") from error
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_sftrl.config.data import Learning
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.conversation import read_demonstration, read_prompt
 from megatron_sftrl.data.template import ChatTemplate
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_sftrl.errors import UserError
 from tests.unit.data.tokenizers_for_tests import CHAT, load_by_name, reading, template_path, write_byte_level
 
 CASES = json.loads((CHAT / "cases.json").read_text())
 
 
-def turn(role: str, content: str) -> dict[str, str]:
+def turn(role: str, content: object) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['tokenizer']}-{c['template']}-{c['name']}")
 def test_tokens_and_mask_equal_the_golden_file_and_the_end_token_is_learned(case, tmp_path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind=case["tokenizer"], template=case["template"])
-    ids, mask = tokenize_row(tokenizer, case["row"])
+    [(ids, mask)] = tokenize_row(tokenizer, case["row"])
     assert reading(tokenizer, ids, mask) == case["reading"]
     assert ids == case["ids"]
     assert "".join("01"[learned] for learned in mask) == case["mask"]
@@ -37,7 +41,7 @@ def test_the_prompt_of_generation_is_exactly_what_stands_in_front_of_the_first_r
     case, tmp_path
 ) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind=case["tokenizer"], template=case["template"])
-    ids, mask = tokenize_row(tokenizer, case["row"])
+    [(ids, mask)] = tokenize_row(tokenizer, case["row"])
     messages = read_demonstration(case["row"]).messages
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = messages[:first] if tokenizer.chat_template else case["row"]["prompt"]
@@ -48,7 +52,7 @@ def test_a_token_that_would_cross_into_the_response_is_split_as_generation_would
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template=None)
     row = {"prompt": "Name a colo", "response": "ur"}
     whole = tokenizer.encode("Name a colour")
-    ids, mask = tokenize_row(tokenizer, row)
+    [(ids, mask)] = tokenize_row(tokenizer, row)
     prompt = encode_prompt(tokenizer, "Name a colo")
     assert whole[: len(prompt) - 1] != prompt[1:], "the example must merge, or it proves nothing"
     assert ids[: len(prompt)] == prompt
@@ -58,18 +62,24 @@ def test_a_token_that_would_cross_into_the_response_is_split_as_generation_would
 
 def test_a_sentencepiece_response_gets_no_invented_space_in_front(tmp_path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind="sentencepiece", template=None)
-    ids, mask = tokenize_row(tokenizer, {"prompt": "the an", "response": "swer"})
+    [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "the an", "response": "swer"})
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, "the an")
     assert tokenizer.decode(ids) == "<s>the answer</s>"
 
 
-def test_a_template_that_prints_earlier_turns_differently_is_refused_and_not_guessed(tmp_path) -> None:
+def test_turns_that_a_template_prints_differently_later_are_learned_in_sequences_of_their_own(
+    tmp_path,
+) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="forgets_thoughts")
     turns = [turn("user", "Hello"), turn("assistant", "<think>red</think>fine")]
     assert tokenize_row(tokenizer, {"messages": turns})
     more = [*turns, turn("user", "Hello"), turn("assistant", "Blue")]
-    with pytest.raises(ValueError, match=r"message 1 \(assistant\).*generation"):
-        tokenize_row(tokenizer, {"messages": more})
+    first, second = tokenize_row(tokenizer, {"messages": more})
+    assert [first] == tokenize_row(tokenizer, {"messages": turns})
+    ids, mask = second
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, more[:3])
+    assert "red" not in tokenizer.decode(ids)
+    assert reading(tokenizer, ids, mask).endswith("[[Bl|ue|<|im_end|>|]]")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_a_template_file_replaces_the_tokenizers_own_template(tmp_path) -> None:
     other = tmp_path / "other.jinja"
     other.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     tokenizer = load_tokenizer(TokenizerSection(path=path, chat_template=other))
-    ids, mask = tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue"})
+    [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue"})
     assert reading(tokenizer, ids, mask) == "Hello|</s>|[[Bl|ue|</s>|]]"
 
 
@@ -187,7 +197,7 @@ def tokenizer_with(directory: Path, source: str) -> Tokenizer:
 
 def learned(tokenizer: Tokenizer, row: dict) -> str:
     """The text of the learned tokens."""
-    ids, mask = tokenize_row(tokenizer, row)
+    [(ids, mask)] = tokenize_row(tokenizer, row)
     return tokenizer.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
 
 
@@ -216,7 +226,7 @@ def test_a_turn_that_says_so_is_not_learned_and_the_others_are_as_generation_ask
     behind = [turn("user", "more"), {**turn("assistant", "WRONG"), **flag}]
     row = {"messages": [*turns, last, *behind]}
     assert learned(tokenizer, row) == "Blue<|im_end|>"
-    ids, mask = tokenize_row(tokenizer, row)
+    [(ids, mask)] = tokenize_row(tokenizer, row)
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, turns)
     assert "more" not in tokenizer.decode(ids)
 
@@ -269,7 +279,12 @@ def test_only_assistant_turns_can_ask_to_be_learned(tmp_path) -> None:
         ({"system_prompt": "Be brief."}, "^system_prompt: nothing reads this column.*name the column system"),
         ({"systemPrompt": "Be brief."}, "^systemPrompt: nothing reads this column.*name the column system"),
         ({"System": "Be brief."}, "^System: nothing reads this column.*name the column system"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "^chat_template_kwargs: nothing reads"),
+        ({"chat_template_kwargs": {"style": "x"}}, r"^chat_template_kwargs\.style: .*reads no variable"),
+        ({"chat_template_kwargs": "x"}, "^chat_template_kwargs: expected an object, got no JSON"),
+        (
+            {"chatTemplateKwargs": {"style": "x"}},
+            "^chatTemplateKwargs: .*name the column chat_template_kwargs",
+        ),
         ({"images": ["a.png"]}, "^images: nothing reads this column.*only text"),
         ({"system": 3}, "^system: expected text"),
     ],
@@ -290,9 +305,8 @@ def test_a_column_that_would_be_lost_is_refused_in_demonstrations_and_prompts(
         ({"reasoning_content": "why"}, "^reasoning_content: nothing reads this column"),
         ({"thinking": "why"}, "^thinking: nothing reads this column"),
         ({"thought": "why"}, "^thought: nothing reads this column"),
-        ({"weight": 0}, "^weight: expected true, got 0"),
-        ({"weight": "0.0"}, "^weight: expected true"),
-        ({"train": False}, "^train: expected true"),
+        ({"weight": 0.5}, "^weight: expected true, got 0.5"),
+        ({"weight": "0.5"}, "^weight: expected true"),
         ({"loss": [False, True]}, "^loss: expected true"),
         ({"loss_mask": [0, 1]}, "^loss_mask: expected true"),
         ({"sample_weight": 0.5}, "^sample_weight: expected true"),
@@ -359,8 +373,11 @@ def test_a_turn_of_calls_alone_is_learned(content, tmp_path) -> None:
 def test_arguments_of_a_call_are_not_learned_in_quotes(arguments, tmp_path) -> None:
     call = {"function": {"name": "add", "arguments": arguments}}
     turns = [turn("user", "Hello"), {**turn("assistant", "so"), "tool_calls": [call]}]
-    with pytest.raises(ValueError, match=r"messages\[1\]\.tool_calls\[0\]: .*write them as an object"):
-        tokenize_row(tokenizer_with(tmp_path, FULL), {"messages": turns})
+    assert f'"arguments": {arguments}' in learned(tokenizer_with(tmp_path, FULL), {"messages": turns})
+    in_quotes = FULL.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments | string | tojson")
+    assert in_quotes != FULL
+    with pytest.raises(ValueError, match=r"messages\[1\]\.tool_calls\[0\]: .*prints the arguments in quotes"):
+        tokenize_row(tokenizer_with(tmp_path, in_quotes), {"messages": turns})
     as_it_is = FULL.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments")
     assert as_it_is != FULL
     assert f"so{arguments}<" in learned(tokenizer_with(tmp_path, as_it_is), {"messages": turns})
@@ -373,7 +390,8 @@ def test_a_column_system_is_the_first_turn(tmp_path) -> None:
     for row in ({"messages": turns}, {"prompt": "Hello", "response": "Blue"}):
         assert tokenize_row(tokenizer, {**row, "system": "Be brief."}) == expected
     prompt = encode_prompt(tokenizer, read_prompt({"prompt": "Hello", "system": "Be brief."}))
-    assert prompt == expected[0][: expected[1].index(True)]
+    [(ids, mask)] = expected
+    assert prompt == ids[: mask.index(True)]
     with pytest.raises(ValueError, match="a column system and also a system turn"):
         tokenize_row(tokenizer, {"messages": [turn("system", "a"), *turns], "system": "b"})
     without = load_by_name(tmp_path / "u", kind="byte_level", template=None)
@@ -394,7 +412,7 @@ def test_tools_and_keys_that_the_template_prints_are_honoured(tmp_path) -> None:
     ]
     row = {"messages": turns, "tools": [TOOL], "documents": [{"title": "a"}]}
     assert learned(tokenizer, row) == "<think>why</think>Blue<|im_end|>"
-    ids, mask = tokenize_row(tokenizer, row)
+    [(ids, mask)] = tokenize_row(tokenizer, row)
     prompt = {**row, "messages": turns[:3]}
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, read_prompt(prompt))
     assert '"name": "add"' in tokenizer.decode(ids)
@@ -424,8 +442,13 @@ def test_a_template_that_cuts_or_changes_what_is_learned_is_refused(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = tokenizer_with(tmp_path, source)
+    row = {"prompt": "Hello", "response": content}
+    if "</think>" in content and not blocks[0]:
+        # A template of history cuts thoughts, and generation writes them.
+        assert learned(tokenizer, row) == f"{content}<|im_end|>"
+        return
     with pytest.raises(ValueError, match=r"^response: .*prints another text than the row has"):
-        tokenize_row(tokenizer, {"prompt": "Hello", "response": content})
+        tokenize_row(tokenizer, row)
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
@@ -521,7 +544,7 @@ def test_a_turn_that_asks_to_be_learned_needs_a_block(tmp_path) -> None:
 
 def test_a_template_that_asks_the_clock_names_the_way_out() -> None:
     template = ChatTemplate("{{ strftime_now('%Y') }}", special_tokens={}, origin="t.jinja")
-    with pytest.raises(ValueError, match=r"^t\.jinja asks for today's date .*tokenizer\.chat_template"):
+    with pytest.raises(ValueError, match=r"^t\.jinja asks for today's date.* set tokenizer\.date"):
         template.render([turn("user", "Hello")])
     other = ChatTemplate("{{ other_name() }}", special_tokens={}, origin="t.jinja")
     with pytest.raises(ValueError, match="'other_name' is undefined"):
@@ -531,7 +554,11 @@ def test_a_template_that_asks_the_clock_names_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, r"\[0\]\.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            r"\[0\]\.content\[0\]: .*only text",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, r"\[0\]\.content: expected text"),
         ({"messages": [{"content": "a"}]}, r"messages\[0\]\.role"),
         ({"messages": [turn("user", "a"), turn("assistant", "b")]}, "the last turn is the assistant's"),
         ({"prompt": ""}, "non-empty text"),
@@ -541,3 +568,157 @@ def test_a_template_that_asks_the_clock_names_the_way_out() -> None:
 def test_a_row_that_is_no_prompt_is_refused(row, message) -> None:
     with pytest.raises(ValueError, match=message):
         read_prompt(row)
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_call_without_text_is_given_as_the_template_prints_it(empty, tmp_path) -> None:
+    """DeepSeek's prints calls only where there is no content at all, and takes arguments as a text."""
+    source = (
+        f"{{% for m in messages %}}{HEADER}{{% if m.content is none %}}{{{{ m.tool_calls[0].function.name + "
+        "':' + m.tool_calls[0].function.arguments }}{% else %}{{ m.content }}{% endif %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [turn("user", "Hello"), {"role": "assistant", "content": empty, "tool_calls": [call]}]
+    assert learned(tokenizer_with(tmp_path, source), {"messages": turns}) == 'add:{"a": 1}<|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("{{ m.content }}", "one\ntwo"),
+        (
+            "{% if m.content is string %}{{ m.content }}{% else %}"
+            "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+            "onetwo",
+        ),
+    ],
+)
+def test_texts_of_a_list_are_joined_as_the_template_does_or_else_by_a_line_break(
+    printed, expected, tmp_path
+) -> None:
+    source = (
+        f"{{% for m in messages %}}{HEADER}{printed}<|im_end|>{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = tokenizer_with(tmp_path, source)
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    row = {"messages": [turn("user", parts), turn("assistant", parts)]}
+    [(ids, _)] = tokenize_row(tokenizer, row)
+    assert tokenizer.decode(ids).count(expected) == 2
+    assert learned(tokenizer, row) == f"{expected}<|im_end|>"
+    assert tokenizer.decode(encode_prompt(tokenizer, [turn("user", parts)])).count(expected) == 1
+
+
+def test_thoughts_are_given_under_the_key_that_the_template_reads(tmp_path) -> None:
+    tokenizer = tokenizer_with(tmp_path, FULL)
+    texts = {
+        learned(tokenizer, {"messages": [turn("user", "Hello"), {**turn("assistant", "Blue"), key: "why"}]})
+        for key in ("reasoning_content", "reasoning", "thinking")
+    }
+    assert texts == {"<think>why</think>Blue<|im_end|>"}
+
+
+SWITCHED = (
+    f"{{% for m in messages %}}{HEADER}{{{{ m.content }}}}<|im_end|>{{% endfor %}}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+).replace("{% for m", "{% if effort is defined %}{{ effort }}{% endif %}{% for m", 1)
+
+
+def switched(tmp_path: Path, **settings: Any) -> Tokenizer:
+    template = tmp_path / "switched.jinja"
+    template.write_text(SWITCHED)
+    path = write_byte_level(tmp_path / "t")
+    return load_tokenizer(TokenizerSection(path=path, chat_template=template, **settings))
+
+
+def test_switches_reach_the_template_and_a_row_has_its_own(tmp_path) -> None:
+    plain = switched(tmp_path)
+    tokenizer = switched(tmp_path, chat_template_kwargs={"effort": "high"})
+    row = {"prompt": "Hello", "response": "Blue"}
+    [(ids, mask)] = tokenize_row(tokenizer, row)
+    assert tokenizer.decode(ids).startswith("high<|im_start|>")
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, "Hello")
+    own = {**row, "chat_template_kwargs": {"effort": "low", "other": None}}
+    [(ids, _)] = tokenize_row(tokenizer, own)
+    assert tokenizer.decode(ids).startswith("low<|im_start|>")
+    assert [(ids, _)] == tokenize_row(plain, {**row, "chat_template_kwargs": '{"effort": "low"}'})
+    assert plain.fingerprint != tokenizer.fingerprint
+    with pytest.raises(UserError, match=r"^tokenizer\.chat_template_kwargs\.think: .*it reads effort"):
+        switched(tmp_path, chat_template_kwargs={"think": False})
+    with pytest.raises(UserError, match=r"^tokenizer\.date: .*prints no date"):
+        switched(tmp_path, date=datetime.date(2026, 1, 31))
+
+
+def test_the_date_of_the_configuration_is_the_one_that_is_printed(tmp_path) -> None:
+    source = "{{ strftime_now('%d %b %Y') }} or {% if strftime_now is defined %}x{% endif %}" + SWITCHED
+    (tmp_path / "dated.jinja").write_text(source)
+    path = write_byte_level(tmp_path / "t")
+    section: dict[str, Any] = {"path": path, "chat_template": tmp_path / "dated.jinja"}
+    dated = load_tokenizer(TokenizerSection(**section, date=datetime.date(2026, 1, 31)))
+    assert dated.decode(encode_prompt(dated, "Hello")).startswith("31 Jan 2026 or x")
+    undated = load_tokenizer(TokenizerSection(**section))
+    assert any("tokenizer.date sets one" in note for note in undated.notes)
+    assert not any("tokenizer.date" in note for note in dated.notes)
+
+
+OPENED = (
+    f"{{% for m in messages %}}{HEADER}"
+    "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "thinking", "expected"),
+    [
+        ({"content": "<think>\nwhy\n</think>\n\nBlue"}, "keep", "why\n</think>\n\nBlue"),
+        ({"content": "<think>why</think>Blue"}, "keep", "why</think>Blue"),
+        ({"content": "why\n</think>\n\nBlue"}, "keep", "why\n</think>\n\nBlue"),
+        ({"content": "Blue", "reasoning_content": "why"}, "keep", "why\n</think>\n\nBlue"),
+        ({"content": "Blue"}, "keep", "Blue"),
+        ({"content": "Blue"}, "cut", "\n</think>\n\nBlue"),
+        ({"content": "<think>\nwhy\n</think>\n\nBlue"}, "cut", "\n</think>\n\nBlue"),
+        ({"content": "Blue", "reasoning_content": "why"}, "cut", "\n</think>\n\nBlue"),
+    ],
+)
+def test_behind_an_opened_thought_the_row_goes_on(answer, thinking, expected, tmp_path, caplog) -> None:
+    tokenizer = tokenizer_with(tmp_path, OPENED)
+    row = {"messages": [turn("user", "Hello"), {"role": "assistant", **answer}]}
+    with caplog.at_level("WARNING"):
+        [(ids, mask)] = tokenize_row(tokenizer, row, Learning(thinking=thinking))
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, "Hello")
+    assert tokenizer.decode(ids[mask.index(True) :]) == f"{expected}<|im_end|>"
+    assert ("nothing closes" in caplog.text) == (expected == "Blue")
+
+
+def test_what_is_lost_behind_an_opened_thought_is_refused(tmp_path) -> None:
+    tokenizer = tokenizer_with(tmp_path, OPENED)
+    named = {**turn("assistant", "Blue"), "name": "bob"}
+    with pytest.raises(UserError, match=r"^messages\[1\]\.name: .*does not print it"):
+        tokenize_row(tokenizer, {"messages": [turn("user", "Hello"), named]})
+    upper = tokenizer_with(tmp_path, OPENED.replace("[-1] if", "[-1] | upper if"))
+    with pytest.raises(UserError, match=r"^response: .*prints another text than the row has"):
+        tokenize_row(upper, {"prompt": "Hello", "response": "Blue"})
+
+
+def test_a_turn_behind_another_header_than_the_one_that_is_asked_is_refused(tmp_path) -> None:
+    source = (
+        "{% for m in messages %}{{ 'BOT' if m.role == 'assistant' else m.role }}: {{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(UserError, match=r"message 1 \(assistant\) is not printed where .*Three ways out"):
+        tokenize_row(tokenizer_with(tmp_path, source), {"prompt": "Hello", "response": "Blue"})
+
+
+def test_answers_whose_contexts_merge_into_other_tokens_get_sequences_of_their_own(tmp_path) -> None:
+    source = "{% for m in messages %}<|im_start|>a colo{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = tokenizer_with(
+        tmp_path, source + "{% if add_generation_prompt %}<|im_start|>a colo{% endif %}"
+    )
+    turns = [turn("user", "Hello"), turn("assistant", "ur"), turn("user", "Name"), turn("assistant", "ur")]
+    sequences = tokenize_row(tokenizer, {"messages": turns})
+    assert len(sequences) == 2
+    for (ids, mask), asked in zip(sequences, (turns[:1], turns[:3]), strict=True):
+        assert ids[: mask.index(True)] == encode_prompt(tokenizer, asked)
+        assert mask[mask.index(True) :] == [True] * (len(mask) - mask.index(True))

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sftrl.config.data import Learning
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.dataset import Dataset, load_dataset
 from megatron_sftrl.data.prompts import read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
-from tests.unit.data.tokenizers_for_tests import write_byte_level
+from tests.unit.data.tokenizers_for_tests import load_by_name, write_byte_level
 
 ROWS = [
     {"prompt": "What is 2+2?", "response": "The answer is 4."},
@@ -234,6 +235,39 @@ def test_behaviour_scores_travel_with_the_tokens_they_belong_to(tokenizer, tmp_p
     for index, row in enumerate(rows):
         kept = cut[index].num_loss_tokens
         np.testing.assert_array_equal(cut[index].behavior_logprobs, row["behavior_logprobs"][:kept])
+
+
+def test_a_row_of_several_sequences_has_the_scores_of_all_of_them(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="forgets_thoughts")
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "<think>red</think>fine"},
+        {"role": "user", "content": "Name"},
+        {"role": "assistant", "content": "Blue"},
+    ]
+    lines = [{"messages": turns}, {"messages": turns, "weight": 0}, {"messages": turns[:2]}]
+    plain = load(tokenizer, write_lines(tmp_path / "a.jsonl", lines))
+    assert [plain[index].source.rsplit(":")[-1] for index in range(len(plain))] == ["1", "1", "3"]
+    assert plain.num_dropped == 1
+    ids = [plain[index].loss_token_ids.tolist() for index in range(3)]
+    rows = [
+        {
+            **lines[0],
+            "behavior_token_ids": ids[0] + ids[1],
+            "behavior_logprobs": [-0.5] * len(ids[0]) + [-1.5] * len(ids[1]),
+        },
+        lines[1],
+        {**lines[2], "behavior_token_ids": ids[2], "behavior_logprobs": [-2.5] * len(ids[2])},
+    ]
+    dataset = load(tokenizer, write_lines(tmp_path / "b.jsonl", rows))
+    for index, score in enumerate((-0.5, -1.5, -2.5)):
+        np.testing.assert_array_equal(dataset[index].behavior_logprobs, [score] * len(ids[index]))
+    rows[0]["behavior_token_ids"] = ids[1] + ids[0]
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: behaviour scores belong to other tokens"):
+        load(tokenizer, write_lines(tmp_path / "c.jsonl", rows))
+    last = load(tokenizer, write_lines(tmp_path / "a.jsonl", lines), learning=Learning(turns="last_turn"))
+    assert len(last) == 2
+    assert last[0].loss_token_ids.tolist() == ids[1]
 
 
 def test_behaviour_scores_that_do_not_fit_are_refused_by_row_and_position(tokenizer, tmp_path) -> None:
