@@ -9,6 +9,7 @@ its end token is learned, nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from megatron_sftrl.config.data import ALL_TURNS, Learning
 from megatron_sftrl.data.conversation import (
@@ -24,7 +25,7 @@ from megatron_sftrl.data.conversation import (
 )
 from megatron_sftrl.data.template import THOUGHTS, ChatTemplate, Message
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.data.turns import Span, TurnText, turn_texts
+from megatron_sftrl.data.turns import Span, TurnText, asked_text, turn_texts
 from megatron_sftrl.errors import UserError
 
 
@@ -338,7 +339,11 @@ def _tokenize_text(tokenizer: Tokenizer, template: ChatTemplate, found: TurnText
 def _check_written_out(template: ChatTemplate, found: TurnText, prompt: str) -> None:
     """Nothing is lost of a prompt, nor of the turn behind it: a text, with thoughts where it opens one."""
     conversation, last = found.conversation, len(found.conversation.messages) - 1
-    check_nothing_lost(template, conversation.upto(last - 1, learned=()), prompt, {})
+    before = conversation.upto(last - 1, learned=())
+    # Served, earlier answers have no thoughts, and a template may print those of no turn.
+    answers = [{k: v for k, v in m.items() if k not in THOUGHTS} for m in before.messages]
+    bare = replace(before, messages=tuple(answers))
+    check_nothing_lost(template, bare if asked_text(template, bare, last) == prompt else before, prompt, {})
     learned = found.text[slice(*found.spans[last])]
     check = _Check(template, conversation, learned)
     message = conversation.messages[last]

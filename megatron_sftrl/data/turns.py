@@ -49,7 +49,7 @@ class TurnText:
 
 
 def turn_texts(template: ChatTemplate, conversation: Conversation, thinking: Thinking) -> list[TurnText]:
-    """The texts in which the learned turns stand, each turn in one of them, in the order of the turns.
+    """The texts in which the learned turns stand, each turn in one of them, in the order of their last turns.
 
     Turn i stands between the conversation before it (with the header of an assistant turn, as generation
     asks for it) and the conversation up to it. A text holds every turn for which both are prefixes of it.

@@ -692,6 +692,21 @@ def test_behind_an_opened_thought_the_row_goes_on(answer, thinking, expected, tm
     assert ("nothing closes" in caplog.text) == (expected == "Blue")
 
 
+def test_earlier_thoughts_that_the_template_never_prints_are_each_learned_in_their_own_turn(tmp_path) -> None:
+    tokenizer = tokenizer_with(tmp_path, OPENED)
+    thoughts = [
+        {**turn("assistant", "Blue"), "reasoning_content": "why"},
+        turn("assistant", "<think>\nhow\n</think>\n\nred"),
+        turn("assistant", "fine"),
+    ]
+    turns = [each for answer in thoughts for each in (turn("user", "Hello"), answer)]
+    texts = [
+        tokenizer.decode(ids[mask.index(True) :])
+        for ids, mask in tokenize_row(tokenizer, {"messages": turns})
+    ]
+    assert texts == ["why\n</think>\n\nBlue<|im_end|>", "how\n</think>\n\nred<|im_end|>", "fine<|im_end|>"]
+
+
 def test_what_is_lost_behind_an_opened_thought_is_refused(tmp_path) -> None:
     tokenizer = tokenizer_with(tmp_path, OPENED)
     named = {**turn("assistant", "Blue"), "name": "bob"}
