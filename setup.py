@@ -45,6 +45,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "vllm": ["vllm>=0.32,<0.33"],
+        "mistral": ["mistral-common>=1.13"],  # a tokenizer.path with a tekken.json
         "report": ["matplotlib"],  # examples/quickstart/html_report.py
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard", "matplotlib"],
     },

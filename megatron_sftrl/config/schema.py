@@ -103,9 +103,9 @@ class TokenizerSection(Section):
     """Text to ids."""
 
     path: ExpandedPath
-    """A Hugging Face tokenizer directory, or a SentencePiece .model file."""
+    """A Hugging Face tokenizer directory, a SentencePiece model by any name, or a tekken.json."""
     chat_template: ExpandedPath | None = None
-    """A Jinja file used instead of the tokenizer's own chat template."""
+    """A Jinja file used instead of the tokenizer's own chat template; SentencePiece and tekken have none."""
     chat_template_kwargs: dict[str, Any] = Field(default={})
     """Switches of the chat template, such as {enable_thinking: false} or {reasoning_effort: high}, for
     training and generation; a row's own column chat_template_kwargs comes first."""

@@ -64,7 +64,8 @@ def _apart(
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         if start < end:
             part = text[start:end]
-            ids += tokenizer.encode_continuation(part) if start else tokenizer.encode(part)
+            behind = ids[-1] if ids else None
+            ids += tokenizer.encode_continuation(part, behind=behind) if start else tokenizer.encode(part)
         borders.append(len(ids))
     if tokenizer.decode(ids) != tokenizer.decode(whole):
         raise UserError(

@@ -14,7 +14,8 @@ from pathlib import Path
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.template import ChatTemplate
 from megatron_sftrl.data.tokenizer_backends import TokenizerBackend, examine
-from megatron_sftrl.errors import UserError, error_of, hub_hint
+from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.models.tokenizer_files import TEMPLATE, find_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +56,9 @@ class Tokenizer:
                 )
         return ids
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of `text` that continues earlier tokens, nothing added."""
-        return self.backend.encode_continuation(text)
+    def encode_continuation(self, text: str, *, behind: int | None = None) -> list[int]:
+        """Ids of `text` that continues earlier tokens, the last of them `behind` if given; nothing added."""
+        return self.backend.encode_continuation(text, behind=behind)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included.
@@ -68,7 +69,7 @@ class Tokenizer:
 
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:
-    """Load a Hugging Face tokenizer directory or a raw SentencePiece model from disk; never from a network.
+    """Load a Hugging Face directory, a raw SentencePiece model or a tekken.json; never from a network.
 
     Code that lies beside a tokenizer is never executed. A Jinja file may replace its chat template.
 
@@ -77,23 +78,16 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
             token, or the template does not compile.
     """
     # Late: transformers and sentencepiece cost seconds, and `import megatron_sftrl` must not need them.
-    from megatron_sftrl.data.tokenizer_backends import load_hugging_face, load_sentencepiece
+    from megatron_sftrl.data import tokenizer_backends
 
     path = Path(section.path)
-    if not path.exists():
-        raise UserError(
-            f"tokenizer.path: {path} does not exist; give a Hugging Face tokenizer directory "
-            f"or a SentencePiece .model file{hub_hint(path)}"
-        )
-    if path.is_dir():
-        loaded = load_hugging_face(path)
-    elif path.suffix == ".model":
-        loaded = load_sentencepiece(path)
+    kind, place = find_tokenizer(path)
+    if kind == "hugging face":
+        loaded = tokenizer_backends.load_hugging_face(place)
+    elif kind == "tekken":
+        loaded = tokenizer_backends.load_tekken(place)
     else:
-        raise UserError(
-            f"tokenizer.path: expected a directory or a .model file, got {path}; "
-            "for a tokenizer.json give the directory that holds it"
-        )
+        loaded = tokenizer_backends.load_sentencepiece(place)
     if loaded.eos_id is None:
         raise UserError(
             f"tokenizer.path: {path} has no end token, so a model could never learn to stop; "
@@ -108,6 +102,8 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         origin=str(path),
     )
     source, origin = loaded.template_source, f"the chat template of {path}"
+    if kind != "hugging face" and path.is_dir() and (path / TEMPLATE).is_file():
+        source = _read_template(path / TEMPLATE)
     if section.chat_template is not None:
         source, origin = _read_template(section.chat_template), str(section.chat_template)
     template = None

@@ -1,4 +1,4 @@
-"""The two tokenizer libraries behind `Tokenizer`: Hugging Face directories and raw SentencePiece models."""
+"""The libraries behind `Tokenizer`: Hugging Face directories, SentencePiece models, tekken.json."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ class TokenizerBackend(Protocol):
         """Ids of `text` at the start of a sequence, special tokens in the text recognised, none added."""
         ...
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of `text` in the middle of a sequence: no invented space in front where that can be avoided."""
+    def encode_continuation(self, text: str, *, behind: int | None = None) -> list[int]:
+        """Ids of `text` in the middle of a sequence, behind the id `behind` where that is known.
+
+        No invented space in front, unless the vocabulary has one behind each control token.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -286,7 +289,7 @@ def _optional_object(path: Path) -> dict[str, Any]:
 
 
 def load_sentencepiece(path: Path) -> LoadedTokenizer:
-    """Read a raw SentencePiece model, a .model file; there is no chat template in it.
+    """Read a raw SentencePiece model; a chat template comes from a chat_template.jinja beside it only.
 
     The file does not say whether its model was trained with a first token; as Llama, Mistral and Gemma all
     were, one that the vocabulary defines is used.
@@ -321,6 +324,41 @@ def load_sentencepiece(path: Path) -> LoadedTokenizer:
     )
 
 
+def load_tekken(path: Path) -> LoadedTokenizer:
+    """Read Mistral's tekken.json by the package mistral-common, whose ids these are.
+
+    Raises:
+        UserError: the package is not installed, or the file is not one that it reads.
+    """
+    try:
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"tokenizer.path: {path} needs the package mistral-common, and {error.name} is not installed: "
+            "pip install 'megatron-sftrl[mistral]', or give a directory with a tokenizer.json"
+        ) from error
+    try:
+        tekken = Tekkenizer.from_file(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except Exception as error:  # it asserts, and looks keys up
+        reason = f"{type(error).__name__}: {error}"
+        raise error_of(f"tokenizer.path: mistral-common cannot read {path}: {reason}", error) from error
+    backend = _TekkenBackend(tekken, digest)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    defined = {name: text for name, text in names.items() if text in backend.control}
+    ids = {name: backend.control[text] for name, text in defined.items()}
+    return LoadedTokenizer(
+        backend=backend,
+        vocab_size=tekken.n_words,
+        bos_id=ids.get("bos_token"),
+        eos_id=ids.get("eos_token"),
+        pad_id=ids.get("pad_token"),
+        special_ids=frozenset(backend.control.values()) - {ids.get("unk_token")},
+        special_tokens=defined,
+        template_source=None,
+    )
+
+
 class _HuggingFaceBackend:
     """A transformers tokenizer."""
 
@@ -342,7 +380,7 @@ class _HuggingFaceBackend:
             return self._fast.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_continuation(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str, *, behind: int | None = None) -> list[int]:
         # Tokenizers that put a space in front of a text do it once: behind a newline the text gets none.
         anchor = self.encode("\n")
         anchored = self.encode("\n" + text)
@@ -369,22 +407,69 @@ class _HuggingFaceBackend:
         )
 
 
+class _ControlTokens:
+    """Splits a text at the control tokens written out in it, as chat templates write them.
+
+    The libraries themselves read `</s>` in a text as four characters.
+    """
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self.ids = dict(ids)
+        names = sorted(self.ids, key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    def split(self, text: str) -> list[str]:
+        """Control tokens and what stands between them, in order, nothing empty."""
+        return [part for part in (self._splitter.split(text) if self._splitter else [text]) if part]
+
+
+class _TekkenBackend:
+    """mistral-common's tokenizer of a tekken.json: bytes, without invented spaces."""
+
+    unknown_ids: frozenset[int] = frozenset()
+
+    def __init__(self, tekken: Any, digest: str) -> None:
+        self._tekken = tekken
+        self._digest = digest
+        self.control = {tekken.id_to_piece(i): i for i in range(tekken.num_special_tokens)}
+        self._tokens = _ControlTokens(self.control)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._tokens.split(text):
+            control = self.control.get(part)
+            ids += self._tekken.encode(part, bos=False, eos=False) if control is None else [control]
+        return ids
+
+    def encode_continuation(self, text: str, *, behind: int | None = None) -> list[int]:
+        return self.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        return self._tekken.decode(list(ids), special_token_policy=SpecialTokenPolicy.KEEP)
+
+    def normalize(self, text: str) -> str:
+        return text
+
+    def identity(self) -> str:
+        return self._digest
+
+
 class _SentencePieceBackend:
     """A SentencePiece processor that also recognises control tokens written out in a text.
 
-    SentencePiece itself reads `</s>` in a text as four characters, and chat templates write it so. It also
-    puts a space in front of whatever it is given, which only the start of a sequence is to have.
+    SentencePiece puts a space in front of whatever it is given (if its model says so). Each text between
+    control tokens gets it, as in mistral-common and in Llama 2's own code, which encode these texts one by
+    one; a space that a chat template writes behind a control token is that space, and not a second one.
     """
 
     def __init__(self, processor: Any, digest: str) -> None:
         self._processor = processor
         self._digest = digest
         ids = range(processor.get_piece_size())
-        self._control = {processor.id_to_piece(i): i for i in ids if processor.IsControl(i)}
-        names = sorted(self._control, key=len, reverse=True)
-        self._splitter = (
-            re.compile("(" + "|".join(re.escape(name) for name in names) + ")") if names else None
-        )
+        self._tokens = _ControlTokens({processor.id_to_piece(i): i for i in ids if processor.IsControl(i)})
+        self._control_ids = frozenset(self._tokens.ids.values())
         # A private-use character: no vocabulary merges it with what follows.
         self._anchor = "\ue000"
         self._anchor_ids = processor.encode(self._anchor)
@@ -392,42 +477,50 @@ class _SentencePieceBackend:
         self._has_dummy_prefix = processor.id_to_piece(self._anchor_ids)[0].startswith(_SPACE)
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text, at_start=True)
+        return self._encode(text, self._processor.encode)
 
-    def encode_continuation(self, text: str) -> list[int]:
-        return self._encode(text, at_start=False)
+    def encode_continuation(self, text: str, *, behind: int | None = None) -> list[int]:
+        return self._encode(text, self._encode_behind if behind in self._control_ids else self._encode_inside)
 
     def decode(self, ids: Sequence[int]) -> str:
         text = bytearray()
-        is_at_start = self._has_dummy_prefix
+        has_invented_space = self._has_dummy_prefix
         for i in ids:
             piece = self._processor.id_to_piece(i)
+            if i in self._control_ids:
+                has_invented_space = self._has_dummy_prefix
+                text += piece.encode()
+                continue
             if self._processor.IsByte(i):
                 text.append(int(piece[1:-1], 16))
-                continue
-            if is_at_start and i not in self._control.values():
-                is_at_start, piece = False, piece.removeprefix(_SPACE)
-            text += piece.replace(_SPACE, " ").encode()
+            else:
+                piece = piece.removeprefix(_SPACE) if has_invented_space else piece
+                text += piece.replace(_SPACE, " ").encode()
+            has_invented_space = False
         return text.decode(errors="replace")
 
     def normalize(self, text: str) -> str:
         return self._processor.normalize(text).replace(_SPACE, " ")
 
     def identity(self) -> str:
-        return self._digest
+        return f"{self._digest}, one space behind control tokens"
 
-    def _encode(self, text: str, *, at_start: bool) -> list[int]:
+    def _encode(self, text: str, encode_first: Callable[[str], list[int]]) -> list[int]:
+        """Ids of a text, what stands in front of its first control token by `encode_first`."""
         ids: list[int] = []
-        for piece in self._splitter.split(text) if self._splitter else [text]:
-            if piece in self._control:
-                ids.append(self._control[piece])
-            elif piece:
-                ids += self._processor.encode(piece) if at_start else self._encode_inside(piece)
-                at_start = False
+        encode = encode_first
+        for part in self._tokens.split(text):
+            control = self._tokens.ids.get(part)
+            ids += encode(part) if control is None else [control]
+            encode = self._encode_behind
         return ids
 
+    def _encode_behind(self, text: str) -> list[int]:
+        """Ids of a text that has a control token in front of it."""
+        return self._encode_inside(text) if text.startswith(" ") else self._processor.encode(text)
+
     def _encode_inside(self, text: str) -> list[int]:
-        """Ids of a text that has something in front of it."""
+        """Ids of a text that has other text in front of it."""
         anchored = self._processor.encode(self._anchor + text)
         if anchored[: len(self._anchor_ids)] != self._anchor_ids:
             return self._processor.encode(text)

@@ -22,6 +22,14 @@ from torch import Tensor
 from megatron_sftrl.errors import UserError, error_of, hub_hint
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.hf_weights import INDEX_FILE, SINGLE_FILE
+from megatron_sftrl.models.tokenizer_files import (
+    TEKKEN,
+    TEMPLATE,
+    TOKENIZER_FILES,
+    find_tokenizer,
+    has_vocabulary,
+    single_sentencepiece,
+)
 
 # What travels beside weights: the model's configuration, its tokenizer and its chat template, as files.
 
@@ -30,24 +38,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 _MODEL_FILES = (CONFIG, GENERATION_CONFIG)
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TEMPLATE = "chat_template.jinja"
 _NAMED_TEMPLATES = "additional_chat_templates"
-TOKENIZER_FILES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tokenizer.model",
-        "tekken.json",
-        _TEMPLATE,
-        "chat_template.json",
-    }
-)
-"""Any of them makes a directory one that holds a tokenizer."""
+_SENTENCEPIECE = "tokenizer.model"  # as transformers looks for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +57,8 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
 
     Args:
         model: directory with config.json, and generation_config.json if it has one.
-        tokenizer: Hugging Face tokenizer directory (a model directory is one), or a SentencePiece file.
+        tokenizer: Hugging Face tokenizer directory (a model directory is one), a SentencePiece model, or a
+            tekken.json.
         chat_template: Jinja file that replaces every chat template of the tokenizer.
     Raises:
         UserError: a path that is not there, cannot be read, or holds none of these files.
@@ -80,11 +73,6 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
     if chat_template is not None:
         files = _with_template(files, _read(Path(chat_template)))
     return HfAssets(files=files)
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a model directory holds a tokenizer; many directories of weights do not."""
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
@@ -160,16 +148,12 @@ def write_assets(directory: Path, assets: HfAssets) -> None:
 
 
 def _read_tokenizer(tokenizer: Path) -> dict[str, bytes]:
-    if not tokenizer.exists():
-        raise UserError(
-            f"tokenizer: {tokenizer} does not exist; give a Hugging Face tokenizer directory or a "
-            f"SentencePiece .model file{hub_hint(tokenizer)}"
-        )
     if not tokenizer.is_dir():
-        if tokenizer.suffix != ".model":
-            raise UserError(f"tokenizer: expected a directory or a .model file, got {tokenizer}")
-        return {"tokenizer.model": _read(tokenizer)}
+        kind, file = find_tokenizer(tokenizer)
+        return {TEKKEN if kind == "tekken" else _SENTENCEPIECE: _read(file)}
     files = _read_named(tokenizer, TOKENIZER_FILES)
+    if not has_vocabulary(set(files)) and (model := single_sentencepiece(tokenizer)) is not None:
+        files[_SENTENCEPIECE] = _read(model)
     if not files:
         raise UserError(f"no tokenizer in {tokenizer}: expected tokenizer.json, tokenizer.model or the like")
     for path in sorted((tokenizer / _NAMED_TEMPLATES).glob("*.jinja")):
@@ -192,7 +176,7 @@ def _with_template(files: Mapping[str, bytes], template: bytes) -> dict[str, byt
         values = _json_object(config, "tokenizer_config.json")
         if values.pop("chat_template", None) is not None:
             kept["tokenizer_config.json"] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
-    return {**kept, _TEMPLATE: template}
+    return {**kept, TEMPLATE: template}
 
 
 def _json_object(content: bytes, name: str) -> dict[str, object]:

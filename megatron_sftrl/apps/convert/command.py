@@ -24,7 +24,7 @@ from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.models.hf_config import from_hf_config
-from megatron_sftrl.models.hf_output import TOKENIZER_FILES
+from megatron_sftrl.models.tokenizer_files import TOKENIZER_FILES
 from megatron_sftrl.observability.watch import peak_memory_bytes, return_freed_memory
 from megatron_sftrl.types import TokenBatch
 

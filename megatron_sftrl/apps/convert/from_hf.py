@@ -15,9 +15,10 @@ from megatron_sftrl.engine.checkpoint import StoredPart, save_converted
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.hf_config import read_hf_config
-from megatron_sftrl.models.hf_output import has_tokenizer, read_assets
+from megatron_sftrl.models.hf_output import read_assets
 from megatron_sftrl.models.hf_weights import HfWeights, fill_part, open_weights
 from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_shapes, megatron_tensors
+from megatron_sftrl.models.tokenizer_files import has_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,57 @@ def test_a_path_that_is_no_tokenizer_is_refused(tmp_path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             load_tokenizer(TokenizerSection(path=tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model", "m_tok"])
+def test_a_sentencepiece_model_is_known_by_its_content(name: str, tmp_path) -> None:
+    shutil.copy(SENTENCEPIECE_MODEL, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("\n\n\nnot a model")
+    (tmp_path / "config.json").write_text("{}")
+    expected = load(SENTENCEPIECE_MODEL)
+    for path in (tmp_path / name, tmp_path):
+        tokenizer = load(path)
+        assert tokenizer.encode("<s>the answer") == expected.encode("<s>the answer")
+        assert tokenizer.fingerprint == expected.fingerprint
+    assert expected.chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    template = load(tmp_path).chat_template
+    assert template is not None
+    assert template.render([{"role": "user", "content": "a"}]) == "a"
+
+
+def test_two_sentencepiece_models_in_a_directory_are_refused_by_name(tmp_path) -> None:
+    for name in ("tokenizer.model", "tokenizer.model.v3"):
+        shutil.copy(SENTENCEPIECE_MODEL, tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"2 SentencePiece models \(tokenizer\.model, tokenizer\.model\.v3\)"
+    ):
+        load(tmp_path)
+    write_byte_level(tmp_path)
+    assert load(tmp_path).vocab_size == load(write_byte_level(tmp_path / "t")).vocab_size
+
+
+def test_text_behind_a_control_token_has_one_space_in_front_written_or_not() -> None:
+    tokenizer = load(SENTENCEPIECE_MODEL)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    red = tokenizer.encode("red")
+    assert tokenizer.decode(red[:1]) == "", "the space has to be a token of its own"
+    for text in ("<s>red</s>red", "<s> red</s> red"):
+        ids = tokenizer.encode(text)
+        assert ids == [bos, *red, eos, *red]
+        assert tokenizer.decode(ids) == "<s>red</s>red"
+    assert tokenizer.encode_continuation("red", behind=eos) == red
+    assert tokenizer.encode_continuation("red", behind=red[-1]) == red[1:]
+    assert tokenizer.encode_continuation("red</s>red") == [*red[1:], eos, *red]
+
+
+def test_a_tekken_file_without_mistral_common_is_refused_with_the_extra(tmp_path, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "mistral_common"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"needs the package mistral-common.*megatron-sftrl\[mistral\]"):
+        load(tmp_path)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path) -> None:

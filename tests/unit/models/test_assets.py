@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_sftrl.models.hf_output import (
     with_end_ids,
     write_assets,
 )
+from megatron_sftrl.models.tokenizer_files import has_tokenizer
 from tests.unit.data.tokenizers_for_tests import SENTENCEPIECE_MODEL, template_path, write_byte_level
 
 CONFIG = """{
@@ -85,6 +87,19 @@ def test_a_sentencepiece_file_is_named_as_transformers_looks_for_it() -> None:
     }
 
 
+def test_a_sentencepiece_model_by_another_name_and_a_tekken_file_travel_under_their_usual_names(
+    tmp_path: Path,
+) -> None:
+    shutil.copy(SENTENCEPIECE_MODEL, tmp_path / "tokenizer.model.v3")
+    assert has_tokenizer(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.model.v3"):
+        files = read_assets(model=None, tokenizer=path, chat_template=None).files
+        assert files == {"tokenizer.model": SENTENCEPIECE_MODEL.read_bytes()}
+    (tmp_path / "tekken_240911.json").write_text("{}")
+    path = tmp_path / "tekken_240911.json"
+    assert read_assets(model=None, tokenizer=path, chat_template=None).files == {"tekken.json": b"{}"}
+
+
 def test_a_template_file_replaces_every_other_template(tmp_path: Path) -> None:
     model = model_directory(tmp_path / "model")
     (model / "chat_template.jinja").write_text("another one")
@@ -133,7 +148,7 @@ def test_a_config_without_the_key_or_with_nested_ones_gets_the_right_one(config:
         ({"model": "empty"}, r"no config\.json in"),
         ({"tokenizer": "absent"}, "does not exist; give a Hugging Face tokenizer directory"),
         ({"tokenizer": "empty"}, r"no tokenizer in .*expected tokenizer\.json"),
-        ({"tokenizer": "tokenizer.json"}, r"expected a directory or a \.model file"),
+        ({"tokenizer": "tokenizer.json"}, r"expected a directory, a SentencePiece model by any name, or"),
         ({"chat_template": "absent.jinja"}, r"cannot read .*absent\.jinja: No such file"),
     ],
 )
