@@ -46,6 +46,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "vllm": ["vllm>=0.32,<0.33"],
         "mistral": ["mistral-common>=1.13"],  # a tokenizer.path with a tekken.json
+        "trackio": ["trackio"],
+        "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy", "alembic", "sqlparse"],
         "report": ["matplotlib"],  # examples/quickstart/html_report.py
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard", "matplotlib"],
     },

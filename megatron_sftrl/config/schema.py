@@ -294,9 +294,13 @@ class LogSection(Section):
     wandb: Literal["off", "offline", "online"] = "offline"
     """Weights & Biases; offline writes into the run directory and needs no account."""
     wandb_project: str = "megatron_sftrl"
-    """Project name there."""
+    """Project name there and in trackio, MLflow's experiment."""
     tensorboard: bool = False
     """Write TensorBoard events into the run directory."""
+    trackio: bool = False
+    """Log to trackio, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says otherwise."""
+    mlflow: bool = False
+    """Log to MLflow: mlflow.db in the run directory, or the server that MLFLOW_TRACKING_URI names."""
     progress: bool = True
     """Progress bar on rank 0."""
 

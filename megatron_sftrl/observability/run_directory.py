@@ -55,13 +55,12 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def wandb_id(self) -> Path:
-        """The id under which Weights & Biases continues this run."""
-        return self.path / "wandb_id"
-
-    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    def tracker_id(self, tracker: str) -> Path:
+        """The file with the id under which a tracker (wandb, trackio, mlflow) continues this run."""
+        return self.path / f"{tracker}_id"
 
 
 def open_run_directory(config: TrainingConfig, *, is_writer: bool) -> RunDirectory:
@@ -112,7 +111,7 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
     free = _FREE_TO_CHANGE
     if old.optim.schedule == config.optim.schedule == "constant":
         free = (*free, "train.steps", "train.epochs")
-    before, now = _flat(resolved_yaml(old)), _flat(resolved_yaml(config))
+    before, now = flat(resolved_yaml(old)), flat(resolved_yaml(config))
     differing = [
         key
         for key in [*before, *(key for key in now if key not in before)]
@@ -131,18 +130,19 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
         )
 
 
-def _flat(text: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(text: str) -> dict[str, Any]:
+    """The values of a YAML text by their dotted keys; a list is a value."""
+    values: dict[str, Any] = {}
 
     def walk(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 walk(item, (*path, key))
         else:
-            flat[".".join(path)] = value
+            values[".".join(path)] = value
 
     walk(parse_yaml(text, source="resolved.yaml").value, ())
-    return flat
+    return values
 
 
 def _text(flat: dict[str, Any], key: str) -> str:

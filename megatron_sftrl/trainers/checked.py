@@ -24,6 +24,7 @@ from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
 from megatron_sftrl.models.hf_weights import open_weights
 from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.observability.trackers import check_trackers
 from megatron_sftrl.types import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class CheckedRun(Generic[ConfigT]):
 
 def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
     """Check sections against each other, the model, the loss, the tokenizer and the number of processes."""
+    check_trackers(config.log)
     architecture, notes = architecture_of(config.model), notes_on(config.model)
     if config.model.hf is not None:
         with open_weights(config.model.hf, allow_pickle=config.model.allow_pickle) as weights:

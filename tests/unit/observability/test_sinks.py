@@ -51,15 +51,22 @@ def test_tensorboard_hides_the_points_after_the_checkpoint(tmp_path: Path) -> No
     assert [point.step for point in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_a_missing_tensorboard_is_said_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("key", "package", "command"),
+    [
+        ("log.tensorboard", "tensorboard", "pip install tensorboard"),
+        ("log.trackio", "trackio", r"pip install 'megatron-sftrl\[trackio\]'"),
+        ("log.mlflow", "mlflow", r"pip install 'megatron-sftrl\[mlflow\]'"),
+        ("log.mlflow", "sqlalchemy", r"pip install 'megatron-sftrl\[mlflow\]'"),
+    ],
+)
+def test_a_missing_package_is_said_before_anything_is_written(
+    key: str, package: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if "tensorb" in name else find_spec(name)
-    )
-    with pytest.raises(ValueError, match=r"log\.tensorboard needs the package tensorboard.*pip install"):
-        run(tmp_path, "log.tensorboard=true", resume_step=0, steps=range(1, 2))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=rf"{key} needs the package {package}.*{command}, or {key}=false"):
+        run(tmp_path, f"{key}=true", resume_step=0, steps=range(1, 2))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
