@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import json
 import logging
 import os
 import re
@@ -579,4 +581,10 @@ def _report(error: UserError | ValidationError) -> None:
     if rank != 0:
         time.sleep(_SECONDS_FOR_RANK_0)
     where = f" (rank {rank})" if rank else ""
-    print(f"error{where}: {error}\n(--traceback shows where it was raised)", file=sys.stderr, flush=True)
+    text = f"error{where}: {error}\n(--traceback shows where it was raised)"
+    print(text, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun prints a page of its own behind this, which ends with what it finds here.
+        told = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")

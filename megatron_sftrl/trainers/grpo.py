@@ -189,7 +189,9 @@ def run_grpo(config: GrpoConfig) -> bool:
         engine = build_engine(config, run.policy, checked.tokenizer.decode, progress)
         with contextlib.closing(engine):
             run.begin()
-            return GrpoTrainer(run, checked, engine, prompts, valid, rewards, progress).train()
+            is_finished = GrpoTrainer(run, checked, engine, prompts, valid, rewards, progress).train()
+    run.tell_end()
+    return is_finished
 
 
 def shared_progress(run: Run[GrpoConfig]) -> SharedProgress:

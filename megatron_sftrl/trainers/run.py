@@ -143,6 +143,7 @@ class Run(Generic[ConfigT]):
         synchronize = torch.cuda.synchronize if parallel.device.type == "cuda" else None
         self.timers = Timers(synchronize=synchronize, on_end=self.watch.moved)
         self._metrics = MetricsWriter([])
+        self._last_checkpoint: Path | None = None
         self._is_learning_checked = self._is_asked = False
 
     def begin(self) -> None:
@@ -171,8 +172,6 @@ class Run(Generic[ConfigT]):
     def recorded(self) -> Iterator[None]:
         """Around the loop: rank 0 writes metrics, the watch runs, and the last checkpoint is waited for.
 
-        Of a finished run rank 0 tells where its result is, and what can be done with it.
-
         Raises:
             UserError, RuntimeError: on every rank, when rank 0 cannot open what it must write to.
         """
@@ -187,11 +186,16 @@ class Run(Generic[ConfigT]):
         with on_every_rank(open_sinks) as self._metrics, self.watch, self.store:
             yield
         dist.barrier()
-        checkpoint = self.store.latest()
-        if self.is_finished and checkpoint is not None and self.parallel.rank == 0:
-            self._tell_end(checkpoint)
+        self._last_checkpoint = self.store.latest()
 
-    def _tell_end(self, checkpoint: Path) -> None:
+    def tell_end(self) -> None:
+        """Say on rank 0 where the result of a finished run is, and what can be done with it.
+
+        Called when engines, workers and process groups are closed: what they print stays above.
+        """
+        checkpoint = self._last_checkpoint
+        if not self.is_finished or checkpoint is None or self.parallel.rank > 0:
+            return
         LOGGER.info("finished %d steps: %s", self.num_steps, self.directory.path)
         LOGGER.info("last checkpoint: %s", checkpoint)
         if numbers := last_numbers(self.directory):

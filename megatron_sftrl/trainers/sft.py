@@ -153,7 +153,9 @@ def run_sft(config: RunConfig) -> bool:
                 held_out=() if data.valid is None else None,
             )
             run.begin()
-            return SftTrainer(run, data).train()
+            is_finished = SftTrainer(run, data).train()
+    run.tell_end()
+    return is_finished
 
 
 class SftTrainer:

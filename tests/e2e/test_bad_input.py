@@ -163,6 +163,9 @@ def test_under_torchrun_a_bad_row_is_told_once_and_ends_the_job(project: Project
         assert started.wait() != 0
         said = started.output()
     assert f"\n{said}".count(f"\nerror: {data}:37: not JSON") == 1
+    # torchrun's own report ends with it.
+    *_, report = said.split("Root Cause (first observed failure):")
+    assert f"traceback : error: {data}:37: not JSON" in report
     # The other rank has heard of it: no traceback of a broken connection. (On an overloaded machine it may
     # repeat the message as its own before torchrun ends it.)
     assert "[rank1]: Traceback" not in said, said

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_sftrl.cli import main
+from megatron_sftrl.engine import parallel
+from megatron_sftrl.rl.rewards.pool import RewardPool
+from megatron_sftrl.rollout.in_process import InProcessEngine
 from tests.e2e.grpo_project import MAX_NEW_TOKENS, NUM_PROMPTS, GrpoProject
-from tests.e2e.product import Ended, sftrl, sftrl_each
+from tests.e2e.product import TIMEOUT_S, Ended, sftrl, sftrl_each
 from tests.e2e.project import NUM_VALID_ROWS, Project, metrics_of, read_rows
+from tests.ranks import free_port, run_ranks
 
 
 def last_lines(ended: Ended) -> dict[str, str]:
@@ -51,6 +61,48 @@ def test_supervised_training_ends_with_its_result_in_at_most_six_lines(
     assert sft_end["last checkpoint"] == f"{root}/sft/checkpoints/step-00000002"
     last = metrics_of(root / "sft")[-1]
     assert sft_end["last numbers"] == f"loss {last['loss']:.4g}, valid/loss {last['valid/loss']:.4g}"
+
+
+@pytest.mark.parametrize("run_dir", ["one_process", "two_processes"])
+def test_nothing_is_printed_behind_it(run_dir: str, request: pytest.FixtureRequest) -> None:
+    """With Weights & Biases and TensorBoard on, or under torchrun."""
+    said = (request.getfixturevalue(run_dir).parent / "log").read_text()
+    assert " INFO: go on with GRPO: " in said.rstrip("\n").splitlines()[-1], said
+
+
+def said_by(arguments: list[str], port: int) -> str:
+    """Standard error of a command, with a line when engine, reward workers and process groups are closed."""
+    os.environ["MASTER_PORT"] = str(port)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (InProcessEngine, "close"),
+            (RewardPool, "close"),
+            (parallel, "destroy_parallel"),
+        ):
+            patch.setattr(owner, name, telling(getattr(owner, name)))
+        assert main(arguments) == 0
+    return said.getvalue()
+
+
+def telling(close: Callable[..., None]) -> Callable[..., None]:
+    def told(*arguments: object) -> None:
+        close(*arguments)
+        print(f"closed: {close.__qualname__}", file=sys.stderr)
+
+    return told
+
+
+def test_it_is_said_when_engine_workers_and_groups_are_closed(grpo: GrpoProject, root: Path) -> None:
+    command = grpo.command(root / "closed", "train.steps=1")
+    (said,) = run_ranks(1, said_by, command, free_port(), timeout_s=TIMEOUT_S, group=False)
+    before, end = said.split("INFO: finished 1 steps")
+    assert {line for line in before.splitlines() if line.startswith("closed: ")} == {
+        "closed: InProcessEngine.close",
+        "closed: RewardPool.close",
+        "closed: destroy_parallel",
+    }
+    assert "closed" not in end.replace(str(root / "closed"), "")
 
 
 def test_what_supervised_training_says_can_be_done_with_its_result_works(
