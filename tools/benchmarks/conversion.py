@@ -36,7 +36,6 @@ from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.models.hf_output import force_to_disk, plan_files, write_file, write_index
 from megatron_sftrl.models.tensors import hf_shapes
 
-LEAST_SHARE_OF_CP = 0.5
 _SHAPE = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -260,9 +259,7 @@ def _print(facts: dict) -> None:
             line += f"{facts['share_of_cp'][name]:8.2f}"
             line += f"{facts['peak_bytes'][name] / 1e6:10.0f}{facts['bound_bytes'][name] / 1e6:10.0f}"
         print(line)
-    slow = [name for name, share in facts["share_of_cp"].items() if share < LEAST_SHARE_OF_CP]
     large = [name for name, peak in facts["peak_bytes"].items() if peak > facts["bound_bytes"][name]]
-    print(f"slower than {LEAST_SHARE_OF_CP} of cp: {', '.join(slow) or 'none'}")
     print(f"more memory than the bound: {', '.join(large) or 'none'}")
 
 

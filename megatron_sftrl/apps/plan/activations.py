@@ -18,14 +18,16 @@ from typing import Literal
 from megatron_sftrl.apps.plan.model_state import Grid, element_bytes
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.vocab_parallel.arithmetic import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
+from megatron_sftrl.vocab_parallel.output_layer import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
 Kernels = Literal["torch", "transformer_engine"]
 Fused = Literal["auto", "on", "off"]
 _FP32, _INT64 = 4, 8
-_LOGIT_CHUNK = {"torch": 2 * 2**20, "transformer_engine": 256 * 2**20}
-"""vocab_parallel/arithmetic.py: buffers of one chunk of tokens, on the CPU and on a GPU."""
-_FUSED_CHUNK = {"torch": 112 * 2**20, "transformer_engine": 512 * 2**20}
-"""vocab_parallel/output_layer.py: logits that exist at a time where output layer and loss are fused."""
+# On the CPU and on a GPU: a loss's buffers for one chunk of tokens, and the logits that exist at a time where
+# output layer and loss are fused.
+_LOGIT_CHUNK = {"torch": CPU_CHUNK_BYTES, "transformer_engine": CUDA_CHUNK_BYTES}
+_FUSED_CHUNK = {"torch": CPU_LOGITS_BYTES, "transformer_engine": CUDA_LOGITS_BYTES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
