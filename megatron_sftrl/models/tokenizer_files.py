@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -104,4 +105,6 @@ def is_sentencepiece(path: Path) -> bool:
 
 
 def _models(directory: Path) -> list[Path]:
-    return [file for file in sorted(directory.iterdir()) if file.is_file() and is_sentencepiece(file)]
+    # What this user may not read is another's: it must not keep the directory from being used.
+    files = (file for file in sorted(directory.iterdir()) if file.is_file() and os.access(file, os.R_OK))
+    return [file for file in files if is_sentencepiece(file)]

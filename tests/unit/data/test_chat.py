@@ -16,7 +16,14 @@ from megatron_sftrl.data.conversation import read_demonstration, read_prompt
 from megatron_sftrl.data.template import ChatTemplate
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sftrl.errors import UserError
-from tests.unit.data.tokenizers_for_tests import CHAT, load_by_name, reading, template_path, write_byte_level
+from tests.unit.data.tokenizers_for_tests import (
+    CHAT,
+    SENTENCEPIECE_MODEL,
+    load_by_name,
+    reading,
+    template_path,
+    write_byte_level,
+)
 
 CASES = json.loads((CHAT / "cases.json").read_text())
 
@@ -65,6 +72,28 @@ def test_a_sentencepiece_response_gets_no_invented_space_in_front(tmp_path) -> N
     [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "the an", "response": "swer"})
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, "the an")
     assert tokenizer.decode(ids) == "<s>the answer</s>"
+
+
+def test_texts_that_are_tokenized_apart_keep_the_space_behind_a_control_token(tmp_path) -> None:
+    template = tmp_path / "bare.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(TokenizerSection(path=SENTENCEPIECE_MODEL, chat_template=template))
+    turns = [
+        turn("user", "the an"),
+        turn("assistant", "swer"),
+        turn("user", "red"),
+        turn("assistant", " fine"),
+    ]
+    [(ids, mask)] = tokenize_row(tokenizer, {"messages": turns})
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, "the an")
+    assert ids != tokenizer.encode("the answer</s>red fine</s>"), (
+        "the example must merge, or it proves nothing"
+    )
+    behind = ids[ids.index(tokenizer.eos_id) :]
+    assert behind == tokenizer.encode("</s>red fine</s>")
 
 
 def test_turns_that_a_template_prints_differently_later_are_learned_in_sequences_of_their_own(

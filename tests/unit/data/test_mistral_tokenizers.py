@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,35 @@ def test_what_differs_from_mistral_common(
     ids = ours.encode(written(forms[version], texts))
     assert ids != their_ids(theirs, texts)
     assert same_as is None or ids == their_ids(theirs, same_as)
+
+
+# The same model as transformers converts it: (text, its ids equal ours with legacy true, with legacy false).
+TRANSFORMERS = [
+    ("hello", True, True),
+    ("<s>[INST] hello[/INST] Hi</s>[INST] more[/INST]", True, True),
+    ("<s>[INST]hello[/INST]Hi</s>[INST]more[/INST]", True, False),
+    ("<s>hello", True, False),
+    ("a</s>\nb", True, False),
+    (" a space in front of the whole text, which transformers drops", False, False),
+]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_raw_model_has_the_ids_of_transformers_legacy_tokenizer(legacy: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(FILES / FILE["v3"], tmp_path / "tokenizer.model")
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": legacy,
+        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "additional_special_tokens": ["[INST]", "[/INST]"],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    ours = load_tokenizer(TokenizerSection(path=tmp_path / "tokenizer.model"))
+    for text, *expected in TRANSFORMERS:
+        same = ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert same == expected[0 if legacy else 1], text
 
 
 def test_the_facts_of_the_vocabulary_are_those_of_the_file(pair: tuple[str, Tokenizer, Any]) -> None:
