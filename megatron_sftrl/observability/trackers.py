@@ -27,7 +27,7 @@ def check_trackers(log: LogSection) -> None:
         ("log.trackio", log.trackio, "trackio", "'megatron-sftrl[trackio]'"),
         ("log.mlflow", log.mlflow, "mlflow", "'megatron-sftrl[mlflow]'"),
     ]
-    if log.mlflow and "MLFLOW_TRACKING_URI" not in os.environ:
+    if log.mlflow and not os.environ.get("MLFLOW_TRACKING_URI"):
         needed.append(("log.mlflow", True, "sqlalchemy", "'megatron-sftrl[mlflow]'"))
     for key, is_on, package, source in needed:
         if is_on and importlib.util.find_spec(package) is None:
@@ -54,6 +54,7 @@ class WandbSink:
         from wandb.errors import UsageError
 
         mode = config.log.wandb
+        assert mode != "off"
         try:
             self._run = wandb.init(
                 project=config.log.wandb_project,
@@ -136,7 +137,7 @@ class MlflowSink:
         from mlflow import MlflowClient
 
         local = f"sqlite:///{directory.path.resolve()}/mlflow.db"
-        self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", local))
+        self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or local)
         self._id = self._continued(directory) or self._new(directory, config)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -168,7 +169,7 @@ class MlflowSink:
     def _new(self, directory: RunDirectory, config: TrainingConfig) -> str:
         from mlflow.entities import Param
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", config.log.wandb_project)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.log.wandb_project
         found = self._client.get_experiment_by_name(name)
         experiment = self._client.create_experiment(name) if found is None else found.experiment_id
         run = self._client.create_run(experiment, run_name=directory.path.resolve().name)
