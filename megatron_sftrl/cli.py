@@ -6,25 +6,21 @@ import argparse
 import contextlib
 import inspect
 import json
-import logging
 import os
-import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from megatron_sftrl import __version__
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.observability.log import log_known_warnings, start_logging
 
 if TYPE_CHECKING:
     from megatron_sftrl.registry import FunctionRegistry
-
-LOGGER = logging.getLogger(__name__)
 
 # The options of `sftrl plan`; nothing heavy is imported here, since every command builds the parser.
 
@@ -86,8 +82,6 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-_TIME = "%Y-%m-%d %H:%M:%S"
 _USER_ERROR = 2
 _STOPPED = os.EX_TEMPFAIL  # 75: ended early on request, with a checkpoint
 # torchrun ends the other ranks within about a second of rank 0's exit. A rank that still lives after this
@@ -111,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
     except BrokenPipeError:
         # `sftrl keys | head`. In a run it may be the pipe to a process that died.
-        if parsed.command not in (_keys, _losses, _plan, _rewards):
+        if parsed.command not in (_keys, _losses, _plan, _rewards, _show_data):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -124,7 +118,7 @@ def run_command(command: Callable[[], int | None], *, with_traceback: bool = Fal
     SFTRL_TRACEBACK=1 does). Any other exception is a failure and passes through: Python's traceback and exit
     code 1, with which torchrun and the job scripts start the run again.
     """
-    _log_known_warnings()
+    log_known_warnings()
     try:
         start_logging()
         return command() or 0
@@ -133,90 +127,6 @@ def run_command(command: Callable[[], int | None], *, with_traceback: bool = Fal
             raise
         _report(error)
         return _USER_ERROR
-
-
-class _StandardError(logging.StreamHandler):
-    """Writes to what sys.stderr is at that moment, each line behind time, rank and level."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        rank = os.environ.get("RANK", "0")
-        self.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s: %(message)s", _TIME))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-def start_logging() -> None:
-    """Send the package's log to standard error: rank 0 from INFO on, the other ranks from WARNING on.
-
-    SFTRL_LOG sets the level of every rank; UserError where it names none.
-    """
-    level = os.environ.get("SFTRL_LOG", "").upper()
-    if level and level not in _LEVELS:
-        raise UserError(f"SFTRL_LOG: expected one of {', '.join(_LEVELS)}, got {level}")
-    logger = logging.getLogger("megatron_sftrl")
-    for handler in list(logger.handlers):
-        if isinstance(handler, _StandardError):
-            logger.removeHandler(handler)
-    logger.addHandler(_StandardError())
-    logger.setLevel(level or ("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING"))
-
-
-# What Megatron and torch warn of though no user can change it: by package, and how the text begins.
-
-_ON_THE_CPU = (
-    ("megatron.core", r".*(Apex|Transformer Engine).*not installed"),
-    ("megatron.core", r".*CUDA_DEVICE_MAX_CONNECTIONS"),
-)
-_ANYWHERE = (
-    ("megatron.core", r"full scope is deprecated"),  # a default of its own TransformerConfig
-    ("torch.distributed", r"`torch\.distributed\.\w+` .*deprecated"),  # collectives that megatron-core uses
-)
-
-
-class _KnownWarnings:
-    """In the place of warnings.showwarning: logs once, at DEBUG, what is `known`, and shows the rest.
-
-    Only of those packages' own files: what a file of the user's warns of is shown.
-    """
-
-    def __init__(self, show: Callable[..., None], known: Sequence[tuple[str, str]]) -> None:
-        self.show = show
-        self._known = [(f"/{package.replace('.', '/')}/", text) for package, text in known]
-        self._told: set[str] = set()
-
-    def __call__(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        text = str(message)
-        is_known = any(part in filename and re.match(begin, text) for part, begin in self._known)
-        if not is_known or file is not None:
-            self.show(message, category, filename, lineno, file, line)
-        elif text not in self._told:
-            self._told.add(text)
-            LOGGER.debug("%s:%d: %s: %s", filename, lineno, category.__name__, text)
-
-
-def _log_known_warnings() -> None:
-    """megatron-core warns a dozen times at import that Apex and Transformer Engine are not installed.
-
-    On the CPU neither could be; where a GPU driver is there they are worth knowing, and stay.
-    """
-    known = _ANYWHERE if os.path.exists("/dev/nvidiactl") else (*_ON_THE_CPU, *_ANYWHERE)
-    for package, text in known:
-        # Whatever PYTHONWARNINGS says of others: an import must not fail for it.
-        warnings.filterwarnings("default", message=text, module=rf"{re.escape(package)}\.")
-    before = warnings.showwarning
-    show = before.show if isinstance(before, _KnownWarnings) else before
-    warnings.showwarning = _KnownWarnings(show, known)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_score(commands)
     directions = _add_convert(commands)
+    _add_show_data(commands)
     _add_preflight(commands)
     _add_plan(commands)
 
@@ -470,6 +381,38 @@ def _to_hf(parsed: argparse.Namespace) -> None:
         with_verify=parsed.verify,
         verify_pp=parsed.verify_pp,
     )
+
+
+def _add_show_data(commands: argparse._SubParsersAction) -> None:
+    show = _add_run_command(
+        commands,
+        "show-data",
+        _show_data,
+        help="what is learned of each row, and which rows are refused, before a run",
+        description="The first rows as text, what is learned of them marked, and counts over all rows: "
+        "tokens, learned tokens, what is too long, what is there twice. run.yaml is one of sft or of grpo; "
+        "no model is needed. Exit code 2 where training would refuse the data; every kind of problem is "
+        "listed, with the first row that has it.",
+        example="data.max_length=4096",
+    )
+    show.add_argument("--rows", type=_count, default=3, metavar="N", help="rows shown of each file (3)")
+    show.add_argument("--row", metavar="FILE:NUMBER", help="this row alone, and all of it")
+    show.add_argument("--ids", action="store_true", help="the token ids, too")
+    show.add_argument("--html", type=Path, metavar="FILE", help="write the same as one page")
+    show.add_argument("--valid", action="store_true", help="show rows of data.valid instead of data.train")
+
+
+def _show_data(parsed: argparse.Namespace) -> int:
+    from megatron_sftrl.apps.show_data.command import ShowRequest, run_show_data
+
+    request = ShowRequest(
+        num_rows=parsed.rows,
+        row=parsed.row,
+        with_ids=parsed.ids,
+        html=parsed.html,
+        is_valid=parsed.valid,
+    )
+    return run_show_data(parsed.config, parsed.overrides, request)
 
 
 def _add_preflight(commands: argparse._SubParsersAction) -> None:

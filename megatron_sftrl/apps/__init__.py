@@ -1,1 +1,1 @@
-"""Commands that stand on the core: plan, preflight, doctor, convert. Nothing in the core imports them."""
+"""Commands that stand on the core: plan, doctor, convert and others. Nothing in the core imports them."""

@@ -336,18 +336,10 @@ def tokenize_sources(
         for index, path in enumerate(paths):
             for chunk in _chunks(read_formatted(path, "demonstrations", columns=columns, key=key)):
                 numbers = range(first_row, first_row + len(chunk))
-                examples = pool.map(partial(_tokenize, tokenizer, learning), chunk, numbers)
+                examples = pool.map(partial(whole_examples, tokenizer, learning), chunk, numbers)
                 for row, whole in zip(chunk, examples, strict=True):
-                    cuts = [
-                        truncate(
-                            full,
-                            max_length=max_length,
-                            truncation=truncation,
-                            keep_first=int(full.tokens[0]) == tokenizer.bos_id,
-                        )
-                        for full in whole
-                    ]
-                    scored = _with_scores(row, whole, cuts) if use_scores else cuts
+                    cuts = cut_examples(tokenizer, whole, max_length=max_length, truncation=truncation)
+                    scored = with_scores(row, whole, cuts) if use_scores else cuts
                     for full, cut, example in zip(whole, cuts, scored, strict=True):
                         yield index, row, example, cut is not full
                     if not whole:
@@ -361,10 +353,14 @@ def _chunks(rows: Iterator[FormattedRow]) -> Iterator[list[FormattedRow]]:
         yield chunk
 
 
-def _tokenize(
+def whole_examples(
     tokenizer: Tokenizer, learning: Learning, row: FormattedRow, row_over_all: int
 ) -> list[Example]:
-    """The whole examples of a row, without their scores; none where the row says that it is left out."""
+    """The whole examples of a row, without their scores; none where the row says that it is left out.
+
+    Raises:
+        UserError: the row cannot be used; names its place.
+    """
     if is_left_out(row.values):
         return []
     try:
@@ -383,10 +379,29 @@ def _tokenize(
     ]
 
 
-def _with_scores(
+def cut_examples(
+    tokenizer: Tokenizer, whole: Sequence[Example], *, max_length: int, truncation: Truncation
+) -> list[Example | None]:
+    """What truncate() leaves of each example, an opening token in its place."""
+    return [
+        truncate(
+            full,
+            max_length=max_length,
+            truncation=truncation,
+            keep_first=int(full.tokens[0]) == tokenizer.bos_id,
+        )
+        for full in whole
+    ]
+
+
+def with_scores(
     row: FormattedRow, whole: Sequence[Example], cuts: Sequence[Example | None]
 ) -> list[Example | None]:
-    """The examples of a row with its behaviour scores, if it has any: one after the other in its columns."""
+    """The examples of a row with its behaviour scores, if it has any: one after the other in its columns.
+
+    Raises:
+        UserError: the scores do not fit the row; names its place.
+    """
     if not whole:
         return []
     learned = np.concatenate([full.loss_token_ids for full in whole])

@@ -17,7 +17,7 @@ from typing import Literal
 
 from megatron_sftrl.config.data import DemonstrationColumns, PromptColumns
 from megatron_sftrl.data.conversation import Conversation, Row, read_demonstration, read_prompt
-from megatron_sftrl.data.rows import describe_row, read_rows
+from megatron_sftrl.data.rows import OnRefused, describe_row, read_rows
 from megatron_sftrl.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -355,23 +355,34 @@ class FormattedRow:
 
 
 def read_formatted(
-    path: Path, kind: Kind, *, columns: Columns | None = None, key: str
+    path: Path,
+    kind: Kind,
+    *,
+    columns: Columns | None = None,
+    key: str,
+    on_refused: OnRefused | None = None,
 ) -> Iterator[FormattedRow]:
     """Rows of one source in order, in the format of its first row, which one line of the log tells.
 
-    `columns` are data.columns, `key` is where the path stands in the configuration.
+    `columns` are data.columns, `key` is where the path stands in the configuration. With `on_refused`, which
+    is given rows that cannot be read, the format is that of the first row that has one.
 
     Raises:
         UserError: as read_rows, or the first row is of no format or of two.
     """
     chosen = None
-    for row in read_rows(path):
+    for row in read_rows(path, on_refused=on_refused):
         source = describe_row(path, row.number)
         if chosen is None:
             try:
                 chosen = recognise(row.values, kind, columns)
             except UserError as error:
-                raise UserError(f"{source}: {error}") from error
+                placed = UserError(f"{source}: {error}")
+                if on_refused is None:
+                    raise placed from error
+                placed.__cause__ = error
+                on_refused(row.number, placed)
+                continue
             answer = chosen.answer_column(columns) if kind == "prompts" else None
             told = f", answer from {answer}" if answer not in (None, "answer") else ""
             LOGGER.info("%s: %s holds %s%s", key, path, chosen.title, told)

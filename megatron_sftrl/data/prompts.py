@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sftrl.config.data import Learning, PromptColumns
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
-from megatron_sftrl.data.formats import read_formatted
+from megatron_sftrl.data.formats import FormattedRow, read_formatted
 from megatron_sftrl.data.rows import check_source
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
@@ -56,22 +56,37 @@ def read_prompt_set(
         check_source(path, key)
         before = len(rows)
         for row in read_formatted(path, "prompts", columns=columns, key=key):
-            source = row.source
-            try:
-                tokens = tuple(encode_prompt(tokenizer, row.conversation()))
-                values = row.values_with_answer()
-            except ValueError as error:
-                raise UserError(f"{source}: {error}") from error
-            if len(tokens) > max_prompt_length:
-                raise UserError(
-                    f"{source}: expected at most data.max_prompt_length = {max_prompt_length} tokens, got "
-                    f"{len(tokens)}; raise it or remove the row"
-                )
-            rows.append(PromptRow(tokens=tokens, values=values, source=source))
-            digest.update(_as_json(tokens, values, source))
+            prompt, text = tokenize_prompt(tokenizer, row)
+            check_prompt_length(prompt, max_prompt_length)
+            rows.append(prompt)
+            digest.update(text)
         if len(rows) == before:
             raise UserError(f"{key}: no prompts in {path}; remove it from {key}, or write it again")
     return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest())
+
+
+def tokenize_prompt(tokenizer: Tokenizer, row: FormattedRow) -> tuple[PromptRow, bytes]:
+    """The prompt of a row, however long, and what a fingerprint covers of it.
+
+    Raises:
+        UserError: the row cannot be used; names its place.
+    """
+    try:
+        tokens = tuple(encode_prompt(tokenizer, row.conversation()))
+        values = row.values_with_answer()
+    except ValueError as error:
+        raise UserError(f"{row.source}: {error}") from error
+    prompt = PromptRow(tokens=tokens, values=values, source=row.source)
+    return prompt, _as_json(tokens, values, row.source)
+
+
+def check_prompt_length(prompt: PromptRow, max_prompt_length: int) -> None:
+    """Raise UserError for a prompt of more tokens."""
+    if len(prompt.tokens) > max_prompt_length:
+        raise UserError(
+            f"{prompt.source}: expected at most data.max_prompt_length = {max_prompt_length} tokens, got "
+            f"{len(prompt.tokens)}; raise it or remove the row"
+        )
 
 
 def _as_json(tokens: tuple[int, ...], values: Mapping[str, object], source: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ class SourceRow:
 
     values: Mapping[str, object]
     number: int
+
+
+OnRefused = Callable[[int, UserError], None]
+"""Takes the number of a row that cannot be used, and why; the rows behind it follow all the same."""
 
 
 def describe_row(path: str | Path, number: int) -> str:
@@ -52,8 +56,8 @@ def check_source(path: Path, key: str = "data") -> None:
         )
 
 
-def read_rows(path: Path) -> Iterator[SourceRow]:
-    """Rows of one source in the order of the file, one at a time.
+def read_rows(path: Path, *, on_refused: OnRefused | None = None) -> Iterator[SourceRow]:
+    """Rows of one source in the order of the file, one at a time; `on_refused` is given lines that are none.
 
     Raises:
         UserError: the source is of no known kind, or a row cannot be read; the message names file and line.
@@ -64,31 +68,39 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
     elif path.suffix == ".parquet":
         yield from _read_parquet(path)
     else:
-        yield from _read_json_lines(path)
+        yield from _read_json_lines(path, on_refused)
 
 
-def _read_json_lines(path: Path) -> Iterator[SourceRow]:
+def _read_json_lines(path: Path, on_refused: OnRefused | None) -> Iterator[SourceRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            source = describe_row(path, number)
             try:
-                # json.loads would let halves of a pair through that stand in the bytes themselves.
-                text = line.decode(json.detect_encoding(line))
-                values = json.loads(text)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise UserError(
-                    f"{source}: not JSON ({error}); expected one JSON object on each line"
-                ) from error
-            if not isinstance(values, dict):
-                raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}")
-            if _ESCAPED_SURROGATE.search(text) and (place := _surrogate(values)) is not None:
-                raise UserError(
-                    f"{source}: {place} holds half of a surrogate pair, which is no character (a text cut in "
-                    "the middle of one, say); repair or remove the row"
-                )
-            yield SourceRow(values=values, number=number)
+                values = _read_json_line(line, describe_row(path, number))
+            except UserError as error:
+                if on_refused is None:
+                    raise
+                on_refused(number, error)
+            else:
+                yield SourceRow(values=values, number=number)
+
+
+def _read_json_line(line: bytes, source: str) -> dict[str, object]:
+    try:
+        # json.loads would let halves of a pair through that stand in the bytes themselves.
+        text = line.decode(json.detect_encoding(line))
+        values = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON ({error}); expected one JSON object on each line") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}")
+    if _ESCAPED_SURROGATE.search(text) and (place := _surrogate(values)) is not None:
+        raise UserError(
+            f"{source}: {place} holds half of a surrogate pair, which is no character (a text cut in the "
+            "middle of one, say); repair or remove the row"
+        )
+    return values
 
 
 def _read_parquet(path: Path) -> Iterator[SourceRow]:

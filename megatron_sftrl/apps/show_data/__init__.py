@@ -1,0 +1,1 @@
+"""What a run learns of its data, shown before anything is trained."""
