@@ -48,7 +48,7 @@ setup(
         "mistral": ["mistral-common>=1.13"],  # a tokenizer.path with a tekken.json
         "trackio": ["trackio"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy", "alembic", "sqlparse"],
-        "report": ["matplotlib"],  # examples/quickstart/html_report.py
+        "report": ["matplotlib"],  # sftrl report, and the quick start
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard", "matplotlib"],
     },
     entry_points={"console_scripts": ["sftrl = megatron_sftrl.cli:main"]},

@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(lambda: parsed.command(parsed), with_traceback=parsed.traceback)
     except BrokenPipeError:
         # `sftrl keys | head`. In a run it may be the pipe to a process that died.
-        if parsed.command not in (_keys, _losses, _plan, _rewards, _show_data):
+        if parsed.command not in (_keys, _losses, _plan, _report_runs, _rewards, _show_data):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
 
     _add_doctor(commands)
+    _add_report(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
     keys.add_argument("kind", nargs="?", choices=("sft", "grpo"), default="sft", help="of run (sft)")
@@ -479,6 +480,28 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from megatron_sftrl.apps.doctor.command import request_of, run_doctor
 
     return 0 if run_doctor(request_of(parsed)) else 1
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser(
+        "report",
+        help="the numbers of one or several runs as one page of curves and tables",
+        description="Reads metrics.jsonl and resolved.yaml of run directories, of runs that go on, too. The "
+        "page has every number as a curve, the runs over each other, the last values, and the settings in "
+        "which the runs differ. It needs matplotlib.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="page to write (report.html)"
+    )
+    report.set_defaults(command=_report_runs)
+
+
+def _report_runs(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.apps.report.command import run_report
+
+    run_report(parsed.runs, parsed.out)
 
 
 def _keys(parsed: argparse.Namespace) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from html_report import Curve, Series, Table, write_report
 from task import is_correct
 
+from megatron_sftrl.apps.report.page import Curve, Series, Table, print_table, write_report
 from megatron_sftrl.observability.metrics import read_metrics
 
 SMALLEST_RISE = 0.05
@@ -248,16 +248,6 @@ def metric_curves(directory: Path, stages: list[str]) -> list[Curve]:
                     )
                 )
     return curves
-
-
-def print_table(table: Table) -> None:
-    """The table for a terminal."""
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
-    print(f"\n{table.title}")
-    for line in lines:
-        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        print("  ".join([line[0].ljust(widths[0]), *cells]))
 
 
 def _share_correct(row: dict, *, is_strict: bool) -> float:

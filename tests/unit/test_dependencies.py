@@ -69,7 +69,10 @@ def test_every_required_package_is_imported_or_has_a_stated_reason(package: str)
 
 def test_what_draws_the_report_comes_with_an_extra_that_the_tests_hold_as_well() -> None:
     drawing = set(extra("report"))
-    assert drawing <= imported_libraries(("examples",)) - imported_libraries(("megatron_sftrl", "tools"))
+    rooms = [path for path in (ROOT / "megatron_sftrl").iterdir() if path.is_dir() and path.name != "apps"]
+    others = ("tools", "examples", *(str(path.relative_to(ROOT)) for path in rooms))
+    assert drawing <= imported_libraries(("megatron_sftrl/apps/report",)) - imported_libraries(others)
+    assert not drawing & set(required())
     assert drawing <= set(extra("test"))
     assert "source tools/environment.sh report" in (ROOT / "examples/quickstart.sh").read_text()
 

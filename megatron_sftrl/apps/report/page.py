@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sftrl.errors import UserError
+from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 
-_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+_COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -93,6 +94,8 @@ class Table:
 class Series:
     """One line of a curve; x and y have the same length.
 
+    Args:
+        color: number of its color; its place in the curve when not given.
     Raises:
         UserError: lengths that differ, or no point.
     """
@@ -100,6 +103,8 @@ class Series:
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    color: int | None = None
+    is_dashed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y) or not self.x:
@@ -136,13 +141,44 @@ def write_report(
         text: paragraphs; line breaks inside them are kept.
         tables: in this order, above the curves.
         curves: in this order.
+    Raises:
+        UserError: curves without matplotlib, or a page that cannot be written there.
     """
     import jinja2
 
+    if curves:
+        check_matplotlib()
     template = jinja2.Environment(autoescape=True).from_string(_PAGE)
     pictures = [(curve, base64.b64encode(_draw(curve)).decode("ascii")) for curve in curves]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, template.render(title=title, text=text, tables=tables, curves=pictures))
+    page = template.render(title=title, text=text, tables=tables, curves=pictures)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page)
+    except OSError as error:
+        raise error_of(f"the page cannot be written to {path}: {error}", error) from error
+
+
+def check_matplotlib() -> None:
+    """Raise UserError where curves could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "curves need the package matplotlib, which is not installed: pip install matplotlib, or this "
+            "package with its extra report"
+        )
+
+
+def print_table(table: Table) -> None:
+    """The table for a terminal, long texts cut."""
+    lines = [[_short(cell) for cell in line] for line in (table.columns, *table.rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
+    print(f"\n{table.title}")
+    for line in lines:
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        print("  ".join([line[0].ljust(widths[0]), *cells]))
+
+
+def _short(text: str, limit: int = 48) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _draw(curve: Curve) -> bytes:
@@ -155,9 +191,15 @@ def _draw(curve: Curve) -> bytes:
     axes = figure.add_subplot()
     for index, series in enumerate(curve.series):
         marker = "o" if len(series.x) <= 12 else None
-        color = _COLORS[index % len(_COLORS)]
         axes.plot(
-            series.x, series.y, label=series.label, color=color, linewidth=1.6, marker=marker, markersize=4
+            series.x,
+            series.y,
+            label=series.label,
+            color=_COLORS[(index if series.color is None else series.color) % len(_COLORS)],
+            linestyle="--" if series.is_dashed else "-",
+            linewidth=1.6,
+            marker=marker,
+            markersize=4,
         )
     axes.set_xlabel(curve.x_label, color="#6b7280")
     axes.set_ylabel(curve.y_label, color="#6b7280")

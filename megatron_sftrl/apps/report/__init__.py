@@ -1,0 +1,1 @@
+"""The numbers of runs as one page."""
