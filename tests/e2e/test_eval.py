@@ -1,0 +1,107 @@
+"""`sftrl eval` from a run's checkpoint: the responses of `sftrl generate`, resumed where it was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.grpo_project import GrpoProject
+from tests.e2e.product import sftrl, sftrl_each
+from tests.e2e.project import read_rows
+
+SAMPLES = 3
+
+
+def command(grpo: GrpoProject, run: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "eval", str(grpo.yaml), f"run_dir={run}", "--prompts", str(grpo.prompts), "--out", str(out),
+        "--samples", str(SAMPLES), "--seed", "6", *more,
+    ]  # fmt: skip
+
+
+def lines_of(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(line["arm"], line["prompt"]): line for line in read_rows(out / "generations.jsonl")}
+
+
+def texts_of(out: Path) -> dict[tuple[str, int], list[str]]:
+    return {key: [each["text"] for each in line["responses"]] for key, line in lines_of(out).items()}
+
+
+@pytest.fixture(scope="module")
+def evaluated(grpo: GrpoProject, grpo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("eval") / "out"
+    sftrl(*command(grpo, grpo_run, out))
+    return out
+
+
+def test_the_numbers_are_those_of_the_responses_that_were_kept(
+    evaluated: Path, grpo: GrpoProject, grpo_run: Path, tmp_path: Path
+) -> None:
+    prompts = read_rows(grpo.prompts)
+    lines = lines_of(evaluated)
+    assert set(lines) == {(arm, n) for arm in ("greedy", "sampled") for n in range(len(prompts))}
+    results = json.loads((evaluated / "results.json").read_text())["results"]
+    for arm, number in (("greedy", 1), ("sampled", SAMPLES)):
+        groups = [lines[arm, place]["responses"] for place in range(len(prompts))]
+        assert {len(group) for group in groups} == {number}
+        shares = [sum("aeiou".count(c) for c in each["text"]) for group in groups for each in group]
+        firsts = [each["first"] for group in groups for each in group]
+        assert [first > 0 for first in firsts] == [share > 0 for share in shares]
+        right = [sum(each["first"] >= 0.5 for each in group) / number for group in groups]
+        assert results[arm]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
+        lengths = [sum(len(each["tokens"]) for each in group) / number for group in groups]
+        assert results[arm]["tokens"]["value"] == pytest.approx(sum(lengths) / len(lengths))
+    assert set(results["sampled"]) == {*results["greedy"], "entropy", "pass@1", f"pass@{SAMPLES}"}
+    out = tmp_path / "generated.jsonl"
+    sftrl(
+        "generate", str(grpo.yaml), f"run_dir={grpo_run}", "--prompts", str(grpo.prompts), "--out", str(out),
+        "--max-new-tokens", "8", "--seed", "6",
+    )  # fmt: skip
+    generated = [row["responses"] for row in read_rows(out)]
+    assert generated == [texts_of(evaluated)["greedy", place] for place in range(len(prompts))]
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2", "seed=7"])
+def test_two_processes_answer_as_one_does(
+    layout: str, evaluated: Path, grpo: GrpoProject, grpo_run: Path, tmp_path: Path
+) -> None:
+    """seed=7 is the run's own: dp = 2."""
+    out = tmp_path / "out"
+    sftrl(*command(grpo, grpo_run, out, layout), ranks=2)
+    assert texts_of(out) == texts_of(evaluated)
+
+
+def test_a_killed_evaluation_goes_on_behind_what_it_has_written(
+    evaluated: Path, grpo: GrpoProject, grpo_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    lines = (evaluated / "generations.jsonl").read_text().splitlines(keepends=True)
+    kept = "".join(lines[:5])
+    (out / "generations.jsonl").write_text(kept + lines[5][:40])
+    (out / "settings.json").write_text((evaluated / "settings.json").read_text())
+    sftrl(*command(grpo, grpo_run, out))
+    assert (out / "generations.jsonl").read_text().startswith(kept)
+    assert texts_of(out) == texts_of(evaluated)
+    numbers = [json.loads((folder / "results.json").read_text())["results"] for folder in (out, evaluated)]
+    assert numbers[0] == numbers[1]
+
+
+def test_what_cannot_be_evaluated_is_refused_by_name(
+    evaluated: Path, grpo: GrpoProject, grpo_run: Path, tmp_path: Path
+) -> None:
+    no_prompts = ["eval", str(grpo.yaml), f"run_dir={grpo_run}", "--out", str(tmp_path / "a")]
+    refused = {
+        "holds an evaluation with another seed: 6 and not 7": [
+            *command(grpo, grpo_run, evaluated)[:-1], "7",
+        ],
+        f"--k: expected 1 to --samples = {SAMPLES}, got 4": [
+            *command(grpo, grpo_run, tmp_path / "b"), "--k", "4",
+        ],
+        "the run has no data.valid; name prompts by --prompts": no_prompts,
+    }  # fmt: skip
+    for message, ended in zip(refused, sftrl_each(list(refused.values())), strict=True):
+        assert message in ended.expect(2).stderr

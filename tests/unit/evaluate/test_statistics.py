@@ -1,0 +1,96 @@
+"""Numbers of an evaluation against exhaustive computations, and intervals against what they promise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from megatron_sftrl.apps.evaluate.statistics import Answer, estimate, measure, repetition
+from megatron_sftrl.errors import UserError
+
+
+def answer(
+    is_right: bool | None, *, lenient: bool | None = None, tokens: int = 3, logprob: float = -0.5
+) -> Answer:
+    return Answer(
+        is_right=is_right,
+        is_right_leniently=is_right if lenient is None else lenient,
+        rewards={"first": None if is_right is None else float(is_right), "length": -1.0},
+        tokens=list(range(tokens)),
+        logprobs=[logprob] * tokens,
+        is_finished=tokens < 5,
+    )
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_responses() -> None:
+    groups = [[True, False, False, True, False], [False] * 5, [True] * 5, [False, False, False, False, True]]
+    answers = [[answer(each) for each in group] for group in groups]
+    found = measure(answers, ks=[1, 2, 3, 4, 5], seed=0)
+    for k in range(1, 6):
+        chosen = [[any(each) for each in itertools.combinations(group, k)] for group in groups]
+        expected = math.fsum(sum(group) / len(group) for group in chosen) / len(chosen)
+        assert found[f"pass@{k}"].value == pytest.approx(expected, abs=1e-15)
+    assert found["accuracy"].value == pytest.approx(found["pass@1"].value, abs=1e-15)
+
+
+def test_what_was_not_judged_is_neither_right_nor_wrong() -> None:
+    answers = [[answer(True), answer(None)], [answer(None), answer(None)], [answer(False), answer(False)]]
+    found = measure(answers, ks=[1, 2], seed=0)
+    assert (found["accuracy"].value, found["accuracy"].num_prompts) == (0.5, 2)
+    assert (found["pass@2"].value, found["pass@2"].num_prompts) == (0.0, 1)
+    assert found["unjudged"].value == pytest.approx(0.5)
+    assert found["reward/first"].num_prompts == 2
+    assert (found["reward/length"].value, found["reward/length"].num_prompts) == (-1.0, 3)
+
+
+def test_the_other_numbers_of_responses() -> None:
+    answers = [
+        [answer(False, lenient=True, tokens=2, logprob=-1.0), answer(True, tokens=6, logprob=-0.25)],
+        [answer(True, tokens=1, logprob=-3.0), answer(True, tokens=1, logprob=-1.0)],
+    ]
+    found = measure(answers, ks=[], seed=0)
+    assert found["lenient"].value == 1.0
+    assert found["tokens"].value == (4 + 1) / 2
+    assert found["finished"].value == (0.5 + 1) / 2
+    assert found["entropy"].value == pytest.approx(((2 * 1.0 + 6 * 0.25) / 8 + 2.0) / 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [([1, 2, 3], 0.0), ([1] * 7, 0.75), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2)]
+)
+def test_repetition_is_the_share_of_runs_of_four_that_were_there_before(tokens, expected) -> None:
+    assert repetition(tokens) == pytest.approx(expected)
+
+
+def test_a_k_above_the_responses_is_refused() -> None:
+    with pytest.raises(UserError, match="k: expected 1 to 2, the responses to a prompt, got 3"):
+        measure([[answer(True), answer(False)]], ks=[1, 3], seed=0)
+    with pytest.raises(UserError, match="at least one prompt"):
+        estimate([], seed=0)
+
+
+def test_the_interval_of_95_percent_holds_the_truth_in_93_to_97_percent_of_evaluations() -> None:
+    """Prompts of different difficulty, 8 responses to each: one over responses would be too narrow."""
+    generator = np.random.default_rng(0)
+    held, too_narrow, num = 0, 0, 600
+    for number in range(num):
+        difficulty = generator.beta(0.6, 0.9, size=100)
+        right = generator.random((100, 8)) < difficulty[:, None]
+        found = estimate(right.mean(axis=1).tolist(), seed=number)
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 0.6 / 1.5 <= found.high
+        error = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / right.size)
+        too_narrow += abs(right.mean() - 0.6 / 1.5) <= error
+    assert 0.93 <= held / num <= 0.97
+    assert too_narrow / num < 0.8
+
+
+def test_the_interval_is_the_same_for_the_same_seed_and_absent_of_one_prompt() -> None:
+    values = [0.0, 0.25, 1.0, 0.5]
+    assert estimate(values, seed=3) == estimate(values, seed=3)
+    one = estimate([0.5], seed=0)
+    assert (one.value, one.low, one.high, one.num_prompts) == (0.5, None, None, 1)
