@@ -284,9 +284,12 @@ def _generate(parsed: argparse.Namespace) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    from megatron_sftrl.apps.evaluate.command import EXPLAINED, add_eval_arguments, eval_command
+    from megatron_sftrl.apps.evaluate import command
 
-    add_eval_arguments(_add_run_command(commands, "eval", eval_command, **EXPLAINED))
+    command.add_eval_arguments(_add_run_command(commands, "eval", command.eval_command, **command.EVAL))
+    command.add_handoff_arguments(
+        _add_run_command(commands, "handoff", command.handoff_command, **command.HANDOFF)
+    )
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:

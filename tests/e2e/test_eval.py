@@ -105,3 +105,20 @@ def test_what_cannot_be_evaluated_is_refused_by_name(
     }  # fmt: skip
     for message, ended in zip(refused, sftrl_each(list(refused.values())), strict=True):
         assert message in ended.expect(2).stderr
+
+
+def test_handoff_judges_samples_at_temperature_1_and_ends_with_1_beyond_a_limit(
+    grpo: GrpoProject, grpo_run: Path, tmp_path: Path
+) -> None:
+    lines = [
+        ["handoff", *command(grpo, grpo_run, tmp_path / "out", "rollout.temperature=0.5")[1:], *more]
+        for more in ([], ["--min-finished", "0", "--min-headroom", "-1", "--max-equal-groups", "1"])
+    ]
+    strict, loose = sftrl_each(lines)
+    strict.expect(1)
+    loose.expect(0)
+    sampler = json.loads((tmp_path / "out" / "settings.json").read_text())["rollout"]
+    assert (sampler["temperature"], sampler["top_p"], sampler["top_k"]) == (1.0, 1.0, 0)
+    found = json.loads((tmp_path / "out" / "handoff.json").read_text())
+    entropy = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["sampled"]["entropy"]
+    assert found["min_entropy"]["found"] == entropy

