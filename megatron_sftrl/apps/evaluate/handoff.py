@@ -112,7 +112,7 @@ def run_handoff(config: GrpoConfig, request: EvalRequest, limits: Limits) -> boo
 def _tell(findings: Sequence[Finding], out: Path) -> None:
     told = {each.name: asdict(each) for each in findings}
     write_atomically(out / "handoff.json", json.dumps(told, indent=1) + "\n")
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, width=max(100, Console().width))  # sources in one line
     table = Table("", "found", "95 % interval", "limit", "of", "", title="ready for RL?")
     for each in findings:
         found = each.found
