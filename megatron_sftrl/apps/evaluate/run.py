@@ -299,6 +299,7 @@ def _answer(response: Mapping[str, Any]) -> Answer:
     return Answer(
         is_right=response["first"] >= SUCCESS if is_judged else None,
         is_right_leniently=parts[0]["lenient"] >= SUCCESS if is_judged else None,
+        answer=parts[0]["answer"] if is_judged else None,
         rewards={part["name"]: part["reward"] if part["outcome"] == "ok" else None for part in parts},
         tokens=response["tokens"],
         logprobs=response["logprobs"],

@@ -6,6 +6,7 @@ Responses to one prompt are alike, so that an interval over responses would be t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,11 +38,13 @@ class Answer:
     Args:
         is_right: by the first reward's strict reading; None where it could not be judged.
         is_right_leniently: by its lenient reading.
+        answer: what the first reward read as the answer; None where it says none.
         logprobs: nats of each token at the sampling temperature.
     """
 
     is_right: bool | None
     is_right_leniently: bool | None
+    answer: str | None
     rewards: Mapping[str, float | None]
     tokens: Sequence[int]
     logprobs: Sequence[float]
@@ -78,6 +81,8 @@ def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int
 
         accuracy, lenient      share of right responses to a prompt, by the strict and the lenient reading
         pass@k                 E[1 - C(n - c, k) / C(n, k)], c right of n judged (arXiv:2107.03374)
+        majority@n             share of prompts whose most frequent answer is right, ties counted by their
+                               share; not there where the first reward names no answers
         reward/NAME            mean of each reward
         entropy                mean of -log p of the tokens that were drawn, in nats: at temperature 1 and
                                without top_p and top_k an unbiased estimate of the policy's entropy
@@ -99,6 +104,8 @@ def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int
     }
     for k in ks:
         per_prompt[f"pass@{k}"] = [_pass_at(group, k) for group in answers]
+    if ks and any(each.answer is not None for group in answers for each in group):
+        per_prompt[f"majority@{fewest}"] = [_majority(group) for group in answers]
     for name in answers[0][0].rewards:
         per_prompt[f"reward/{name}"] = [
             _share(group, lambda each, n=name: each.rewards[n]) for group in answers
@@ -126,6 +133,21 @@ def _share(group: Sequence[Answer], of: Callable[[Answer], float | None]) -> flo
 def _pass_at(group: Sequence[Answer], k: int) -> float | None:
     judged = [each.is_right for each in group if each.is_right is not None]
     return pass_at_k(len(judged), sum(judged), k) if len(judged) >= k else None
+
+
+def _majority(group: Sequence[Answer]) -> float | None:
+    """Whether the answer that most responses give is right; of several such answers, their share that is.
+
+    Responses without an answer do not vote. Where equal answers were judged differently, the share that is
+    right counts.
+    """
+    judged = [each for each in group if each.is_right is not None]
+    votes = Counter(each.answer for each in judged if each.answer is not None)
+    if not votes:
+        return 0.0 if judged else None
+    first = [answer for answer, count in votes.items() if count == max(votes.values())]
+    voters = [[each for each in judged if each.answer == answer] for answer in first]
+    return math.fsum(sum(bool(each.is_right) for each in same) / len(same) for same in voters) / len(first)
 
 
 def repetition(tokens: Sequence[int], length: int = 4) -> float:

@@ -100,6 +100,7 @@ def math(inputs: RewardInputs, config: MathConfig) -> RewardOutput:
         reward=float(is_right),
         lenient=float(is_right_number),
         metrics={"answered": float(answer is not None)},
+        answer=None if answer is None else re.sub(r"\s|(?<=\d),(?=\d{3}\b)", "", answer),
     )
 
 

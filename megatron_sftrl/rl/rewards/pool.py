@@ -449,4 +449,14 @@ def _part_of(reply: Mapping[str, Any], *, number: int, name: str) -> Part | None
     values = [reply.get("reward"), reply.get("lenient"), *numbers]
     if not all(isinstance(value, float) and abs(value) <= LARGEST for value in values):
         return None
-    return Part(name=name, outcome="ok", reward=reply["reward"], lenient=reply["lenient"], metrics=metrics)
+    answer = reply.get("answer")
+    if not isinstance(answer, str | None):
+        return None
+    return Part(
+        name=name,
+        outcome="ok",
+        reward=reply["reward"],
+        lenient=reply["lenient"],
+        metrics=metrics,
+        answer=answer,
+    )

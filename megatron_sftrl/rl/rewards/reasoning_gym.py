@@ -122,6 +122,7 @@ def reasoning_gym(inputs: RewardInputs, config: ReasoningGymConfig) -> RewardOut
         reward=grade if is_graded else float(grade >= SOLVED),
         lenient=forgiven_grade if is_graded else float(forgiven_grade >= SOLVED),
         metrics={"solved": float(grade >= SOLVED), "grade": grade, "answered": float(bool(answer))},
+        answer=None if answer is None else " ".join(answer.split()),
     )
 
 

@@ -57,11 +57,14 @@ class RewardOutput:
         reward: what is trained, by the strict reading of the response.
         lenient: what it would be if the format were forgiven; measured, never trained. None: the same.
         metrics: further numbers by name, averaged over samples.
+        answer: what was read in the response as its answer, in one spelling; equal ones vote together in
+            `sftrl eval`. None: nothing was read, or the reward has no such thing.
     """
 
     reward: float
     lenient: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +268,7 @@ class Part:
             raised an exception, a number was not finite or above 1e15 in size.
         reward, lenient: by the strict and the lenient reading, before the weight; 0 unless ok.
         metrics: the reward's own numbers; empty unless ok.
+        answer: as in RewardOutput, its first characters.
         seconds: wall-clock time in the worker.
         is_retried: it failed once before, in another worker.
     """
@@ -274,6 +278,7 @@ class Part:
     reward: float = 0.0
     lenient: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
     seconds: float = 0.0
     detail: str = ""
     is_retried: bool = False

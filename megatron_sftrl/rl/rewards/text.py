@@ -91,6 +91,7 @@ def exact_match(inputs: RewardInputs, config: ExactMatchConfig) -> RewardOutput:
         reward=float(is_right),
         lenient=float(is_right or last_line in accepted),
         metrics={"answered": float(bool(written))},
+        answer=None if written is None else normal(written, ignore_case=config.ignore_case),
     )
 
 

@@ -265,6 +265,9 @@ def _score(reward: Reward, inputs: Mapping[str, Any], confinement: Confinement) 
         return {"outcome": "error", "detail": _text(error)}
 
 
+_LONGEST_ANSWER = 256
+
+
 def _reply(output: object) -> dict[str, Any]:
     if not isinstance(output, RewardOutput):
         raise UserError(f"expected the reward to return a RewardOutput, got {type(output).__name__}")
@@ -272,6 +275,8 @@ def _reply(output: object) -> dict[str, Any]:
     lenient = reward if output.lenient is None else float(output.lenient)
     if not isinstance(output.metrics, Mapping):
         raise UserError(f"expected metrics to be numbers by name, got {type(output.metrics).__name__}")
+    if not isinstance(output.answer, str | None):
+        raise UserError(f"expected answer to be text, got {type(output.answer).__name__}")
     metrics = {str(name): float(value) for name, value in output.metrics.items()}
     if taken := sorted({"lenient", *OUTCOMES} & metrics.keys()):
         raise UserError(f"metric {taken[0]!r} is a number that every reward has; give it another name")
@@ -279,7 +284,8 @@ def _reply(output: object) -> dict[str, Any]:
         if not abs(value) <= LARGEST:
             detail = f"{name} is {value}, expected a finite number of at most {LARGEST:g} in size"
             return {"outcome": "nonfinite", "detail": detail}
-    return {"outcome": "ok", "reward": reward, "lenient": lenient, "metrics": metrics}
+    answer = output.answer and output.answer[:_LONGEST_ANSWER]
+    return {"outcome": "ok", "reward": reward, "lenient": lenient, "metrics": metrics, "answer": answer}
 
 
 def _take_channel() -> tuple[BinaryIO, BinaryIO]:

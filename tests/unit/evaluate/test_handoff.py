@@ -15,6 +15,7 @@ from megatron_sftrl.errors import UserError
 RIGHT = Answer(
     is_right=True,
     is_right_leniently=True,
+    answer=None,
     rewards={"first": 1.0},
     tokens=[1, 2],
     logprobs=[-0.5, -0.7],

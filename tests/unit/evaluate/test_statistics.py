@@ -13,11 +13,17 @@ from megatron_sftrl.errors import UserError
 
 
 def answer(
-    is_right: bool | None, *, lenient: bool | None = None, tokens: int = 3, logprob: float = -0.5
+    is_right: bool | None,
+    *,
+    lenient: bool | None = None,
+    text: str | None = None,
+    tokens: int = 3,
+    logprob: float = -0.5,
 ) -> Answer:
     return Answer(
         is_right=is_right,
         is_right_leniently=is_right if lenient is None else lenient,
+        answer=text,
         rewards={"first": None if is_right is None else float(is_right), "length": -1.0},
         tokens=list(range(tokens)),
         logprobs=[logprob] * tokens,
@@ -44,6 +50,21 @@ def test_what_was_not_judged_is_neither_right_nor_wrong() -> None:
     assert found["unjudged"].value == pytest.approx(0.5)
     assert found["reward/first"].num_prompts == 2
     assert (found["reward/length"].value, found["reward/length"].num_prompts) == (-1.0, 3)
+
+
+def test_the_majority_is_the_most_frequent_answer_and_ties_are_shared() -> None:
+    right, wrong, other = answer(True, text="4"), answer(False, text="5"), answer(False, text="6")
+    silent, unjudged = answer(False), answer(None, text="5")
+    groups = [
+        [right, right, wrong, other],  # 4
+        [right, wrong, wrong, other],  # 5
+        [right, wrong, silent, silent],  # 4 or 5
+        [right, unjudged, unjudged, silent],  # 4
+        [silent] * 4,  # none
+    ]
+    found = measure(groups, ks=[1], seed=0)
+    assert found["majority@4"].value == pytest.approx((1 + 0 + 0.5 + 1 + 0) / 5)
+    assert "majority@4" not in measure([[silent] * 4], ks=[1], seed=0)
 
 
 def test_the_other_numbers_of_responses() -> None:

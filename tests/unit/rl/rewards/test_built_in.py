@@ -300,3 +300,24 @@ def test_reasoning_gym_wants_the_name_of_the_task() -> None:
         output("reasoning_gym", "<answer>7</answer>", answer="7", metadata={})
     with pytest.raises(ValueError, match=r"got 'chain_sums' \(did you mean 'chain_sum'"):
         output("reasoning_gym", "<answer>7</answer>", answer="7", metadata={"source_dataset": "chain_sums"})
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "answer"),
+    [
+        ("math", r"so \boxed{1,234}", "1234"),
+        ("math", r"\boxed{ \frac{1} {2} }", r"\frac{1}{2}"),
+        ("math", "1234", None),
+        ("exact_match", "Answer:  a  Red fox.", "a red fox"),
+        ("exact_match", "a Red fox", None),
+    ],
+)
+def test_rewards_say_which_answer_they_read_in_one_spelling(name, response, answer) -> None:
+    options = {"marker": "Answer:"} if name == "exact_match" else {}
+    assert output(name, response, options=options, answer="1234").answer == answer
+
+
+def test_an_answer_comes_back_from_the_worker() -> None:
+    with RewardPool([RewardSection(name="math")], RewardWorkersSection(num_workers=1)) as pool:
+        (scored,) = pool.score([sample(r"\boxed{12}", answer="12")])
+    assert scored.parts[0].answer == "12"
