@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sftrl.apps.evaluate.command import Limits
+from megatron_sftrl.apps.evaluate.limits import Limits
 from megatron_sftrl.apps.evaluate.run import EvalRequest, answers_of, run_evaluation
 from megatron_sftrl.apps.evaluate.statistics import Answer, Estimate, estimate
 from megatron_sftrl.config.schema import GrpoConfig

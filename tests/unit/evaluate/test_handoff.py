@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sftrl.apps.evaluate.command import Limits, add_handoff_arguments
+from megatron_sftrl.apps.evaluate.command import add_handoff_arguments
 from megatron_sftrl.apps.evaluate.handoff import judge
+from megatron_sftrl.apps.evaluate.limits import Limits
 from megatron_sftrl.apps.evaluate.statistics import Answer
 from megatron_sftrl.errors import UserError
 
