@@ -70,6 +70,17 @@ class Sequences:
         """int64, number of loss tokens of the sequence before this token: 0 for its first loss token."""
         return self._index()[self.local]
 
+    def prefix_mean(self, x: Tensor) -> Tensor:
+        """Mean of x over the loss tokens of the sequence up to this one, itself included; 0 before the first.
+
+        At a token without loss it is that of the last loss token before it.
+        """
+        values = self._in_order(x)
+        until = values.cumsum(0)
+        before = torch.cat([until.new_zeros(1), until])[self._first()][self.owner]
+        counts = self._index() + self.is_loss.long()
+        return self._back((until - before) / counts.clamp(min=1), x)
+
     def suffix_sum(self, x: Tensor, block_size: int = 1) -> Tensor:
         """Sum of x over the loss tokens of the sequence after this token's block of `block_size` loss tokens.
 

@@ -220,6 +220,18 @@ class TokenDistribution:
         """log p(ids[t]) at each token t; `ids` is [T] int64 in [0, V)."""
         return logprobs_together([self], ids)[0]
 
+    def logprobs_of_each(self, ids: Tensor) -> Tensor:
+        """[T, k] log p(ids[t, j]) of several ids at each token; `ids` is [T, k] int64 in [0, V).
+
+        Meant for tens of ids: each is one more number per token in the reduction.
+        """
+        columns = ids.unbind(1)
+        for column in columns:
+            _check_ids(column, self)
+        z = self._source
+        log_sum, *picked = answers([self], [LogSumExp(z), *(Pick(z, column) for column in columns)])
+        return torch.stack(picked, dim=1) - log_sum[:, None]
+
     def entropy(self) -> Tensor:
         """-sum_v p(v) log p(v)."""
         z = self._source
@@ -280,18 +292,18 @@ class TokenDistribution:
             inverse = inverse * source.inverse_tau
         return TokenDistribution(replace(source, inverse_tau=inverse))
 
-    def top_k(self, k: int) -> TopLogits:
+    def top_k(self, k: int, *, with_ids: bool = False) -> TopLogits:
         """The k largest logits of each token without gradient, in one all-gather (all of them when k > V).
 
         The statistics behind `entropy` travel along, so that the entropy of a distribution without gradient
-        costs no collective afterwards.
+        costs no collective afterwards. With ids, twice as much travels.
         """
         if k < 1:
             raise UserError(f"top_k: expected k >= 1, got {k}")
         z = self._source
-        top, log_sum, mean = gather_top_k(z, min(k, self.vocab_size))
+        top, mean = gather_top_k(z, min(k, self.vocab_size), with_ids=with_ids)
         if not self._needs_grad:
-            self._known |= {LogSumExp(z): log_sum, Expectation(z, z): mean}
+            self._known |= {LogSumExp(z): top.log_sum, Expectation(z, z): mean}
         return top
 
     def tilted(self, labels: Tensor, beta: float, smoothing: float = 0.0, eps: float = 0.0) -> TiltedTarget:

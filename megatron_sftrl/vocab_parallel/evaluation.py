@@ -130,10 +130,19 @@ class _Total:
 class TopLogits:
     """The k largest logits of each token, alike on all ranks of the group.
 
-    `values` are [T, k] in the working dtype, without gradient, unsorted (sorting costs as much as finding).
+    `values` are [T, k] in the working dtype, without gradient, unsorted (sorting costs as much as finding);
+    `ids` [T, k] int64 say whose they are, where they were asked for; `log_sum` is [T] nats, log sum_v
+    exp(z_v - max z) over the whole vocabulary.
     """
 
     values: Tensor
+    ids: Tensor | None
+    log_sum: Tensor
+
+    def mass(self) -> Tensor:
+        """[T] sum of the k largest probabilities."""
+        shift = self.values - finite_maximum(self.values.amax(dim=1))[:, None]
+        return (torch.logsumexp(shift, dim=1) - self.log_sum).exp()
 
     def entropy(self, tau: Tensor | float) -> Tensor:
         """[T] nats, entropy of softmax(values / tau); `tau` is [T] or one number, positive."""
@@ -145,18 +154,23 @@ class TopLogits:
 
 
 @torch.no_grad()
-def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
-    """The top k; [T] log sum_v exp(z_v - M) and E_p[z - M] of all columns; one all-gather, no gradient."""
+def gather_top_k(source: Source, k: int, *, with_ids: bool) -> tuple[TopLogits, Tensor]:
+    """The top k, and [T] E_p[z - M] over all columns; one all-gather, no gradient."""
     evaluation = Evaluation.of((LogSumExp(source), Expectation(source, source)))
     packets = []
     for _, chunk in evaluation.chunks():
         maxima, partitions, sums = sums_of_shard(chunk)
-        top = _local_top_k(chunk.sources[0], k)
-        packets.append(torch.cat([top, maxima[0][:, None], partitions[0][:, None], sums[1][:, None]], 1))
-    gathered = all_gather(torch.cat(packets), source.shard.group)  # [ranks, T, k + 3]
+        top = _local_top_k(chunk.sources[0], k, with_ids=with_ids)
+        packets.append(torch.cat([*top, maxima[0][:, None], partitions[0][:, None], sums[1][:, None]], 1))
+    gathered = all_gather(torch.cat(packets), source.shard.group)  # [ranks, T, k + 3], or 2 k + 3 with ids
     candidates = gathered[:, :, :k].transpose(0, 1).flatten(1)  # [T, ranks * k]
-    values = candidates.topk(k, dim=1, sorted=False).values if candidates.shape[1] > k else candidates
-    parts = gathered[:, :, k:].permute(2, 0, 1)  # [3, ranks, T]
+    candidate_ids = gathered[:, :, k : 2 * k].transpose(0, 1).flatten(1) if with_ids else None
+    if candidates.shape[1] > k:
+        values, places = candidates.topk(k, dim=1, sorted=False)
+        candidate_ids = None if candidate_ids is None else candidate_ids.gather(1, places)
+    else:
+        values = candidates
+    parts = gathered[:, :, -3:].permute(2, 0, 1)  # [3, ranks, T]
     maximum = parts[0].amax(dim=0)
     ranks = range(gathered.shape[0])
     reduced = torch.stack(
@@ -171,16 +185,25 @@ def gather_top_k(source: Source, k: int) -> tuple[TopLogits, Tensor, Tensor]:
             for rank in ranks
         ]
     ).sum(dim=0)
-    return TopLogits(values=values), reduced[0].log(), reduced[2] / reduced[0]
+    log_sum = reduced[0].log()
+    ids = None if candidate_ids is None else candidate_ids.long()
+    return TopLogits(values=values, ids=ids, log_sum=log_sum), reduced[2] / reduced[0]
 
 
-def _local_top_k(source: Source, k: int) -> Tensor:
-    """[T, k] this rank's largest logits over the temperature, -inf where it has fewer columns."""
+def _local_top_k(source: Source, k: int, *, with_ids: bool) -> list[Tensor]:
+    """[T, k] this rank's largest logits over the temperature, -inf where it has fewer columns; their ids.
+
+    Ids travel as numbers of the logits' dtype: float32 holds them up to 2^24, far above any vocabulary.
+    """
     num_local = min(k, source.shard.num_columns)
     top = torch.full((source.num_tokens, k), -torch.inf, dtype=source.dtype, device=source.device)
+    ids = torch.zeros_like(top) if with_ids else None
     for rows in row_chunks(source, 2, source.dtype):
-        values = source.real_logits[rows].topk(num_local, dim=1, sorted=False).values.to(source.dtype)
+        values, columns = source.real_logits[rows].topk(num_local, dim=1, sorted=False)
+        values = values.to(source.dtype)
         top[rows, :num_local] = (
             values if source.inverse_tau is None else values * source.inverse_tau[rows, None]
         )
-    return top
+        if ids is not None:
+            ids[rows, :num_local] = (columns + source.shard.start).to(source.dtype)
+    return [top] if ids is None else [top, ids]

@@ -13,7 +13,8 @@ from tests.unit.losses.test_pear import TOTAL, data, zigzag
 
 EXACT = 1e-12  # float64 sums of a dozen terms
 UPSTREAM = torch.linspace(-1, 1, TOTAL, dtype=torch.float64)
-QUESTIONS = ("sum", "mean", "suffix", "suffix by 3", "minimum", "maximum", "count", "index")
+DIFFERENTIABLE = ("sum", "mean", "suffix", "suffix by 3", "prefix")
+QUESTIONS = (*DIFFERENTIABLE, "minimum", "maximum", "count", "index")
 
 
 def values() -> Tensor:
@@ -29,6 +30,7 @@ def ask(sequences: Sequences, x: Tensor) -> dict[str, Tensor]:
         "mean": sequences.mean(x),
         "suffix": sequences.suffix_sum(x),
         "suffix by 3": sequences.suffix_sum(x, 3),
+        "prefix": sequences.prefix_mean(x),
         "minimum": sequences.minimum(x),
         "maximum": sequences.maximum(x),
         "count": sequences.count(),
@@ -50,6 +52,8 @@ def loops(x: Tensor) -> dict[str, Tensor]:
             rows["mean"].append(y.mean() if len(y) else nothing)
             rows["suffix"].append(y[index + 1 :].sum() if len(y) else nothing)
             rows["suffix by 3"].append(y[(index // 3 + 1) * 3 :].sum() if len(y) else nothing)
+            until = y[: index + int(mask[t])]
+            rows["prefix"].append(until.mean() if len(until) else nothing)
             rows["minimum"].append(y.min().detach() if len(y) else nothing)
             rows["maximum"].append(y.max().detach() if len(y) else nothing)
             rows["count"].append(mask.sum())
@@ -59,7 +63,7 @@ def loops(x: Tensor) -> dict[str, Tensor]:
 
 def loss_of(found: dict[str, Tensor], upstream: Tensor) -> Tensor:
     """A scalar that touches every differentiable answer at its loss tokens."""
-    total = sum(found[name] * (i + 1) for i, name in enumerate(("sum", "mean", "suffix", "suffix by 3")))
+    total = sum(found[name] * (i + 1) for i, name in enumerate(DIFFERENTIABLE))
     assert isinstance(total, Tensor)
     return (total * upstream).sum()
 

@@ -12,6 +12,8 @@ from megatron_sftrl.vocab_parallel import SmoothedLabels, TokenDistribution, log
 
 V, T = 101, 6  # 101 is prime: it divides by no group size
 LABELS = torch.tensor([0, 20, 40, 60, 80, 100])  # some on every shard, the first and the last column too
+IDS = torch.stack([LABELS, LABELS.flip(0), torch.full((T,), 33)], dim=1)
+IDS_WEIGHT = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 TAU = torch.linspace(0.5, 2.0, T, dtype=torch.float64)
 
 Shards = Callable[[TokenDistribution, TokenDistribution], Tensor]
@@ -42,6 +44,10 @@ def smoothed(s: float) -> Tensor:
 # name: (through TokenDistribution p and q, through dense logits z and u)
 PRIMITIVES: dict[str, tuple[Shards, Dense]] = {
     "logprobs": (lambda p, q: p.logprobs(LABELS), lambda z, u: pick(z.log_softmax(1))),
+    "logprobs of each": (
+        lambda p, q: (p.logprobs_of_each(IDS) * IDS_WEIGHT).sum(1),
+        lambda z, u: (z.log_softmax(1).gather(1, IDS) * IDS_WEIGHT).sum(1),
+    ),
     "entropy": (lambda p, q: p.entropy(), lambda z, u: cross(z.softmax(1), z.log_softmax(1))),
     "mean_logprob": (lambda p, q: p.mean_logprob(), lambda z, u: z.log_softmax(1).mean(1)),
     "cross_entropy": (

@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 from tests.unit.vocab_parallel.dense import (
     LABELS,
     PRIMITIVES,
+    TAU,
     T,
     V,
     distribution,
@@ -115,6 +116,24 @@ def test_top_k_is_that_of_the_whole_vocabulary_and_brings_the_entropy():
 def _top_k(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     q = distribution(shard(logits(2))[0])
     return q.top_k(k).values.sort(dim=1, descending=True).values, q.entropy()
+
+
+def _top_k_of_tempered(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, values and mass, in the order of the values."""
+    top = distribution(shard(logits(2))[0]).tempered(TAU).top_k(k, with_ids=True)
+    assert top.ids is not None
+    order = top.values.argsort(dim=1, descending=True)
+    return top.ids.gather(1, order), top.values.gather(1, order), top.mass()
+
+
+@pytest.mark.parametrize("tp", [0, 2, 3])
+def test_top_k_says_whose_the_logits_are_and_what_mass_they_have(tp: int):
+    scaled = logits(2) / TAU[:, None]
+    expected = scaled.topk(7, dim=1)
+    for ids, values, mass in on_ranks(tp, _top_k_of_tempered, 7):
+        assert torch.equal(ids, expected.indices)
+        torch.testing.assert_close(values, expected.values, rtol=EXACT, atol=0)
+        torch.testing.assert_close(mass, scaled.softmax(1).topk(7, dim=1).values.sum(1), rtol=EXACT, atol=0)
 
 
 def test_top_k_larger_than_the_vocabulary_is_the_vocabulary():
