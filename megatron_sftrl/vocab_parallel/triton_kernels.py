@@ -22,6 +22,9 @@ COUNT = tl.constexpr(-1)
 # exp(shift) is 0 far above it, and products with it are finite: 0 times it is 0.
 LOWEST_SHIFT = tl.constexpr(-8e28)
 
+MOST_UNROLLED = tl.constexpr(4)
+"""Picked ids a token; more are looked at in a loop."""
+
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def column_sums(
@@ -262,9 +265,16 @@ def _write_block(
     if HAS_UNIFORM:
         vectors += num_tokens
         gradient += tl.load(vectors)
-    for p in tl.static_range(NUM_PICKED):
-        vectors += num_tokens
-        gradient += tl.where(column == tl.load(picked + p * num_tokens), tl.load(vectors), 0.0)
+    if NUM_PICKED <= MOST_UNROLLED:
+        for p in tl.static_range(NUM_PICKED):
+            vectors += num_tokens
+            gradient += tl.where(column == tl.load(picked + p * num_tokens), tl.load(vectors), 0.0)
+    else:  # few of many ids are in this block, and unrolled they need more registers than there are
+        for p in range(NUM_PICKED):
+            vectors += num_tokens
+            place = tl.load(picked + p * num_tokens)
+            if (place >= start) & (place < start + BLOCK):
+                gradient += tl.where(column == place, tl.load(vectors), 0.0)
     if IS_WHOLE:
         tl.store(out + column, gradient.to(out.dtype.element_ty))
     else:

@@ -33,7 +33,6 @@ SMALLEST_WITH_ONE_DOOR = 100
 SMALL_FOR_A_REASON = {
     "apps/evaluate/command.py": "every command line is parsed with it, and nothing heavy may be imported for that",
     "losses/gift.py": "a loss, found by its name",
-    "losses/likelihood.py": "losses, found by their names",
 }
 """Files that are shorter and have a single importer: plug-ins, optional imports, processes of their own."""
 

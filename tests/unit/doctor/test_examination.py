@@ -20,11 +20,13 @@ REGISTERED = [
     for name in DEFAULT_REGISTRY.names()
     if Path(DEFAULT_REGISTRY.get(name).origin).is_relative_to(PACKAGE)
 ]
+REQUIRED = {"sed": {"tau": 0.8}, "aesl": {"tau": 1.0}}
 VARIANTS = [
     ("gift", {"beta": 2.0, "smoothing": 0.05, "eps": 0.0}),
     ("pear", {"variant": "sequence", "base": "gift", "center": "sequence", "normalize": "mean_one"}),
     ("pear", {"variant": "block"}),
     ("curiosft", {"divergence": "reverse_kl"}),
+    ("kd", {"direction": "reverse", "temperature": 2.0, "top_k": 8, "alpha": 0.3}),
     ("grpo", {"ratio": "sequence", "correction": "tis", "kl_coefficient": 0.1, "temperature": 0.7}),
 ]
 ON_RANKS = {"extreme", "fused", "tp2", "tp3", "pp2", "dp2", "cp2", "tp2-cp2"}
@@ -48,7 +50,9 @@ def findings_of(
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, {}) for name in REGISTERED), *VARIANTS], ids=lambda value: str(value)
+    ("name", "options"),
+    [*((name, REQUIRED.get(name, {})) for name in REGISTERED), *VARIANTS],
+    ids=lambda value: str(value),
 )
 def test_every_registered_loss_holds(name: str, options: dict) -> None:
     findings = findings_of(name, options)
