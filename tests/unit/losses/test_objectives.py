@@ -348,6 +348,8 @@ def test_iw_sft_weighs_whole_sequences():
     capped, _ = by_hand("iw_sft", reference=reference, lengths=[1, 2], max_weight=1.25)
     is_close(capped.metrics["iw_sft/weight"][:1], [1.25])
     is_close(capped.metrics["iw_sft/capped_share"], [1.0, 0.0, 0.0])
+    unlikely, _ = by_hand("iw_sft", reference=[[0.01, 0.5, 0.49], *reference[1:]], lengths=[1, 2])
+    is_close(unlikely.metrics["iw_sft/weight"][:1], [16.0])  # 50 otherwise
 
 
 @pytest.mark.parametrize(
