@@ -31,7 +31,7 @@ LONGEST_FILE = 600
 LONGEST_FUNCTION = 80
 SMALLEST_WITH_ONE_DOOR = 100
 SMALL_FOR_A_REASON = {
-    "apps/evaluate/command.py": "every command line is parsed with it, and nothing heavy may be imported for that",
+    "apps/evaluate/command.py": "each command line is parsed with it: it imports nothing heavy",
     "losses/gift.py": "a loss, found by its name",
 }
 """Files that are shorter and have a single importer: plug-ins, optional imports, processes of their own."""
