@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from megatron_sftrl import __version__
+from megatron_sftrl.apps.doctor import add_loss_arguments, add_reward_arguments
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.log import log_known_warnings, start_logging
 
@@ -61,25 +62,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
     return int(text)
-
-
-def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line of `sftrl doctor` may hold."""
-    parser.add_argument("what", choices=("loss",), help="what is examined")
-    parser.add_argument("--loss", metavar="NAME", help="registered name; not needed for a file of one loss")
-    parser.add_argument(
-        "--module", action="append", default=[], metavar="FILE", help="file of your own losses (repeatable)"
-    )
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="key=value", help="of the loss, e.g. beta=5.0"
-    )
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="PROPERTY", help="look at this one (repeatable)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the step that is drawn (0)")
-    parser.add_argument(
-        "--timeout", type=float, default=30.0, metavar="S", help="seconds for a layout of several ranks (30)"
-    )
 
 
 _USER_ERROR = 2
@@ -163,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_preflight(commands)
     _add_plan(commands)
 
-    _add_doctor(commands)
+    examined = _add_doctor(commands)
     _add_report(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
@@ -180,8 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     rewards.set_defaults(command=_rewards)
 
-    for name, command in {**commands.choices, **directions.choices}.items():
-        if name != "convert":  # its directions have it
+    for name, command in {**commands.choices, **directions.choices, **examined.choices}.items():
+        if name not in ("convert", "doctor"):  # what follows on them has it
             command.add_argument(
                 "--traceback",
                 action="store_true",
@@ -473,23 +455,46 @@ def _plan(parsed: argparse.Namespace) -> None:
     run_plan(request_of(parsed))
 
 
-def _add_doctor(commands: argparse._SubParsersAction) -> None:
+def _add_doctor(commands: argparse._SubParsersAction) -> argparse._SubParsersAction:
+    """What is examined, each a command of its own."""
     doctor = commands.add_parser(
-        "doctor",
-        help="prove a loss on this machine, under every layout",
+        "doctor", help="prove a loss, or find what a reward pays for, on this machine", allow_abbrev=False
+    )
+    examined = doctor.add_subparsers(required=True, metavar="loss|reward")
+    loss = examined.add_parser(
+        "loss",
+        help="prove a loss under every layout",
         description="Value and gradient of a loss over tensor, pipeline, context and data parallel ranks, "
         "micro-batches, packing, padding and precisions, against the same function in one process in "
         "float64. CPU only. Exit code 1 when a property fails, with the place and a command that shows it.",
         allow_abbrev=False,
     )
-    add_doctor_arguments(doctor)
-    doctor.set_defaults(command=_doctor)
+    add_loss_arguments(loss)
+    loss.set_defaults(command=_doctor_loss)
+    reward = examined.add_parser(
+        "reward",
+        help="what the best constant answer earns on your data",
+        description="Rewards of a run, or one by name, on a sample of rows: what the row's own answer earns, "
+        "another row's, a constant, the question and nothing at all, in the run's own workers, everything "
+        "twice. Exit code 1 when a wrong answer earns what the right one does, when the right one earns "
+        "nothing, when a score changes or a call fails.",
+        allow_abbrev=False,
+    )
+    add_reward_arguments(reward)
+    reward.set_defaults(command=_doctor_reward)
+    return examined
 
 
-def _doctor(parsed: argparse.Namespace) -> int:
+def _doctor_loss(parsed: argparse.Namespace) -> int:
     from megatron_sftrl.apps.doctor.command import request_of, run_doctor
 
     return 0 if run_doctor(request_of(parsed)) else 1
+
+
+def _doctor_reward(parsed: argparse.Namespace) -> int:
+    from megatron_sftrl.apps.doctor.reward import request_of, run_reward_doctor
+
+    return 0 if run_reward_doctor(request_of(parsed)) else 1
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:

@@ -107,6 +107,17 @@ def parse_yaml(text: str, *, source: str) -> YamlDocument:
         loader.dispose()
 
 
+def options_of(words: Sequence[str]) -> dict[str, object]:
+    """Options by name, from key=value words with values in YAML; UserError for a word of another form."""
+    options: dict[str, object] = {}
+    for word in words:
+        name, separator, text = word.partition("=")
+        if not name or not separator:
+            raise UserError(f"--option {word!r}: expected key=value, for example --option beta=5.0")
+        options[name] = parse_yaml(text, source=f"--option {word!r}").value
+    return options
+
+
 def dump_yaml(value: Any) -> str:
     """Write a plain value so that `parse_yaml` reads the same value back; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

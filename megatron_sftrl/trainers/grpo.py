@@ -47,6 +47,7 @@ from megatron_sftrl.trainers.rollouts import (
     RolloutCollector,
     SampleLog,
     check_rows,
+    note_unearned_marks,
     num_rollout_steps,
     open_prompts,
     try_own_answers,
@@ -172,6 +173,7 @@ def run_grpo(config: GrpoConfig) -> bool:
         check_rows(rewards.rewards, *sets)
         on_every_rank(lambda: check_canaries(rewards))
         on_rank_zero(lambda: try_own_answers(rewards, checked.tokenizer, *sets))
+        on_rank_zero(lambda: note_unearned_marks(rewards, checked.tokenizer, prompts, config.run_dir))
         on_rank_zero(lambda: note_constant_answers(rewards, prompts))
         run = Run(
             checked,

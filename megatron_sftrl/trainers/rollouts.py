@@ -32,6 +32,7 @@ from megatron_sftrl.rl.rewards import (
     check_own_rows,
     failed_everywhere,
     spread,
+    unearned_marks,
 )
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
@@ -452,7 +453,19 @@ def try_own_answers(rewards: RewardPool, tokenizer: Tokenizer, *prompts: PromptS
     Raises:
         UserError: as check_own_rows.
     """
-    rows = [
+    for note in check_own_rows(rewards, _own_rows(tokenizer, *prompts)):
+        LOGGER.warning(note)
+
+
+def note_unearned_marks(rewards: RewardPool, tokenizer: Tokenizer, prompts: PromptSet, run_dir: Path) -> None:
+    """On stderr, the rewards that pay in a few rows for what is no answer, and what looks closer."""
+    for line in unearned_marks(rewards, _own_rows(tokenizer, prompts)):
+        LOGGER.warning("%s; sftrl doctor reward %s", line, run_dir / "resolved.yaml")
+
+
+def _own_rows(tokenizer: Tokenizer, *prompts: PromptSet) -> list[OwnRow]:
+    """A few rows of each set."""
+    return [
         OwnRow(
             source=each.rows[place].source,
             prompt=tokenizer.decode(each.rows[place].tokens),
@@ -461,5 +474,3 @@ def try_own_answers(rewards: RewardPool, tokenizer: Tokenizer, *prompts: PromptS
         for each in prompts
         for place in spread(len(each.rows), _NUM_TRIED)
     ]
-    for note in check_own_rows(rewards, rows):
-        LOGGER.warning(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from pathlib import Path
 
@@ -46,6 +47,17 @@ def test_the_reward_rises(grpo: GrpoProject, tmp_path: Path) -> None:
     assert statistics.mean(rewards[:2]) < 0.15
     assert statistics.mean(rewards[-3:]) > 0.3
     assert metrics[-1]["reward/mean"] == metrics[-1]["reward/vowels"]
+
+
+def test_a_reward_that_pays_for_nothing_is_told_with_a_command_that_looks_closer(
+    grpo: GrpoProject, tmp_path: Path
+) -> None:
+    pleased = grpo.reward("trouble", "hang: none such, crash: none such, nan: none such")
+    (done,) = sftrl_each([grpo.command(tmp_path / "run", pleased, "train.steps=1")])
+    [line] = [line for line in done.expect(0).stderr.splitlines() if "sftrl doctor" in line]
+    assert "WARNING: reward 'trouble' gives 1 or more to the empty text, '0' and the prompt in all 8" in line
+    (closer,) = sftrl_each([shlex.split(line.partition("; sftrl ")[2])])
+    closer.expect(1)
 
 
 def test_every_response_is_written_with_its_text_its_reward_and_its_advantage(

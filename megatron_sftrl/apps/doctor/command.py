@@ -13,7 +13,7 @@ from megatron_sftrl.apps.doctor.case import LENGTHS, VOCAB_SIZE
 from megatron_sftrl.apps.doctor.checks import CHECKS, Check, Examination, Finding, examine
 from megatron_sftrl.apps.doctor.evaluation import LossSpec
 from megatron_sftrl.apps.doctor.ranks import RankPool
-from megatron_sftrl.config.load import parse_yaml
+from megatron_sftrl.config.load import options_of
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import DEFAULT_REGISTRY
 from megatron_sftrl.registry import load_module, nearest
@@ -39,7 +39,7 @@ class DoctorRequest:
 
 
 def request_of(parsed: argparse.Namespace) -> DoctorRequest:
-    """The request that a command line makes (cli.add_doctor_arguments)."""
+    """The request that a command line makes (add_loss_arguments)."""
     return DoctorRequest(
         loss=parsed.loss,
         modules=parsed.module,
@@ -59,7 +59,7 @@ def run_doctor(request: DoctorRequest) -> bool:
     checks = _checks(request.only)
     spec = LossSpec(
         name=request.loss or _only_loss_of(request.modules),
-        options=_options(request.options),
+        options=options_of(request.options),
         modules=tuple(request.modules),
     )
     loss = spec.build()
@@ -110,16 +110,6 @@ def _only_loss_of(modules: Sequence[str]) -> str:
             f"{', '.join(names) or 'none'}; choose with --loss NAME"
         )
     return names[0]
-
-
-def _options(words: Sequence[str]) -> dict[str, object]:
-    options: dict[str, object] = {}
-    for word in words:
-        name, separator, text = word.partition("=")
-        if not name or not separator:
-            raise UserError(f"--option {word!r}: expected key=value, for example --option beta=5.0")
-        options[name] = parse_yaml(text, source=f"--option {word!r}").value
-    return options
 
 
 def _print_finding(finding: Finding, request: DoctorRequest, spec: LossSpec) -> None:

@@ -4,7 +4,14 @@ Importing this folder registers the rewards below; it loads neither torch nor a 
 """
 
 from megatron_sftrl.rl.rewards import math, reasoning_gym, text
-from megatron_sftrl.rl.rewards.checks import OwnRow, check_canaries, check_own_rows, constant_answers, spread
+from megatron_sftrl.rl.rewards.checks import (
+    OwnRow,
+    check_canaries,
+    check_own_rows,
+    constant_answers,
+    spread,
+    unearned_marks,
+)
 from megatron_sftrl.rl.rewards.pool import RewardPool
 from megatron_sftrl.rl.rewards.registry import (
     Canary,
@@ -43,4 +50,5 @@ __all__ = [
     "register_reward",
     "reward_metrics",
     "spread",
+    "unearned_marks",
 ]

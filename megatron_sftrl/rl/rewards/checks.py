@@ -179,6 +179,42 @@ def check_own_rows(pool: RewardPool, rows: Sequence[OwnRow]) -> list[str]:
     return notes
 
 
+def unearned_marks(pool: RewardPool, rows: Sequence[OwnRow]) -> list[str]:
+    """One line for each reward that gives 1 or more, in all rows, to nothing, to 0 or to the prompt itself.
+
+    What the first row refuses is not tried on the others, so that an ordinary reward is asked five times. 0
+    says nothing in a row whose answer it is.
+    """
+    lines = []
+    for index, reward in enumerate(pool.rewards):
+        earned: dict[tuple[str, bool], list[float]] = {
+            (name, is_bare): []
+            for name in ("the empty text", "'0'", "the prompt")
+            for is_bare in (True, False)
+        }
+        for row in rows:
+            texts = {}
+            for name, is_bare in earned:
+                answer = {"the empty text": "", "'0'": "0", "the prompt": row.prompt}[name]
+                text = answer if is_bare else reward.written(row.values, answer)
+                if text is not None and not (name == "'0'" and _any_text(row).strip() == "0"):
+                    texts[name, is_bare] = text
+            parts = pool.score_with(index, [_answered(row, text) for text in texts.values()])
+            for key, part in zip(texts, parts, strict=True):
+                if part.outcome == "ok" and part.reward >= FULL_CREDIT:
+                    earned[key].append(part.reward)
+                else:
+                    del earned[key]
+        if names := list(dict.fromkeys(name for (name, _), scores in earned.items() if scores)):
+            lowest = min(min(scores) for scores in earned.values() if scores)
+            told = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+            lines.append(
+                f"reward {reward.name!r} gives {lowest:g} or more to {told} in all {len(rows)} rows that "
+                "were tried, and a policy may learn that in place of the answers"
+            )
+    return lines
+
+
 def _check_solution(reward: Reward, row: OwnRow, text: str, part: Part, said: str) -> None:
     if part.outcome != "ok":
         raise UserError(

@@ -143,6 +143,24 @@ class Reward:
         """A response that earns 1; None where the reward does not say."""
         return self.entry.solution(row, self.config)
 
+    @property
+    def has_solutions(self) -> bool:
+        """It says how a right response is written, of which it gives 1."""
+        return self.entry.solution is not no_solution
+
+    def written(self, row: Mapping[str, Json], answer: str) -> str | None:
+        """Another answer to the row in the form of its solution.
+
+        None where the reward does not say, cannot write this one, or takes the answer from another place than
+        `answer`: what it wrote would be the row's own.
+        """
+        try:
+            text = self.entry.solution({**row, "answer": answer}, self.config)
+            other = self.entry.solution({**row, "answer": f"{answer}1"}, self.config)
+        except Exception:  # a user's function, given an answer of another kind than its rows have
+            return None
+        return None if text == other else text
+
     def check_row(self, row: Mapping[str, Json]) -> None:
         """Raise UserError when the row lacks what the reward needs, or holds what it cannot read."""
         for need in self.entry.needs:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
-from megatron_sftrl.rl.rewards import OwnRow, RewardPool, build_rewards, check_own_rows, spread
+from megatron_sftrl.rl.rewards import (
+    OwnRow,
+    RewardPool,
+    build_rewards,
+    check_own_rows,
+    spread,
+    unearned_marks,
+)
 from megatron_sftrl.rl.rewards.registry import Json
 
 HOSTILE = str(Path(__file__).with_name("hostile.py"))
@@ -98,3 +105,30 @@ def test_a_row_that_a_reward_cannot_read_is_refused_by_the_rewards_name(name: st
 def test_rows_are_tried_evenly_over_the_data() -> None:
     assert spread(3, 8) == [0, 1, 2]
     assert spread(100, 4) == [0, 25, 50, 75]
+
+
+def test_a_reward_that_pays_for_nothing_or_for_the_prompt_in_every_row_is_noted(tmp_path: Path) -> None:
+    module = tmp_path / "holes.py"
+    module.write_text(
+        "from megatron_sftrl import RewardOutput, register_reward\n"
+        "def of(value): return RewardOutput(reward=float(value))\n"
+        "@register_reward('prefix')\n"
+        "def prefix(inputs, config): return of(inputs.row['answer'].startswith(inputs.response))\n"
+        "@register_reward('copies')\n"
+        "def copies(inputs, config): return of(2 * (inputs.row['answer'] in inputs.response))\n"
+    )
+    holes = [{"name": name, "modules": [str(module)]} for name in ("prefix", "copies")]
+    sound = [{"name": "math"}, {"name": "exact_match"}, {"name": "length", "max_tokens": 9, "cache": 3}]
+    sections = [RewardSection.model_validate(section) for section in (*holes, *sound)]
+    rows: list[dict[str, Json]] = [{"answer": "4"}, {"answer": "3"}]
+    own = [OwnRow(source="", prompt="4 or 3?", values=row) for row in rows]
+    with RewardPool(sections, RewardWorkersSection(num_workers=1)) as pool:
+        assert unearned_marks(pool, own) == [
+            "reward 'prefix' gives 1 or more to the empty text in all 2 rows that were tried, and "
+            "a policy may learn that in place of the answers",
+            "reward 'copies' gives 2 or more to the prompt in all 2 rows that were tried, and "
+            "a policy may learn that in place of the answers",
+        ]
+        zeros = [OwnRow(source="", prompt="what is left?", values={"answer": "0"})]
+        assert len(unearned_marks(pool, zeros)) == 1
+        assert unearned_marks(pool, [*own, OwnRow(source="", prompt="?", values={"answer": "x"})])[1:] == []
