@@ -24,6 +24,8 @@ _BOXED, _HASHES = r"\boxed{X}", "#### X"
 _COMMON = (BARE, _BOXED, _HASHES, "<answer>X</answer>", "Answer: X")
 _SOLUTION = "its solution"
 """The own answer of a reward that does not take it from `answer`: no other text can be written like it."""
+_WHOLE = "as in the row"
+"""A whole solution, of which X is the final answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +170,9 @@ def _own(reward: Reward, rows: Sequence[DoctorRow], forms: Sequence[Form]) -> It
         ways[0] = (forms[0].shown, texts, True)
     else:
         ways.append((_SOLUTION, solutions, True))
+    wholes = tuple(_whole(row) for row in rows)
+    if wholes != answers:
+        ways.append((_WHOLE, wholes, False))
     for shown, texts, is_solution in ways:
         if any(text is not None for text in texts):
             yield Candidate(
@@ -178,6 +183,11 @@ def _own(reward: Reward, rows: Sequence[DoctorRow], forms: Sequence[Form]) -> It
                 texts=texts,
                 is_solution=is_solution,
             )
+
+
+def _whole(row: DoctorRow) -> str | None:
+    answer = row.values.get("answer")
+    return str(answer) if row.answers and isinstance(answer, str | int | float) else None
 
 
 def _variants(rows: Sequence[DoctorRow], form: Form) -> Iterator[Candidate]:

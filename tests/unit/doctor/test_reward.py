@@ -132,6 +132,7 @@ def test_a_runs_rewards_are_examined_on_a_sample_of_its_data_as_it_reads_them(tm
     assert found["rows"] != [f"{tmp_path}/rows.jsonl:{line}" for line in range(1, 13)]
     for form in (r"\boxed{X}", "#### X"):
         assert mean(found, "math", "own answer", form) == 1
+    assert mean(found, "math", "own answer", "as in the row") == 1
     assert mean(found, "math", "own answer", "X") == 0
     assert mean(found, "length", "the question", "X") < 0 == mean(found, "length", "'0'", "X")
     again = doctor(
