@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_sftrl.apps.doctor.reward_candidates import is_own
+from megatron_sftrl.apps.doctor.reward_findings import Hole
 from megatron_sftrl.apps.doctor.reward_rows import DoctorRow, rows_of_files, rows_of_tasks
 from megatron_sftrl.cli import main
 from megatron_sftrl.config.schema import RewardSection
@@ -79,6 +80,16 @@ def test_a_hole_in_a_users_own_reward_is_named(name: str, problem: str, text: st
     assert text in problems[problem]
 
 
+def test_a_reward_that_does_not_look_at_the_answer_is_not_held_against_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(rows_file(tmp_path, [{"question": "who?", "answer": "x" * i} for i in range(1, 13)]))
+    for seed in range(3):
+        words = ["--reward", "longer", "--module", PLANTED, "--data", data, "--seed", str(seed)]
+        assert failed(doctor(tmp_path, *words, expect=0), "longer") == {}
+        assert "in 12 of 12 rows (the reward does not look at `answer`)" in capsys.readouterr().out
+
+
 def test_calls_that_fail_are_counted_and_a_candidate_that_always_does_is_given_up(tmp_path: Path) -> None:
     run = run_yaml(tmp_path, rows_file(tmp_path, ROWS * 2), {"name": "breaks", "modules": [PLANTED]})
     found = doctor(tmp_path, str(run), "reward_workers.seconds=0.2", expect=1)
@@ -144,10 +155,10 @@ def test_a_runs_rewards_are_examined_on_a_sample_of_its_data_as_it_reads_them(tm
 def test_a_constant_is_right_in_the_rows_whose_answer_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = ["1/2", "0.5", r"\frac{2}{4}", "1", "1.0", "0.50", "True", "0"]
+    answers = ["1/2", "0.5", r"\frac{2}{4}", r"\frac{1}{2}", r"\dfrac{1}{2}", "1", "1.0", "0.50", "True", "0"]
     data = rows_file(tmp_path, [{"question": "how much?", "answer": text} for text in answers])
     assert failed(doctor(tmp_path, "--reward", "math", "--data", str(data), expect=0), "math") == {}
-    assert "earns 0.50 on average, the right answer 1.00" in capsys.readouterr().out
+    assert "earns 0.60 on average, the right answer 1.00" in capsys.readouterr().out
 
 
 def test_tasks_of_reasoning_gym_that_pay_for_wrong_answers_are_named(tmp_path: Path) -> None:
@@ -266,3 +277,11 @@ def test_an_answer_is_written_in_a_rewards_own_form_only_where_it_takes_it_from_
     assert math.written({"answer": "7"}, "8") == r"\boxed{8}"
     assert math.written({"answer": "7"}, "") is None
     assert elsewhere.written({"label": "7"}, "8") is None
+
+
+@pytest.mark.parametrize(
+    ("earning", "wrong", "is_large"), [(1, 1, True), (1, 8, False), (2, 8, True), (2, 30, False)]
+)
+def test_one_row_by_chance_is_no_hole(earning: int, wrong: int, is_large: bool) -> None:
+    hole = Hole(name="", form="X", text="", source="", own=None, num_earning=earning, num_wrong=wrong)
+    assert hole.is_large == is_large

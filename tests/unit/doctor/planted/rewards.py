@@ -45,6 +45,12 @@ def pleased(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
     return RewardOutput(reward=1.0)
 
 
+@register_reward("longer")
+def longer(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
+    """Does not look at the row: now a row's own answer earns more, now another's."""
+    return RewardOutput(reward=min(len(inputs.response), 90) / 100)
+
+
 @register_reward("never", needs=("answer",))
 def never(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
     """Nothing is ever right."""
