@@ -109,14 +109,7 @@ def test_rows_are_tried_evenly_over_the_data() -> None:
 
 def test_a_reward_that_pays_for_nothing_or_for_the_prompt_in_every_row_is_noted(tmp_path: Path) -> None:
     module = tmp_path / "holes.py"
-    module.write_text(
-        "from megatron_sftrl import RewardOutput, register_reward\n"
-        "def of(value): return RewardOutput(reward=float(value))\n"
-        "@register_reward('prefix')\n"
-        "def prefix(inputs, config): return of(inputs.row['answer'].startswith(inputs.response))\n"
-        "@register_reward('copies')\n"
-        "def copies(inputs, config): return of(2 * (inputs.row['answer'] in inputs.response))\n"
-    )
+    module.write_text(_HOLES)
     holes = [{"name": name, "modules": [str(module)]} for name in ("prefix", "copies")]
     sound = [{"name": "math"}, {"name": "exact_match"}, {"name": "length", "max_tokens": 9, "cache": 3}]
     sections = [RewardSection.model_validate(section) for section in (*holes, *sound)]
@@ -132,3 +125,20 @@ def test_a_reward_that_pays_for_nothing_or_for_the_prompt_in_every_row_is_noted(
         zeros = [OwnRow(source="", prompt="what is left?", values={"answer": "0"})]
         assert len(unearned_marks(pool, zeros)) == 1
         assert unearned_marks(pool, [*own, OwnRow(source="", prompt="?", values={"answer": "x"})])[1:] == []
+
+
+_HOLES = """
+from megatron_sftrl import RewardOutput, register_reward
+
+
+@register_reward("prefix")
+def prefix(inputs, config):
+    'Every text begins with the empty one.'
+    return RewardOutput(reward=float(inputs.row["answer"].startswith(inputs.response)))
+
+
+@register_reward("copies")
+def copies(inputs, config):
+    'The prompt names the answers to choose from.'
+    return RewardOutput(reward=2.0 * (inputs.row["answer"] in inputs.response))
+"""
