@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import jinja2
@@ -106,6 +106,11 @@ class ChatTemplate:
             return "\n"
         between = listed.partition(one)[2].partition(two)[0]
         return between if listed.replace(f"{one}{between}{two}", one) == plain else "\n"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process compiles the text again."""
+        given = {"special_tokens": self._special_tokens, "switches": self._switches}
+        return partial(ChatTemplate, origin=self.origin, **given), (self.source,)
 
     def render(
         self,
