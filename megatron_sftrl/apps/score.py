@@ -13,10 +13,13 @@ from typing import Any
 
 from megatron_sftrl.config.data import ALL_TURNS, DataSection
 from megatron_sftrl.config.schema import RunConfig, TrainingConfig
-from megatron_sftrl.data.dataset import Dataset, pack_examples, tokenize_sources
+from megatron_sftrl.data.dataset import Dataset
+from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.loader import StepLoader
 from megatron_sftrl.data.rows import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_COLUMN, scorer
+from megatron_sftrl.data.store import StoreWriter
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.data.tokenizing import Tokenizing, processes_of_this_rank, tokenize_rows
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -62,27 +65,25 @@ def _read(
     data: Path, tokenizer: Tokenizer, said: DataSection | None, *, max_length: int
 ) -> tuple[list[dict[str, Any]], Dataset]:
     """Rows as they are, and tokenized whole: training may cut a row later, the scores are cut with it."""
-    rows, examples = [], []
-    last = None
-    for source, row, example, _ in tokenize_sources(
-        [data],
-        tokenizer,
+    rows = []
+    formatted = read_formatted(
+        data, "demonstrations", columns=None if said is None else said.columns, key="--data"
+    )
+    whole = Tokenizing(
+        tokenizer=tokenizer,
         max_length=max_length,
         truncation="error",
-        columns=None if said is None else said.columns,
         learning=ALL_TURNS if said is None else said.learning,
-        key="--data",
-        use_scores=False,
-    ):
-        if row is not last:
-            rows.append(dict(row.values))
-            last = row
-        if example is not None:
-            examples.append((source, row.number, example))
-    if not rows:
-        raise UserError(f"{data} holds no row")
-    store = pack_examples(examples, sources=(str(data),), num_dropped=0, num_truncated=0)
-    return rows, Dataset(store)
+        use_scores=False,  # those that a row has already are replaced
+    )
+    num_processes = processes_of_this_rank(is_alone=False)  # every rank reads all rows
+    with StoreWriter() as writer:
+        for chunk, tokenized in tokenize_rows(formatted, whole, num_processes=num_processes):
+            rows += [dict(row.values) for row in chunk]
+            writer.add(chunk, tokenized, source=0)
+        if not rows:
+            raise UserError(f"{data} holds no row")
+        return rows, Dataset(writer.finish())
 
 
 def _score(policy: PolicyEngine, loader: StepLoader) -> dict[int, list[float]]:

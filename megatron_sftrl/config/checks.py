@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import RunConfig, TrainingConfig
 from megatron_sftrl.errors import UserError
 
 # Which settings have no effect beside the others: writing one of them down is a user's mistake.
@@ -55,6 +55,8 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
     if config.model.hf is None:
         add("model", ("allow_pickle",), "model.hf is not given")
+    if isinstance(config, RunConfig) and config.data.train_weights is None:
+        add("data", ("mix_by",), "data.train has no weights")
     if not config.held_out:
         add("train", ("eval_every",), "data.valid is empty")
     return idle

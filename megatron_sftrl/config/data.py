@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from megatron_sftrl.config.paths import ExpandedPath
+from megatron_sftrl.config.paths import ExpandedPath, expand
 from megatron_sftrl.errors import UserError
 
 
@@ -70,12 +72,78 @@ class PromptColumns(Section):
         return self
 
 
-class DataSection(Section):
+class WeightedPath(Section):
+    """A path with its share of each epoch."""
+
+    path: Path
+    weight: float
+
+
+def _read_source(value: object) -> object:
+    """An entry of data.train, a path or {path: ..., weight: ...}, with its path expanded."""
+    if isinstance(value, str):
+        return expand(value)
+    if isinstance(value, Path | WeightedPath):
+        return value
+    if not isinstance(value, Mapping) or not {"path"} <= set(value) <= {"path", "weight"}:
+        raise UserError(f"data.train: expected paths, or {{path: a.jsonl, weight: 0.5}}, got {value!r}")
+    path, weight = value["path"], value.get("weight")
+    if not isinstance(path, str):
+        raise UserError(f"data.train: expected a path as text, got {path!r}")
+    if weight is None:
+        return expand(path)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1:
+        raise UserError(f"data.train: expected a weight above 0 and at most 1 for {path}, got {weight!r}")
+    return {"path": expand(path), "weight": weight}
+
+
+TrainPath = Annotated[Path | WeightedPath, BeforeValidator(_read_source)]
+
+
+_LARGEST_GAP = 1e-6
+"""Weights that were rounded when they were written need not add up to 1 exactly."""
+
+
+class _TrainSection(Section):
+    """What demonstrations and prompts have in common: their sources, with weights or without."""
+
+    train: list[TrainPath] = Field(min_length=1)
+
+    @property
+    def train_paths(self) -> list[Path]:
+        """The paths of data.train."""
+        return [each.path if isinstance(each, WeightedPath) else each for each in self.train]
+
+    @property
+    def train_weights(self) -> tuple[float, ...] | None:
+        """Their weights, which add up to 1; None without any."""
+        weights = tuple(each.weight for each in self.train if isinstance(each, WeightedPath))
+        return weights or None
+
+    @model_validator(mode="after")
+    def _all_have_weights(self) -> Self:
+        weights = self.train_weights
+        if weights is None:
+            return self
+        bare = ", ".join(str(each) for each in self.train if not isinstance(each, WeightedPath))
+        if bare:
+            raise UserError(f"data.train: {bare} has no weight, but others do; give all of them one, or none")
+        total = sum(weights)
+        if abs(total - 1) > _LARGEST_GAP:
+            added = " + ".join(f"{weight:g}" for weight in weights)
+            raise UserError(f"data.train: expected weights that add up to 1, got {added} = {total:.7g}")
+        return self
+
+
+class DataSection(_TrainSection):
     """The demonstrations."""
 
-    train: list[ExpandedPath] = Field(min_length=1)
-    """JSONL or Parquet files, or directories written by datasets.save_to_disk; the formats of rows that are
-    recognised are in docs/data.md."""
+    train: list[TrainPath] = Field(min_length=1)
+    """Files (JSON lines or arrays, Parquet), folders, patterns, directories of datasets.save_to_disk, or one
+    split of them (`path:train`); docs/data.md has these and the formats of rows that are recognised. With
+    weights, such as {path: math.jsonl, weight: 0.7}, an epoch is a mixture."""
+    mix_by: Literal["tokens", "rows"] = "tokens"
+    """What the weights of data.train are shares of: the learned tokens of an epoch, or its rows."""
     valid: list[ExpandedPath] = Field(default=[])
     """Held-out data of the same kinds; no evaluation when empty."""
     columns: DemonstrationColumns | None = None
@@ -100,12 +168,13 @@ class DataSection(Section):
         return Learning(turns=self.learn, thinking=self.thinking)
 
 
-class PromptSection(Section):
+class PromptSection(_TrainSection):
     """The prompts, and the answers that rewards look at."""
 
-    train: list[ExpandedPath] = Field(min_length=1)
-    """JSONL or Parquet files, or directories written by datasets.save_to_disk, with a prompt in one of
-    the formats of docs/data.md; every column reaches the rewards."""
+    train: list[TrainPath] = Field(min_length=1)
+    """Files (JSON lines or arrays, Parquet), folders, patterns, directories of datasets.save_to_disk, or one
+    split of them (`path:train`), with a prompt in one of the formats of docs/data.md; every column reaches
+    the rewards. With weights, such as {path: math.jsonl, weight: 0.7}, they are shares of the prompts."""
     valid: list[ExpandedPath] = Field(default=[])
     """Held-out prompts of the same kinds; no evaluation when empty."""
     columns: PromptColumns | None = None

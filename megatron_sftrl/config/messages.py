@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from megatron_sftrl.config.data import WeightedPath
+
 _EXPECTED_TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -227,6 +229,7 @@ def _type_name(annotation: object) -> str:
         bool: "true | false",
         str: "text",
         Path: "path",
+        WeightedPath: "{path, weight}",
     }
     return names.get(annotation, str(annotation))
 

@@ -16,8 +16,10 @@ from types import MappingProxyType
 from typing import Literal
 
 from megatron_sftrl.config.data import DemonstrationColumns, PromptColumns
+from megatron_sftrl.data.columnar import check_text_columns
 from megatron_sftrl.data.conversation import Conversation, Row, read_demonstration, read_prompt
-from megatron_sftrl.data.rows import OnRefused, describe_row, read_rows
+from megatron_sftrl.data.rows import OnRefused, read_file
+from megatron_sftrl.data.sources import SourceFile, SourceRow, find_files
 from megatron_sftrl.errors import UserError
 
 LOGGER = logging.getLogger(__name__)
@@ -54,6 +56,10 @@ class RowFormat:
     finish: Callable[[dict[str, object], Row], None] = _leave_as_is
     used: tuple[str, ...] = ()
     is_mapped: bool = False
+
+    def __reduce__(self) -> tuple[Callable[..., RowFormat], tuple[object, ...]]:
+        """Another process finds the same format there; its functions have no names to send."""
+        return (_mapped_format, (dict(self.columns),)) if self.is_mapped else (_format_of, (self.title,))
 
     def said_by(self, row: Row, kind: Kind) -> dict[str, object]:
         """The row under the names that conversation.py reads, with the columns that are the user's own.
@@ -260,6 +266,11 @@ _FORMATS: dict[Kind, tuple[RowFormat, ...]] = {
     ),
 }
 
+
+def _format_of(title: str) -> RowFormat:
+    return next(each for formats in _FORMATS.values() for each in formats if each.title == title)
+
+
 _EXPECTED: dict[Kind, str] = {
     "demonstrations": "expected prompt and response (or completion, or target), messages, conversations of "
     "from and value, or instruction and output",
@@ -307,14 +318,19 @@ def _mapped_format(mapped: Mapping[str, str]) -> RowFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormattedRow:
-    """A row as its file holds it, its number as in SourceRow, where it stands, and the format of its file."""
+    """A row as its file holds it, its number as in SourceRow, and the format of its file."""
 
     values: Mapping[str, object]
+    file: SourceFile
     number: int
-    source: str
     kind: Kind
     format: RowFormat
     columns: Columns | None
+
+    @property
+    def source(self) -> str:
+        """Where the row stands, such as `train.jsonl:17`."""
+        return f"{self.file.place}{self.number}"
 
     def conversation(self) -> Conversation:
         """What the row says.
@@ -360,32 +376,64 @@ def read_formatted(
     *,
     columns: Columns | None = None,
     key: str,
+    files: Sequence[SourceFile] | None = None,
     on_refused: OnRefused | None = None,
 ) -> Iterator[FormattedRow]:
-    """Rows of one source in order, in the format of its first row, which one line of the log tells.
+    """Rows of a path in order, each file in the format of its first row, which one line of the log tells.
 
-    `columns` are data.columns, `key` is where the path stands in the configuration. With `on_refused`, which
-    is given rows that cannot be read, the format is that of the first row that has one.
+    `columns` are data.columns, `key` is where the path stands in the configuration, `files` are those of
+    find_files where they are known already. With `on_refused`, which is given rows that cannot be read, the
+    format of a file is that of its first row that has one.
 
     Raises:
-        UserError: as read_rows, or the first row is of no format or of two.
+        UserError: as find_files and read_file, or the first row of a file is of no format or of two.
     """
-    chosen = None
-    for row in read_rows(path, on_refused=on_refused):
-        source = describe_row(path, row.number)
-        if chosen is None:
-            try:
-                chosen = recognise(row.values, kind, columns)
-            except UserError as error:
-                placed = UserError(f"{source}: {error}")
-                if on_refused is None:
-                    raise placed from error
-                placed.__cause__ = error
-                on_refused(row.number, placed)
-                continue
-            answer = chosen.answer_column(columns) if kind == "prompts" else None
-            told = f", answer from {answer}" if answer not in (None, "answer") else ""
-            LOGGER.info("%s: %s holds %s%s", key, path, chosen.title, told)
-        yield FormattedRow(
-            values=row.values, number=row.number, source=source, kind=kind, format=chosen, columns=columns
-        )
+    told = ""
+    for file in find_files(path, key) if files is None else files:
+        chosen = None
+        for row in read_file(file, on_refused=on_refused):
+            if chosen is None:
+                chosen = _format_of_row(row, kind, columns, on_refused)
+                if chosen is None:
+                    continue
+                _check_texts(file, chosen, kind, columns)
+                if chosen.title != told:
+                    _tell_format(key, path, chosen, kind, columns)
+                told = chosen.title
+            yield FormattedRow(
+                values=row.values,
+                file=row.file,
+                number=row.number,
+                kind=kind,
+                format=chosen,
+                columns=columns,
+            )
+
+
+def _format_of_row(
+    row: SourceRow, kind: Kind, columns: Columns | None, on_refused: OnRefused | None
+) -> RowFormat | None:
+    try:
+        return recognise(row.values, kind, columns)
+    except UserError as error:
+        placed = UserError(f"{row.place}: {error}")
+        if on_refused is None:
+            raise placed from error
+        placed.__cause__ = error
+        on_refused(row.number, row.place, placed)
+        return None
+
+
+def _check_texts(file: SourceFile, chosen: RowFormat, kind: Kind, columns: Columns | None) -> None:
+    """Raise UserError where a type of the file says that what is read may not be what was written."""
+    texts = {name: column for name, column in chosen.columns.items() if name != "messages"}
+    if kind == "prompts":
+        texts["answer"] = chosen.answer_column(columns) or "answer"
+    turns = [column for name, column in chosen.columns.items() if name == "messages"]
+    check_text_columns(file, list(texts.values()), turns=turns)
+
+
+def _tell_format(key: str, path: Path, chosen: RowFormat, kind: Kind, columns: Columns | None) -> None:
+    answer = chosen.answer_column(columns) if kind == "prompts" else None
+    told = f", answer from {answer}" if answer not in (None, "answer") else ""
+    LOGGER.info("%s: %s holds %s%s", key, path, chosen.title, told)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.dataset import Dataset
+from megatron_sftrl.data.examples import Example
+from megatron_sftrl.data.mixture import Mixture, permutation
 from megatron_sftrl.data.packing import (
     Assignment,
     Carried,
-    Example,
     StepNormalization,
     build_token_batch,
     padded_batch_length,
@@ -153,15 +154,17 @@ def _batch_lengths(plan: Assignment, lengths: list[int], layout: BatchLayout) ->
 class SampleOrder:
     """An endless sequence of row indices, a new permutation each epoch. Owns one memoised permutation."""
 
-    def __init__(self, num_rows: int, *, seed: int, shuffle: bool) -> None:
-        """Fix the order; without `shuffle` every epoch has that of the files.
+    def __init__(self, num_rows: int, *, seed: int, shuffle: bool, mixture: Mixture | None = None) -> None:
+        """Fix the order; without `shuffle` every epoch has that of the files. `mixture` is of these rows.
 
         Raises:
             UserError: there is no row, or the seed is negative.
         """
         if num_rows < 1 or seed < 0:
             raise UserError(f"sample order: expected num_rows >= 1 and seed >= 0, got {num_rows} and {seed}")
-        self.num_rows = num_rows
+        assert mixture is None or sum(mixture.sizes) == num_rows
+        self.num_rows = num_rows if mixture is None else mixture.num_rows
+        self._mixture = mixture
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = -1
@@ -170,25 +173,20 @@ class SampleOrder:
     def row(self, position: int) -> int:
         """The row at `position`, samples consumed before it, of the endless sequence."""
         epoch, inside = divmod(position, self.num_rows)
-        if not self._shuffle:
+        if not self._shuffle and self._mixture is None:
             return inside
         if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, epoch_permutation(self.num_rows, self._seed, epoch)
+            self._epoch, self._permutation = epoch, self._rows_of_epoch(epoch)
         return int(self._permutation[inside])
+
+    def _rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        if self._mixture is None:
+            return permutation(self.num_rows, self._seed, epoch)
+        return self._mixture.epoch(epoch, seed=self._seed, shuffle=self._shuffle)
 
     def rows(self, start: int, count: int) -> list[int]:
         """`count` rows from position `start` on; an epoch's end is crossed without a gap."""
         return [self.row(position) for position in range(start, start + count)]
-
-
-def epoch_permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """[R] int64, order of the rows in one epoch, counted from 0.
-
-    Ranks of raw Philox output: numpy guarantees the bits of a bit generator for ever, but not those of
-    `Generator.permutation` (NEP 19), and an order must survive an upgrade between two halves of a run.
-    """
-    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_rows)
-    return np.argsort(bits, kind="stable")
 
 
 def num_training_steps(
@@ -233,6 +231,7 @@ class StepLoader:
         seed: int,
         shuffle: bool,
         mode: Literal["train", "evaluate"] = "train",
+        mixture: Mixture | None = None,
     ) -> None:
         """Bind data and layout.
 
@@ -241,6 +240,7 @@ class StepLoader:
             pad_id: any valid id.
             mode: evaluate goes through all rows once, in the order of the files, the last step possibly
                 smaller, with weights that sum to 1 over all steps.
+            mixture: what training takes of each source; all rows when None.
         """
         self._dataset = dataset
         self._batch = batch
@@ -248,7 +248,8 @@ class StepLoader:
         self._max_length = max_length
         self._pad_id = pad_id
         self._is_training = mode == "train"
-        self._order = SampleOrder(len(dataset), seed=seed, shuffle=shuffle and self._is_training)
+        shuffle = shuffle and self._is_training
+        self._order = SampleOrder(len(dataset), seed=seed, shuffle=shuffle, mixture=mixture)
 
     @property
     def num_evaluation_steps(self) -> int:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+
+import numpy as np
 
 from megatron_sftrl.config.data import Learning, PromptColumns
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.formats import FormattedRow, read_formatted
-from megatron_sftrl.data.rows import check_source
+from megatron_sftrl.data.mixture import Mixture, describe_mixture, plan_mixture, with_mixture
+from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +37,33 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """Rows in the order of the files, at least one; a hash by which a resume on changed ones is noticed."""
+    """Rows in the order of the files, at least one; a hash by which a resume on changed ones is noticed.
+
+    Args:
+        sizes: rows of each path.
+        mixture: what an epoch takes of each path; all rows when None.
+    """
 
     rows: tuple[PromptRow, ...]
     fingerprint: str
+    sizes: tuple[int, ...] = ()
+    mixture: Mixture | None = None
+
+    @property
+    def num_drawn(self) -> int:
+        """Prompts of one epoch."""
+        return len(self.rows) if self.mixture is None else self.mixture.num_rows
+
+    def with_weights(self, weights: Sequence[float], paths: Sequence[Path]) -> PromptSet:
+        """The same rows, of which an epoch takes shares of prompts, told in the log.
+
+        Raises:
+            UserError: as plan_mixture.
+        """
+        mixture = plan_mixture(weights, sizes=self.sizes, amounts=self.sizes, paths=paths)
+        counts = np.ones(mixture.num_rows, np.int64)
+        LOGGER.info("data.train: %s", describe_mixture(mixture, counts, "prompts", paths))
+        return replace(self, mixture=mixture, fingerprint=with_mixture(self.fingerprint, mixture))
 
 
 def read_prompt_set(
@@ -50,7 +79,7 @@ def read_prompt_set(
     Raises:
         UserError: a source or row that cannot be used, a prompt that is too long, a source without rows.
     """
-    rows = []
+    rows, sizes = [], []
     digest = hashlib.sha256()
     for path in paths:
         check_source(path, key)
@@ -62,7 +91,8 @@ def read_prompt_set(
             digest.update(text)
         if len(rows) == before:
             raise UserError(f"{key}: no prompts in {path}; remove it from {key}, or write it again")
-    return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest())
+        sizes.append(len(rows) - before)
+    return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest(), sizes=tuple(sizes))
 
 
 def tokenize_prompt(tokenizer: Tokenizer, row: FormattedRow) -> tuple[PromptRow, bytes]:

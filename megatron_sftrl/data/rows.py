@@ -1,98 +1,92 @@
-"""Files of rows: JSON lines, Parquet, and directories written by datasets.save_to_disk, read in order."""
+"""Rows of a file, in order: JSON lines and arrays, Parquet, and what datasets.save_to_disk has written."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sftrl.errors import UserError, error_of, hub_hint
+from megatron_sftrl.data.columnar import read_parquet, read_saved_dataset
+from megatron_sftrl.data.sources import SourceFile, SourceRow, find_files
+from megatron_sftrl.errors import UserError
 
-_JSON_LINES = (".jsonl", ".json")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_NOT_UTF8 = "a text of this row is not UTF-8; repair or remove the row"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceRow:
-    """Values by column, and the line of a JSONL file, from 1, or the row of any other source, from 0."""
-
-    values: Mapping[str, object]
-    number: int
+OnRefused = Callable[[int, str, UserError], None]
+"""Takes number and place of a row that cannot be used, and why; the rows behind it follow all the same."""
 
 
-OnRefused = Callable[[int, UserError], None]
-"""Takes the number of a row that cannot be used, and why; the rows behind it follow all the same."""
-
-
-def describe_row(path: str | Path, number: int) -> str:
-    """Where a row stands, for people: `train.jsonl:17` or `train.parquet row 16`."""
-    return f"{path}:{number}" if Path(path).suffix in _JSON_LINES else f"{path} row {number}"
-
-
-def check_source(path: Path, key: str = "data") -> None:
-    """Raise UserError for a path that is not there or of no known kind; `key` names its setting."""
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist; check {key}{hub_hint(path)}")
-    if path.is_dir():
-        if (path / "dataset_dict.json").exists():
-            splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").exists())
-            raise UserError(
-                f"{key}: {path} holds several splits {splits}; "
-                f"name one, such as {path / (splits or ['train'])[0]}"
-            )
-        if not (path / "state.json").exists():
-            raise UserError(f"{key}: {path} was not written by datasets.save_to_disk (no state.json in it)")
-    elif path.suffix not in (*_JSON_LINES, ".parquet"):
-        raise UserError(
-            f"{key}: expected .jsonl, .parquet or a directory of datasets.save_to_disk, got {path}"
-        )
-
-
-def read_rows(path: Path, *, on_refused: OnRefused | None = None) -> Iterator[SourceRow]:
-    """Rows of one source in the order of the file, one at a time; `on_refused` is given lines that are none.
+def read_rows(path: Path, key: str = "data") -> Iterator[SourceRow]:
+    """Rows of all files that a path stands for, in order, one at a time; `key` names its setting.
 
     Raises:
-        UserError: the source is of no known kind, or a row cannot be read; the message names file and line.
+        UserError: as find_files, or a row cannot be read; the message names file and line.
     """
-    check_source(path)
-    if path.is_dir():
-        yield from _read_saved_dataset(path)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        yield from _read_json_lines(path, on_refused)
+    for file in find_files(path, key):
+        yield from read_file(file)
 
 
-def _read_json_lines(path: Path, on_refused: OnRefused | None) -> Iterator[SourceRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = _read_json_line(line, describe_row(path, number))
-            except UserError as error:
-                if on_refused is None:
-                    raise
-                on_refused(number, error)
-            else:
-                yield SourceRow(values=values, number=number)
+def read_file(file: SourceFile, *, on_refused: OnRefused | None = None) -> Iterator[SourceRow]:
+    """Rows of one file in its order, one at a time; `on_refused` is given rows of JSON that are none.
+
+    Raises:
+        UserError: the file or a row cannot be read; the message names file and line.
+    """
+    if file.kind == "JSON lines":
+        return _read_json_lines(file, on_refused)
+    if file.kind == "JSON array":
+        return _read_json_array(file, on_refused)
+    return read_parquet(file) if file.kind == "Parquet" else read_saved_dataset(file)
 
 
-def _read_json_line(line: bytes, source: str) -> dict[str, object]:
+def _read_json_lines(file: SourceFile, on_refused: OnRefused | None) -> Iterator[SourceRow]:
+    number = 1
+    with file.open(lambda: number) as stream:
+        for line in stream:
+            if line.strip() and (row := _or_refused(file, number, on_refused, _row_of_line, line)):
+                yield row
+            number += 1
+
+
+def _or_refused(
+    file: SourceFile,
+    number: int,
+    on_refused: OnRefused | None,
+    read: Callable[..., SourceRow],
+    *found: object,
+) -> SourceRow | None:
+    """What `read` makes of a row; None where it cannot be used and `on_refused` has taken it."""
+    try:
+        return read(file, number, *found)
+    except UserError as error:
+        if on_refused is None:
+            raise
+        on_refused(number, f"{file.place}{number}", error)
+        return None
+
+
+def _row_of_line(file: SourceFile, number: int, line: bytes) -> SourceRow:
     try:
         # json.loads would let halves of a pair through that stand in the bytes themselves.
         text = line.decode(json.detect_encoding(line))
         values = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{source}: not JSON ({error}); expected one JSON object on each line") from error
+        raise UserError(
+            f"{file.place}{number}: not JSON ({error}); expected one JSON object on each line"
+        ) from error
+    return _row_of_json(file, number, values, text)
+
+
+def _row_of_json(file: SourceFile, number: int, values: object, text: str) -> SourceRow:
+    source = f"{file.place}{number}"
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a JSON object, got {type(values).__name__}")
     if _ESCAPED_SURROGATE.search(text) and (place := _surrogate(values)) is not None:
@@ -100,49 +94,91 @@ def _read_json_line(line: bytes, source: str) -> dict[str, object]:
             f"{source}: {place} holds half of a surrogate pair, which is no character (a text cut in the "
             "middle of one, say); repair or remove the row"
         )
-    return values
+    return SourceRow(values=values, file=file, number=number)
 
 
-def _read_parquet(path: Path) -> Iterator[SourceRow]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _read_json_array(file: SourceFile, on_refused: OnRefused | None) -> Iterator[SourceRow]:
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for values in _rows_of_batch(batch):
-                    yield SourceRow(values=values, number=number)
-                    number += 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{describe_row(path, number)}: {_NOT_UTF8} ({error})") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        where = describe_row(path, number)
-        raise error_of(f"{where}: cannot be read as Parquet: {error}", error) from error
+    with file.open(lambda: number) as binary:
+        head = cast(io.BufferedReader, binary).peek(4)[:4]
+        array = _JsonArray(io.TextIOWrapper(binary, json.detect_encoding(head), newline=""))
+        try:
+            for values, text in array:
+                if row := _or_refused(file, number, on_refused, _row_of_json, values, text):
+                    yield row
+                number += 1
+        except json.JSONDecodeError as error:
+            near = error.doc[max(0, error.pos - 30) : error.pos + 10]
+            raise UserError(
+                f"{file.place}{number}: not JSON ({error.msg}, near {near!r}); expected one array of objects"
+            ) from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{file.place}{number}: not JSON ({error}); expected one array of objects"
+            ) from error
 
 
-def _read_saved_dataset(path: Path) -> Iterator[SourceRow]:
-    import datasets
+class _JsonArray:
+    """The elements of an array with their text, of which little more than one is held at a time."""
 
-    try:
-        rows: Any = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise error_of(f"data: {path} cannot be read by datasets.load_from_disk: {error}", error) from error
-    number = 0
-    try:
-        for values in rows:
-            yield SourceRow(values=dict(values), number=number)
-            number += 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{describe_row(path, number)}: {_NOT_UTF8} ({error})") from error
+    _AT_ONCE = 2**20
+    _LONGEST_WORD = 16
+    """No word of JSON that may be cut at the end of a text, such as a Unicode escape, is longer."""
 
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._text, self._at = stream, "", 0
+        self._decode = json.JSONDecoder().raw_decode
 
-def _rows_of_batch(batch: Any) -> Iterable[dict[str, object]]:
-    """Rows of a record batch; where one of them cannot be read, those before it come first."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        return (batch.slice(number, 1).to_pylist()[0] for number in range(batch.num_rows))
+    def __iter__(self) -> Iterator[tuple[object, str]]:
+        self._take("[")
+        if self._peek() == "]":
+            self._at += 1
+        else:
+            yield self._element()
+            while self._take(",]") == ",":
+                yield self._element()
+        if self._peek():
+            raise json.JSONDecodeError("Extra data behind the array", self._text, self._at)
+
+    def _read(self) -> bool:
+        """Whether the text could be prolonged; twice as long at least, so that a long element is cheap."""
+        rest = self._text[self._at :]
+        block = self._stream.read(max(self._AT_ONCE, len(rest)))
+        self._text, self._at = rest + block, 0
+        return bool(block)
+
+    def _peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            while self._at < len(self._text):
+                if not self._text[self._at].isspace():
+                    return self._text[self._at]
+                self._at += 1
+            if not self._read():
+                return ""
+
+    def _take(self, expected: str) -> str:
+        found = self._peek()
+        if not found or found not in expected:
+            named = " or ".join(repr(each) for each in expected)
+            raise json.JSONDecodeError(
+                f"expected {named}, got {found or 'the end of the file'}", self._text, self._at
+            )
+        self._at += 1
+        return found
+
+    def _element(self) -> tuple[object, str]:
+        self._peek()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                is_cut = error.pos >= len(self._text) - self._LONGEST_WORD
+                if not ((is_cut or error.msg.startswith("Unterminated string")) and self._read()):
+                    raise
+            else:
+                start, self._at = self._at, end
+                return value, self._text[start:end]
 
 
 def _surrogate(value: object, place: str = "") -> str | None:

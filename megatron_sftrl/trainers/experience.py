@@ -10,8 +10,9 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_sftrl.config.schema import BatchSection
+from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
-from megatron_sftrl.data.packing import Example, StepNormalization
+from megatron_sftrl.data.packing import StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.losses.api import Aggregation

@@ -32,7 +32,7 @@ class GenerateRequest:
     """What to generate, and where it goes.
 
     Args:
-        prompts: JSONL, Parquet or a datasets directory whose rows hold `prompt` or `messages`.
+        prompts: a path of rows, as in data.train, that hold `prompt` or `messages`.
         out: JSONL; each row of `prompts` with `responses` (texts), `num_tokens` (of each response, the end
             token included) and `is_finished` added.
         checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.

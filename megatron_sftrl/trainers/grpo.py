@@ -182,7 +182,7 @@ def run_grpo(config: GrpoConfig) -> bool:
             stop,
             num_steps=num_rollout_steps(config, prompts),
             fingerprint=prompts.fingerprint,
-            columns="prompts or answers",
+            columns="prompts, answers or weights",
             held_out=HELD_OUT if valid else (),
             # Of a step in which each group has a response that could not be judged.
             sometimes=(f"reward/pass_at_{config.rollout.group_size}",),

@@ -164,7 +164,9 @@ class RolloutCollector:
         self._sampling = sampling
         self._timers = timers
         self._progress = progress
-        self._order = SampleOrder(len(prompts.rows), seed=config.seed, shuffle=config.data.shuffle)
+        self._order = SampleOrder(
+            len(prompts.rows), seed=config.seed, shuffle=config.data.shuffle, mixture=prompts.mixture
+        )
 
     def collect(
         self, engine: RolloutEngine, *, consumed: int, recent: Draws = NO_DRAWS, multiple_of: int = 1
@@ -415,7 +417,9 @@ def open_prompts(checked: CheckedRun[GrpoConfig]) -> tuple[PromptSet, PromptSet 
         max_prompt_length=data.max_prompt_length,
         columns=data.columns,
     )
-    train = read(data.train)
+    train = read(data.train_paths)
+    if data.train_weights is not None:
+        train = train.with_weights(data.train_weights, data.train_paths)
     num_rollout_steps(checked.config, train)
     if not data.valid:
         return train, None
@@ -431,7 +435,7 @@ def num_rollout_steps(config: GrpoConfig, prompts: PromptSet) -> int:
     return num_training_steps(
         steps=config.train.steps,
         epochs=config.train.epochs,
-        num_rows=len(prompts.rows),
+        num_rows=prompts.num_drawn,
         global_size=config.rollout.prompts_per_step,
         size_key="rollout.prompts_per_step",
     )

@@ -6,11 +6,13 @@ import logging
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.data.dataset import Dataset, load_dataset
 from megatron_sftrl.data.loader import StepData, StepLoader, num_training_steps
+from megatron_sftrl.data.mixture import Mixture, describe_mixture, plan_mixture, with_mixture
 from megatron_sftrl.data.rows import scorer_warnings
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
@@ -35,16 +37,24 @@ class Demonstrations:
         train: steps of training data.
         valid: steps that cover the held-out data once; None without data.valid.
         num_steps: optimizer steps of the whole run.
+        mixture: what an epoch takes of each path of data.train; None where it takes all rows.
     """
 
     train: StepLoader
     valid: StepLoader | None
     num_steps: int
     dataset: Dataset
+    mixture: Mixture | None
 
     @property
     def num_rows(self) -> int:
-        return len(self.dataset)
+        """Rows of one epoch."""
+        return len(self.dataset) if self.mixture is None else self.mixture.num_rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal means that a run goes on with the same samples."""
+        return with_mixture(self.dataset.fingerprint, self.mixture)
 
     def describe(self, row: int) -> str:
         """Where a training row comes from."""
@@ -79,24 +89,43 @@ def open_demonstrations(
             for line in scorer_warnings(dataset.scorers if dataset else (), dtype=config.model.dtype):
                 if parallel.rank == 0:
                     LOGGER.warning("data.%s: %s", name, line)
+    mixture = _mixture(config, train)
     steps = num_training_steps(
         steps=config.train.steps,
         epochs=config.train.epochs,
-        num_rows=len(train),
+        num_rows=len(train) if mixture is None else mixture.num_rows,
         global_size=config.batch.global_size,
     )
     return Demonstrations(
-        train=_loader(checked, train, parallel, is_train=True),
+        train=_loader(checked, train, parallel, is_train=True, mixture=mixture),
         valid=_loader(checked, valid, parallel, is_train=False) if valid is not None else None,
         num_steps=steps,
         dataset=train,
+        mixture=mixture,
     )
+
+
+def _mixture(config: RunConfig, train: Dataset) -> Mixture | None:
+    """What an epoch takes of each path of data.train, told in the log; None where it takes all rows."""
+    data = config.data
+    if data.train_weights is None:
+        return None
+    paths, sources = data.train_paths, train.sources
+    counts, unit = np.ones(len(train), np.int64), "rows"
+    if data.mix_by == "tokens":
+        counts, unit = train.num_loss_tokens, "learned tokens"
+    sizes = np.bincount(sources, minlength=len(paths))
+    amounts = np.bincount(sources, weights=counts, minlength=len(paths))
+    mixture = plan_mixture(data.train_weights, sizes=sizes.tolist(), amounts=amounts.tolist(), paths=paths)
+    first = np.concatenate(mixture.rows_of_sources(0, seed=config.seed, shuffle=data.shuffle))
+    LOGGER.info("data.train: %s", describe_mixture(mixture, counts[first], unit, paths))
+    return mixture
 
 
 def _load(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: bool) -> Dataset:
     data = checked.config.data
     return load_dataset(
-        data.train if is_train else data.valid,
+        data.train_paths if is_train else data.valid,
         checked.tokenizer,
         max_length=data.max_length,
         truncation=data.truncation,
@@ -108,7 +137,12 @@ def _load(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: 
 
 
 def _loader(
-    checked: CheckedRun[RunConfig], dataset: Dataset, parallel: ParallelContext, *, is_train: bool
+    checked: CheckedRun[RunConfig],
+    dataset: Dataset,
+    parallel: ParallelContext,
+    *,
+    is_train: bool,
+    mixture: Mixture | None = None,
 ) -> StepLoader:
     config = checked.config
     return StepLoader(
@@ -120,6 +154,7 @@ def _loader(
         seed=config.seed,
         shuffle=config.data.shuffle,
         mode="train" if is_train else "evaluate",
+        mixture=mixture,
     )
 
 
@@ -148,8 +183,8 @@ def run_sft(config: RunConfig) -> bool:
                 parallel,
                 stop,
                 num_steps=data.num_steps,
-                fingerprint=data.dataset.fingerprint,
-                columns="tokens, masks or scores",
+                fingerprint=data.fingerprint,
+                columns="tokens, masks, scores or weights",
                 held_out=() if data.valid is None else None,
             )
             run.begin()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.rows import check_source
+from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from megatron_sftrl.engine.checkpoint.directory import checkpoint_at
 from megatron_sftrl.errors import first_of, hub_hint

@@ -37,7 +37,7 @@ from megatron_sftrl.config.data import DataSection
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_row
 from megatron_sftrl.data.formats import read_formatted
-from megatron_sftrl.data.rows import check_source
+from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.build import check_engine
@@ -282,14 +282,15 @@ def _merged(said: Sequence[tuple[str, str | None, bool]]) -> tuple[tuple[str, ..
 
 def _data_files(config: TrainingConfig) -> list:
     data = cast(RunConfig | GrpoConfig, config).data
-    return [*data.train, *data.valid]
+    return [*data.train_paths, *data.valid]
 
 
 def _read_first_rows(checked: CheckedRun[TrainingConfig]) -> None:
     """The first row of each file becomes tokens; the run itself reads all of them."""
     data = cast(RunConfig | GrpoConfig, checked.config).data
     kind = "demonstrations" if checked.config.grpo is None else "prompts"
-    for key, path in [("train", path) for path in data.train] + [("valid", path) for path in data.valid]:
+    keys = ["train"] * len(data.train_paths) + ["valid"] * len(data.valid)
+    for key, path in zip(keys, _data_files(checked.config), strict=True):
         check_source(path, f"data.{key}")
         row = next(read_formatted(path, kind, columns=data.columns, key=f"data.{key}"), None)
         if row is None:

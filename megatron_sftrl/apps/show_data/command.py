@@ -14,6 +14,7 @@ from megatron_sftrl.apps.show_data.output import PipedConsole, Terminal, write_p
 from megatron_sftrl.apps.show_data.words import Section, summary
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig
+from megatron_sftrl.data.sources import find_files
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.losses.registry import build_loss
@@ -106,7 +107,7 @@ def _all_rows(
             show=show,
             num_shown=request.num_rows if (key == "data.valid") == request.is_valid else 0,
         )
-        for key, paths in (("data.train", config.data.train), ("data.valid", config.data.valid))
+        for key, paths in (("data.train", config.data.train_paths), ("data.valid", config.data.valid))
         if paths
     ]
     for each in sets:
@@ -122,8 +123,12 @@ def _find_row(text: str, config: RunConfig | GrpoConfig) -> tuple[Path, str, int
     found = re.fullmatch(r"(.+?)(?::| row )(\d+)", text)
     if found is None:
         raise UserError(f"--row: expected FILE:NUMBER, such as train.jsonl:17, got {text!r}")
-    sources = [(path, "data.train") for path in config.data.train]
-    sources += [(path, "data.valid") for path in config.data.valid]
+    sources = [
+        (file.path, key)
+        for key, paths in (("data.train", config.data.train_paths), ("data.valid", config.data.valid))
+        for path in paths
+        for file in find_files(path, key)
+    ]
     for is_it in (
         lambda path: str(path) == found[1],
         lambda path: path.resolve() == Path(found[1]).resolve(),

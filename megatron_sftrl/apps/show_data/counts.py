@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sftrl.apps.show_data.examine import DataReader, ExaminedRow, ShownRow
-from megatron_sftrl.data.packing import Example
-from megatron_sftrl.data.rows import check_source, describe_row
+from megatron_sftrl.data.examples import Example
+from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 
@@ -102,7 +102,9 @@ class SourceCounts:
         num_scored: sequences with behaviour scores that are trained on.
         unscored: the first row without them.
         lengths: tokens before truncation of every sequence.
-        numbers, kept, learned: of each sequence that is trained on, the row's number, tokens, learned tokens.
+        places: what stands before the number of a row of each file.
+        files, numbers, kept, learned: of each sequence that is trained on, its file among places, the row's
+            number, tokens, learned tokens.
         hashes: 16 bytes of each of them, of its token ids.
     """
 
@@ -121,6 +123,8 @@ class SourceCounts:
     num_scored: int = 0
     unscored: str = ""
     lengths: array[int] = field(default_factory=lambda: array("q"))
+    places: list[str] = field(default_factory=list)
+    files: array[int] = field(default_factory=lambda: array("q"))
     numbers: array[int] = field(default_factory=lambda: array("q"))
     kept: array[int] = field(default_factory=lambda: array("q"))
     learned: array[int] = field(default_factory=lambda: array("q"))
@@ -151,6 +155,10 @@ class SourceCounts:
             self.num_scored += 1
         else:
             self.unscored = self.unscored or row.place
+        place = row.place.removesuffix(str(row.number))
+        if self.places[-1:] != [place]:  # files come one after the other
+            self.places.append(place)
+        self.files.append(len(self.places) - 1)
         self.numbers.append(row.number)
         self.kept.append(len(kept.tokens))
         self.learned.append(kept.num_loss_tokens)
@@ -186,7 +194,7 @@ class DataCounts:
     def describe(self, index: int) -> str:
         """Place of the row of sequence `index` of those that are trained on."""
         source, start = next(found for found in reversed(self.places()) if found[1] <= index)
-        return describe_row(source.path, source.numbers[index - start])
+        return f"{source.places[source.files[index - start]]}{source.numbers[index - start]}"
 
 
 def count_rows(

@@ -13,12 +13,12 @@ from typing import Literal, cast
 import numpy as np
 
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
-from megatron_sftrl.data.dataset import cut_examples, whole_examples, with_scores
+from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.formats import FormattedRow, read_formatted
-from megatron_sftrl.data.packing import Example
 from megatron_sftrl.data.prompts import check_prompt_length, tokenize_prompt
-from megatron_sftrl.data.rows import OnRefused, check_source, describe_row
+from megatron_sftrl.data.rows import OnRefused
 from megatron_sftrl.data.tokenizer import Tokenizer
+from megatron_sftrl.data.tokenizing import cut_examples, whole_examples, with_scores
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.registry import Json, Reward, build_rewards
 
@@ -168,8 +168,8 @@ class DataReader:
             UserError: the source cannot be read, or not to its end.
         """
 
-        def refuse(number: int, error: UserError) -> None:
-            take(ExaminedRow(number=number, place=describe_row(path, number), error=error))
+        def refuse(number: int, place: str, error: UserError) -> None:
+            take(ExaminedRow(number=number, place=place, error=error))
 
         for row in self._rows(path, key, refuse):
             take(self._examined(row))
@@ -178,11 +178,10 @@ class DataReader:
         """The row of this number; UserError where there is none, or the source cannot be read so far."""
         found: list[ExaminedRow] = []
 
-        def refuse(refused: int, error: UserError) -> None:
+        def refuse(refused: int, place: str, error: UserError) -> None:
             if refused == number:
-                found.append(ExaminedRow(number=number, place=describe_row(path, number), error=error))
+                found.append(ExaminedRow(number=number, place=place, error=error))
 
-        check_source(path, key)
         for row in self._rows(path, key, refuse):
             if row.number == number:
                 found.append(self._examined(row))

@@ -99,14 +99,15 @@ def test_sources_that_are_none_are_refused(tokenizer, tmp_path) -> None:
     (tmp_path / "a.csv").write_text("prompt,response\n")
     (tmp_path / "a.parquet").write_text("not parquet")
     (tmp_path / "a.jsonl").write_text("\n")
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "splits"))
+    both = dict.fromkeys(("train", "test"), datasets.Dataset.from_list(ROWS))
+    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "splits"))
     for name, message in [
         ("nowhere.jsonl", "does not exist"),
         ("empty", "save_to_disk"),
         ("a.csv", "expected .jsonl"),
         ("a.parquet", "cannot be read as Parquet"),
         ("a.jsonl", "no row to train on"),
-        ("splits", "splits/train"),
+        ("splits", "splits:train"),
     ]:
         for key in ("data.train", "data.valid"):
             purpose = message.replace("train on", "evaluate on") if key == "data.valid" else message

@@ -476,7 +476,7 @@ def test_score_preflight_and_generate_read_the_same_formats(
     assert (rows, asked) == ([VERL], [tuple(render([SYSTEM, ASK], asks=True))])
 
     def look(path: Path, columns: object, *, grpo: object) -> None:
-        data = SimpleNamespace(train=[path], valid=[path], columns=columns)
+        data = SimpleNamespace(train_paths=[path], valid=[path], columns=columns)
         checked: Any = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(data=data, grpo=grpo))
         _read_first_rows(checked)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sftrl.data.loader import SampleOrder, epoch_permutation, num_training_steps
+from megatron_sftrl.data.loader import SampleOrder, num_training_steps
+from megatron_sftrl.data.mixture import permutation
 
 
 def test_each_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
@@ -30,7 +31,7 @@ def test_without_shuffling_the_order_is_that_of_the_files() -> None:
 
 
 def test_the_permutation_is_pinned_so_that_an_upgrade_cannot_change_a_running_order() -> None:
-    assert epoch_permutation(8, 1234, 0).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
+    assert permutation(8, 1234, 0).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
 
 
 def test_steps_come_from_steps_or_from_whole_batches_of_the_epochs() -> None:

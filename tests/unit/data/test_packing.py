@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sftrl.data.packing import Example, StepNormalization, build_token_batch
+from megatron_sftrl.data.examples import Example
+from megatron_sftrl.data.packing import StepNormalization, build_token_batch
 
 PAD = 99
 STEP = StepNormalization(aggregation="token_mean", num_loss_tokens=5, num_sequences=2, max_length=8)
