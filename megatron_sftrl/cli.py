@@ -221,7 +221,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--prompts", type=Path, required=True, help="rows with `prompt` or `messages`")
     generate.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     generate.add_argument(
-        "--checkpoint", type=Path, help="step or run directory; the run's own latest when not given"
+        "--checkpoint",
+        type=Path,
+        help="step, run or Hugging Face directory (the run's own latest)",
     )
     generate.add_argument("--num-samples", type=int, default=1, help="responses per prompt (1)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
@@ -286,7 +288,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "torchrun --nproc-per-node N -m megatron_sftrl score run.yaml ...",
         example="parallel.tp=2",
     )
-    score.add_argument("--checkpoint", type=Path, required=True, help="step directory or run directory")
+    score.add_argument("--checkpoint", type=Path, help="step, run or Hugging Face directory (model.hf)")
     score.add_argument("--data", type=Path, required=True, help="JSONL, Parquet or datasets directory")
     score.add_argument("--out", type=Path, required=True, help="JSONL to write")
 

@@ -20,7 +20,6 @@ from megatron_sftrl.data.rows import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_C
 from megatron_sftrl.data.store import StoreWriter
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.data.tokenizing import Tokenizing, processes_of_this_rank, tokenize_rows
-from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
@@ -28,25 +27,28 @@ from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.checked import batch_layout, checked_model
 from megatron_sftrl.trainers.experience import score_responses
+from megatron_sftrl.trainers.weights import give_weights
 
 
-def score(config: TrainingConfig, *, checkpoint: Path, data: Path, out: Path) -> None:
+def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: Path) -> None:
     """Score every row of `data`; `out` appears when all of it is there.
+
+    `checkpoint` is a step, run or Hugging Face directory; None takes the weights of model.hf.
 
     Raises:
         UserError: a row that cannot be used or is longer than the model's positions, an output that exists.
     """
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it")
+    if (checkpoint := checkpoint or config.model.hf) is None:
+        raise UserError("score: the YAML has no model.hf; name the weights by --checkpoint")
     architecture, tokenizer = checked_model(config)
     # What a GRPO run says about its data is about prompts.
     said = config.data if isinstance(config, RunConfig) else None
     rows, dataset = _read(data, tokenizer, said, max_length=architecture.max_position_embeddings)
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        found = load_weights(policy.chunks, checkpoint, architecture=architecture)
-        step, weights = found.record.trainer.step, found.record.content_hash()[:12]
-        by = scorer(f"{found.path.resolve()} (step {step}, weights {weights})", config.model.dtype)
+        by = scorer(give_weights(policy, checkpoint, config).text, config.model.dtype)
         loader = StepLoader(
             dataset,
             batch=config.batch,

@@ -94,6 +94,11 @@ _KEYS_WITHOUT_EFFECT = frozenset(
 )
 
 
+def is_hugging_face(path: Path) -> bool:
+    """Whether a directory is a model of Hugging Face, and no checkpoint or run of ours."""
+    return (path / "config.json").is_file() and not (path / "resolved.yaml").exists()
+
+
 def from_hf_config(path: Path | str) -> Architecture:
     """The architecture that a config.json describes; `path` may be its directory.
 

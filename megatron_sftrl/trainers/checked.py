@@ -20,7 +20,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import Loss, build_loss
 from megatron_sftrl.models import architecture_of, notes_on
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.hf_config import hf_config_values
+from megatron_sftrl.models.hf_config import hf_config_values, is_hugging_face
 from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
 from megatron_sftrl.models.hf_weights import open_weights
 from megatron_sftrl.models.tensors import hf_shapes
@@ -44,7 +44,8 @@ def stop_ids(
     """Ids that end a response: of the tokenizer, its template, the model's files and rollout.stop_ids.
 
     Args:
-        checkpoint: step or run directory whose weights are used; what they were trained to end with counts.
+        checkpoint: step, run or Hugging Face directory whose weights are used; what they were trained to end
+            with counts.
     Raises:
         UserError: no such checkpoint, files that cannot be read, or a rollout.stop_ids outside of V.
     """
@@ -55,7 +56,9 @@ def stop_ids(
     is_begun = bool(complete_checkpoints(config.run_dir / "checkpoints"))
     start = config.run_dir if is_begun else config.model.init_checkpoint
     for path in (start, checkpoint):
-        if path is not None:
+        if path is not None and is_hugging_face(path):
+            ids.update(end_ids(read_assets(model=path, tokenizer=None, chat_template=None)))
+        elif path is not None:
             ids.update(end_ids(stored_assets(checkpoint_at(path))))
     if (grpo := config.grpo) is not None:
         check_stop_ids("rollout.stop_ids", grpo.rollout.stop_ids, vocab_size)

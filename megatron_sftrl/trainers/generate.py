@@ -13,7 +13,6 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
@@ -21,6 +20,7 @@ from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.trainers.checked import check_stop_ids, checked_model, response_text, stop_ids
+from megatron_sftrl.trainers.weights import give_weights
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 _RESPONSES_AT_ONCE = 512
@@ -35,7 +35,7 @@ class GenerateRequest:
         prompts: a path of rows, as in data.train, that hold `prompt` or `messages`.
         out: JSONL; each row of `prompts` with `responses` (texts), `num_tokens` (of each response, the end
             token included) and `is_finished` added.
-        checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.
+        checkpoint: a step, run or Hugging Face directory; None takes the run's own latest checkpoint.
         num_samples: responses per prompt.
         sampling: temperature, length, seed, and ends beside those of the run, its model and the checkpoint.
         with_logprobs: add `logprobs` as well: of each response token, nats at the temperature (greedy: at 1).
@@ -73,7 +73,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
     )
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        load_weights(policy.chunks, checkpoint, architecture=architecture)
+        give_weights(policy, checkpoint, config)
         engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE, decode=tokenizer.decode)
         engine.update(policy, version=0)
         groups = engine.generate([Prompt(id=i, tokens=tokens) for i, tokens in enumerate(prompts)], sampling)

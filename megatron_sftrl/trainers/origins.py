@@ -90,10 +90,7 @@ class Origins:
         Raises:
             UserError: on every rank: their content is another one.
         """
-        files = hashed_files(path, names=[str(file.relative_to(path)) for file in weights.files])
-        text = json.dumps({name: file.sha256 for name, file in sorted(files.items())})
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self._take(key, path, Origin(place=".", step=None, weights=digest))
+        self._take(key, path, Origin(place=".", step=None, weights=hash_of_weights(path, weights)))
 
     def write(self) -> None:
         """Keep them in the run's directory; rank 0 only."""
@@ -136,6 +133,13 @@ class Origins:
                 )
             )
         self._found[key] = origin
+
+
+def hash_of_weights(path: Path, weights: HfWeights) -> str:
+    """Of the weight files of a Hugging Face directory, their names and contents; each rank hashes a share."""
+    files = hashed_files(path, names=[str(file.relative_to(path)) for file in weights.files])
+    text = json.dumps({name: file.sha256 for name, file in sorted(files.items())})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(file: Path) -> Mapping[str, Origin]:

@@ -133,3 +133,35 @@ def test_scores_of_other_tokens_are_refused_naming_the_row(
         in missing.expect(2).stderr
     )
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_hugging_face_directory_is_scored_and_answers_as_the_checkpoint_that_it_was_made_from(
+    project: Project, two_processes: Path, scored: Path, tmp_path: Path
+) -> None:
+    hf, out = tmp_path / "hf", tmp_path / "scored.jsonl"
+    sftrl("convert", "to-hf", "--checkpoint", str(two_processes), "--out", str(hf))
+    data = ["--data", str(project.train), "--out"]
+    sftrl("score", str(project.yaml), "--checkpoint", str(hf), *data, str(out))
+    for ours, theirs in zip(read_rows(out), read_rows(scored), strict=True):
+        assert ours["behavior_logprobs"] == pytest.approx(theirs["behavior_logprobs"], abs=2e-5)
+        assert ours["behavior_scorer"]["model"].startswith(f"{hf} (weights ")
+    section = f"model={{hf: {hf}, dtype: fp32}}"
+    sftrl("score", str(project.yaml), section, *data, str(tmp_path / "of_the_yaml.jsonl"))
+    assert (tmp_path / "of_the_yaml.jsonl").read_text() == out.read_text()
+    answers = []
+    for number, checkpoint in enumerate((hf, two_processes)):
+        answers.append(tmp_path / f"{number}.jsonl")
+        sftrl(
+            "generate", str(project.yaml), "--checkpoint", str(checkpoint), "--prompts", str(project.valid),
+            "--out", str(answers[-1]), "--max-new-tokens", "8",
+        )  # fmt: skip
+    assert answers[0].read_text() == answers[1].read_text()
+    other = "model.architecture.num_query_groups=4"
+    none, wider = sftrl_each(
+        [
+            ["score", str(project.yaml), *data, str(tmp_path / "a.jsonl")],
+            ["score", str(project.yaml), other, "--checkpoint", str(hf), *data, str(tmp_path / "b.jsonl")],
+        ]
+    )
+    assert "the YAML has no model.hf; name the weights by --checkpoint" in none.expect(2).stderr
+    assert "is not the model that the YAML describes: num_query_groups: expected 4" in wider.expect(2).stderr

@@ -32,7 +32,9 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line may hold beside the YAML file and its overrides."""
     parser.add_argument("--out", type=Path, required=True, help="folder for responses and results")
     parser.add_argument(
-        "--checkpoint", type=Path, help="step or run directory; the run's own latest when not given"
+        "--checkpoint",
+        type=Path,
+        help="step, run or Hugging Face directory (the run's own latest)",
     )
     parser.add_argument(
         "--prompts", type=Path, nargs="+", default=[], help="rows of prompts and answers (data.valid)"

@@ -23,7 +23,6 @@ from megatron_sftrl.apps.evaluate.statistics import Answer, measure
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
@@ -37,6 +36,7 @@ from megatron_sftrl.trainers.checked import checked_model, response_text, stop_i
 from megatron_sftrl.trainers.experience import Response, grouped
 from megatron_sftrl.trainers.grpo import SUCCESS
 from megatron_sftrl.trainers.rollouts import RolloutCollector, check_rows, try_own_answers
+from megatron_sftrl.trainers.weights import give_weights
 from megatron_sftrl.types import SamplingParams
 
 
@@ -46,7 +46,7 @@ class EvalRequest:
 
     Args:
         out: folder for settings.json, generations.jsonl and, when all is there, results.json.
-        checkpoint: a step directory or a run directory; None takes the run's own latest checkpoint.
+        checkpoint: a step, run or Hugging Face directory; None takes the run's own latest checkpoint.
         prompts: sources of prompts; data.valid when empty.
         num_samples: responses per prompt at rollout.temperature; 0 leaves the greedy ones alone.
         ks: of pass@k; none above num_samples.
@@ -91,11 +91,11 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
         on_every_rank(lambda: check_canaries(rewards))
         on_rank_zero(lambda: try_own_answers(rewards, tokenizer, prompts))
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        found = load_weights(policy.chunks, checkpoint, architecture=architecture)
+        found = give_weights(policy, checkpoint, config)
         settings = {
             "checkpoint": str(found.path.resolve()),
-            "step": found.record.trainer.step,
-            "weights": found.record.content_hash(),
+            "step": found.step,
+            "weights": found.content,
             "prompts": prompts.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "rewards": [each.model_dump(mode="json") for each in config.rewards],
@@ -107,7 +107,7 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
         }
         log = on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=parallel.rank == 0))
         with contextlib.closing(build_engine(config, policy, tokenizer.decode)) as engine:
-            engine.update(policy, version=settings["step"])
+            engine.update(policy, version=found.step or 0)
             evaluation = _Evaluation(config, prompts, tokenizer, parallel, rewards, engine, log)
             for arm, sampling in _arms(config, request, ends).items():
                 evaluation.answer_all(arm, sampling)
@@ -284,7 +284,9 @@ def _finish(request: EvalRequest, settings: Mapping[str, Any]) -> None:
         request.out / "results.json", json.dumps({"settings": settings, "results": told}, indent=1) + "\n"
     )
     console = Console(file=sys.stdout)
-    table = Table("", "", "value", "95 % interval", "prompts", title=f"step {settings['step']}")
+    step = "" if settings["step"] is None else f"step {settings['step']}, "
+    title = f"{step}weights {settings['weights'][:12]}"
+    table = Table("", "", "value", "95 % interval", "prompts", title=title)
     for arm, found in results.items():
         for name, each in found.items():
             interval = "" if each.low is None or each.high is None else f"{each.low:.4g} to {each.high:.4g}"
