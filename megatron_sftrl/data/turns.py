@@ -66,7 +66,7 @@ def turn_texts(template: ChatTemplate, conversation: Conversation, thinking: Thi
     left = list(conversation.learned)
     texts: list[TurnText] = []
     while left:
-        found = _plain_text(template, conversation, left.pop(), thinking)
+        found = _plain_text(template, conversation, left, thinking)
         texts.append(found)
         left = [turn for turn in left if turn not in found.spans]
     return texts[::-1]
@@ -80,15 +80,16 @@ def asked_text(template: ChatTemplate, conversation: Conversation, turn: int) ->
 
 
 def _plain_text(
-    template: ChatTemplate, conversation: Conversation, last: int, thinking: Thinking
+    template: ChatTemplate, conversation: Conversation, left: Sequence[int], thinking: Thinking
 ) -> TurnText:
-    """The conversation up to a learned turn, with the learned turns that it shows as they are generated."""
+    """The conversation up to the last turn that is left, with those of them that it shows as generated."""
+    *earlier, last = left
     text = template.render(conversation.messages[: last + 1], given=conversation.variables)
     span = _exact_span(template, conversation, last, text)
     if span is None:
         return _written_out(template, conversation, last, text, thinking)
     spans = {}
-    for turn in (turn for turn in conversation.learned if turn < last):
+    for turn in earlier:
         upto = template.render(conversation.messages[: turn + 1], given=conversation.variables)
         if text.startswith(upto) and (found := _exact_span(template, conversation, turn, upto)) is not None:
             spans[turn] = found

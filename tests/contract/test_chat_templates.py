@@ -330,3 +330,22 @@ def test_thoughts_that_are_cut_are_neither_learned_nor_left_open(loaded) -> None
     thought, closed, answer = (asked + written).rpartition("</think>")
     assert answer.strip() == f"Blue.{family.ends[0]}" if closed else "<think>" not in asked + written
     assert thought.count("<think>") == thought.count("</think>") + bool(closed)
+
+
+def test_each_turn_of_a_conversation_in_several_sequences_is_learned_once(loaded) -> None:
+    family, tokenizer = loaded
+    if family.refuses.get("tools"):
+        pytest.skip("the template prints no tools")
+    rounds = [
+        [u("Hi"), a(None, tool_calls=[call({"a": number})]), ANSWER, a(f"{number}.")] for number in (51, 62)
+    ]
+    row = {"messages": [turn for each in rounds for turn in each], "tools": [TOOL]}
+    learned = [
+        tokenizer.decode(ids[start:end])
+        for ids, mask in tokenize_row(tokenizer, row)
+        for start, end in learned_runs(mask)
+    ]
+    assert len(learned) == 4
+    for number in (51, 62):
+        assert sum(str(number) in text for text in learned) == 2
+        assert sum(f"{number}." in text for text in learned) == 1
