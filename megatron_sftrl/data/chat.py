@@ -96,6 +96,11 @@ def learn_ends(
         if start < end:
             stop = _end_of_turn(tokenizer, ids, start, end, ends)
             mask[start:stop] = [True] * (stop - start)
+            if {ids[stop - 1], tokenizer.eos_id} & tokenizer.special_ids & set(ids[start : stop - 1]):
+                raise UserError(
+                    "a learned text holds an end token, behind which nothing is generated: "
+                    f"{tokenizer.decode(ids[start:stop])[-80:]!r}; remove it, the template prints its own"
+                )
     if ids[stop - 1] in tokenizer.special_ids:
         return list(ids[:stop]), mask[:stop]
     rest = tokenizer.decode(ids[stop:])
@@ -118,6 +123,12 @@ def _end_of_turn(tokenizer: Tokenizer, ids: Sequence[int], start: int, end: int,
     """Where the learned tokens of the turn that occupies [start, end) stop."""
     last_special = next((i for i in range(end - 1, start - 1, -1) if ids[i] in tokenizer.special_ids), None)
     if last_special is not None and not tokenizer.decode(ids[last_special + 1 : end]).strip():
+        # Some templates end a whole conversation behind its last turn's end and a line break.
+        for place in range(last_special - 1, start, -1):
+            if ids[place] in tokenizer.special_ids:
+                return (last_special if place == last_special - 1 else place) + 1
+            if tokenizer.decode([ids[place]]).strip():
+                break
         return last_special + 1
     behind = end
     while behind < len(ids) and ids[behind] not in tokenizer.special_ids:
@@ -153,7 +164,7 @@ def check_nothing_lost(
         content = text_of(message).strip()
         if index in spans:
             start, end = spans[index]
-            check.is_written(index, content, text[start:end])
+            check.is_written(index, _behind_opener(content, text[:start]), text[start:end])
         elif content:
             found = text.find(content, end)
             if found >= 0:
@@ -171,6 +182,11 @@ def check_nothing_lost(
             f"{key}: {template.origin} reads a variable of this name, which it is not given; rename or "
             "remove the column, or write the value into a template file that tokenizer.chat_template names"
         )
+
+
+def _behind_opener(content: str, asked: str) -> str:
+    """What is to be written of a text behind what is asked, which may end with the text's own `<think>`."""
+    return content.removeprefix("<think>").lstrip() if asked.rstrip().endswith("<think>") else content
 
 
 class _Check:
@@ -221,13 +237,27 @@ class _Check:
 
     def arguments_are_written(self, index: int) -> None:
         """Arguments of calls that are JSON text are printed as they are, and not as a text in quotes."""
-        for number, function in enumerate(functions_of(self._conversation.messages[index])):
+        message = self._conversation.messages[index]
+        functions = list(functions_of(message))
+        for number, function in enumerate(functions):
+            if len(functions) > 1 and not self._prints_call(index, number):
+                raise UserError(
+                    f"{self._name(index)}.tool_calls[{number}]: {self._template.origin} does not print this "
+                    "call, so that it would be lost; write one call into each turn, or use a template that "
+                    "prints them all (a file that tokenizer.chat_template names)"
+                )
             if changes_arguments(function, self._text):
                 raise UserError(
                     f"{self._name(index)}.tool_calls[{number}]: {self._template.origin} prints the "
                     "arguments in quotes, or as Python writes them, as no model is asked to; use a template "
                     "that prints JSON (a file that tokenizer.chat_template names)"
                 )
+
+    def _prints_call(self, index: int, number: int) -> bool:
+        messages = list(self._conversation.messages)
+        calls = list(messages[index]["tool_calls"])  # type: ignore[call-overload]
+        messages[index] = {**messages[index], "tool_calls": calls[:number] + calls[number + 1 :]}
+        return self._differs(messages)
 
     def given_is_used(self, key: str) -> None:
         """The text is another one without the column."""
@@ -329,32 +359,47 @@ def _tokenize_text(tokenizer: Tokenizer, template: ChatTemplate, found: TurnText
     text, spans = found.text, list(found.spans.values())
     whole = tokenizer.encode(text)
     tokens = _as_a_whole(tokenizer, text, spans, whole)
-    if tokens is None and not template.has_generation_markers:
-        # Asked again, the model is given the whole conversation, in which tokens merge across the start of an
-        # earlier answer: each answer gets a sequence of its own behind the tokens that it is asked with.
-        parts = [(text[:end], (start, end)) for start, end in spans]
-        return [learn_ends(tokenizer, *tokenize_spans(tokenizer, part, [span])) for part, span in parts]
-    return [learn_ends(tokenizer, *(tokens or _apart(tokenizer, text, spans, whole)))]
+    if template.has_generation_markers:
+        return [learn_ends(tokenizer, *(tokens or _apart(tokenizer, text, spans, whole)))]
+    if tokens is not None:
+        ids, mask = learn_ends(tokenizer, *tokens)
+        if len(spans) == 1 or all(ids[stop - 1] in tokenizer.special_ids for stop in _stops(mask)):
+            return [(ids, mask)]
+    # Asked again, the model is given the whole conversation, in which tokens merge across the start of an
+    # earlier answer, or the next header stands for its end: each answer gets a sequence of its own, behind
+    # the tokens that it is asked with, and with an end.
+    parts = [(text[:end], (start, end)) for start, end in spans]
+    return [learn_ends(tokenizer, *tokenize_spans(tokenizer, part, [span])) for part, span in parts]
+
+
+def _stops(mask: Sequence[bool]) -> list[int]:
+    """Behind each run of learned tokens."""
+    return [i for i in range(1, len(mask) + 1) if mask[i - 1] and (i == len(mask) or not mask[i])]
 
 
 def _check_written_out(template: ChatTemplate, found: TurnText, prompt: str) -> None:
     """Nothing is lost of a prompt, nor of the turn behind it: a text, with thoughts where it opens one."""
     conversation, last = found.conversation, len(found.conversation.messages) - 1
-    before = conversation.upto(last - 1, learned=())
-    # Served, earlier answers have no thoughts, and a template may print those of no turn.
-    answers = [{k: v for k, v in m.items() if k not in THOUGHTS} for m in before.messages]
-    bare = replace(before, messages=tuple(answers))
-    check_nothing_lost(template, bare if asked_text(template, bare, last) == prompt else before, prompt, {})
+    _check_prompt(template, conversation.upto(last - 1, learned=()), prompt)
     learned = found.text[slice(*found.spans[last])]
     check = _Check(template, conversation, learned)
     message = conversation.messages[last]
-    check.is_written(last, text_of(message).strip().removeprefix("<think>").lstrip(), learned)
-    check.arguments_are_written(last)
+    check.is_written(last, _behind_opener(text_of(message).strip(), prompt), learned)
+    whole = template.render(conversation.messages, given=conversation.variables)
+    _Check(template, conversation, whole).arguments_are_written(last)
     has_opener = prompt.rstrip().endswith("<think>")
     known = {"role", "content", "tool_calls", *(THOUGHTS if has_opener else ())}
     for key in sorted(message.keys() - known):
         if not is_empty(message[key]):
             raise UserError(_not_printed(template, conversation.names[last], key))
+
+
+def _check_prompt(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Nothing is lost of a prompt but thoughts that the template prints of no turn, as when it is served."""
+    answers = [{k: v for k, v in m.items() if k not in THOUGHTS} for m in conversation.messages]
+    bare = replace(conversation, messages=tuple(answers))
+    is_served_so = asked_text(template, bare, len(answers)) == text
+    check_nothing_lost(template, bare if is_served_so else conversation, text, {})
 
 
 def _not_printed(template: ChatTemplate, name: str, key: str) -> str:
@@ -379,7 +424,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Conver
         return _opening(tokenizer) + tokenizer.encode(plain)
     conversation = as_template_reads(template, conversation)
     text = template.render(conversation.messages, add_generation_prompt=True, given=conversation.variables)
-    check_nothing_lost(template, conversation, text, {})
+    _check_prompt(template, conversation, text)
     return tokenizer.encode(text)
 
 

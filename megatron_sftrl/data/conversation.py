@@ -62,7 +62,7 @@ _OF_ROWS = {*_WEIGHTS, "lossweight", "sampleweight"}
 _OF_LEARNING = {
     **_WEIGHTS,
     **dict.fromkeys(
-        ("lossweight", "sampleweight", "lossmask", "mask", "assistantmask", "assistantmasks"), True
+        ("lossweight", "sampleweight", "weights", "lossmask", "mask", "assistantmask", "assistantmasks"), True
     ),
     **dict.fromkeys(("maskhistory", "trainonprompt", "trainoninput", "trainoninputs"), False),
 }
@@ -344,6 +344,20 @@ def _check_calls(turn: Message, name: str) -> None:
             raise UserError(
                 f"{name}.tool_calls[{number}]: expected an object with a function, got {type(call).__name__}"
             )
+        if not isinstance(function.get("name"), str):
+            raise UserError(f"{name}.tool_calls[{number}]: expected the name of a function, got none")
+        if isinstance(written := function.get("arguments"), str) and not _is_json_object(written or "{}"):
+            raise UserError(
+                f"{name}.tool_calls[{number}].arguments: expected an object, or JSON text of one, got "
+                f"{written!r}"
+            )
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _calls(turn: Message) -> bool:
@@ -384,6 +398,8 @@ def _parts(content: object, name: str) -> str | list[Message]:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
             raise UserError(f"{name}[{number}]: expected a part of type text, got {kind}; {_ONLY_TEXT}")
+        if others := sorted(key for key in part if key not in ("type", "text") and part[key] is not None):
+            raise UserError(f"{name}[{number}].{others[0]}: nothing reads this key; remove it")
     return str(content[0]["text"]) if len(content) == 1 else list(content)
 
 
@@ -451,12 +467,13 @@ def _with_calls(
 ) -> tuple[Message, ...]:
     """The turns in the first form in which no call is left out and no arguments are changed.
 
-    No text beside calls is "" or null, and arguments are as written, objects, or JSON text. Where no form is
-    exact, the first that can be rendered is left to the checks of everything else.
+    No text beside calls is "" or null, and arguments are objects, as vLLM gives them to a template when it
+    serves, or as written, or JSON text. Where no form is exact, the first that can be rendered is left to the
+    checks of everything else.
     """
     refused: UserError | None = None
-    rendered: list[tuple[Message, ...]] = []
-    for arguments, empty in itertools.product((_as_written, _as_object, _as_text), ("", None)):
+    rendered: list[tuple[bool, tuple[Message, ...]]] = []
+    for arguments, empty in itertools.product((_as_object, _as_written, _as_text), ("", None)):
         form = tuple(_with_form(message, empty, arguments) for message in messages)
         try:
             text = template.render(
@@ -466,13 +483,14 @@ def _with_calls(
             refused = refused or error
             continue
         functions = [function for message in form for function in functions_of(message)]
-        if not any(str(each.get("name")) not in text or changes_arguments(each, text) for each in functions):
+        is_changed = any(changes_arguments(each, text) for each in functions)
+        if not is_changed and all(str(each.get("name")) in text for each in functions):
             return form
-        rendered.append(form)
+        rendered.append((is_changed, form))
     if not rendered:
         assert refused is not None
         raise refused
-    return rendered[0]
+    return min(rendered, key=lambda each: each[0])[1]
 
 
 def _with_form(message: Message, empty: str | None, arguments: Callable[[object], object]) -> Message:
@@ -492,14 +510,8 @@ def _as_written(arguments: object) -> object:
 
 
 def _as_object(arguments: object) -> object:
-    """An object where the text is one; others are left as they are."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        found = json.loads(arguments)
-    except ValueError:
-        return arguments
-    return found if isinstance(found, dict) else arguments
+    """An object of JSON text, which is one by _check_calls; an empty text is one without arguments."""
+    return json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
 
 
 def _as_text(arguments: object) -> object:
@@ -519,4 +531,7 @@ def changes_arguments(function: Message, text: str) -> bool:
         quoted = json.dumps(arguments, ensure_ascii=False)
         times = text.count(quoted)
         return times > 0 and text.count(arguments) <= times * quoted.count(arguments)
-    return bool(arguments) and repr(arguments) in text and repr(arguments) != json.dumps(arguments)
+    python, written = repr(arguments), json.dumps(arguments, ensure_ascii=False)
+    return (python != written and python in text) or any(
+        json.dumps(each) in text for each in (python, written)
+    )

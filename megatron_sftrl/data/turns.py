@@ -30,6 +30,7 @@ _MARK = "\ufdd3"
 
 _OPENED = re.compile(r"<think>\s*\Z")
 _CLOSED = re.compile(r"</think>\s*\Z")
+_END_OF_THOUGHT = re.compile(r"(?:\A|\n)</think>")
 _LEAD = re.compile(r"\s*(?:<think>\s*)?(?:</think>\s*)?")
 """What templates print between the header and the text of a turn without thoughts."""
 
@@ -196,9 +197,15 @@ def _written_out(
     asked, opener = _split_opener(before)
     found = _header(template, conversation)
     head, tail = _frame(template, conversation, conversation.messages[:turn])
-    hides = "</think>" in text_of(message)
-    has_thoughts = hides or any(message.get(key) for key in THOUGHTS)
-    if has_thoughts and _CLOSED.search(before):
+    content = text_of(message)
+    # An unclosed thought, cut in the middle, goes on behind the opened one, too.
+    hides = "</think>" in content or (bool(opener) and content.lstrip().startswith("<think>"))
+    places = [*(["its text"] if hides else []), *(key for key in THOUGHTS if message.get(key))]
+    if len(places) > 1:
+        raise UserError(
+            f"{conversation.names[turn]} has thoughts in {' and in '.join(places)}; keep them in one place"
+        )
+    if places and _CLOSED.search(before):
         raise UserError(
             f"{conversation.names[turn]} has thoughts, but {template.origin} asks for an answer without any "
             "(see chat_template_kwargs); set data.thinking: cut to leave them out"
@@ -214,7 +221,7 @@ def _written_out(
     ):
         raise UserError(_not_exact(template, conversation, turn))
     if hides:
-        body = _continued(text_of(message), opener) + tail
+        body = _continued(content, opener) + tail
     else:
         body = _thought_before(template, message, found, thinking) + upto[len(shown) :]
     return TurnText(
@@ -256,17 +263,33 @@ def _tell_of_open_thought(origin: str) -> None:
 
 
 def _without_thoughts(conversation: Conversation) -> Conversation:
-    messages = [
-        _bare(message) if message["role"] == "assistant" else message for message in conversation.messages
-    ]
+    messages = list(conversation.messages)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        kept = {key: value for key, value in message.items() if key not in THOUGHTS}
+        answer = _answer_of(text_of(message))
+        if turn in conversation.learned and not (answer or "").strip() and not kept.get("tool_calls"):
+            raise UserError(
+                f"{conversation.names[turn]}: without its thoughts nothing is left of it (data.thinking: "
+                "cut); remove the row, or keep the thoughts"
+            )
+        messages[turn] = kept if answer is None or answer == text_of(message) else {**kept, "content": answer}
     return replace(conversation, messages=tuple(messages))
 
 
-def _bare(message: Message) -> Message:
-    """A turn without its thoughts."""
-    kept = {key: value for key, value in message.items() if key not in THOUGHTS}
-    _, closed, answer = text_of(message).rpartition("</think>")
-    return {**kept, "content": answer.lstrip("\n")} if closed else kept
+def _answer_of(content: str) -> str | None:
+    """What stands behind the thought that a text begins with, if it does; None where that is not closed.
+
+    A thought begins with `<think>`, or has only the end, in a line of its own, as a model writes it behind an
+    opened one. The words </think> in the middle of an answer are no thought.
+    """
+    if content.lstrip().startswith("<think>"):
+        _, closed, answer = content.partition("</think>")
+        return answer.lstrip("\n") if closed else None
+    if "<think>" not in content and (found := _END_OF_THOUGHT.search(content)):
+        return content[found.end() :].lstrip("\n")
+    return content
 
 
 def _not_exact(template: ChatTemplate, conversation: Conversation, turn: int) -> str:

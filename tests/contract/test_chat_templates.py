@@ -39,6 +39,7 @@ class Family:
     template: str
     ends: tuple[str, ...]
     package: str | None = None
+    eos: str | None = None
     bos: str = "<s>"
     refuses: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,7 +100,10 @@ FAMILIES = {
     ),
     "gpt-oss": Family(template="gptoss", ends=("<|return|>", "<|call|>"), package="gptoss"),
     "Phi-3.5": Family(
-        template="phi3_5", ends=("<|end|>",), refuses={"tools": "tool_calls: .*does not print it"}
+        template="phi3_5",
+        ends=("<|end|>",),
+        eos="<|endoftext|>",
+        refuses={"tools": "tool_calls: .*does not print it"},
     ),
     "a system text in the last question alone, as Mistral's": Family(
         template="system_in_last_question", ends=("</s>",), refuses=_ALTERNATE | {"tools": ""}
@@ -191,13 +195,15 @@ def stand_in(directory: Path, family: Family) -> Path:
     found = set(_SPECIAL.findall(source_of(family.template).read_text()))
     known = {token["content"] for token in rules["added_tokens"]}
     next_id = 1 + max([*rules["model"]["vocab"].values(), *(t["id"] for t in rules["added_tokens"])])
-    for number, text in enumerate(sorted((found | {*family.ends, family.bos}) - known)):
+    for number, text in enumerate(
+        sorted((found | {*family.ends, family.eos or family.bos, family.bos}) - known)
+    ):
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         special = text not in ("<think>", "</think>")
         rules["added_tokens"].append({"id": next_id + number, "content": text, "special": special, **flags})
     (directory / "tokenizer.json").write_text(json.dumps(rules))
     config = json.loads((directory / "tokenizer_config.json").read_text())
-    config |= {"bos_token": family.bos, "eos_token": family.ends[0]}
+    config |= {"bos_token": family.bos, "eos_token": family.eos or family.ends[0]}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
@@ -239,7 +245,7 @@ def hugging_face(family: Family, turns: Turns, *, asks: bool = False, tools: lis
         chat_template=source_of(family.template).read_text(),
         add_generation_prompt=asks,
         bos_token=family.bos,
-        eos_token=family.ends[0],
+        eos_token=family.eos or family.ends[0],
         strftime_now=DATE.strftime,
         tools=tools,
     )
@@ -349,3 +355,17 @@ def test_each_turn_of_a_conversation_in_several_sequences_is_learned_once(loaded
     for number in (51, 62):
         assert sum(str(number) in text for text in learned) == 2
         assert sum(f"{number}." in text for text in learned) == 1
+
+
+def test_a_template_that_prints_one_call_of_several_is_refused(tmp_path: Path) -> None:
+    """gpt-oss's prints the first, and gives the results of all of them to it."""
+    family = FAMILIES["gpt-oss"]
+    tokenizer = load_tokenizer(
+        TokenizerSection(
+            path=stand_in(tmp_path / "t", family), chat_template=source_of(family.template), date=DATE
+        )
+    )
+    other = {"id": "c2", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    turns = [u("Hi"), {"role": "assistant", "content": None, "tool_calls": [call('{"a": 1}'), other]}]
+    with pytest.raises(UserError, match=r"^messages\[1\]\.tool_calls\[1\]: .*does not print this call"):
+        tokenize_row(tokenizer, {"messages": turns, "tools": [TOOL]})

@@ -103,6 +103,16 @@ def test_what_cannot_be_evaluated_is_refused_by_name(
         ],
         "the run has no data.valid; name prompts by --prompts": no_prompts,
     }  # fmt: skip
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "settings.json").write_text((evaluated / "settings.json").read_text())
+    (broken / "generations.jsonl").write_text('{"arm": "greedy"}\n')
+    refused["generations.jsonl:1: expected a line that an evaluation wrote"] = command(grpo, grpo_run, broken)
+    handoff = ["handoff", *command(grpo, grpo_run, tmp_path / "c")[1:]]
+    refused["--min-entropy: expected a number from -1 to inf, got nan"] = [*handoff, "--min-entropy", "nan"]
+    refused["--max-equal-groups: expected a number from -1 to 1, got 7.0"] = [
+        *handoff, "--max-equal-groups", "7",
+    ]  # fmt: skip
     for message, ended in zip(refused, sftrl_each(list(refused.values())), strict=True):
         assert message in ended.expect(2).stderr
 

@@ -154,7 +154,7 @@ def _of_run(
 ) -> tuple[Sequence[RewardSection], RewardWorkersSection, DoctorRows]:
     config = load_config(path, request.overrides, schema=GrpoConfig)
     sample = rows_of_files(
-        config.data.train,
+        config.data.train_paths,
         count=request.rows,
         seed=request.seed,
         key="data.train",

@@ -20,7 +20,7 @@ from typing import cast
 from megatron_sftrl.config.data import PromptColumns
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.formats import FormattedRow, read_formatted
-from megatron_sftrl.data.rows import check_source
+from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.registry import nearest

@@ -101,6 +101,11 @@ def run_handoff(config: GrpoConfig, request: EvalRequest, limits: Limits) -> boo
     """
     if request.num_samples < 2:
         raise UserError(f"--samples: expected 2 or more, got {request.num_samples}")
+    for name, limit in asdict(limits).items():
+        most = math.inf if name == "min_entropy" else 1.0
+        if not -1.0 <= limit <= most or not math.isfinite(limit):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: expected a number from -1 to {most:g}, got {limit}")
     rollout = config.rollout.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0})
     is_teller = run_evaluation(config.model_copy(update={"rollout": rollout}), request)
     findings = judge(answers_of(request.out, "sampled"), limits, seed=request.seed)
@@ -118,7 +123,8 @@ def _tell(findings: Sequence[Finding], out: Path) -> None:
         found = each.found
         interval = "" if found.low is None or found.high is None else f"{found.low:.3g} to {found.high:.3g}"
         verdict = "ok" if each.is_kept else "FLAGGED"
-        bound = f"{'>=' if each.name.startswith('min_') else '<='} {each.limit:g}"
+        sign = {"min_headroom": ">"}.get(each.name, ">=" if each.name.startswith("min_") else "<=")
+        bound = f"{sign} {each.limit:g}"
         name = each.name.partition("_")[2].replace("_", " ")
         table.add_row(name, f"{found.value:.3g}", interval, bound, each.source, verdict)
     console.print(table)

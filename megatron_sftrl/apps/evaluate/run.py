@@ -251,7 +251,17 @@ class GenerationLog:
         if not self._path.exists():
             return []
         *whole, _torn = self._path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in whole]
+        lines = []
+        for number, line in enumerate(whole, start=1):
+            try:
+                found = json.loads(line)
+                lines.append({key: found[key] for key in ("arm", "prompt", "source", "text", "responses")})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self._path}:{number}: expected a line that an evaluation wrote ({error!r}); remove "
+                    "it, and its prompt is answered again"
+                ) from error
+        return lines
 
 
 def _same_settings(known: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:

@@ -709,6 +709,9 @@ OPENED = (
         ({"content": "Blue"}, "cut", "\n</think>\n\nBlue"),
         ({"content": "<think>\nwhy\n</think>\n\nBlue"}, "cut", "\n</think>\n\nBlue"),
         ({"content": "Blue", "reasoning_content": "why"}, "cut", "\n</think>\n\nBlue"),
+        ({"content": "<think>\nwhy and"}, "keep", "why and"),
+        ({"content": "why\n</think>\n\nBlue"}, "cut", "\n</think>\n\nBlue"),
+        ({"content": "The tag </think> closes."}, "keep", "The tag </think> closes."),
     ],
 )
 def test_behind_an_opened_thought_the_row_goes_on(answer, thinking, expected, tmp_path, caplog) -> None:
@@ -766,3 +769,68 @@ def test_answers_whose_contexts_merge_into_other_tokens_get_sequences_of_their_o
     for (ids, mask), asked in zip(sequences, (turns[:1], turns[:3]), strict=True):
         assert ids[: mask.index(True)] == encode_prompt(tokenizer, asked)
         assert mask[mask.index(True) :] == [True] * (len(mask) - mask.index(True))
+
+
+@pytest.mark.parametrize(
+    ("answer", "thinking", "message"),
+    [
+        (
+            {"content": "<think>why</think>Blue", "reasoning_content": "x"},
+            "keep",
+            "in its text and in reasoning",
+        ),
+        ({"content": "Blue", "reasoning": "why", "thinking": "x"}, "keep", "in reasoning and in thinking"),
+        ({"content": "<think>why</think>"}, "cut", "nothing is left of it"),
+        ({"content": "<think>why"}, "cut", "nothing is left of it"),
+    ],
+)
+def test_thoughts_that_would_be_lost_are_refused(answer, thinking, message, tmp_path) -> None:
+    row = {"messages": [turn("user", "Hello"), {"role": "assistant", **answer}]}
+    with pytest.raises(UserError, match=rf"^messages\[1\].*{message}"):
+        tokenize_row(tokenizer_with(tmp_path, OPENED), row, Learning(thinking=thinking))
+
+
+def test_an_answer_that_speaks_of_thoughts_is_not_cut(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    for text in ("The tag </think> closes.", "so <think>a</think> it is"):
+        [(ids, mask)] = tokenize_row(
+            tokenizer, {"prompt": "Hello", "response": text}, Learning(thinking="cut")
+        )
+        assert tokenizer.decode(ids[mask.index(True) :]) == f"{text}<|im_end|>"
+
+
+def test_a_prompt_with_earlier_thoughts_is_asked_as_it_is_trained(tmp_path) -> None:
+    tokenizer = tokenizer_with(tmp_path, OPENED)
+    turns = [
+        turn("user", "Hello"),
+        {**turn("assistant", "red"), "reasoning_content": "why"},
+        turn("user", "Name"),
+    ]
+    *_, (ids, mask) = tokenize_row(tokenizer, {"messages": [*turns, turn("assistant", "Blue")]})
+    assert ids[: mask.index(True)] == encode_prompt(tokenizer, turns)
+
+
+def test_an_end_token_in_a_learned_text_is_refused(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
+    for text in ("Blue<|im_end|>", "Blue</s> red"):
+        with pytest.raises(UserError, match="a learned text holds an end token"):
+            tokenize_row(tokenizer, {"prompt": "Hello", "response": text})
+
+
+def test_every_turn_has_an_end_where_the_template_prints_none(tmp_path) -> None:
+    tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="plain_text")
+    turns = [turn("user", "Hello"), turn("assistant", "red"), turn("user", "Name"), turn("assistant", "Blue")]
+    sequences = tokenize_row(tokenizer, {"messages": turns})
+    assert len(sequences) == 2
+    for (ids, mask), asked in zip(sequences, (turns[:1], turns[:3]), strict=True):
+        assert ids[: mask.index(True)] == encode_prompt(tokenizer, asked)
+        assert ids[-1] == tokenizer.eos_id
+        assert all(mask[mask.index(True) :])
+
+
+@pytest.mark.parametrize("arguments", ["not json", "5"])
+def test_arguments_that_are_no_object_are_refused(arguments, tmp_path) -> None:
+    call = {"function": {"name": "add", "arguments": arguments}}
+    turns = [turn("user", "Hello"), {**turn("assistant", ""), "tool_calls": [call]}]
+    with pytest.raises(UserError, match=r"^messages\[1\]\.tool_calls\[0\]\.arguments: expected an object"):
+        tokenize_row(tokenizer_with(tmp_path, FULL), {"messages": turns})
