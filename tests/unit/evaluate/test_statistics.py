@@ -8,7 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sftrl.apps.evaluate.statistics import Answer, estimate, measure, repetition
+from megatron_sftrl.apps.evaluate.statistics import (
+    Answer,
+    estimate,
+    measure,
+    measure_demonstrations,
+    repetition,
+)
 from megatron_sftrl.errors import UserError
 
 
@@ -115,3 +121,10 @@ def test_the_interval_is_the_same_for_the_same_seed_and_absent_of_one_prompt() -
     assert estimate(values, seed=3) == estimate(values, seed=3)
     one = estimate([0.5], seed=0)
     assert (one.value, one.low, one.high, one.num_prompts) == (0.5, None, None, 1)
+
+
+def test_the_likelihood_of_demonstrations_counts_tokens_or_sequences() -> None:
+    found = measure_demonstrations([[-1.0, -2.0, -3.0], [-4.0]], seed=0)
+    assert found["nll/token"].value == pytest.approx(10 / 4)
+    assert found["nll/sequence"].value == pytest.approx(5.0)
+    assert (found["nll/token"].low, found["nll/token"].high) == pytest.approx((2.0, 4.0))
