@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -94,7 +95,9 @@ class StoreWriter:
         """Write beside `directory`, which appears when the store is finished; in memory where it is None."""
         self._directory = directory
         self._partial: Path | None = None
+        self._made: list[Path] = []
         if directory is not None:
+            self._made = [each for each in directory.parents if not each.exists()]
             with _told(directory):
                 directory.parent.mkdir(parents=True, exist_ok=True)
                 self._partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -117,6 +120,10 @@ class StoreWriter:
             column.close()
         if self._partial is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
+        # A run that is refused leaves no directory behind; one that holds a store is not empty.
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def add(self, rows: Sequence[FormattedRow], tokenized: TokenizedRows, *, source: int) -> None:
         """Append what became of `rows`, all of one source.

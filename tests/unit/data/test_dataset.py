@@ -292,6 +292,16 @@ def test_behaviour_scores_that_do_not_fit_are_refused_by_row_and_position(tokeni
             load(tokenizer, write_lines(tmp_path / "c.jsonl", rows))
 
 
+def test_a_refused_row_leaves_no_directory_of_the_cache_behind(tokenizer, tmp_path) -> None:
+    bad = write_lines(tmp_path / "a.jsonl", [*ROWS, {"prompt": "no response"}])
+    run_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match="no response"):
+        load(tokenizer, bad, cache_dir=run_dir / "tokens")
+    assert not run_dir.exists()
+    load(tokenizer, write_lines(bad, ROWS), cache_dir=run_dir / "tokens")
+    assert [each.name[0] == "." for each in (run_dir / "tokens").iterdir()] == [False]
+
+
 def test_the_cache_gives_the_same_examples_and_is_left_when_anything_changes(tokenizer, tmp_path) -> None:
     path = write_lines(tmp_path / "a.jsonl", scored(load(tokenizer, write_lines(tmp_path / "a.jsonl", ROWS))))
     cache = tmp_path / "cache"
