@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sftrl.apps.preflight.run import _read_first_rows
-from megatron_sftrl.apps.score import _read
+from megatron_sftrl.apps.score import read_whole
 from megatron_sftrl.config.data import DemonstrationColumns, PromptColumns
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.dataset import load_dataset
@@ -468,7 +468,7 @@ def test_score_preflight_and_generate_read_the_same_formats(
         write(tmp_path / "l.jsonl", {**VERL, "target": [THOUGHT]}),
         write(tmp_path / "v.jsonl", VERL),
     )
-    rows, dataset = _read(luffy, tokenizer, None, max_length=200)
+    rows, dataset = read_whole(luffy, tokenizer, None, max_length=200, key="--data")
     assert rows == [{**VERL, "target": [THOUGHT]}]
     ids, mask = expected(render, [SYSTEM, ASK, THOUGHT], 2)
     assert dataset[0].loss_token_ids.tolist() == [i for i, learned in zip(ids, mask, strict=True) if learned]
