@@ -318,7 +318,21 @@ Tokens = tuple[list[int], list[bool]]
 """Ids [n] of a sequence and mask [n] of what is learned, False at position 0, which no position predicts."""
 
 
-def tokenize_row(
+def tokenize_row(tokenizer: Tokenizer, row: Row | Conversation, learning: Learning = ALL_TURNS) -> Tokens:
+    """The one sequence of a row, as of every row with a single learned turn.
+
+    Raises:
+        UserError: as tokenize_sequences, or the row has several.
+    """
+    first, *others = tokenize_sequences(tokenizer, row, learning)
+    if others:
+        raise UserError(
+            f"expected one sequence, got {1 + len(others)}: the learned turns have no common context"
+        )
+    return first
+
+
+def tokenize_sequences(
     tokenizer: Tokenizer, row: Row | Conversation, learning: Learning = ALL_TURNS
 ) -> list[Tokens]:
     """The sequences of a row of demonstrations: one, or several whose learned turns have no common context.
@@ -410,7 +424,7 @@ def _not_printed(template: ChatTemplate, name: str, key: str) -> str:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message] | Conversation) -> list[int]:
-    """Ids [P] in front of a response, the same for generation as `tokenize_row` puts there for training.
+    """Ids [P] in front of a response, the same for generation as stand there in a sequence for training.
 
     Raises:
         UserError: messages without a chat template or that it cannot render, or something that would be lost.
@@ -459,7 +473,8 @@ def _plain_texts(conversation: Conversation) -> list[str]:
     """Prompt and response, when there is no chat template to print anything else."""
     if conversation.is_plain:
         return [text_of(message) for message in conversation.messages]
-    asks = [*(name for name in conversation.names if name == "system"), *conversation.given]
+    switches = ["chat_template_kwargs"] if conversation.switches else []
+    asks = [*(name for name in conversation.names if name == "system"), *conversation.given, *switches]
     raise UserError(
         f"the row has {', '.join(asks) or 'turns'} but the tokenizer has no chat template; set "
         "tokenizer.chat_template to a Jinja file, or write rows with prompt and response alone"

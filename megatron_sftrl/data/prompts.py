@@ -141,7 +141,7 @@ def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def _end_of_turn(tokenizer: Tokenizer) -> int:
     """The last token of a learned turn."""
     try:
-        [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "a", "response": "b"}, Learning(thinking="cut"))
+        ids, mask = tokenize_row(tokenizer, {"prompt": "a", "response": "b"}, Learning(thinking="cut"))
     except UserError:
         # No row of text trains this template as it is. What it prints behind a turn still ends one.
         return _printed_end_of_turn(tokenizer)

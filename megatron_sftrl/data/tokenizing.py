@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sftrl.config.data import ALL_TURNS, Learning
-from megatron_sftrl.data.chat import tokenize_row
+from megatron_sftrl.data.chat import tokenize_sequences
 from megatron_sftrl.data.conversation import is_left_out
 from megatron_sftrl.data.examples import Example, Truncation, truncate
 from megatron_sftrl.data.formats import FormattedRow
@@ -103,7 +103,7 @@ def whole_examples(
     if is_left_out(row.values):
         return []
     try:
-        sequences = tokenize_row(tokenizer, row.conversation(), learning)
+        sequences = tokenize_sequences(tokenizer, row.conversation(), learning)
     except ValueError as error:
         raise UserError(f"{row.source}: {error}") from error
     return [

@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sftrl.config.data import Learning
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.chat import encode_prompt, tokenize_row
+from megatron_sftrl.data.chat import encode_prompt, tokenize_row, tokenize_sequences
 from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sftrl.errors import UserError
@@ -298,7 +298,7 @@ def test_what_is_learned_and_asked_is_what_transformers_prints(kind, loaded) -> 
         with pytest.raises(UserError, match=family.refuses[kind]):
             tokenize_row(tokenizer, {"messages": row, **given})
         return
-    sequences = tokenize_row(tokenizer, {"messages": row, **given})
+    sequences = tokenize_sequences(tokenizer, {"messages": row, **given})
     answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     seen = []
     for ids, mask in sequences:
@@ -318,8 +318,8 @@ def test_what_is_learned_and_asked_is_what_transformers_prints(kind, loaded) -> 
 def test_the_last_turn_alone_is_the_last_sequence(loaded) -> None:
     _, tokenizer = loaded
     row = {"messages": KINDS["multi"][0]}
-    *_, (ids, mask) = tokenize_row(tokenizer, row)
-    [(last, last_mask)] = tokenize_row(tokenizer, row, Learning(turns="last_turn"))
+    *_, (ids, mask) = tokenize_sequences(tokenizer, row)
+    last, last_mask = tokenize_row(tokenizer, row, Learning(turns="last_turn"))
     assert last == ids
     assert learned_runs(last_mask) == learned_runs(mask)[-1:]
 
@@ -327,7 +327,7 @@ def test_the_last_turn_alone_is_the_last_sequence(loaded) -> None:
 def test_thoughts_that_are_cut_are_neither_learned_nor_left_open(loaded) -> None:
     family, tokenizer = loaded
     row = {"messages": KINDS["thinking"][0]}
-    [(ids, mask)] = tokenize_row(tokenizer, row, Learning(thinking="cut"))
+    ids, mask = tokenize_row(tokenizer, row, Learning(thinking="cut"))
     [(start, end)] = learned_runs(mask)
     asked = hugging_face(family, [u("Hi")], asks=True)
     assert ids[:start] == tokenizer.encode(asked)
@@ -348,7 +348,7 @@ def test_each_turn_of_a_conversation_in_several_sequences_is_learned_once(loaded
     row = {"messages": [turn for each in rounds for turn in each], "tools": [TOOL]}
     learned = [
         tokenizer.decode(ids[start:end])
-        for ids, mask in tokenize_row(tokenizer, row)
+        for ids, mask in tokenize_sequences(tokenizer, row)
         for start, end in learned_runs(mask)
     ]
     assert len(learned) == 4

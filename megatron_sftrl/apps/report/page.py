@@ -14,7 +14,7 @@ from megatron_sftrl.observability.run_directory import write_atomically
 
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 
-_PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -22,12 +22,19 @@ _PAGE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
   body { margin: 0; background: #f6f7f9; color: #1f2937; font: 16px/1.55 system-ui, sans-serif; }
-  main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
-  h1 { font-size: 28px; line-height: 1.25; margin: 0 0 12px; }
-  h2 { font-size: 18px; margin: 0 0 4px; }
-  p { margin: 0 0 12px; max-width: 72ch; white-space: pre-line; }
-  section { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 20px; margin: 20px 0; }
+  main { max-width: 1100px; margin: 0 auto; padding: 32px 20px 64px; }
+  h1 { font-size: 26px; line-height: 1.25; margin: 0 0 12px; overflow-wrap: anywhere; }
+  h2 { font-size: 17px; margin: 0 0 6px; overflow-wrap: anywhere; }
+  section { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 18px 20px; }
+  section { margin: 18px 0; }
   .note { color: #6b7280; font-size: 14px; }
+"""
+"""How a page begins, up to the styles of its own."""
+
+_PAGE = (
+    HEAD
+    + """\
+  p { margin: 0 0 12px; max-width: 72ch; white-space: pre-line; }
   .scroll { overflow-x: auto; }
   table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
   th, td { padding: 7px 12px; border-bottom: 1px solid #e5e7eb; text-align: right; white-space: nowrap; }
@@ -67,6 +74,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

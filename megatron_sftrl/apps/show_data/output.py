@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from megatron_sftrl.apps.report.page import HEAD
 from megatron_sftrl.apps.show_data.examine import Piece, ShownRow
 from megatron_sftrl.apps.show_data.words import Section, headline, id_pieces, in_brackets, printable, short
 from megatron_sftrl.errors import error_of
@@ -73,24 +74,15 @@ class Terminal:
 # The page.
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-  body { margin: 0; background: #f6f7f9; color: #1f2937; font: 16px/1.55 system-ui, sans-serif; }
-  main { max-width: 1100px; margin: 0 auto; padding: 32px 20px 64px; }
-  h1 { font-size: 26px; line-height: 1.25; margin: 0 0 12px; overflow-wrap: anywhere; }
-  h2 { font-size: 16px; margin: 0 0 8px; overflow-wrap: anywhere; }
-  section { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; padding: 16px 20px; }
-  section { margin: 16px 0; }
+_PAGE = (
+    HEAD
+    + """\
   pre { margin: 0; font: 14px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
   mark { background: #bbf7d0; color: inherit; }
   b { color: #0369a1; }
   .error { color: #b91c1c; margin-bottom: 8px; }
-  .note, details { color: #6b7280; margin-top: 8px; }
+  .note, details { margin-top: 8px; }
+  details { color: #6b7280; }
 </style>
 </head>
 <body>
@@ -122,6 +114,7 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+)
 
 
 def write_page(path: Path, *, title: str, rows: Sequence[ShownRow], sections: Sequence[Section]) -> None:

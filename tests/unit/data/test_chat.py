@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sftrl.config.data import Learning
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.chat import encode_prompt, tokenize_row
+from megatron_sftrl.data.chat import encode_prompt, tokenize_row, tokenize_sequences
 from megatron_sftrl.data.conversation import read_demonstration, read_prompt
 from megatron_sftrl.data.template import ChatTemplate
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +35,7 @@ def turn(role: str, content: object) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['tokenizer']}-{c['template']}-{c['name']}")
 def test_tokens_and_mask_equal_the_golden_file_and_the_end_token_is_learned(case, tmp_path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind=case["tokenizer"], template=case["template"])
-    [(ids, mask)] = tokenize_row(tokenizer, case["row"])
+    ids, mask = tokenize_row(tokenizer, case["row"])
     assert reading(tokenizer, ids, mask) == case["reading"]
     assert ids == case["ids"]
     assert "".join("01"[learned] for learned in mask) == case["mask"]
@@ -48,7 +48,7 @@ def test_the_prompt_of_generation_is_exactly_what_stands_in_front_of_the_first_r
     case, tmp_path
 ) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind=case["tokenizer"], template=case["template"])
-    [(ids, mask)] = tokenize_row(tokenizer, case["row"])
+    ids, mask = tokenize_row(tokenizer, case["row"])
     messages = read_demonstration(case["row"]).messages
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     prompt = messages[:first] if tokenizer.chat_template else case["row"]["prompt"]
@@ -59,7 +59,7 @@ def test_a_token_that_would_cross_into_the_response_is_split_as_generation_would
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template=None)
     row = {"prompt": "Name a colo", "response": "ur"}
     whole = tokenizer.encode("Name a colour")
-    [(ids, mask)] = tokenize_row(tokenizer, row)
+    ids, mask = tokenize_row(tokenizer, row)
     prompt = encode_prompt(tokenizer, "Name a colo")
     assert whole[: len(prompt) - 1] != prompt[1:], "the example must merge, or it proves nothing"
     assert ids[: len(prompt)] == prompt
@@ -69,7 +69,7 @@ def test_a_token_that_would_cross_into_the_response_is_split_as_generation_would
 
 def test_a_sentencepiece_response_gets_no_invented_space_in_front(tmp_path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind="sentencepiece", template=None)
-    [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "the an", "response": "swer"})
+    ids, mask = tokenize_row(tokenizer, {"prompt": "the an", "response": "swer"})
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, "the an")
     assert tokenizer.decode(ids) == "<s>the answer</s>"
 
@@ -87,7 +87,7 @@ def test_texts_that_are_tokenized_apart_keep_the_space_behind_a_control_token(tm
         turn("user", "red"),
         turn("assistant", " fine"),
     ]
-    [(ids, mask)] = tokenize_row(tokenizer, {"messages": turns})
+    ids, mask = tokenize_row(tokenizer, {"messages": turns})
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, "the an")
     assert ids != tokenizer.encode("the answer</s>red fine</s>"), (
         "the example must merge, or it proves nothing"
@@ -101,10 +101,11 @@ def test_turns_that_a_template_prints_differently_later_are_learned_in_sequences
 ) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="forgets_thoughts")
     turns = [turn("user", "Hello"), turn("assistant", "<think>red</think>fine")]
-    assert tokenize_row(tokenizer, {"messages": turns})
     more = [*turns, turn("user", "Hello"), turn("assistant", "Blue")]
-    first, second = tokenize_row(tokenizer, {"messages": more})
-    assert [first] == tokenize_row(tokenizer, {"messages": turns})
+    first, second = tokenize_sequences(tokenizer, {"messages": more})
+    assert first == tokenize_row(tokenizer, {"messages": turns})
+    with pytest.raises(UserError, match="expected one sequence, got 2"):
+        tokenize_row(tokenizer, {"messages": more})
     ids, mask = second
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, more[:3])
     assert "red" not in tokenizer.decode(ids)
@@ -146,7 +147,7 @@ def test_a_template_file_replaces_the_tokenizers_own_template(tmp_path) -> None:
     other = tmp_path / "other.jinja"
     other.write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     tokenizer = load_tokenizer(TokenizerSection(path=path, chat_template=other))
-    [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue"})
+    ids, mask = tokenize_row(tokenizer, {"prompt": "Hello", "response": "Blue"})
     assert reading(tokenizer, ids, mask) == "Hello|</s>|[[Bl|ue|</s>|]]"
 
 
@@ -226,7 +227,7 @@ def tokenizer_with(directory: Path, source: str) -> Tokenizer:
 
 def learned(tokenizer: Tokenizer, row: dict) -> str:
     """The text of the learned tokens."""
-    [(ids, mask)] = tokenize_row(tokenizer, row)
+    ids, mask = tokenize_row(tokenizer, row)
     return tokenizer.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
 
 
@@ -255,7 +256,7 @@ def test_a_turn_that_says_so_is_not_learned_and_the_others_are_as_generation_ask
     behind = [turn("user", "more"), {**turn("assistant", "WRONG"), **flag}]
     row = {"messages": [*turns, last, *behind]}
     assert learned(tokenizer, row) == "Blue<|im_end|>"
-    [(ids, mask)] = tokenize_row(tokenizer, row)
+    ids, mask = tokenize_row(tokenizer, row)
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, turns)
     assert "more" not in tokenizer.decode(ids)
 
@@ -419,7 +420,7 @@ def test_a_column_system_is_the_first_turn(tmp_path) -> None:
     for row in ({"messages": turns}, {"prompt": "Hello", "response": "Blue"}):
         assert tokenize_row(tokenizer, {**row, "system": "Be brief."}) == expected
     prompt = encode_prompt(tokenizer, read_prompt({"prompt": "Hello", "system": "Be brief."}))
-    [(ids, mask)] = expected
+    ids, mask = expected
     assert prompt == ids[: mask.index(True)]
     with pytest.raises(ValueError, match="a column system and also a system turn"):
         tokenize_row(tokenizer, {"messages": [turn("system", "a"), *turns], "system": "b"})
@@ -441,7 +442,7 @@ def test_tools_and_keys_that_the_template_prints_are_honoured(tmp_path) -> None:
     ]
     row = {"messages": turns, "tools": [TOOL], "documents": [{"title": "a"}]}
     assert learned(tokenizer, row) == "<think>why</think>Blue<|im_end|>"
-    [(ids, mask)] = tokenize_row(tokenizer, row)
+    ids, mask = tokenize_row(tokenizer, row)
     prompt = {**row, "messages": turns[:3]}
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, read_prompt(prompt))
     assert '"name": "add"' in tokenizer.decode(ids)
@@ -633,7 +634,7 @@ def test_texts_of_a_list_are_joined_as_the_template_does_or_else_by_a_line_break
     tokenizer = tokenizer_with(tmp_path, source)
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     row = {"messages": [turn("user", parts), turn("assistant", parts)]}
-    [(ids, _)] = tokenize_row(tokenizer, row)
+    ids, _ = tokenize_row(tokenizer, row)
     assert tokenizer.decode(ids).count(expected) == 2
     assert learned(tokenizer, row) == f"{expected}<|im_end|>"
     assert tokenizer.decode(encode_prompt(tokenizer, [turn("user", parts)])).count(expected) == 1
@@ -665,13 +666,13 @@ def test_switches_reach_the_template_and_a_row_has_its_own(tmp_path) -> None:
     plain = switched(tmp_path)
     tokenizer = switched(tmp_path, chat_template_kwargs={"effort": "high"})
     row = {"prompt": "Hello", "response": "Blue"}
-    [(ids, mask)] = tokenize_row(tokenizer, row)
+    ids, mask = tokenize_row(tokenizer, row)
     assert tokenizer.decode(ids).startswith("high<|im_start|>")
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, "Hello")
     own = {**row, "chat_template_kwargs": {"effort": "low", "other": None}}
-    [(ids, _)] = tokenize_row(tokenizer, own)
+    ids, _ = tokenize_row(tokenizer, own)
     assert tokenizer.decode(ids).startswith("low<|im_start|>")
-    assert [(ids, _)] == tokenize_row(plain, {**row, "chat_template_kwargs": '{"effort": "low"}'})
+    assert (ids, _) == tokenize_row(plain, {**row, "chat_template_kwargs": '{"effort": "low"}'})
     assert plain.fingerprint != tokenizer.fingerprint
     with pytest.raises(UserError, match=r"^tokenizer\.chat_template_kwargs\.think: .*it reads effort"):
         switched(tmp_path, chat_template_kwargs={"think": False})
@@ -718,7 +719,7 @@ def test_behind_an_opened_thought_the_row_goes_on(answer, thinking, expected, tm
     tokenizer = tokenizer_with(tmp_path, OPENED)
     row = {"messages": [turn("user", "Hello"), {"role": "assistant", **answer}]}
     with caplog.at_level("WARNING"):
-        [(ids, mask)] = tokenize_row(tokenizer, row, Learning(thinking=thinking))
+        ids, mask = tokenize_row(tokenizer, row, Learning(thinking=thinking))
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, "Hello")
     assert tokenizer.decode(ids[mask.index(True) :]) == f"{expected}<|im_end|>"
     assert ("nothing closes" in caplog.text) == (expected == "Blue")
@@ -734,7 +735,7 @@ def test_earlier_thoughts_that_the_template_never_prints_are_each_learned_in_the
     turns = [each for answer in thoughts for each in (turn("user", "Hello"), answer)]
     texts = [
         tokenizer.decode(ids[mask.index(True) :])
-        for ids, mask in tokenize_row(tokenizer, {"messages": turns})
+        for ids, mask in tokenize_sequences(tokenizer, {"messages": turns})
     ]
     assert texts == ["why\n</think>\n\nBlue<|im_end|>", "how\n</think>\n\nred<|im_end|>", "fine<|im_end|>"]
 
@@ -764,7 +765,7 @@ def test_answers_whose_contexts_merge_into_other_tokens_get_sequences_of_their_o
         tmp_path, source + "{% if add_generation_prompt %}<|im_start|>a colo{% endif %}"
     )
     turns = [turn("user", "Hello"), turn("assistant", "ur"), turn("user", "Name"), turn("assistant", "ur")]
-    sequences = tokenize_row(tokenizer, {"messages": turns})
+    sequences = tokenize_sequences(tokenizer, {"messages": turns})
     assert len(sequences) == 2
     for (ids, mask), asked in zip(sequences, (turns[:1], turns[:3]), strict=True):
         assert ids[: mask.index(True)] == encode_prompt(tokenizer, asked)
@@ -793,9 +794,7 @@ def test_thoughts_that_would_be_lost_are_refused(answer, thinking, message, tmp_
 def test_an_answer_that_speaks_of_thoughts_is_not_cut(tmp_path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="chatml")
     for text in ("The tag </think> closes.", "so <think>a</think> it is"):
-        [(ids, mask)] = tokenize_row(
-            tokenizer, {"prompt": "Hello", "response": text}, Learning(thinking="cut")
-        )
+        ids, mask = tokenize_row(tokenizer, {"prompt": "Hello", "response": text}, Learning(thinking="cut"))
         assert tokenizer.decode(ids[mask.index(True) :]) == f"{text}<|im_end|>"
 
 
@@ -806,7 +805,7 @@ def test_a_prompt_with_earlier_thoughts_is_asked_as_it_is_trained(tmp_path) -> N
         {**turn("assistant", "red"), "reasoning_content": "why"},
         turn("user", "Name"),
     ]
-    *_, (ids, mask) = tokenize_row(tokenizer, {"messages": [*turns, turn("assistant", "Blue")]})
+    *_, (ids, mask) = tokenize_sequences(tokenizer, {"messages": [*turns, turn("assistant", "Blue")]})
     assert ids[: mask.index(True)] == encode_prompt(tokenizer, turns)
 
 
@@ -820,7 +819,7 @@ def test_an_end_token_in_a_learned_text_is_refused(tmp_path) -> None:
 def test_every_turn_has_an_end_where_the_template_prints_none(tmp_path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind="byte_level", template="plain_text")
     turns = [turn("user", "Hello"), turn("assistant", "red"), turn("user", "Name"), turn("assistant", "Blue")]
-    sequences = tokenize_row(tokenizer, {"messages": turns})
+    sequences = tokenize_sequences(tokenizer, {"messages": turns})
     assert len(sequences) == 2
     for (ids, mask), asked in zip(sequences, (turns[:1], turns[:3]), strict=True):
         assert ids[: mask.index(True)] == encode_prompt(tokenizer, asked)

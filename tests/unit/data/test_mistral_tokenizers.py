@@ -173,7 +173,7 @@ def test_a_row_through_a_template_learns_the_answer_behind_mistral_commons_promp
         "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer = load(version, chat_template=template)
-    [(ids, mask)] = tokenize_row(tokenizer, {"prompt": "6 * 7?", "response": "42"})
+    ids, mask = tokenize_row(tokenizer, {"prompt": "6 * 7?", "response": "42"})
     assert ids == their_ids(theirs, ("6 * 7?", "42"))
     prompt = ids[: mask.index(True)]
     assert prompt == encode_prompt(tokenizer, "6 * 7?") == their_ids(theirs, ("6 * 7?",))

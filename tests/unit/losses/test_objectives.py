@@ -234,7 +234,7 @@ def by_hand(
     return output, gradient
 
 
-def is_close(found: Tensor, expected: list) -> None:
+def assert_is(found: Tensor, expected: list) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
@@ -248,38 +248,38 @@ def test_eaft_learns_all_where_the_policy_is_undecided_and_nothing_where_it_is_s
     policy = [[third] * 3, [0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]
     z = torch.tensor(policy, dtype=torch.float64).log().clamp(min=-60)
     output = build_loss("eaft")(inputs_for(z, batch=batch_of(torch.tensor([0, 1, 0]))))
-    is_close(output.metrics["eaft/weight"], [1.0, 0.0, math.log(2) / math.log(3)])
-    is_close(output.token_loss, [math.log(3), 0.0, math.log(2) ** 2 / math.log(3)])
+    assert_is(output.metrics["eaft/weight"], [1.0, 0.0, math.log(2) / math.log(3)])
+    assert_is(output.token_loss, [math.log(3), 0.0, math.log(2) ** 2 / math.log(3)])
 
 
 def test_trsft_has_sfts_gradient_above_the_bound_and_its_share_below():
     output, gradient = by_hand("trsft")
-    is_close(output.token_loss, [-1.0, -0.5, -1.0])
-    is_close(output.metrics["trsft/outside_share"], [0.0, 1.0, 0.0])
+    assert_is(output.token_loss, [-1.0, -0.5, -1.0])
+    assert_is(output.metrics["trsft/outside_share"], [0.0, 1.0, 0.0])
     torch.testing.assert_close(gradient, of_sft() * torch.tensor([[1.0], [0.5], [1.0]], dtype=torch.float64))
 
 
 def test_idft_is_dft_where_the_label_is_as_likely_as_a_sample():
     uniform = [[1 / 3] * 3] * 3
-    is_close(by_hand("idft", policy=uniform)[0].metrics["idft/gamma"], [1.0] * 3)
-    is_close(by_hand("idft", policy=uniform)[0].metrics["idft/weight"], [1 / 3] * 3)
-    is_close(by_hand("idft", lam=0.0)[0].metrics["idft/weight"], [0.5, 0.05, 0.25])
+    assert_is(by_hand("idft", policy=uniform)[0].metrics["idft/gamma"], [1.0] * 3)
+    assert_is(by_hand("idft", policy=uniform)[0].metrics["idft/weight"], [1 / 3] * 3)
+    assert_is(by_hand("idft", lam=0.0)[0].metrics["idft/weight"], [0.5, 0.05, 0.25])
     # label 0.5 in (1/2, 1/4, 1/4), of entropy 1.5 ln 2: phi = 0.5 ln 2, g = 1 / sqrt(2)
-    is_close(by_hand("idft")[0].metrics["idft/gamma"][:1], [0.5**0.5])
+    assert_is(by_hand("idft")[0].metrics["idft/gamma"][:1], [0.5**0.5])
 
 
 def test_gem_pulls_towards_the_label_from_the_sharpened_policy():
     _, gradient = by_hand("gem", beta=0.5)  # squares of the probabilities: 4 : 1 : 1 and 1 : 1 : 4
-    is_close(gradient[0], [2 / 3 - 1, 1 / 6, 1 / 6])
-    is_close(gradient[2], [1 / 6, 1 / 6 - 1, 2 / 3])
+    assert_is(gradient[0], [2 / 3 - 1, 1 / 6, 1 / 6])
+    assert_is(gradient[2], [1 / 6, 1 / 6 - 1, 2 / 3])
     torch.testing.assert_close(by_hand("gem", beta=1.0)[1], of_sft())
 
 
 def test_sed_asks_for_a_half_where_the_top_two_leave_room():
     output, _ = by_hand("sed", tau=0.8)  # masses 0.75, 0.95, 0.75
-    is_close(output.metrics["sed/top_mass"], [0.75, 0.95, 0.75])
-    is_close(output.token_loss, [-math.log(0.5), -math.log(0.05), -math.log(0.25) + 0.0625])
-    is_close(output.metrics["sed/open_share"], [1.0, 0.0, 1.0])
+    assert_is(output.metrics["sed/top_mass"], [0.75, 0.95, 0.75])
+    assert_is(output.token_loss, [-math.log(0.5), -math.log(0.05), -math.log(0.25) + 0.0625])
+    assert_is(output.metrics["sed/open_share"], [1.0, 0.0, 1.0])
 
 
 def test_aesl_weighs_by_the_policy_at_the_prefixs_own_temperature():
@@ -287,9 +287,9 @@ def test_aesl_weighs_by_the_policy_at_the_prefixs_own_temperature():
     # nll: 1 | log2 20, 2 (in units of ln 2), and with that T = 1 | log2 20, (log2 20 + 2) / 2
     hot = (math.log2(20) + 2) / 2
     powers = [p ** (1 / hot) for p in POLICY[2]]
-    is_close(output.metrics["aesl/temperature"], [1.0, math.log2(20), hot])
-    is_close(output.metrics["aesl/weight"][[0, 2]], [0.5, 1 - powers[1] / sum(powers)])
-    is_close(output.token_loss[:1], [0.5 * math.log(2)])
+    assert_is(output.metrics["aesl/temperature"], [1.0, math.log2(20), hot])
+    assert_is(output.metrics["aesl/weight"][[0, 2]], [0.5, 1 - powers[1] / sum(powers)])
+    assert_is(output.token_loss[:1], [0.5 * math.log(2)])
 
 
 def test_aesl_has_a_temperature_where_all_of_the_prefix_is_certain():
@@ -302,29 +302,29 @@ def test_aesl_has_a_temperature_where_all_of_the_prefix_is_certain():
 
 def test_asft_is_dft_at_its_anchor_and_is_pulled_back_elsewhere():
     at_anchor, gradient = by_hand("asft", reference=POLICY)
-    is_close(at_anchor.metrics["asft/kl"], [0.0] * 3)
+    assert_is(at_anchor.metrics["asft/kl"], [0.0] * 3)
     torch.testing.assert_close(at_anchor.token_loss, by_hand("dft")[0].token_loss)
     torch.testing.assert_close(gradient, by_hand("dft")[1])
     away, gradient = by_hand("asft", reference=[[0.25, 0.25, 0.5]] * 3, kl_weight=2.0)
-    is_close(away.metrics["asft/kl"][:1], [0.25 * math.log(0.5) + 0.5 * math.log(2)])
-    is_close((gradient - by_hand("dft")[1])[0], [2 * 0.25, 0.0, -2 * 0.25])
+    assert_is(away.metrics["asft/kl"][:1], [0.25 * math.log(0.5) + 0.5 * math.log(2)])
+    assert_is((gradient - by_hand("dft")[1])[0], [2 * 0.25, 0.0, -2 * 0.25])
 
 
 def test_kd_by_hand_in_both_directions_and_on_the_teachers_two():
     teacher = [[0.25, 0.25, 0.5]] * 3
     forward, gradient = by_hand("kd", reference=teacher)
-    is_close(forward.token_loss[:1], [0.25 * math.log(0.5) + 0.5 * math.log(2)])
-    is_close(gradient[0], [0.25, 0.0, -0.25])  # pi - q
+    assert_is(forward.token_loss[:1], [0.25 * math.log(0.5) + 0.5 * math.log(2)])
+    assert_is(gradient[0], [0.25, 0.0, -0.25])  # pi - q
     reverse, _ = by_hand("kd", reference=teacher, direction="reverse")
-    is_close(reverse.token_loss[:1], [0.5 * math.log(2) + 0.25 * math.log(0.5)])
+    assert_is(reverse.token_loss[:1], [0.5 * math.log(2) + 0.25 * math.log(0.5)])
     teacher = [[0.3, 0.1, 0.6]] * 3
     top, _ = by_hand("kd", reference=teacher, top_k=2)  # (1/3, 2/3) against (2/3, 1/3)
-    is_close(top.token_loss[:1], [math.log(2) / 3])
-    is_close(top.metrics["kd/teacher_mass"], [0.9] * 3)
+    assert_is(top.token_loss[:1], [math.log(2) / 3])
+    assert_is(top.metrics["kd/teacher_mass"], [0.9] * 3)
     same, gradient = by_hand("kd", reference=POLICY, temperature=2.0)
-    is_close(same.token_loss, [0.0] * 3)
+    assert_is(same.token_loss, [0.0] * 3)
     assert gradient.abs().max() < 1e-12
-    is_close(
+    assert_is(
         by_hand("kd", reference=teacher, alpha=1.0)[0].token_loss, [-math.log(p) for p in (0.5, 0.05, 0.25)]
     )
 
@@ -332,24 +332,24 @@ def test_kd_by_hand_in_both_directions_and_on_the_teachers_two():
 def test_psft_pushes_a_label_until_it_is_so_much_likelier_than_it_was():
     old = [[0.25, 0.5, 0.25], [0.1, 0.4, 0.5], [0.25, 0.25, 0.5]]  # ratios 2, 1/2, 1
     output, gradient = by_hand("psft", reference=old)
-    is_close(output.token_loss, [-1.28, -0.5, -1.0])
-    is_close(output.metrics["psft/clipped_share"], [1.0, 0.0, 0.0])
+    assert_is(output.token_loss, [-1.28, -0.5, -1.0])
+    assert_is(output.metrics["psft/clipped_share"], [1.0, 0.0, 0.0])
     torch.testing.assert_close(gradient, of_sft() * torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64))
 
 
 def test_iw_sft_weighs_whole_sequences():
     reference = [[0.25, 0.5, 0.25], [0.1, 0.4, 0.5], [0.25, 0.25, 0.5]]  # ratios 2 | 1/2, 1
     output, gradient = by_hand("iw_sft", reference=reference, lengths=[1, 2])
-    is_close(output.metrics["iw_sft/weight"], [2.0, 0.5**0.5, 0.5**0.5])
-    is_close(output.token_loss[:1], [2 * math.log(2)])
+    assert_is(output.metrics["iw_sft/weight"], [2.0, 0.5**0.5, 0.5**0.5])
+    assert_is(output.token_loss[:1], [2 * math.log(2)])
     torch.testing.assert_close(
         gradient, of_sft() * torch.tensor([[2.0], [0.5**0.5], [0.5**0.5]], dtype=torch.float64)
     )
     capped, _ = by_hand("iw_sft", reference=reference, lengths=[1, 2], max_weight=1.25)
-    is_close(capped.metrics["iw_sft/weight"][:1], [1.25])
-    is_close(capped.metrics["iw_sft/capped_share"], [1.0, 0.0, 0.0])
+    assert_is(capped.metrics["iw_sft/weight"][:1], [1.25])
+    assert_is(capped.metrics["iw_sft/capped_share"], [1.0, 0.0, 0.0])
     unlikely, _ = by_hand("iw_sft", reference=[[0.01, 0.5, 0.49], *reference[1:]], lengths=[1, 2])
-    is_close(unlikely.metrics["iw_sft/weight"][:1], [16.0])  # 50 otherwise
+    assert_is(unlikely.metrics["iw_sft/weight"][:1], [16.0])  # 50 otherwise
 
 
 @pytest.mark.parametrize(

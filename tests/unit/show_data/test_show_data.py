@@ -86,7 +86,7 @@ def project(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 )
 def test_what_is_marked_is_the_loss_mask(kind: str, template: str | None, row: dict, tmp_path: Path) -> None:
     tokenizer = load_by_name(tmp_path / "t", kind=kind, template=template)
-    [(ids, mask)] = tokenize_row(tokenizer, row)
+    ids, mask = tokenize_row(tokenizer, row)
     pieces = pieces_of(tokenizer, ids, mask)
     assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids)
     # Up to each border the text is that of the tokens up to it: no token is on the wrong side of a mark.
@@ -297,7 +297,7 @@ def test_a_source_that_breaks_off_is_a_problem_and_the_next_one_is_read(project:
 
 def test_rows_scored_in_part_are_refused_as_in_training(project: Project) -> None:
     tokenizer = load_tokenizer(TokenizerSection(path=project.tokenizer))
-    [(ids, mask)] = tokenize_row(tokenizer, ROWS[0])
+    ids, mask = tokenize_row(tokenizer, ROWS[0])
     learned = [i for i, is_learned in zip(ids, mask, strict=True) if is_learned]
     scored = {**ROWS[0], "behavior_token_ids": learned, "behavior_logprobs": [-1.0] * len(learned)}
     assert "1 with behaviour scores" in project.show(train=project.lines("a.jsonl", [scored]))
@@ -382,7 +382,7 @@ def test_a_row_that_is_not_there_is_refused(
 
 def test_ids_stand_under_the_text_with_the_same_marks(project: Project) -> None:
     tokenizer = load_tokenizer(TokenizerSection(path=project.tokenizer))
-    [(ids, mask)] = tokenize_row(tokenizer, ROWS[2])
+    ids, mask = tokenize_row(tokenizer, ROWS[2])
     out = project.show("--ids", "--row", "a.jsonl:1", train=project.lines("a.jsonl", [ROWS[2]]))
     line = out.splitlines()[-1]
     assert [int(i) for i in re.findall(r"\d+", line)] == ids
