@@ -82,6 +82,9 @@ class ModelSection(Section):
     """Start from the weights of this checkpoint (step or run directory); random when not given."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""
+    layers: Literal["auto", "te", "torch"] = "auto"
+    """te: Transformer Engine's layers, which need CUDA. torch: PyTorch's operators in the same layout, on any
+    device. auto: Transformer Engine's where CUDA is there and the package is installed."""
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the load-balancing loss of a mixture of experts (Megatron's aux_loss, 1 in a balanced layer).
     A step takes its mean over micro-batches, by their tokens, and its sum over layers."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
@@ -37,7 +35,6 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
@@ -185,89 +182,6 @@ def build_model_chunks(
     return chunks
 
 
-def transformer_config(
-    architecture: Architecture,
-    model: ModelSection,
-    parallel: ParallelSection,
-    train: TrainSection,
-    *,
-    is_cuda: bool,
-) -> TransformerConfig:
-    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
-    is_interleaved = parallel.vp > 1
-    with_te = is_cuda and uses_transformer_engine()
-    mixture = architecture.mixture
-    config = TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        # (left, right) positions beside the token itself; the list is indexed by the layer over all stages.
-        window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
-        window_attn_skip_freq=[int(i in architecture.window_layers) for i in range(architecture.num_layers)],
-        num_moe_experts=mixture.num_experts if mixture else None,
-        moe_ffn_hidden_size=architecture.ffn_hidden_size if mixture else None,
-        moe_router_topk=mixture.experts_per_token if mixture else 2,
-        # The softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
-        moe_router_pre_softmax=mixture is not None and not mixture.normalizes_weights,
-        # As in transformers: logits in the model's dtype, softmax in fp32, every token reaches its experts.
-        moe_router_score_function="softmax",
-        moe_router_dtype=None,
-        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=with_te and mixture is not None,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vp if is_interleaved else None,
-        context_parallel_size=parallel.cp,
-        expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp or parallel.tp,
-        sequence_parallel=parallel.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=model.dtype == "bf16",
-        # Weights come from initialize_weights() or a checkpoint, the same in every layout.
-        perform_initialization=False,
-        use_cpu_initialization=not is_cuda,
-        # Normalisation is data (token_weight): the schedule must neither average nor scale. See schedule.py.
-        calculate_per_token_loss=True,
-        recompute_granularity="full" if train.recompute == "full" else None,
-        recompute_method="uniform" if train.recompute == "full" else None,
-        recompute_num_layers=1 if train.recompute == "full" else None,
-        # The default p2p order exchanges wrong tensors under a virtual pipeline on gloo (measured), no error.
-        overlap_p2p_comm=is_interleaved,
-        batch_p2p_comm=not is_interleaved,
-        # Frees an output whose asynchronous send gloo may still read: wrong numbers, no error (measured).
-        deallocate_pipeline_outputs=is_cuda,
-        # These need CUDA extensions or torch.compile; Transformer Engine brings its own fusions.
-        # Transformer Engine's fused rope knows no factor on cos and sin, and would leave it out silently.
-        apply_rope_fusion=with_te and architecture.rope.attention_factor == 1.0,
-        bias_dropout_fusion=is_cuda,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-    )
-    _scale_cos_and_sin(config, architecture.rope.attention_factor)
-    return config
-
-
-def uses_transformer_engine() -> bool:
-    """Transformer Engine's layers are used where it is installed and CUDA is there."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
 def model_inputs(
     batch: TokenBatch, *, cp_size: int, places: CacheSlots | None = None, marks_padding: bool = False
 ) -> dict[str, Tensor | PackedSeqParams | None]:
@@ -301,17 +215,6 @@ def model_inputs(
     return inputs
 
 
-def _scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:
-    """Make Megatron's attention multiply cos and sin by `factor`.
-
-    It knows only yarn's formula, (0.1 mscale ln(scaling) + 1) / (0.1 mscale_all_dim ln(scaling) + 1), read
-    from attributes that are no fields of its configuration; scaling = e leaves 0.1 mscale + 1.
-    """
-    config.yarn_rotary_scaling_factor = math.e  # type: ignore[attr-defined]
-    config.yarn_mscale = (factor - 1.0) / 0.1  # type: ignore[attr-defined]
-    config.yarn_mscale_all_dim = 0.0  # type: ignore[attr-defined]
-
-
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
     """Tell Megatron which parameters are shards, which its layers do only while they draw weights themselves.
 
@@ -330,7 +233,7 @@ def _block_spec(
     config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     qk_norm = bool(config.qk_layernorm)
-    if uses_transformer_engine():
+    if config.transformer_impl == "transformer_engine":
         fused = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
-    OptimizerConfig,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -19,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.config.schema import OptimSection, ParallelSection
+from megatron_sftrl.engine.megatron_config import ddp_config, optimizer_config
 from megatron_sftrl.engine.model import LanguageModel, WeightGathers
 
 
@@ -40,18 +40,9 @@ def wrap_with_ddp(
     chunks: list[LanguageModel], config: TransformerConfig, parallel: ParallelSection
 ) -> list[DistributedDataParallel]:
     """Megatron DDP around each chunk; gradients are summed in fp32, never averaged."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        # A non-finite gradient is found by its norm, skipped and counted; no assertion in the backward.
-        check_for_nan_in_grad=False,
-    )
+    settings = ddp_config(parallel)
     wrapped = [
-        DistributedDataParallel(
-            config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0
-        )
+        DistributedDataParallel(config=config, ddp_config=settings, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
     if parallel.overlap_param_gather:
@@ -61,22 +52,10 @@ def wrap_with_ddp(
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], optim: OptimSection, *, is_bf16: bool, is_distributed: bool
+    chunks: list[DistributedDataParallel], optim: OptimSection, parallel: ParallelSection, *, is_bf16: bool
 ) -> MegatronOptimizer:
     """Megatron's optimizer; step_if_finite decides what is decayed."""
-    config = OptimizerConfig(
-        optimizer={"adamw": "adam", "sgd": "sgd"}[optim.name],
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1],
-        adam_eps=optim.eps,
-        sgd_momentum=optim.momentum,
-        clip_grad=optim.clip_grad,
-        bf16=is_bf16,
-        params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
-        use_distributed_optimizer=is_distributed,
-    )
+    config = optimizer_config(optim, parallel, is_bf16=is_bf16)
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
 
 

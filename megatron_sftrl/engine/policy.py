@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
+from megatron_sftrl.engine.megatron_config import transformer_config
 from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
 from megatron_sftrl.engine.model import (
     LanguageModel,
     build_model_chunks,
     initialize_weights,
-    transformer_config,
     zero_weights,
 )
 from megatron_sftrl.engine.objective import (
@@ -143,12 +143,7 @@ class PolicyEngine:
             self.config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]  # type: ignore[assignment]
         if run.parallel.overlap_grad_reduce and len(wrapped) > 1:
             self.config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]  # type: ignore[assignment]
-        self.optimizer = build_optimizer(
-            wrapped,
-            run.optim,
-            is_bf16=run.model.dtype == "bf16",
-            is_distributed=run.parallel.distributed_optimizer,
-        )
+        self.optimizer = build_optimizer(wrapped, run.optim, run.parallel, is_bf16=run.model.dtype == "bf16")
         self.training_state = TrainingState(wrapped, self.optimizer, self.parallel.device)
 
     @contextlib.contextmanager

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
-from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
+from megatron_sftrl.engine.megatron_config import transformer_config
+from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
 from megatron_sftrl.engine.objective import OutputHead
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache
-from megatron_sftrl.engine.model import uses_transformer_engine
 from megatron_sftrl.engine.next_token import next_tokens
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -217,7 +216,7 @@ class _Flight:
         self._stops = stops
         self._num_slots = num_slots
         self._cache = None
-        if policy.parallel.cp_size == 1 and not uses_transformer_engine():
+        if policy.parallel.cp_size == 1 and policy.config.transformer_impl == "local":
             longest = max((len(each.prompt) for each in wanted), default=0) + sampling.max_new_tokens
             self._cache = KvCache(num_slots=num_slots, max_length=longest)
         self.active: list[_Response] = []

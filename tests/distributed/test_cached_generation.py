@@ -43,7 +43,7 @@ def both_ways(directories: list[Path]) -> list[tuple[list[RolloutGroup], list[Ro
         engine.update(policy, version=0)
         with mock.patch.object(in_process, "pack_new_tokens", wraps=in_process.pack_new_tokens) as packed:
             cached = engine.generate(prompts, SAMPLING)
-        with mock.patch.object(in_process, "uses_transformer_engine", return_value=True):
+        with mock.patch.object(policy.config, "transformer_impl", "transformer_engine"):
             anew = engine.generate(prompts, SAMPLING)
         found.append((cached, anew, packed.call_count))
         parallel_state.destroy_model_parallel()

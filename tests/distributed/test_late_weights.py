@@ -27,7 +27,7 @@ def train(
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megatron_sftrl.engine import optimizer
+    from megatron_sftrl.engine import megatron_config
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
@@ -43,7 +43,7 @@ def train(
     curve: Curve = []
     with pytest.MonkeyPatch.context() as patch:
         small = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
-        patch.setattr(optimizer, "DistributedDataParallelConfig", small)
+        patch.setattr(megatron_config, "DistributedDataParallelConfig", small)
         patch.setattr(output_layer, "CPU_LOGITS_BYTES", 7 * 4 * VOCAB_SIZE)
         policy = PolicyEngine(architecture, config, context)
         reference = None
@@ -93,8 +93,8 @@ def late_reads() -> dict[str, tuple[bool, bool]]:
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from megatron_sftrl.config.schema import ReferenceSection
+    from megatron_sftrl.engine import megatron_config
     from megatron_sftrl.engine import model as engine_model
-    from megatron_sftrl.engine import optimizer
     from megatron_sftrl.engine.checkpoint.tensors import model_tensors
     from megatron_sftrl.engine.live_weights import live_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
@@ -111,7 +111,7 @@ def late_reads() -> dict[str, tuple[bool, bool]]:
     batches = step_batches(0, num_groups=2, group=context.dp_rank, multiple=1, num_microbatches=1)
     with pytest.MonkeyPatch.context() as patch:
         small = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
-        patch.setattr(optimizer, "DistributedDataParallelConfig", small)
+        patch.setattr(megatron_config, "DistributedDataParallelConfig", small)
         policy = PolicyEngine(architecture, config, context)
     model = policy.chunks[0]
     reference = ReferenceModel(architecture, config, section, context)

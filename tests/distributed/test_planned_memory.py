@@ -97,7 +97,8 @@ def megatron_buckets(run: RunConfig, bucket_size: int) -> list[tuple[int, list[t
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.engine.megatron_config import transformer_config
+    from megatron_sftrl.engine.model import build_model_chunks
     from megatron_sftrl.engine.parallel import initialize_parallel
 
     assert run.model.architecture is not None

@@ -55,7 +55,8 @@ def numbered(architecture: Architecture) -> dict[str, Tensor]:
 def build(parallel: Any, run: Any, architecture: Architecture, hf: dict[str, Tensor]) -> list[Any]:
     """Chunks that hold the given Hugging Face tensors."""
     from megatron_sftrl.engine.live_weights import load_hf_weights
-    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.engine.megatron_config import transformer_config
+    from megatron_sftrl.engine.model import build_model_chunks
 
     config = transformer_config(architecture, run.model, run.parallel, run.train, is_cuda=False)
     chunks = build_model_chunks(architecture, config, parallel)
@@ -379,7 +380,8 @@ BUCKET = 2**20
 
 def measured_memory() -> tuple[int, int, int, int]:
     """Most bytes of tensors alive at once in an update, as reported, the bound, and those of all weights."""
-    from megatron_sftrl.engine.model import build_model_chunks, initialize_weights, transformer_config
+    from megatron_sftrl.engine.megatron_config import transformer_config
+    from megatron_sftrl.engine.model import build_model_chunks, initialize_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.rollout.reshard import Resharder
 

@@ -66,7 +66,8 @@ def held_shards(parallel: dict, families: dict[str, dict[str, Any]]) -> dict[str
     """Every shard of this rank, by family."""
     from megatron.core import parallel_state
 
-    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.engine.megatron_config import transformer_config
+    from megatron_sftrl.engine.model import build_model_chunks
     from megatron_sftrl.engine.parallel import initialize_parallel
 
     shards: dict[str, list[Shard]] = {}

@@ -227,7 +227,8 @@ def _to_hf(folder: Path, _: ParallelContext) -> Callable[[], float]:
 def _load(folder: Path, parallel: ParallelContext) -> Callable[[], float]:
     from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
     from megatron_sftrl.engine.live_weights import load_hf_weights
-    from megatron_sftrl.engine.model import build_model_chunks, transformer_config
+    from megatron_sftrl.engine.megatron_config import transformer_config
+    from megatron_sftrl.engine.model import build_model_chunks
     from megatron_sftrl.models.hf_weights import open_weights
 
     architecture = from_hf_config(folder / "hf")

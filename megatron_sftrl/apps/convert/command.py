@@ -18,7 +18,8 @@ from megatron_sftrl.apps.convert.from_hf import Layout, check_layout, convert_fr
 from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine.checkpoint import find_checkpoint, load_weights, stored_assets
-from megatron_sftrl.engine.model import LanguageModel, build_model_chunks, transformer_config
+from megatron_sftrl.engine.megatron_config import transformer_config
+from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.errors import UserError

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sftrl.config.schema import ArchitectureSection, ModelSection, ParallelSection, TrainSection
-from megatron_sftrl.engine import model
+from megatron_sftrl.engine import megatron_config
 from megatron_sftrl.models.architecture import Architecture, Rope, from_section, yarn_attention_factor
 
 SECTION = ArchitectureSection(
@@ -25,7 +25,7 @@ SECTION = ArchitectureSection(
 
 
 def config_of(architecture: Architecture, *, is_cuda: bool = False) -> TransformerConfig:
-    return model.transformer_config(
+    return megatron_config.transformer_config(
         architecture,
         ModelSection(architecture=SECTION),
         ParallelSection(),
@@ -68,6 +68,6 @@ def test_the_fused_rope_is_left_out_where_it_would_drop_the_attention_factor(
     monkeypatch: pytest.MonkeyPatch, factor: float, is_fused: bool
 ) -> None:
     # As on a CUDA machine with Transformer Engine; only the configuration is made here.
-    monkeypatch.setattr(model, "uses_transformer_engine", lambda: True)
+    monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda _, *, is_cuda: is_cuda)
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", object())
     assert config_of(with_attention_factor(factor), is_cuda=True).apply_rope_fusion is is_fused
