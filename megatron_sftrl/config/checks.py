@@ -44,6 +44,8 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
         add("optim", ("momentum",), "optim.name is adamw")
     if config.optim.schedule == "constant":
         add("optim", ("min_lr_ratio", "schedule_steps"), "optim.schedule is constant")
+    if config.loss.fused == "off":
+        add("loss", ("chunk_mb",), "loss.fused is off")
     if config.batch.packing:
         add("batch", ("micro_size",), "batch.packing fills micro-batches by tokens (batch.max_tokens)")
     if (grpo := config.grpo) is not None:

@@ -178,6 +178,14 @@ class LossSection(BaseModel):
     fused: Literal["auto", "on", "off"] = "auto"
     """Output layer and loss together, logits existing for a chunk of tokens at a time. auto: where a
     micro-batch has more logits than one chunk. Same numbers, up to rounding."""
+    chunk_mb: int | None = Field(default=None, ge=1)
+    """Mebibytes of logits in one chunk. Not given: 112 on the CPU; on GPUs 512, or what 4,096 tokens
+    have where that is more."""
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """The same in bytes."""
+        return None if self.chunk_mb is None else self.chunk_mb * 2**20
 
     @property
     def options(self) -> dict[str, object]:

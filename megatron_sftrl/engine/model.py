@@ -113,7 +113,7 @@ class LanguageModel(GPTModel):
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return logits.squeeze(1)
 
-    def output(self, hidden_states: Tensor) -> OutputLayer:
+    def output(self, hidden_states: Tensor, *, chunk_bytes: int | None = None) -> OutputLayer:
         """The same for a caller that makes the logits itself, a chunk of tokens at a time."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
@@ -126,6 +126,7 @@ class LanguageModel(GPTModel):
             weight=weight,
             main_grad=getattr(weight, "main_grad", None),
             is_shared=self.share_embeddings_and_output_weights and self.pre_process,
+            chunk_bytes=chunk_bytes,
         )
 
     def output_weight(self) -> Tensor:

@@ -42,9 +42,9 @@ class OutputHead:
     model: LanguageModel
     hidden_states: Tensor
 
-    def layer(self) -> OutputLayer:
+    def layer(self, *, chunk_bytes: int | None = None) -> OutputLayer:
         """The output layer, no logits made."""
-        return self.model.output(self.hidden_states)
+        return self.model.output(self.hidden_states, chunk_bytes=chunk_bytes)
 
     def logits(self) -> Tensor:
         """[T, V_padded/tp]"""
@@ -58,15 +58,23 @@ class Objective:
         vocab_size: V, without padding.
         fused: `auto` fuses where the logits of a step's longest micro-batch are more than one chunk of them.
         dtype: of the logits.
+        chunk_bytes: of the logits that exist at a time; None is a good size for the device.
     """
 
     def __init__(
-        self, *, vocab_size: int, parallel: ParallelContext, fused: Fused, dtype: torch.dtype
+        self,
+        *,
+        vocab_size: int,
+        parallel: ParallelContext,
+        fused: Fused,
+        dtype: torch.dtype,
+        chunk_bytes: int | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._parallel = parallel
         self._fused = fused
         self._dtype = dtype
+        self._chunk_bytes = chunk_bytes
 
     def longest(self, batches: Sequence[TokenBatch], *, over_all_ranks: bool = False) -> int:
         """Tokens of the longest whole micro-batch: of this rank, or (a collective) over_all_ranks.
@@ -86,7 +94,7 @@ class Objective:
         """What the head says of this rank's context-parallel share; `longest` as found by longest()."""
         if not self._is_fused(longest):
             return self._of_logits(head.logits())
-        layer = head.layer()
+        layer = head.layer(chunk_bytes=self._chunk_bytes)
         return TokenDistribution.from_output_layer(
             layer,
             vocab_size=self._vocab_size,
@@ -117,9 +125,10 @@ class Objective:
                 inputs = LossInputs(policy=policy, reference=reference, batch=batch, is_part=True)
                 return _loss_and_metrics(loss, inputs)
 
-            prior = None if reference is None else reference.layer()
+            size = self._chunk_bytes
+            prior = None if reference is None else reference.layer(chunk_bytes=size)
             to_distribution = partial(self._of_logits, is_scratch=True)
-            return one_pass(of_tokens, policy.layer(), prior, batch, to_distribution)
+            return one_pass(of_tokens, policy.layer(chunk_bytes=size), prior, batch, to_distribution)
         inputs = LossInputs(
             policy=self.distribution(policy, longest=longest),
             reference=None if reference is None else self.distribution(reference, longest=longest),
@@ -146,7 +155,8 @@ class Objective:
         parallel = self._parallel
         num_columns = padded_vocab_size(self._vocab_size, parallel.tp_size) // parallel.tp_size
         share = -(-longest // parallel.cp_size)
-        return share > tokens_per_chunk(num_columns, self._dtype, parallel.device)
+        most = tokens_per_chunk(num_columns, self._dtype, parallel.device, chunk_bytes=self._chunk_bytes)
+        return share > most
 
     def _of_logits(self, logits: Tensor, *, is_scratch: bool = False) -> TokenDistribution:
         return TokenDistribution.from_logits(

@@ -118,6 +118,7 @@ class PolicyEngine:
             parallel=parallel,
             fused=run.loss.fused,
             dtype=self.config.params_dtype,
+            chunk_bytes=run.loss.chunk_bytes,
         )
         self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
         if run.model.hf is None and run.model.init_checkpoint is None:

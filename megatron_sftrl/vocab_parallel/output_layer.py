@@ -6,6 +6,7 @@ states [T, H] are a hundredth of that; a chunk's logits are made of them again w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,9 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
         return
+    if _adds_mixed_products(total.dtype, gradient.dtype, gradient.device):
+        torch.addmm(total, gradient.t(), hidden, total.dtype, out=total)
+        return
     for some, part in zip(gradient.split(_MIXED_COLUMNS, dim=1), total.split(_MIXED_COLUMNS), strict=True):
         if gradient.is_cuda:
             part.add_(torch.mm(some.t(), hidden, out_dtype=total.dtype))
@@ -42,10 +46,37 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None
             part.add_(some.t().to(total.dtype) @ hidden.to(total.dtype))
 
 
-# Bytes of one chunk's logits. Each chunk reads the weights and reads and writes their whole gradient once, so
-# it must hold many tokens.
+@functools.cache
+def _adds_mixed_products(total: torch.dtype, factors: torch.dtype, device: torch.device) -> bool:
+    """Whether torch adds a product to a sum of another dtype in one operation, tried once.
+
+    On CUDA in newer versions: 2.8 wants the sum in the factors' dtype. In two operations a temporary as large
+    as the sum is written and read as well, in every chunk.
+    """
+    some = torch.zeros(16, 16, dtype=factors, device=device)
+    sums = torch.zeros(16, 16, dtype=total, device=device)
+    try:
+        torch.addmm(sums, some, some, total, out=sums)
+    except RuntimeError:
+        return False
+    return True
+
+
+# One chunk's logits. Each chunk reads the weights and reads and writes their whole gradient once, so it must
+# hold many tokens. Its size depends on nothing that changes from run to run, such as free memory: ranks that
+# share a vocabulary must cut alike, and a run that resumes has to round as it would have.
 CPU_LOGITS_BYTES = 112 * 1024**2
 CUDA_LOGITS_BYTES = 512 * 1024**2
+CUDA_TOKENS = 4096
+"""Below this many a GPU adds up weight gradients for a time that shows beside the products."""
+
+
+def logits_bytes(row_bytes: int, device_type: str) -> int:
+    """How many bytes of logits exist at a time where a layer does not say; row_bytes: of one token's."""
+    if device_type == "cuda":
+        return max(CUDA_LOGITS_BYTES, CUDA_TOKENS * row_bytes)
+    return CPU_LOGITS_BYTES
+
 
 # Products over tokens are up to a fifth slower where their number is no multiple of what a register holds.
 _EVEN_TOKENS = 8
@@ -176,9 +207,9 @@ def tokens_per_chunk(
     num_columns: int, dtype: torch.dtype, device: torch.device, *, chunk_bytes: int | None = None
 ) -> int:
     """How many tokens' logits exist at a time; micro-batches of no more need no fusion."""
-    by_device = CUDA_LOGITS_BYTES if device.type == "cuda" else CPU_LOGITS_BYTES
-    budget = by_device if chunk_bytes is None else chunk_bytes
-    return max(1, budget // max(1, num_columns * dtype.itemsize))
+    row_bytes = max(1, num_columns * dtype.itemsize)
+    budget = logits_bytes(row_bytes, device.type) if chunk_bytes is None else chunk_bytes
+    return max(1, budget // row_bytes)
 
 
 # The logits of chunk after chunk, the next chunk's made while reductions over this one are under way. A

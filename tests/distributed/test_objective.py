@@ -47,9 +47,9 @@ def calls(fused: str, num_tokens: int) -> list[str]:
 
 
 def recording(taken: list[str], name: str, function):
-    def call(*args):
+    def call(*args, **options):
         taken.append(name)
-        return function(*args)
+        return function(*args, **options)
 
     return call
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_sftrl.vocab_parallel import TokenDistribution
+from megatron_sftrl.vocab_parallel.output_layer import add_weight_gradient
 from tests.unit.vocab_parallel import kernel_checks
 from tests.unit.vocab_parallel.test_triton_kernels import GRADIENTS
 
@@ -51,3 +52,17 @@ def test_a_loss_on_cuda_needs_no_memory_but_its_gradient() -> None:
     distribution = TokenDistribution.from_logits(logits, vocab_size=32_768)
     (distribution.logprobs(ids).sum() + distribution.entropy().sum()).backward()
     assert torch.cuda.max_memory_allocated() - before < 1.1 * logits.nbytes
+
+
+def test_a_weight_gradient_is_added_to_its_fp32_sum_without_a_temporary() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(2048, 32_768, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16)
+    total = torch.randn(32_768, 1024, device="cuda")
+    expected = total.double() + gradient.double().t() @ hidden.double()
+    add_weight_gradient(torch.zeros_like(total), gradient, hidden)  # with what is allocated once
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    add_weight_gradient(total, gradient, hidden)
+    assert torch.cuda.max_memory_allocated() - before < 0.1 * total.nbytes
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-3)

@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sftrl.apps.plan.model_state import Grid, element_bytes
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import LossSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.vocab_parallel.arithmetic import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
-from megatron_sftrl.vocab_parallel.output_layer import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
+from megatron_sftrl.vocab_parallel.output_layer import logits_bytes
 
 Kernels = Literal["torch", "transformer_engine"]
-Fused = Literal["auto", "on", "off"]
 _FP32, _INT64 = 4, 8
-# On the CPU and on a GPU: a loss's buffers for one chunk of tokens, and the logits that exist at a time where
-# output layer and loss are fused.
+# On the CPU and on a GPU: a loss's buffers for one chunk of tokens.
 _LOGIT_CHUNK = {"torch": CPU_CHUNK_BYTES, "transformer_engine": CUDA_CHUNK_BYTES}
-_FUSED_CHUNK = {"torch": CPU_LOGITS_BYTES, "transformer_engine": CUDA_LOGITS_BYTES}
+_DEVICE = {"torch": "cpu", "transformer_engine": "cuda"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,17 +109,18 @@ def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> 
     return mlp(architecture, grid, batch) - norm + 4 * stream + gathered * grid.sequence_parallel
 
 
-def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, fused: Fused) -> HeadBytes:
+def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, loss: LossSection) -> HeadBytes:
     """What the last stage holds for one micro-batch behind its blocks."""
     columns = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp
     logits = batch.tokens * columns * batch.element
     gathered = batch.tokens * architecture.hidden_size * batch.element
     weight = columns * architecture.hidden_size * batch.element
     chunk, saved = _LOGIT_CHUNK[batch.kernels], _norm_bytes(architecture.hidden_size, batch)
-    if fused == "on" or (fused == "auto" and logits > _FUSED_CHUNK[batch.kernels]):
+    at_a_time = loss.chunk_bytes or logits_bytes(columns * batch.element, _DEVICE[batch.kernels])
+    if loss.fused == "on" or (loss.fused == "auto" and logits > at_a_time):
         # The gradient takes the place of the chunk's logits; what is left is that of the hidden states.
         states = (2 + grid.sequence_parallel) * gathered
-        size = min(logits, _FUSED_CHUNK[batch.kernels])
+        size = min(logits, at_a_time)
         # The policy's logits of the next chunk are made while the ranks reduce over this one.
         ahead = min(logits - size, size) if grid.tp > 1 else 0
         at_work = chunk + states + ahead
@@ -266,7 +265,7 @@ def step_peak(
             reference_states=0,
             reference_forward=(2 * block.input + block.forward) * has_reference,
         )
-    head = head_bytes(architecture, grid, batch, config.loss.fused)
+    head = head_bytes(architecture, grid, batch, config.loss)
     num_models = 1 + has_reference
     # The graph of the micro-batch before is let go after this one's forward, and its logits with it.
     held = num_models * head.logits
