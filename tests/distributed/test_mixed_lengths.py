@@ -49,8 +49,7 @@ def step(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output_layer, "CPU_LOGITS_BYTES", THRESHOLD * VOCAB_SIZE * 4)
         for name in ("logits", "output"):
-            make = getattr(model, name)
-            patch.setattr(model, name, lambda states, name=name, make=make: (ways.add(name), make(states))[1])
+            patch.setattr(model, name, noting(ways, name, getattr(model, name)))
         if fails_first:
             with pytest.raises(RuntimeError, match="a passing fault"):
                 policy.forward_backward(batches, failing_at_the_second(loss))
@@ -62,6 +61,14 @@ def step(
         ways=ways,
         num_marks=sum(value.grad_added_to_main_grad for value in named.values()),  # type: ignore[attr-defined]
     )
+
+
+def noting(ways: set[str], name: str, make):
+    def call(*args, **options):
+        ways.add(name)
+        return make(*args, **options)
+
+    return call
 
 
 def of_length(length: int, seed: int) -> TokenBatch:
