@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.vocab_parallel import output_layer
-from tests.distributed.test_layouts import LOSSES, VOCAB_SIZE, Curve, make_config, step_batches
+from tests.distributed.test_layouts import LOSSES, Curve, make_config, step_batches
 from tests.ranks import run_ranks
 
 NUM_STEPS = 4
@@ -44,7 +44,7 @@ def train(
     with pytest.MonkeyPatch.context() as patch:
         small = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
         patch.setattr(megatron_config, "DistributedDataParallelConfig", small)
-        patch.setattr(output_layer, "CPU_LOGITS_BYTES", 7 * 4 * VOCAB_SIZE)
+        patch.setattr(output_layer, "logits_bytes", lambda row_bytes, _: 7 * row_bytes)
         policy = PolicyEngine(architecture, config, context)
         reference = None
         if config.reference is not None:

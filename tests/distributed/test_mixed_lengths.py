@@ -12,7 +12,7 @@ from megatron_sftrl.losses.api import LossInputs, LossOutput
 from megatron_sftrl.losses.registry import Loss, build_loss
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import output_layer
-from tests.distributed.test_layouts import LOSSES, VOCAB_SIZE, make_config, step_batches
+from tests.distributed.test_layouts import LOSSES, make_config, step_batches
 from tests.ranks import run_ranks
 
 LONG, SHORT, THRESHOLD = 24, 12, 16
@@ -47,7 +47,7 @@ def step(
     ways: set[str] = set()
     model = policy.chunks[-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output_layer, "CPU_LOGITS_BYTES", THRESHOLD * VOCAB_SIZE * 4)
+        patch.setattr(output_layer, "logits_bytes", lambda row_bytes, _: THRESHOLD * row_bytes)
         for name in ("logits", "output"):
             patch.setattr(model, name, noting(ways, name, getattr(model, name)))
         if fails_first:

@@ -15,12 +15,12 @@ LENGTHS = [16, 48, 8, 24, 8, 32]  # multiples of 8, so that cp 4 can split them
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
 
 
-def tensors() -> list[torch.Tensor]:
+def tensors(device: str = "cpu") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS)
     shapes = [(total, HEADS, HEAD_DIM), (total, GROUPS, HEAD_DIM), (total, GROUPS, HEAD_DIM)]
     upstream = torch.randn(total, HEADS * HEAD_DIM, generator=generator)
-    return [*(torch.randn(shape, generator=generator) for shape in shapes), upstream]
+    return [x.to(device) for x in (*(torch.randn(shape, generator=generator) for shape in shapes), upstream)]
 
 
 def sequence_by_sequence(window: int | None) -> list[torch.Tensor]:
@@ -41,7 +41,7 @@ def sequence_by_sequence(window: int | None) -> list[torch.Tensor]:
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def packed(cp: int, window: int | None, layer_number: int = 2) -> list[torch.Tensor]:
+def packed(cp: int, window: int | None, layer_number: int = 2, device: str = "cpu") -> list[torch.Tensor]:
     """The same from PackedAttention, put back into whole order (other ranks' rows zero).
 
     Of two layers the second has the window; Megatron counts them from 1.
@@ -69,16 +69,19 @@ def packed(cp: int, window: int | None, layer_number: int = 2) -> list[torch.Ten
     )
     groups = ProcessGroupCollection.use_mpu_process_groups(["cp"])
     attention = PackedAttention(config, layer_number, AttnMaskType.causal, "self", pg_collection=groups)
-    cu_seqlens = F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()
+    cu_seqlens = F.pad(torch.tensor(LENGTHS, device=device).cumsum(0), (1, 0)).int()
     rows = local_rows(cu_seqlens, cp_rank=context.cp_rank, cp_size=cp)
-    query, key, value, upstream = tensors()
+    query, key, value, upstream = tensors(device)
     leaves = [leaf[rows].requires_grad_() for leaf in (query, key, value)]
     params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
     output = attention(*leaves, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
     (output * upstream[rows]).sum().backward()
     results = [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
     parallel_state.destroy_model_parallel()
-    return [torch.zeros(sum(LENGTHS), *result.shape[1:]).index_copy(0, rows, result) for result in results]
+    return [
+        result.new_zeros(sum(LENGTHS), *result.shape[1:]).index_copy(0, rows, result).cpu()
+        for result in results
+    ]
 
 
 def assert_equal(parts: list[list[torch.Tensor]], expected: list[torch.Tensor]) -> None:

@@ -17,7 +17,12 @@ from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import from_section
 from megatron_sftrl.types import Prompt, SamplingParams
+from tests.distributed import test_late_weights, test_mixed_lengths
 from tests.distributed.test_layouts import LOSSES, make_config, step_batches, train
+from tests.distributed.test_mixed_lengths import LONG, SHORT
+from tests.distributed.test_packed_attention import assert_equal, packed, sequence_by_sequence
+from tests.e2e.product import run_product
+from tests.e2e.project import make_project, metrics_of
 from tests.unit.losses.test_golden import PATHS, errors
 
 pytestmark = [
@@ -157,3 +162,45 @@ def test_greedy_generation_continues_with_the_likeliest_token(parallel: Parallel
         (alone,) = engine.generate([prompt], sampling)
         assert len(alone.rollouts[0].response_tokens) == sampling.max_new_tokens
         assert alone.rollouts[0].response_tokens == group.rollouts[0].response_tokens
+
+
+@pytest.mark.parametrize("loss_name", ["sft", "curiosft"])
+def test_a_fused_head_waits_for_its_weights(loss_name: str) -> None:
+    expected, _, _ = test_late_weights.train(
+        {"distributed_optimizer": True}, "off", loss_name, directory=None
+    )
+    curve, _, num_buckets = test_late_weights.train(
+        test_late_weights.OVERLAPPED, "on", loss_name, directory=None
+    )
+    assert num_buckets > 4
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[LONG, SHORT], [SHORT, LONG]])
+def test_a_long_microbatch_leaves_the_gradients_of_a_short_one(lengths: list[int]) -> None:
+    expected, found = (
+        test_mixed_lengths.step({}, [lengths], fused, "sft", tied=False, fails_first=False)
+        for fused in ("off", "auto")
+    )
+    test_mixed_lengths.assert_same_gradients(found, expected)
+    assert found.ways == {"output"}
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_attention_equals_each_sequence_alone(window: int | None) -> None:
+    assert_equal([packed(1, window, device="cuda")], sequence_by_sequence(window))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_pipeline_stages_follow_one(tmp_path: Path) -> None:
+    """Outputs are freed once they are sent, and sends overlap: neither ever happens on the CPU."""
+    project = make_project(tmp_path / "project")
+    losses = []
+    for ranks in (1, 2):
+        run_dir = tmp_path / f"pp{ranks}"
+        run_product(
+            "sft", str(project.yaml), f"run_dir={run_dir}", f"parallel.pp={ranks}",
+            log=tmp_path / f"pp{ranks}.log", ranks=ranks,
+        )  # fmt: skip
+        losses.append(torch.tensor([step["loss"] for step in metrics_of(run_dir) if "loss" in step]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)

@@ -39,6 +39,13 @@ def test_a_shard_has_the_sums_and_gradients_of_pytorch(dtype: str, shard: str) -
     }
 
 
+@pytest.mark.parametrize("num_tokens", [1, 8192])
+def test_a_vocabulary_of_152k_has_the_values_and_gradients_of_pytorch(num_tokens: int) -> None:
+    found = kernel_checks.wide_errors(num_tokens, 151_936, "cuda")
+    bounds = {"gradient": GRADIENTS["bf16"], "value": SUMS}
+    assert not {name: error for name, error in found.items() if error > bounds[name.split()[-1]]}
+
+
 def test_no_tokens_are_no_trouble() -> None:
     kernel_checks.check_no_tokens("cuda")
 

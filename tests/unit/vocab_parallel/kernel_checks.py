@@ -214,15 +214,47 @@ def loss_errors(dtype_name: str, device: str) -> Errors:
     return errors
 
 
+def wide_errors(num_tokens: int, num_columns: int, device: str) -> dict[str, float]:
+    """Value and gradient in bf16 of sft and gift over a whole vocabulary, against PyTorch alone."""
+    generator = torch.Generator(device).manual_seed(4)
+    z, u = (
+        4 * torch.randn(num_tokens, num_columns, generator=generator, device=device, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    batch = small_batch(torch.arange(num_tokens, device=device) % num_columns)
+    errors: dict[str, float] = {}
+    for name in ("sft", "gift"):
+        found = []
+        for kernels in (True, False):
+            logits = z.clone().requires_grad_()
+            with arithmetic(kernels=kernels):
+                policy = TokenDistribution.from_logits(logits, vocab_size=num_columns)
+                prior = TokenDistribution.from_logits(u, vocab_size=num_columns)
+                token_loss = build_loss(name)(
+                    LossInputs(policy=policy, batch=batch, reference=prior)
+                ).token_loss
+                # Not weighted with 1 / T: bf16 has no digits left there.
+                token_loss.sum().backward()
+            assert logits.grad is not None
+            found.append((token_loss, logits.grad))
+        (value, gradient), (expected, truth) = found
+        errors[f"{name} value"] = gap(value, expected)
+        # In parts: the comparison is in float64.
+        parts = zip(gradient.split(256), truth.split(256), strict=True)
+        errors[f"{name} gradient"] = max(gap(ours, theirs) for ours, theirs in parts)
+    return errors
+
+
 def small_batch(labels: Tensor) -> TokenBatch:
-    """Two sequences, with whatever a loss may need."""
+    """Two sequences (of one token: one), with whatever a loss may need."""
     num_tokens = labels.numel()
+    ends = [0, 2, num_tokens] if num_tokens > 2 else [0, num_tokens]
     return TokenBatch(
         tokens=labels,
         labels=labels,
         positions=torch.arange(num_tokens, device=labels.device),
         loss_mask=torch.ones_like(labels, dtype=torch.bool),
-        cu_seqlens=torch.tensor([0, 2, num_tokens], dtype=torch.int32, device=labels.device),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=labels.device),
         token_weight=torch.full_like(labels, 1 / num_tokens, dtype=torch.float32),
         behavior_logprobs=torch.linspace(-6, -4, num_tokens, device=labels.device),
         old_logprobs=torch.linspace(-3, -2, num_tokens, device=labels.device),
@@ -242,6 +274,8 @@ def main() -> None:
         for shard_name in SHARDS:
             found[f"{shard_name} {dtype_name}"] = shard_errors(dtype_name, shard_name, "cpu")
     found["padded fp16"] = shard_errors("fp16", "padded", "cpu")
+    for num_tokens in (1, 7):
+        found[f"wide {num_tokens}"] = wide_errors(num_tokens, V, "cpu")
     with arithmetic(kernels=True):
         found["golden"] = errors("float32", "one_pass")
     json.dump(found, sys.stdout)

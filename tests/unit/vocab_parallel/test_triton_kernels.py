@@ -70,6 +70,14 @@ def test_a_shard_has_the_sums_and_gradients_of_pytorch_and_of_float64(
     }
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_a_whole_vocabulary_at_once_is_what_pytorch_makes_of_it(interpreted, num_tokens: int) -> None:
+    found = interpreted[f"wide {num_tokens}"]
+    assert {
+        name for name, error in found.items() if error > (GRADIENTS["bf16"] if "gradient" in name else SUMS)
+    } == set()
+
+
 def test_fp16_is_what_pytorch_makes_of_it(interpreted) -> None:
     """Not float64: gradients below 6e-5 lose digits in fp16."""
     found = interpreted["padded fp16"]
