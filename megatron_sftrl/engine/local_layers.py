@@ -23,8 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_sftrl.engine.kv_cache import places_of
-
 
 class RMSNorm(torch.nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), reduced in fp32."""
@@ -92,16 +90,9 @@ class PackedAttention(torch.nn.Module):
         super().__init__()
         assert pg_collection is not None and attn_mask_type == AttnMaskType.causal
         assert config.kv_channels is not None
-        self.layer_number = layer_number
         self.cp_group = pg_collection.cp
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        # Positions that a query sees, its own included; Megatron's layer_number is global and starts at 1.
-        self.window: int | None = None
-        window_layers = config.window_attn_skip_freq
-        if config.window_size is not None:
-            assert window_layers is not None
-            if is_layer_window_attention(config.window_size, window_layers, layer_number):
-                self.window = config.window_size[0] + 1
+        self.window = layer_window(config, layer_number)
 
     def forward(
         self,
@@ -116,8 +107,6 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
-        if (places := places_of(packed_seq_params)) is not None:
-            places.cache.write(self.layer_number, places, key, value)
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         # Whole lengths: cu_seqlens speak of the sequences before they were split over cp.
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
@@ -146,6 +135,19 @@ class PackedAttention(torch.nn.Module):
             rows.append(q_index[real])
         back_in_order = torch.cat(rows).argsort()
         return torch.cat(outputs)[back_in_order].flatten(1)  # [T, heads/tp * head_dim]
+
+
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Positions that a query of this layer sees, its own included; None for all.
+
+    Args:
+        layer_number: Megatron's, over all stages, from 1 on.
+    """
+    if config.window_size is None:
+        return None
+    assert config.window_attn_skip_freq is not None
+    is_cut = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+    return config.window_size[0] + 1 if is_cut else None
 
 
 def _similar_lengths(lengths: list[int]) -> list[list[int]]:

@@ -36,7 +36,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.engine.decode_step import new_token_states
-from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
+from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of, remember_prompts
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -177,6 +177,7 @@ def build_model_chunks(
             )
         _mark_tensor_parallel_parameters(chunks[-1])
         mark_expert_parameters(chunks[-1])
+        remember_prompts(chunks[-1].decoder.layers)
         # Megatron's own scaling knows one fixed form of llama3 and no linear one.
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         chunks[-1].rotary_pos_emb.inv_freq = frequencies.to(parallel.device)
