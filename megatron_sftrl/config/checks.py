@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sftrl.config.schema import RunConfig, TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.errors import UserError
 
 # Which settings have no effect beside the others: writing one of them down is a user's mistake.
@@ -51,7 +51,7 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
     if (grpo := config.grpo) is not None:
         if grpo.rollout.engine == "vllm":
             add("rollout", ("max_concurrent",), "rollout.engine is vllm (rollout.vllm.max_num_seqs)")
-        else:
+        if grpo.rollout.engine == "in_process":
             add("rollout", ("vllm",), "rollout.engine is in_process")
         if not grpo.filters.dynamic_sampling:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
@@ -62,6 +62,35 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
     if not config.held_out:
         add("train", ("eval_every",), "data.valid is empty")
     return idle
+
+
+# Which engine rollout.engine: auto is.
+
+
+def with_engine(config: GrpoConfig, *, is_cuda: bool, has_vllm: bool) -> tuple[GrpoConfig, str]:
+    """The run with the engine that it generates with on such a machine, and why ("" where the run says it).
+
+    Raises:
+        UserError: rollout.engine is auto, and a setting of the engine that it is not is written.
+    """
+    rollout = config.rollout
+    if rollout.engine != "auto":
+        return config, ""
+    if is_cuda and has_vllm:
+        engine, idle, why = "vllm", "max_concurrent", "CUDA and vLLM are there"
+    else:
+        engine, idle = "in_process", "vllm"
+        why = "vLLM is not installed" if is_cuda else "there is no CUDA device"
+    if idle in rollout.model_fields_set:
+        raise UserError(
+            f"rollout.{idle} has no effect: rollout.engine is auto, and that is {engine} here, since {why}; "
+            f"write the engine that you want, or remove it (rollout.{idle}=null on the command line)"
+        )
+    chosen = rollout.model_copy(update={"engine": engine})
+    return config.model_copy(update={"rollout": chosen}), why
+
+
+# Whether the sections fit each other, the model and the number of processes.
 
 
 class MixtureSizes(Protocol):

@@ -478,9 +478,10 @@ class VllmSection(Section):
 class RolloutSection(Section):
     """How responses are generated."""
 
-    engine: Literal["in_process", "vllm"] = "in_process"
+    engine: Literal["auto", "in_process", "vllm"] = "auto"
     """in_process: the training engine itself, in every layout. vllm: vLLM in the same processes, with weights
-    moved from shard to shard."""
+    moved from shard to shard. auto: vllm where CUDA and vLLM are there, else in_process; resolved.yaml holds
+    what was taken, and settings of the other engine are refused."""
     vllm: VllmSection = VllmSection()
     prompts_per_step: int = Field(ge=1)
     """Prompts of one step, over all ranks."""

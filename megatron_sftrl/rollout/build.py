@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+
 import torch
 
+from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import SharedProgress
@@ -14,11 +18,25 @@ from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.rollout.vllm import VllmEngine
 from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
 
+LOGGER = logging.getLogger(__name__)
+
+
+def engine_here(config: GrpoConfig) -> GrpoConfig:
+    """The run with the engine that it generates with on this machine, which the log says.
+
+    Raises:
+        UserError: on every rank: rollout.engine is auto, and a setting of the other engine is written.
+    """
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    chosen, why = with_engine(config, is_cuda=torch.cuda.is_available(), has_vllm=has_vllm)
+    LOGGER.info("rollout.engine: %s%s", chosen.rollout.engine, f", which auto is here: {why}" if why else "")
+    return chosen
+
 
 def check_engine(
     config: GrpoConfig, architecture: Architecture, device: torch.device, *, world_size: int
 ) -> None:
-    """Refuse an engine that cannot run here, before any model is built.
+    """Refuse an engine that cannot run here, before any model is built; `config` is engine_here's.
 
     Raises:
         UserError: on every rank: an engine that is not installed or does not fit ranks or model, or an
@@ -29,6 +47,7 @@ def check_engine(
             "rollout.offload takes gradients and optimizer state off the GPU while responses are generated, "
             "and this run has no GPU: remove it, or rollout.offload=null on the command line"
         )
+    assert config.rollout.engine != "auto", "engine_here() comes first"
     if config.rollout.engine == "vllm":
         check_vllm(_vllm_settings(config), architecture, world_size=world_size)
 

@@ -353,7 +353,7 @@ class InProcessEngine:
 
     def update(self, policy: PolicyEngine, *, version: int) -> None:
         """Nothing moves: the policy's weights are the engine's."""
-        if self._policy is None and policy.parallel.rank == 0 and (reason := why_no_cache(policy.config)):
+        if self._policy is None and self._parallel.rank == 0 and (reason := why_no_cache(policy.config)):
             LOGGER.warning(_SLOW, reason)
         self._policy, self._version = policy, version
 
@@ -402,8 +402,8 @@ class InProcessEngine:
 
 _SLOW = (
     "in_process generates without a cache of keys and values, since %s: every token runs its whole prefix "
-    "again, which takes hundreds of times as long for responses of thousands of tokens; choose another layout "
-    "or precision, or, for `sftrl grpo` and `sftrl eval`, rollout.engine: vllm"
+    "again, hundreds of times the work for responses of thousands of tokens; choose another layout or "
+    "precision, or, for `sftrl grpo` and `sftrl eval`, rollout.engine: vllm"
 )
 
 

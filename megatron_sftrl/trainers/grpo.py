@@ -29,7 +29,7 @@ from megatron_sftrl.rl.rewards import (
 )
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
-from megatron_sftrl.rollout.build import build_engine, check_engine
+from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
 from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import (
@@ -158,6 +158,7 @@ def run_grpo(config: GrpoConfig) -> bool:
             steps in a row without a finite gradient or without anything to learn from. All else that can be
             raised is a failure, as for run_sft.
     """
+    config = engine_here(config)
     checked = checked_run(config)
     prompts, valid = open_prompts(checked)
     with (

@@ -1,8 +1,8 @@
-"""Transformer Engine's layers as Megatron sees them, in torch: its parameters, names and roundings, on any device.
+"""Transformer Engine's layers as Megatron sees them, in torch: parameters, names, roundings, on any device.
 
-Facts about Transformer Engine 2.20: a norm multiplies its weight in fp32 and rounds once, LayerNormLinear holds
-that weight as layer_norm_weight, its bias is an empty tensor where there is none, GroupedLinear holds weight0,
-weight1, ..., the fused rope computes in fp32, and its attention knows no attributes of PackedAttention's.
+Of Transformer Engine 2.20: a norm multiplies its weight in fp32 and rounds once, LayerNormLinear holds that
+weight as layer_norm_weight and an empty tensor for a bias it has not, GroupedLinear holds weight0, weight1,
+..., the fused rope computes in fp32, and its attention has none of PackedAttention's attributes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def layers_like_transformer_engines() -> Iterator[None]:
             return _norm(x, self.weight, self.eps)
 
     class NormAndLinear(BiasedColumnParallelLinear):
-        def __init__(self, input_size: int, output_size: int, *, config: Any, bias: bool, **rest: Any) -> None:
+        def __init__(
+            self, input_size: int, output_size: int, *, config: Any, bias: bool, **rest: Any
+        ) -> None:
             super().__init__(input_size, output_size, config=config, bias=bias, **rest)
             self.eps, self.layer_norm_weight = config.layernorm_epsilon, ones(input_size, config)
             if not bias:
@@ -128,7 +130,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _fused_rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_size: int, cp_rank: int) -> Tensor:
-    assert cp_size == 1 and cp_rank == 0
+    assert (cp_size, cp_rank) == (1, 0)
     lengths = cu_seqlens.diff().tolist()
     angles = freqs[torch.cat([torch.arange(length) for length in lengths]), 0].float()  # [T, 1, head_dim]
     first, second = t.float().chunk(2, dim=-1)

@@ -120,13 +120,32 @@ def test_a_cache_changes_no_token_whichever_layers(
             for kind, each in kinds.items():
                 assert each.num_cached_steps >= SAMPLING.max_new_tokens - 1, f"{name}: no cache was used"
                 assert_same(each.cached, each.again, f"{name} with layers of {kind}")
-                lengths = {len(rollout.response_tokens) for group in each.cached for rollout in group.rollouts}
+                lengths = {
+                    len(rollout.response_tokens) for group in each.cached for rollout in group.rollouts
+                }
                 assert len(lengths) > 1, f"{name}: all responses have one length: blind to their ends"
             assert_same(kinds["local"].cached, kinds["transformer_engine"].cached, f"{name}: both kinds")
 
 
-def keys_of_prompt_and_of_decoding(directory: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """bf16 keys of the first layer at the last token of 32 sequences: run as a whole, and as a new token."""
+@dataclass(frozen=True)
+class LastTokens:
+    """What a run of 32 sequences leaves of the last token of each, on the CPU.
+
+    Args:
+        kept: of each layer, [2, 32, groups, head_dim] keys and values in the cache.
+        logprobs: [32] nats of the likeliest next token.
+    """
+
+    kept: list[torch.Tensor]
+    logprobs: torch.Tensor
+
+    @property
+    def first_keys(self) -> torch.Tensor:
+        return self.kept[0][0]
+
+
+def last_tokens(policy: PolicyEngine) -> tuple[LastTokens, LastTokens]:
+    """As part of the whole sequence, and as a new token behind the others; of a model on one rank."""
     from megatron_sftrl.engine.kv_cache import KvCache
     from megatron_sftrl.engine.next_token import next_tokens
     from megatron_sftrl.rollout.in_process import pack_new_tokens, pack_prefixes
@@ -135,37 +154,55 @@ def keys_of_prompt_and_of_decoding(directory: Path) -> dict[str, tuple[torch.Ten
     sequences = [
         tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()) for length in range(2, 34)
     ]
-    last = torch.tensor([len(each) - 1 for each in sequences])
+    places = [len(each) - 1 for each in sequences]
+    greedy = SamplingParams(temperature=0.0, max_new_tokens=1)
+    # A new token is run with more room than the sequences need, as in the middle of a response.
+    whole, stepwise = (KvCache(num_slots=len(sequences), max_length=64) for _ in range(2))
+    parallel, uniforms = policy.parallel, torch.zeros(len(sequences), dtype=torch.float64)
 
-    def run(policy: PolicyEngine, packed: Any) -> None:
-        batches, rows, places = packed
-        uniforms = torch.zeros(len(sequences), dtype=torch.float64)
+    def run(packed: Any, cache: KvCache) -> LastTokens:
+        batches, rows, slots = packed
         with policy.evaluation():
-            next_tokens(policy, batches, rows, uniforms, SAMPLING, places=places)
+            drawn = next_tokens(policy, batches, rows, uniforms, greedy, places=slots)
+        kept = [
+            torch.stack(pair)[:, range(len(sequences)), :, places].cpu() for pair in cache._layers.values()
+        ]
+        return LastTokens(kept=kept, logprobs=drawn.logprobs.cpu())
 
-    found = {}
-    with both_kinds(directory, {}, "bf16") as (context, policies):
-        for kind, policy in policies.items():
-            whole, stepwise = (KvCache(num_slots=len(sequences), max_length=64) for _ in range(2))
-            run(policy, pack_prefixes(dict(enumerate(sequences)), context, whole))
-            run(policy, pack_prefixes({i: each[:-1] for i, each in enumerate(sequences)}, context, stepwise))
-            tokens = [each[-1] for each in sequences]
-            run(policy, pack_new_tokens(tokens, last.tolist(), context, stepwise))
-            one, other = (
-                cache._layers[1][0][torch.arange(len(sequences)), :, last] for cache in (whole, stepwise)
-            )
-            found[kind] = (one, other)
-    return found
+    at_once = run(pack_prefixes(dict(enumerate(sequences)), parallel, whole), whole)
+    run(pack_prefixes({i: each[:-1] for i, each in enumerate(sequences)}, parallel, stepwise), stepwise)
+    news = [each[-1] for each in sequences]
+    return at_once, run(pack_new_tokens(news, places, parallel, stepwise), stepwise)
 
 
-def test_a_new_tokens_keys_are_rounded_as_the_layers_round_them(tmp_path: Path) -> None:
-    """Norm, projection, norm of the keys and rope: any rounding more or less moves a tenth of bf16 numbers."""
+def last_tokens_of_both_kinds(directory: Path) -> dict[str, tuple[LastTokens, LastTokens]]:
+    with both_kinds(directory, {}, "bf16") as (_, policies):
+        return {kind: last_tokens(policy) for kind, policy in policies.items()}
+
+
+def assert_equal_in_bf16(
+    at_once: LastTokens, alone: LastTokens, what: str, *, flipped: float, apart: float = 0.02
+) -> None:
+    """Norm, projection, norm of the keys and rope: a rounding more or less moves a tenth of bf16 numbers.
+
+    Args:
+        flipped: share of the first layer's keys that sums in another order may round otherwise.
+        apart: most relative difference of a layer's keys and values, and of log-probabilities in nats.
+    """
+    assert (at_once.first_keys == 0).float().mean() < 0.01, "a cache that was never written to is equal, too"
+    assert (at_once.first_keys != alone.first_keys).float().mean() < flipped, what
+    for ours, theirs in zip(at_once.kept, alone.kept, strict=True):
+        assert (ours - theirs).float().norm() < apart * ours.float().norm(), what
+    torch.testing.assert_close(at_once.logprobs, alone.logprobs, rtol=0, atol=apart)
+
+
+def test_a_new_token_is_rounded_as_the_layers_round_it(tmp_path: Path) -> None:
     directory = save_versions("qwen3", tmp_path, num_versions=1).directories[0]
-    found = run_ranks(1, keys_of_prompt_and_of_decoding, directory)[0]
-    for kind, (whole, stepwise) in found.items():
-        assert (whole == 0).float().mean() < 0.01, "a cache that was never written to is equal, too"
-        assert (whole != stepwise).float().mean() < 0.01, kind
-    assert (found["local"][0] != found["transformer_engine"][0]).float().mean() > 0.1, "a blind test"
+    found = run_ranks(1, last_tokens_of_both_kinds, directory)[0]
+    for kind, (at_once, alone) in found.items():
+        assert_equal_in_bf16(at_once, alone, kind, flipped=0.01)
+    keys = {kind: at_once.first_keys for kind, (at_once, _) in found.items()}
+    assert (keys["local"] != keys["transformer_engine"]).float().mean() > 0.1, "a blind test"
 
 
 def warnings_of_engine(directory: Path, parallel: dict[str, Any]) -> list[str]:

@@ -72,7 +72,11 @@ def make_run(case: Generation) -> GrpoConfig:
                 "max_prompt_length": case.max_prompt_length,
             },
             "rollout": {
-                "prompts_per_step": 4, "group_size": 4, "max_new_tokens": case.max_new_tokens, **case.rollout
+                "engine": "in_process",
+                "prompts_per_step": 4,
+                "group_size": 4,
+                "max_new_tokens": case.max_new_tokens,
+                **case.rollout,
             },
             "rewards": [{"name": "length"}],
             "batch": {"global_size": 8},
@@ -80,7 +84,7 @@ def make_run(case: Generation) -> GrpoConfig:
             "optim": {"lr": 0.01},
             "train": {"steps": 1},
         }
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

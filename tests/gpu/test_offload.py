@@ -88,7 +88,9 @@ def grpo(tmp_path_factory: pytest.TempPathFactory) -> GrpoProject:
 
 
 def run(grpo: GrpoProject, run_dir: Path, *overrides: str) -> Metrics:
-    run_product(*grpo.command(run_dir, *overrides), log=run_dir.with_suffix(".log"))
+    run_product(
+        *grpo.command(run_dir, "rollout.engine=in_process", *overrides), log=run_dir.with_suffix(".log")
+    )
     return metrics_of(run_dir)
 
 

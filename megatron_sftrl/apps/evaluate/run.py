@@ -33,7 +33,7 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries
-from megatron_sftrl.rollout.build import build_engine, check_engine
+from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
 from megatron_sftrl.trainers.checked import checked_model, response_text, stop_ids
 from megatron_sftrl.trainers.experience import Response, grouped
 from megatron_sftrl.trainers.grpo import SUCCESS
@@ -75,6 +75,7 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
             another evaluation.
     """
     _check(config, request)
+    config = engine_here(config)
     architecture, tokenizer = checked_model(config)
     prompts, shown = _read(config, request, tokenizer, architecture)
     checkpoint = request.checkpoint or config.run_dir

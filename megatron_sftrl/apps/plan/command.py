@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_sftrl.apps.plan.job import Hardware, parse_bytes
 from megatron_sftrl.apps.plan.search import Plan, advice, plan_run, search_layouts
+from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
@@ -41,9 +42,10 @@ def print_plan(plan: Plan, hardware: Hardware, console: Console) -> None:
     if len(others) > 1:
         console.print("GB at the fullest moment: " + ", ".join(others), highlight=False)
     rollout = plan.memory.rollout
-    if rollout is not None:
+    if rollout is not None and (grpo := plan.config.grpo) is not None:
         console.print(
-            f"Rollouts: {rollout.num_concurrent} responses of full length at once per engine, "
+            f"Rollouts by {grpo.rollout.engine}: {rollout.num_concurrent} responses of full length at once "
+            "per engine, "
             f"{rollout.bytes_per_token} bytes of keys and values a token and GPU",
             highlight=False,
         )
@@ -247,8 +249,9 @@ class _Planner:
         self._needs = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules).needs
 
     def config_with(self, words: Sequence[str]) -> TrainingConfig:
-        """The run's configuration."""
-        return load_any_config(self._request.config, [*self._request.overrides, *words])
+        """The run's configuration; it generates as on GPUs with vLLM where it leaves the engine open."""
+        config = load_any_config(self._request.config, [*self._request.overrides, *words])
+        return config if config.grpo is None else with_engine(config.grpo, is_cuda=True, has_vllm=True)[0]
 
     def plan(self, config: TrainingConfig) -> Plan:
         """The plan in the configuration's own layout."""

@@ -40,7 +40,7 @@ from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.rollout.build import check_engine
+from megatron_sftrl.rollout.build import check_engine, engine_here
 from megatron_sftrl.trainers.checked import CheckedRun, checked_run
 
 # Compares what all nodes found; the odd one is named. Pure functions.
@@ -209,8 +209,8 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
     seen = {"memory": "", "space": ""}
 
     def read_configuration() -> None:
-        checked = checked_run(config)
-        if (grpo := config.grpo) is not None:
+        checked = checked_run(config if config.grpo is None else engine_here(config.grpo))
+        if (grpo := checked.config.grpo) is not None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             check_engine(grpo, checked.architecture, device, world_size=meeting.size)
         runs.append(checked)

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.load import config_from_text
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.observability.run_directory import open_run_directory, write_atomically
 from tests.unit.config.example import example
+
+GRPO = Path(__file__).resolve().parents[3] / "examples" / "grpo.yaml"
 
 
 def open_with(path: Path, *overrides: str, is_writer: bool = True) -> None:
@@ -70,6 +74,15 @@ def test_a_run_with_other_numbers_is_refused_and_the_keys_are_named(
             open_with(tmp_path, *overrides, is_writer=is_writer)
         assert part in str(raised.value)
     assert (tmp_path / "resolved.yaml").read_text() == before
+
+
+def test_a_run_whose_engine_auto_would_now_be_another_one_says_so(tmp_path: Path) -> None:
+    text = GRPO.read_text().replace("/path/to", str(tmp_path))
+    overrides = [f"run_dir={tmp_path / 'run'}", "rollout.engine=null", "rollout.max_concurrent=null"]
+    config = config_from_text(text, source="run.yaml", overrides=overrides, schema=GrpoConfig)
+    open_run_directory(with_engine(config, is_cuda=True, has_vllm=True)[0], is_writer=True)
+    with pytest.raises(ValueError, match=r"rollout\.engine: vllm there, in_process now"):
+        open_run_directory(with_engine(config, is_cuda=False, has_vllm=True)[0], is_writer=True)
 
 
 def test_a_schedule_that_stretches_with_the_length_fixes_the_length(tmp_path: Path) -> None:

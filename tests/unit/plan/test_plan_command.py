@@ -79,6 +79,17 @@ def test_the_tables_name_every_item_and_call_estimates_estimates(
         assert text in out
 
 
+def test_a_run_that_names_no_engine_is_planned_with_the_one_of_gpus_that_have_vllm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for words in (["rollout.engine=null"], [], ["rollout.engine=in_process", "rollout.vllm=null"]):
+        told.append((plan("grpo_70b", tmp_path, *words), capsys.readouterr().out))
+    assert told[0] == told[1] != told[2]
+    assert "Rollouts by vllm: " in told[0][1]
+    assert "Rollouts by in_process: " in told[2][1]
+
+
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_do_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

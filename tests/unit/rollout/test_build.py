@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
+import importlib.util
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.config.checks import idle_settings, with_engine
+from megatron_sftrl.config.load import config_from_text, parse_yaml, resolved_yaml
+from megatron_sftrl.config.schema import GrpoConfig, RolloutSection
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import from_section
 
 SIZES = {
@@ -26,14 +32,14 @@ SIZES = {
 
 
 def config_of(rollout: dict[str, Any], **sizes: object) -> GrpoConfig:
-    """A run of 32 + 32 tokens."""
+    """A run of 32 + 32 tokens, with the embedded engine where `rollout` names no other."""
     return GrpoConfig.model_validate(
         {
             "run_dir": "unused",
             "model": {"architecture": {**SIZES, **sizes}},
             "tokenizer": {"path": "unused"},
             "data": {"train": ["unused"], "max_prompt_length": 32},
-            "rollout": {"prompts_per_step": 2, "max_new_tokens": 32, **rollout},
+            "rollout": {"engine": "in_process", "prompts_per_step": 2, "max_new_tokens": 32, **rollout},
             "rewards": [{"name": "format", "pattern": "x"}],
             "batch": {"global_size": 16},
             "loss": {"name": "grpo"},
@@ -73,6 +79,72 @@ def refusal(
 
 
 VLLM = {"engine": "vllm"}
+AUTO = {"engine": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "has_vllm", "engine", "why"),
+    [
+        (True, True, "vllm", "CUDA and vLLM are there"),
+        (True, False, "in_process", "vLLM is not installed"),
+        (False, True, "in_process", "there is no CUDA device"),
+        (False, False, "in_process", "there is no CUDA device"),
+    ],
+)
+def test_auto_is_vllm_where_cuda_and_vllm_are_there_and_the_run_says_which(
+    is_cuda: bool,
+    has_vllm: bool,
+    engine: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from megatron_sftrl.rollout.build import engine_here
+
+    found = importlib.machinery.ModuleSpec("vllm", None) if has_vllm else None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "vllm" else None)
+    caplog.set_level(logging.INFO, "megatron_sftrl")
+    assert RolloutSection(prompts_per_step=1, max_new_tokens=1).engine == "auto"
+    chosen = engine_here(config_of(AUTO))
+    assert chosen.rollout.engine == engine
+    assert caplog.messages == [f"rollout.engine: {engine}, which auto is here: {why}"]
+    # resolved.yaml says it, without the other engine's settings; it is read as the same run on any machine.
+    text = resolved_yaml(chosen)
+    values = parse_yaml(text, source="resolved.yaml").value["rollout"]
+    assert values["engine"] == engine
+    assert ("vllm" in values, "max_concurrent" in values) == (engine == "vllm", engine == "in_process")
+    again = config_from_text(text, source="resolved.yaml", schema=GrpoConfig)
+    assert engine_here(again) is again
+    assert caplog.messages[1:] == [f"rollout.engine: {engine}"]
+
+
+@pytest.mark.parametrize(
+    ("written", "is_cuda", "said"),
+    [
+        (
+            {"vllm": {"tp": 1}},
+            False,
+            "rollout.vllm has no effect: rollout.engine is auto, and that is in_process",
+        ),
+        (
+            {"max_concurrent": 8},
+            True,
+            "rollout.max_concurrent has no effect: rollout.engine is auto, and that",
+        ),
+    ],
+)
+def test_settings_of_the_engine_that_auto_is_not_are_refused_with_the_reason(
+    written: dict[str, Any], is_cuda: bool, said: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        with_engine(config_of({**AUTO, **written}), is_cuda=is_cuda, has_vllm=True)
+    assert said in str(caught.value)
+    assert ("there is no CUDA device", "CUDA and vLLM are there")[is_cuda] in str(caught.value)
+    # On the other machine they are settings like any other, and nothing calls them idle while it is open.
+    config = config_of({**AUTO, **written})
+    assert with_engine(config, is_cuda=not is_cuda, has_vllm=True)[0].rollout.engine != "auto"
+    assert not [each.key for each in idle_settings(config) if each.key.startswith("rollout.")]
 
 
 def test_what_can_run_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ def generate_with(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> N
         torch.empty(2**60, dtype=torch.uint8)  # more than any address space
 
     monkeypatch.setattr(in_process, "generate_in_flight", forward)
-    parallel: Any = SimpleNamespace(dp_rank=0, dp_size=1)
+    parallel: Any = SimpleNamespace(rank=0, dp_rank=0, dp_size=1)
     architecture = SimpleNamespace(max_position_embeddings=64, vocab_size=8)
-    policy: Any = SimpleNamespace(architecture=architecture)
+    config = SimpleNamespace(context_parallel_size=1, fp8=None, fp4=None)
+    policy: Any = SimpleNamespace(architecture=architecture, config=config)
     engine = in_process.InProcessEngine(parallel, max_responses=7)
     engine.update(policy, version=0)
     engine.generate([Prompt(id=0, tokens=(1,))], SamplingParams(max_new_tokens=4))
