@@ -164,7 +164,9 @@ def _attention(
 
 def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
     gate, up = F.linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
-    return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up), group)
+    if mlp.config.bias_activation_fusion:
+        gate = gate.float()  # the kernel rounds its result alone
+    return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up).to(x.dtype), group)
 
 
 def _experts(mlp: MoELayer, x: Tensor, group: dist.ProcessGroup, *, is_split: bool) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -107,24 +105,6 @@ class CachedSequences(PackedSeqParams):
 def places_of(params: PackedSeqParams | None) -> CacheSlots | None:
     """The cache that a forward works with, None in training."""
     return params.places if isinstance(params, CachedSequences) else None
-
-
-def remember_prompts(layers: Sequence[Any]) -> None:
-    """Have these Megatron layers write whole sequences into the cache that a forward carries, if any.
-
-    Whichever attention a layer has, it is called with the keys as they are attended to, rotated already.
-    """
-    for layer in layers:
-        attention = layer.self_attention.core_attention
-        attention.register_forward_pre_hook(partial(_write_prompts, layer.layer_number), with_kwargs=True)
-
-
-def _write_prompts(
-    layer: int, _: torch.nn.Module, tensors: tuple[Tensor, ...], options: dict[str, Any]
-) -> None:
-    if (places := places_of(options.get("packed_seq_params"))) is not None:
-        _query, key, value, *_rest = tensors
-        places.cache.write(layer, places, key, value)
 
 
 def why_no_cache(config: TransformerConfig) -> str | None:

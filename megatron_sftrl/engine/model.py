@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.engine.decode_step import new_token_states
-from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of, remember_prompts
+from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -177,7 +178,7 @@ def build_model_chunks(
             )
         _mark_tensor_parallel_parameters(chunks[-1])
         mark_expert_parameters(chunks[-1])
-        remember_prompts(chunks[-1].decoder.layers)
+        _remember_prompts(chunks[-1])
         # Megatron's own scaling knows one fixed form of llama3 and no linear one.
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         chunks[-1].rotary_pos_emb.inv_freq = frequencies.to(parallel.device)
@@ -215,6 +216,26 @@ def model_inputs(
     if marks_padding and batch.is_padding is not None:
         inputs["padding_mask"] = batch.is_padding[None]
     return inputs
+
+
+def _remember_prompts(chunk: LanguageModel) -> None:
+    """Have each layer write whole sequences into the cache that a forward carries, if any.
+
+    A hook, since layers have torch's attention or Transformer Engine's: either is called with the keys as
+    they are attended to, rotated already.
+    """
+
+    def write(
+        layer: int, _: torch.nn.Module, tensors: tuple[Tensor, ...], options: dict[str, PackedSeqParams]
+    ) -> None:
+        if (places := places_of(options.get("packed_seq_params"))) is not None:
+            _query, key, value, *_mask = tensors
+            places.cache.write(layer, places, key, value)
+
+    layers: Any = chunk.decoder.layers
+    for layer in layers:
+        attention = layer.self_attention.core_attention
+        attention.register_forward_pre_hook(partial(write, layer.layer_number), with_kwargs=True)
 
 
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:

@@ -84,7 +84,7 @@ def _in_process(
     rollout, longest = config.rollout, config.max_length
     slots, prompts = rollout.in_flight(grid.dp)
     drawing = float(slots * _drawing_bytes(architecture, config, grid))
-    if grid.cp > 1 or batch.kernels != "torch":
+    if grid.cp > 1:
         work = _prefix_bytes(architecture, grid, batch, prefixes=slots, length=longest)
         return RolloutMemory(
             weights=0.0,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, seen_positions
+from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, seen_positions, why_no_cache
 
 HEAD_DIM = 6
 SCALE = 0.37  # not 1 / sqrt(HEAD_DIM): the one that is given must be used
@@ -142,3 +144,19 @@ def test_a_copied_slot_holds_the_same_in_every_layer_and_not_more_than_was_asked
                 assert torch.equal(kept[target, :, :3], kept[1, :, :3])
                 assert not kept[target, :, 3:].any()
             assert not kept[2].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, None),
+        ({"context_parallel_size": 2}, "parallel.cp is 2"),
+        ({"fp8": "e4m3"}, "the layers compute in fp8 or fp4"),
+        ({"fp4": "e2m1"}, "the layers compute in fp8 or fp4"),
+    ],
+)
+def test_what_a_new_token_alone_would_compute_otherwise_has_no_cache(
+    changes: dict[str, Any], why: str | None
+) -> None:
+    config: Any = SimpleNamespace(**{"context_parallel_size": 1, "fp8": None, "fp4": None, **changes})
+    assert why_no_cache(config) == why
