@@ -157,7 +157,7 @@ PARTS = (
         seconds=180,
         read=loss_numbers,
     ),
-    _tests("training", "tests/gpu/test_cuda.py", seconds=150),
+    _tests("training", "tests/gpu/test_cuda.py", "tests/gpu/test_te_generation.py", seconds=150),
     _tests("offload", "tests/gpu/test_offload.py", seconds=90),
     Part(
         name="step",
