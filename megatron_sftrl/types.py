@@ -76,9 +76,13 @@ class TokenBatch:
         """S."""
         return self.cu_seqlens.numel() - 1
 
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch with every tensor on `device`."""
-        return self.map(lambda value: value.to(device))
+    def lengths(self) -> tuple[int, ...]:
+        """[S] tokens of each sequence; on a device it is waited for: ask before the batch goes there."""
+        return tuple(self.cu_seqlens.diff().tolist())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
+        """The same batch with every tensor on `device`; `non_blocking` as torch's."""
+        return self.map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def map(self, function: Callable[[Tensor], Tensor], **replaced: Tensor) -> TokenBatch:
         """The same batch with `function` applied to every tensor that is there, but those in `replaced`."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -88,23 +87,6 @@ class CacheSlots:
             span=self.span,
             is_even=self.is_even,
         )
-
-
-@dataclass
-class CachedSequences(PackedSeqParams):
-    """What Megatron hands to every attention layer, and the cache with it."""
-
-    places: CacheSlots | None = None
-
-    @classmethod
-    def of(cls, params: PackedSeqParams, places: CacheSlots) -> CachedSequences:
-        """The same sequences, with their places in a cache."""
-        return cls(**{each.name: getattr(params, each.name) for each in fields(params)}, places=places)
-
-
-def places_of(params: PackedSeqParams | None) -> CacheSlots | None:
-    """The cache that a forward works with, None in training."""
-    return params.places if isinstance(params, CachedSequences) else None
 
 
 def why_no_cache(config: TransformerConfig) -> str | None:

@@ -17,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -37,9 +36,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.engine.decode_step import new_token_states
-from megatron_sftrl.engine.kv_cache import CachedSequences, CacheSlots, places_of
+from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
+from megatron_sftrl.engine.packed_sequences import PackedSequences, places_of
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import Architecture, inverse_frequencies, padded_vocab_size
 from megatron_sftrl.types import TokenBatch
@@ -186,28 +186,15 @@ def build_model_chunks(
 
 
 def model_inputs(
-    batch: TokenBatch, *, cp_size: int, places: CacheSlots | None = None, marks_padding: bool = False
-) -> dict[str, Tensor | PackedSeqParams | None]:
+    batch: TokenBatch, packed: PackedSequences, *, marks_padding: bool = False
+) -> dict[str, Tensor | PackedSequences | None]:
     """Keyword arguments of the model's forward for one (context-parallel share of a) micro-batch.
 
     Args:
-        places: of the tokens in a cache of keys and values; never with cp_size > 1.
+        packed: its whole sequences.
         marks_padding: routers leave padding out of their load-balancing loss.
     """
-    whole = batch.cu_seqlens * cp_size
-    longest = int(whole.diff().max())
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=whole,
-        cu_seqlens_kv=whole,
-        cu_seqlens_q_padded=whole,
-        cu_seqlens_kv_padded=whole,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    if places is not None:
-        packed = CachedSequences.of(packed, places)
-    inputs: dict[str, Tensor | PackedSeqParams | None] = {
+    inputs: dict[str, Tensor | PackedSequences | None] = {
         "input_ids": batch.tokens[None],
         "position_ids": batch.positions[None],
         "attention_mask": None,
@@ -226,7 +213,7 @@ def _remember_prompts(chunk: LanguageModel) -> None:
     """
 
     def write(
-        layer: int, _: torch.nn.Module, tensors: tuple[Tensor, ...], options: dict[str, PackedSeqParams]
+        layer: int, _: torch.nn.Module, tensors: tuple[Tensor, ...], options: dict[str, PackedSequences]
     ) -> None:
         if (places := places_of(options.get("packed_seq_params"))) is not None:
             _query, key, value, *_mask = tensors

@@ -98,21 +98,21 @@ def _scheduled_logits(
 
     def pick_rows(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
         layer = stage.model.output(stage.hidden_states)
-        rows = last_rows[stage.index].to(parallel.device)
-        whole = stage.batch.cu_seqlens * parallel.cp_size
+        rows = last_rows[stage.index].to(parallel.device, non_blocking=True)
         # Logits of the wanted rows only: those of all tokens of all prompts are the largest tensor by far.
-        hidden = _rows_over_cp(layer.hidden, rows, whole, parallel)
+        hidden = _rows_over_cp(layer.hidden, rows, stage.lengths, parallel)
         logits = F.linear(hidden, layer.weight).float()  # [S, V_padded/tp]
         return as_megatron_loss(logits.new_zeros(()), _gather_vocabulary(logits, parallel))
 
     return run_schedule(policy.wrapped, batches, pick_rows, parallel, forward_only=True, places=places)
 
 
-def _rows_over_cp(hidden: Tensor, rows: Tensor, cu_seqlens: Tensor, parallel: ParallelContext) -> Tensor:
+def _rows_over_cp(hidden: Tensor, rows: Tensor, lengths: Sequence[int], parallel: ParallelContext) -> Tensor:
     """[S, H] of [T/cp, H]: each wanted row lives on one context-parallel rank; the others add zero."""
     if parallel.cp_size == 1:
         return hidden[rows]
-    mine = local_rows(cu_seqlens, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size)
+    mine = local_rows(lengths, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size)
+    mine = mine.to(rows.device, non_blocking=True)
     is_mine = rows[:, None] == mine[None]  # [S, T/cp]
     local = is_mine.int().argmax(dim=1)
     picked = torch.where(is_mine.any(dim=1)[:, None], hidden[local], 0.0)

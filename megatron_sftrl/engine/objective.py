@@ -110,12 +110,14 @@ class Objective:
         batch: TokenBatch,
         *,
         longest: int,
+        weighted: Tensor | None = None,
     ) -> TokenValues:
         """The loss of this rank's context-parallel share of a micro-batch, ready for its backward.
 
         Args:
             reference: the second model, without gradient.
             longest: as found by longest().
+            weighted: as for one_pass.
         """
         if loss.is_token_local and self._is_fused(longest):
 
@@ -128,7 +130,9 @@ class Objective:
             size = self._chunk_bytes
             prior = None if reference is None else reference.layer(chunk_bytes=size)
             to_distribution = partial(self._of_logits, is_scratch=True)
-            return one_pass(of_tokens, policy.layer(chunk_bytes=size), prior, batch, to_distribution)
+            return one_pass(
+                of_tokens, policy.layer(chunk_bytes=size), prior, batch, to_distribution, weighted=weighted
+            )
         inputs = LossInputs(
             policy=self.distribution(policy, longest=longest),
             reference=None if reference is None else self.distribution(reference, longest=longest),

@@ -211,7 +211,7 @@ class PolicyEngine:
             if temperature != 1.0:
                 distribution = distribution.tempered(temperature)
             logprobs = distribution.logprobs(stage.batch.labels)
-            whole = gather_whole(logprobs, stage.batch.cu_seqlens, parallel)
+            whole = gather_whole(logprobs, stage.lengths, parallel)
             return as_megatron_loss(logprobs.new_zeros(()), whole)
 
         return run_schedule(
@@ -276,7 +276,9 @@ class PolicyEngine:
         def last_stage(stage: LastStageInput) -> tuple[Tensor, Tensor, object]:
             policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
             prior = None if reference is None else reference.head(reference_states[stage.index])
-            values = self._objective.values(loss, policy, prior, stage.batch, longest=longest)
+            values = self._objective.values(
+                loss, policy, prior, stage.batch, longest=longest, weighted=stage.weighted
+            )
             report = microbatch_report(values, stage.batch.token_weight)
             return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
 

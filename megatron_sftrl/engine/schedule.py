@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_sftrl.engine.context_parallel import shard_for_context_parallel
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.model import LanguageModel, model_inputs
+from megatron_sftrl.engine.packed_sequences import PackedSequences
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.types import TokenBatch
 
@@ -29,11 +30,15 @@ class LastStageInput:
     Args:
         index: of the micro-batch in this rank's step.
         batch: this rank's context-parallel share.
+        lengths: of the whole sequences.
+        weighted: [K] int64 rows of `batch` whose token_weight is not 0, in order.
         hidden_states: [T, 1, H] after the final norm; [T/tp, 1, H] under sequence parallelism.
     """
 
     index: int
     batch: TokenBatch
+    lengths: tuple[int, ...]
+    weighted: Tensor
     hidden_states: Tensor
     model: LanguageModel
 
@@ -52,8 +57,8 @@ def run_schedule(
 
     Args:
         chunks: wrapped by DDP or not.
-        batches: whole micro-batches (before the context-parallel split), on any device; all of one length
-            when pp > 1, since the stages exchange tensors of a fixed size.
+        batches: whole micro-batches (before the context-parallel split), on the CPU; all of one length when
+            pp > 1, since the stages exchange tensors of a fixed size.
         last_stage: called on the last stage only, once a micro-batch.
         forward_only: no backward and no gradient synchronisation.
         places: of each micro-batch's tokens in a cache of keys and values; none without a cache.
@@ -61,46 +66,71 @@ def run_schedule(
     Returns:
         The third values that last_stage returned, in order; empty on other stages.
     """
-    lengths = {batch.num_tokens for batch in batches}
-    assert parallel.pp_size == 1 or len(lengths) == 1, "pipeline stages exchange tensors of one size"
-    shards = [
-        shard_for_context_parallel(batch, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size).to(
-            parallel.device
-        )
-        for batch in batches
-    ]
-
+    sizes = {batch.num_tokens for batch in batches}
+    assert parallel.pp_size == 1 or len(sizes) == 1, "pipeline stages exchange tensors of one size"
     config: Any = get_attr_wrapped_model(chunks[0], "config")
+    # Megatron's rope without Transformer Engine reads the boundaries layer by layer: there they stay here.
+    boundaries = torch.device("cpu") if config.transformer_impl == "local" else parallel.device
     marks_padding = bool(config.moe_aux_loss_coeff) and not forward_only
+    microbatches = [_microbatch(batch, parallel) for batch in batches]
 
-    def forward_step(iterator: Iterator[tuple[int, TokenBatch]], chunk: torch.nn.Module) -> tuple:
-        index, batch = next(iterator)
+    def forward_step(iterator: Iterator[tuple[int, _Microbatch]], chunk: torch.nn.Module) -> tuple:
+        index, microbatch = next(iterator)
         if on_microbatch is not None:
             on_microbatch()
-        cached = places[index].map(lambda value: value.to(parallel.device)) if places else None
-        inputs = model_inputs(batch, cp_size=parallel.cp_size, places=cached, marks_padding=marks_padding)
-        output = chunk(**inputs)
+        cached = None
+        if places:
+            cached = places[index].map(lambda value: value.to(parallel.device, non_blocking=True))
+        packed = PackedSequences.of(microbatch.lengths, device=boundaries, places=cached)
+        output = chunk(**model_inputs(microbatch.batch, packed, marks_padding=marks_padding))
 
         def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
             model = get_attr_wrapped_model(chunk, "logits", return_model_obj=True)
             assert isinstance(model, LanguageModel)
             return last_stage(
-                LastStageInput(index=index, batch=batch, hidden_states=hidden_states, model=model)
+                LastStageInput(
+                    index=index,
+                    batch=microbatch.batch,
+                    lengths=microbatch.lengths,
+                    weighted=microbatch.weighted,
+                    hidden_states=hidden_states,
+                    model=model,
+                )
             )
 
         return output, finish
 
     forward_backward = get_forward_backward_func()
     # Each chunk of a virtual pipeline walks over the same micro-batches on its own.
-    iterators: list[Iterator] = [enumerate(shards) for _ in chunks]
+    iterators: list[Iterator] = [enumerate(microbatches) for _ in chunks]
     return forward_backward(
         forward_step_func=forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(chunks),
-        num_microbatches=len(shards),
-        seq_length=max(lengths),
+        num_microbatches=len(microbatches),
+        seq_length=max(sizes),
         micro_batch_size=1,
         forward_only=forward_only,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Microbatch:
+    """A micro-batch on its device, and what was asked of it before: see LastStageInput."""
+
+    batch: TokenBatch
+    lengths: tuple[int, ...]
+    weighted: Tensor
+
+
+def _microbatch(whole: TokenBatch, parallel: ParallelContext) -> _Microbatch:
+    share = shard_for_context_parallel(whole, cp_rank=parallel.cp_rank, cp_size=parallel.cp_size)
+    weighted = (share.token_weight > 0).nonzero().squeeze(1)
+    # Copies from memory that is not pinned have been read when the call returns.
+    return _Microbatch(
+        batch=share.to(parallel.device, non_blocking=True),
+        lengths=whole.lengths(),
+        weighted=weighted.to(parallel.device, non_blocking=True),
     )
 
 

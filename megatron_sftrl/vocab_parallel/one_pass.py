@@ -52,6 +52,8 @@ def one_pass(
     reference: OutputLayer | None,
     batch: TokenBatch,
     distribution: ToDistribution,
+    *,
+    weighted: Tensor | None = None,
 ) -> TokenValues:
     """sum_t token_weight_t loss_t and its gradients, in one pass over chunks of tokens.
 
@@ -62,9 +64,12 @@ def one_pass(
         function: what it says of a token depends on that token alone.
         reference: another output layer over the same tokens, without gradient.
         distribution: what logits become.
+        weighted: [K] int64 tokens whose token_weight is not 0, in order; the device is asked without it.
     """
+    if weighted is None:
+        weighted = (batch.token_weight > 0).nonzero().squeeze(1)
     wants_gradient = torch.is_grad_enabled() and policy.requires_grad
-    work = _Work(function, policy, reference, batch, distribution, wants_gradient)
+    work = _Work(function, policy, reference, batch, distribution, weighted, wants_gradient)
     total = _OnePass.apply(work, policy.hidden, policy.weight) if wants_gradient else work.run(None)
     assert isinstance(total, Tensor)
     return TokenValues(
@@ -86,11 +91,12 @@ class _Work:
         reference: OutputLayer | None,
         batch: TokenBatch,
         distribution: ToDistribution,
+        weighted: Tensor,
         wants_gradient: bool,
     ) -> None:
         self._function, self._distribution = function, distribution
         self.policy, self._reference = policy, reference
-        self._batch, self._wants_gradient = batch, wants_gradient
+        self._batch, self._weighted, self._wants_gradient = batch, weighted, wants_gradient
         self.token_loss = torch.zeros_like(batch.token_weight)
         self.metrics: dict[str, Tensor] = {}
         self.missing: set[str] = set()
@@ -100,9 +106,8 @@ class _Work:
     def run(self, sums: GradientSums | None) -> Tensor:
         """The total; its gradients are added to `sums`."""
         total = self.token_loss.new_zeros((), dtype=torch.float64)
-        kept = (self._batch.token_weight > 0).nonzero().squeeze(1)
         # At least one chunk, so that every metric has its name.
-        chunks = [kept[rows] for rows in self.policy.chunks(max(1, kept.numel()))]
+        chunks = [self._weighted[rows] for rows in self.policy.chunks(max(1, self._weighted.numel()))]
         logits = NextLogits(self.policy, chunks)
         reference = None if self._reference is None else NextLogits(self._reference, chunks)
         for tokens in chunks:
@@ -150,7 +155,8 @@ class _OnePass(torch.autograd.Function):
 
 def _some_tokens(batch: TokenBatch, tokens: Tensor) -> TokenBatch:
     """The batch of some tokens, as if they were one sequence."""
-    bounds = batch.cu_seqlens.new_tensor([0, tokens.numel()])
+    # Not of a list: copying it to a device would wait for the device.
+    bounds = torch.arange(2, dtype=batch.cu_seqlens.dtype, device=tokens.device) * tokens.numel()
     return batch.map(lambda value: value[tokens], cu_seqlens=bounds)
 
 

@@ -50,9 +50,7 @@ def engine_logits(
         local = stage.model.logits(stage.hidden_states)  # [T/cp, V_padded/tp]
         columns = [torch.empty_like(local) for _ in range(context.tp_size)]
         dist.all_gather(columns, local.contiguous(), group=context.tp_group)
-        rows = local_rows(
-            stage.batch.cu_seqlens * context.cp_size, cp_rank=context.cp_rank, cp_size=context.cp_size
-        )
+        rows = local_rows(stage.lengths, cp_rank=context.cp_rank, cp_size=context.cp_size)
         whole = torch.zeros(len(tokens), architecture.vocab_size)
         whole[rows] = torch.cat(columns, dim=1)[:, : architecture.vocab_size].float()
         dist.all_reduce(whole, group=context.cp_group)

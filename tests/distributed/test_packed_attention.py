@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 
@@ -51,13 +50,13 @@ def packed(cp: int, window: int | None, layer_number: int = 2, device: str = "cp
 
     context = initialize_parallel(ParallelSection(cp=cp))
     from megatron.core import parallel_state
-    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_sftrl.engine.context_parallel import local_rows
     from megatron_sftrl.engine.local_layers import PackedAttention
+    from megatron_sftrl.engine.packed_sequences import PackedSequences
 
     config = TransformerConfig(
         num_layers=2,
@@ -69,11 +68,10 @@ def packed(cp: int, window: int | None, layer_number: int = 2, device: str = "cp
     )
     groups = ProcessGroupCollection.use_mpu_process_groups(["cp"])
     attention = PackedAttention(config, layer_number, AttnMaskType.causal, "self", pg_collection=groups)
-    cu_seqlens = F.pad(torch.tensor(LENGTHS, device=device).cumsum(0), (1, 0)).int()
-    rows = local_rows(cu_seqlens, cp_rank=context.cp_rank, cp_size=cp)
+    rows = local_rows(LENGTHS, cp_rank=context.cp_rank, cp_size=cp).to(device)
     query, key, value, upstream = tensors(device)
     leaves = [leaf[rows].requires_grad_() for leaf in (query, key, value)]
-    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    params = PackedSequences.of(LENGTHS, device=context.device)
     output = attention(*leaves, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
     (output * upstream[rows]).sum().backward()
     results = [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

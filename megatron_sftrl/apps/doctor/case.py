@@ -217,7 +217,7 @@ def _parts(sequences: Sequence[int], count: int) -> list[list[int]]:
 
 def _piece(case: Case, sequences: Sequence[int], layout: Layout, *, tp_rank: int, cp_rank: int) -> Piece:
     batch, rows = case.packed(sequences), case.rows_of(sequences)
-    rows = rows[local_rows(batch.cu_seqlens, cp_rank=cp_rank, cp_size=layout.cp)]
+    rows = rows[local_rows(batch.lengths(), cp_rank=cp_rank, cp_size=layout.cp)]
     first = min(tp_rank * layout.width, VOCAB_SIZE)
     last = min(first + layout.width, VOCAB_SIZE)
 

@@ -1,0 +1,180 @@
+"""Where the tokens of a packed micro-batch stand, known on the host: no layer has to ask the device for it.
+
+A question to the device (`.item()`, `.tolist()`, a boolean index) waits for everything queued there, and the
+queue is empty when the answer comes. What depends on lengths is made here, once for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_sftrl.engine.kv_cache import CacheSlots
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """What Megatron hands to every attention layer of a micro-batch.
+
+    Args:
+        lengths: of the whole sequences, before context parallelism cuts them.
+        places: of the tokens in a cache of keys and values; None in training.
+    """
+
+    lengths: tuple[int, ...] = ()
+    places: CacheSlots | None = None
+    _plans: dict[int | None, AttentionPlan] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls, lengths: Sequence[int], *, device: torch.device, places: CacheSlots | None = None
+    ) -> PackedSequences:
+        """The sequences; `device` is where the attention layers expect their boundaries."""
+        offsets = torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
+        longest = max(lengths)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=offsets,
+            cu_seqlens_kv=offsets,
+            cu_seqlens_q_padded=offsets,
+            cu_seqlens_kv_padded=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=tuple(lengths),
+            places=places,
+        )
+
+    def plan(self, *, cp_rank: int, cp_size: int, window: int | None, device: torch.device) -> AttentionPlan:
+        """How this rank attends in a layer with that window; made for the first such layer."""
+        if window is not None and window >= max(self.lengths) and cp_size == 1:
+            window = None
+        if window not in self._plans:
+            self._plans[window] = attention_plan(
+                self.lengths, cp_rank=cp_rank, cp_size=cp_size, window=window, device=device
+            )
+        return self._plans[window]
+
+
+def places_of(params: PackedSeqParams | None) -> CacheSlots | None:
+    """The cache that a forward works with, None in training."""
+    return params.places if isinstance(params, PackedSequences) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionCall:
+    """S sequences of similar length, filled up to the longest; a short one repeats its last row.
+
+    Args:
+        queries: [S, q] rows of this rank's packed tokens.
+        keys: [S, k] rows of the whole packed tokens.
+        mask: [S or 1, 1, q, k] True where a query sees a key; None where that is the causal mask.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionPlan:
+    """The calls of one attention layer over a micro-batch.
+
+    Args:
+        whole_order: [T] row, in the tensors of all context-parallel ranks one behind the other, of each token
+            of the whole packed order; None where this rank has them all.
+        back: [T/cp] row of each of this rank's tokens in what the calls return, one behind the other.
+    """
+
+    calls: tuple[AttentionCall, ...]
+    whole_order: Tensor | None
+    back: Tensor
+
+
+def attention_plan(
+    lengths: Sequence[int], *, cp_rank: int, cp_size: int, window: int | None, device: torch.device
+) -> AttentionPlan:
+    """Which queries meet which keys, in as few calls as similar lengths allow; `lengths` are whole."""
+
+    def there(made: Tensor) -> Tensor:
+        return made.to(device, non_blocking=True)
+
+    local = [length // cp_size for length in lengths]
+    starts = [sum(local[:index]) for index in range(len(local))]
+    calls, back, num_returned = [], torch.empty(sum(local), dtype=torch.int64), 0
+    for sequences in _similar_lengths(lengths):
+        longest = max(lengths[index] for index in sequences)
+        mask = None
+        if cp_size > 1 or (window is not None and longest > window):
+            mask = there(_position_mask(sequences, lengths, cp_size, cp_rank, window))
+        queries = there(_padded_index(sequences, lengths, cp_size))
+        keys = queries if cp_size == 1 else there(_padded_index(sequences, lengths, 1))
+        calls.append(AttentionCall(queries=queries, keys=keys, mask=mask))
+        for index in sequences:
+            rows = num_returned + torch.arange(local[index])
+            back[starts[index] : starts[index] + local[index]] = rows
+            num_returned += longest // cp_size
+    whole_order = there(_whole_sequence_order(lengths, cp_size)) if cp_size > 1 else None
+    return AttentionPlan(calls=tuple(calls), whole_order=whole_order, back=there(back))
+
+
+def _similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequence indices grouped so that padding inside a group less than doubles the work per axis."""
+    groups: dict[int, list[int]] = {}
+    for sequence, length in enumerate(lengths):
+        if length > 0:
+            groups.setdefault(length.bit_length(), []).append(sequence)
+    return list(groups.values())
+
+
+def _padded_index(sequences: Sequence[int], lengths: Sequence[int], split: int) -> Tensor:
+    """[S, longest / split] row of each token in the packed tensor; short sequences repeat their last row."""
+    local = torch.tensor(lengths) // split
+    ends, chosen = local.cumsum(0), torch.tensor(sequences)
+    steps = torch.arange(max(lengths[index] for index in sequences) // split)
+    return (ends - local)[chosen, None] + torch.minimum(steps[None], local[chosen, None] - 1)
+
+
+def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> Tensor:
+    """[length / cp] positions that `cp_rank` holds of a sequence: chunks r and 2 cp - 1 - r of 2 cp."""
+    if cp_size == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * cp_size) if length else (torch.arange(0),) * (2 * cp_size)
+    return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+
+
+def _whole_sequence_order(lengths: Sequence[int], cp_size: int) -> Tensor:
+    """[T] row of the rank-by-rank gathered tensor at which each token of the whole packed order stands."""
+    num_local = sum(lengths) // cp_size
+    source = torch.empty(sum(lengths), dtype=torch.int64)
+    start = 0
+    for length in lengths:
+        for rank in range(cp_size):
+            local = rank * num_local + start // cp_size + torch.arange(length // cp_size)
+            source[start + zigzag_positions(length, cp_size, rank)] = local
+        start += length
+    return source
+
+
+def _position_mask(
+    sequences: Sequence[int], lengths: Sequence[int], cp_size: int, cp_rank: int, window: int | None
+) -> Tensor:
+    """[S or 1, 1, q, k] True where the key is at or before the query, fewer than `window` positions away.
+
+    Without context parallelism every sequence has the same mask: S is 1 and the memory is one sequence's.
+    """
+    longest = max(lengths[s] for s in sequences)
+    keys = torch.arange(longest)
+    queries = keys[None]
+    if cp_size > 1:
+        # A query that only fills up a short sequence sees some key too: the softmax of none is 0 / 0.
+        queries = torch.full((len(sequences), longest // cp_size), longest - 1)
+        for row, sequence in zip(queries, sequences, strict=True):
+            positions = zigzag_positions(lengths[sequence], cp_size, cp_rank)
+            row[: positions.numel()] = positions
+    queries = queries[:, None, :, None]
+    mask = queries >= keys
+    return mask if window is None else mask & (queries - window < keys)
