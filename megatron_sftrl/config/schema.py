@@ -199,7 +199,8 @@ class ReferenceSection(Section):
     kind: Literal["frozen", "moving_average"]
     """frozen: the weights that training starts from (GIFT). moving_average: follows the policy (CurioSFT)."""
     placement: Literal["resident", "offload"] = "resident"
-    """offload keeps the weights in CPU memory and brings them in for the reference's forward."""
+    """offload keeps the weights in CPU memory and brings them in, layer by layer ahead of their use, for the
+    reference's forward."""
     checkpoint: ExpandedPath | None = None
     """Frozen weights from this checkpoint instead of the policy's initial weights."""
     decay: float = Field(default=0.01, ge=0, le=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +19,74 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.types import TokenBatch
 
 
+class HostWeights:
+    """Weights whose one copy is in host memory, and which are on the device for some of a step.
+
+    Forwards only read them: nothing is ever copied back, what was brought in is dropped. A parameter is the
+    same object all the time; its data is the host's memory, pinned where there is CUDA, or the device's.
+    """
+
+    def __init__(self, chunks: Sequence[LanguageModel], device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._loads = [load for chunk in chunks for load in self._loads_of(chunk)]
+
+    @torch.no_grad()
+    def bring_in(self) -> None:
+        """Queue the copies of all weights in the order of their use; each module waits for its own."""
+        for load in self._loads:
+            for parameter, host in load.weights:
+                # Memory of the stream that computes, where it is used last.
+                parameter.data = torch.empty_like(host, device=self._device)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for load in self._loads:
+                for parameter, host in load.weights:
+                    parameter.data.copy_(host, non_blocking=True)
+                load.arrived = None if self._stream is None else self._stream.record_event()
+
+    def leave(self, but: Sequence[Tensor] = ()) -> None:
+        """Give the device's memory up, except that of the parameters `but`."""
+        staying = {id(parameter) for parameter in but}
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        for load in self._loads:
+            for parameter, host in load.weights:
+                if id(parameter) not in staying:
+                    parameter.data = host
+
+    def _loads_of(self, chunk: LanguageModel) -> Iterator[_Load]:
+        """What is read outside of the layers first (embedding, last norm, output layer), then each layer."""
+        layers = list(chunk.decoder.layers)
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        ends = [parameter for parameter in chunk.parameters() if id(parameter) not in inside]
+        for module, parameters in [(chunk, ends), *((layer, list(layer.parameters())) for layer in layers)]:
+            load = _Load([(parameter, self._on_host(parameter)) for parameter in parameters])
+            module.register_forward_pre_hook(partial(_wait, load))
+            yield load
+
+    def _on_host(self, parameter: Tensor) -> Tensor:
+        host = torch.empty_like(parameter, device="cpu", pin_memory=self._stream is not None)
+        parameter.data = host.copy_(parameter.data)
+        return host
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """Parameters and their host memory, and when they have been brought in; at once without CUDA."""
+
+    weights: list[tuple[Tensor, Tensor]]
+    arrived: torch.cuda.Event | None = None
+
+
+def _wait(load: _Load, module: torch.nn.Module, inputs: object) -> None:
+    if load.arrived is not None:
+        torch.cuda.current_stream().wait_event(load.arrived)
+
+
 class ReferenceModel:
-    """Owns the reference's weights and where they are.
+    """Owns the reference's weights and where they are (offload: see HostWeights; on the CPU they stay).
 
     It runs through the same schedule as the policy, ahead of it, and keeps the last stage's hidden states
     [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path of its
@@ -42,8 +110,9 @@ class ReferenceModel:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
-        self._home = torch.device("cpu") if section.placement == "offload" else parallel.device
-        self._move(self._home)
+        self._host: HostWeights | None = None
+        if section.placement == "offload" and parallel.device.type != "cpu":
+            self._host = HostWeights(self.chunks, parallel.device)
         self._averages: list[dict[str, Tensor]] = [
             {
                 name: weight.detach().to(torch.float32)
@@ -92,9 +161,11 @@ class ReferenceModel:
         def keep(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
             return as_megatron_loss(stage.hidden_states.new_zeros(()), stage.hidden_states.detach())
 
-        self._move(self.parallel.device)
+        if self._host is not None:
+            self._host.bring_in()
         states = run_schedule(self.chunks, batches, keep, self.parallel, forward_only=True)
-        self._offload_body()
+        if self._host is not None:
+            self._host.leave(but=self._head_weights())
         return states
 
     def head(self, hidden_states: Tensor) -> OutputHead:
@@ -103,18 +174,12 @@ class ReferenceModel:
 
     def finish_step(self) -> None:
         """The step's last logits have been asked for: everything may leave the device."""
-        self._move(self._home)
+        if self._host is not None:
+            self._host.leave()
 
-    def _offload_body(self) -> None:
-        """The blocks leave after the forward; the output layer (or tied embedding) stays for logits()."""
-        if self._home == self.parallel.device:
-            return
-        for chunk in self.chunks:
-            chunk.decoder.to(self._home)
-
-    def _move(self, device: torch.device) -> None:
-        for chunk in self.chunks:
-            chunk.to(device)
+    def _head_weights(self) -> list[Tensor]:
+        """What head() reads once the forward is over: the output layer, or the tied embedding."""
+        return [self.chunks[-1].output_weight()] if self.parallel.is_last_stage else []
 
     def _pairs(self, policy_chunks: Sequence[LanguageModel]) -> list[tuple[Tensor, Tensor]]:
         """What is kept of each weight (its fp32 average where there is one), and the policy's."""

@@ -166,7 +166,7 @@ def estimate_step(
     parts = {"forward and backward": update * work.num_updates}
     if config.reference is not None:
         parts["reference forward"] = waves * cost.reference * work.num_updates
-        parts["reference to and from the host"] = work.num_updates * _offload_seconds(
+        parts["reference from the host"] = work.num_updates * _offload_seconds(
             architecture, config, grid, hardware
         )
     dense, experts = _state_seconds(architecture, config, grid, hardware)
@@ -233,9 +233,12 @@ def _pass(
 
 
 def _offload_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
-    if config.reference is None or config.reference.placement == "resident":
+    section = config.reference
+    if section is None or section.placement == "resident":
         return 0.0
-    return 2.0 * model_state(a, config, grid, stage=0).reference / hardware.host_link
+    # Frozen weights only come in; an average fetches the policy's, too.
+    times = 1.0 + (1.0 / section.sync_every if section.kind == "moving_average" else 0.0)
+    return times * model_state(a, config, grid, stage=0).reference / hardware.host_link
 
 
 def _state_seconds(
