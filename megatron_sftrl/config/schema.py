@@ -255,10 +255,11 @@ class TrainSection(Section):
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Consecutive steps with a non-finite gradient that end the run; each of them is skipped and counted."""
     hang_minutes: float = Field(default=30.0, ge=0)
-    """Minutes in which nothing is finished on any rank (a micro-batch, a token, a reward, a file of a
-    checkpoint) until every rank shows its stacks on standard error and ends, for torchrun to restart them; 0:
-    never. A phase may take as long as it wants while it moves. Collectives of torch and vLLM wait half a
-    minute longer; outside of the steps, while models are built and loaded, that is the only limit."""
+    """Minutes in which nothing is finished on any rank (rows that are tokenized, a micro-batch, a token, a
+    reward, a file of a checkpoint) until every rank shows its stacks on standard error and ends, for torchrun
+    to restart them; 0: never. A phase may take as long as it wants while it moves. Collectives of torch (those
+    of every group) and vLLM wait half a minute longer; while models are built and loaded, that is the only
+    limit."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

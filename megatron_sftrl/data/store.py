@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_sftrl.data.sources import SourceFile
 from megatron_sftrl.data.tokenizing import TokenizedRows
 from megatron_sftrl.errors import UserError, error_of
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a directory of another version cannot be read."""
 _DTYPES = {
     "tokens": np.int32,
@@ -36,6 +36,9 @@ _DTYPES = {
     "behavior_logprobs": np.float32,
 }
 _BUFFER = 2**20
+
+OnMove = Callable[[], None]
+"""Called when a part of the work is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,7 @@ class TokenStore:
         behavior_logprobs: [N] fp32 nats, 0 where not learned; None when the rows have no scores.
         places: what stands before the number of a row of each file, as in SourceFile.place.
         sources: of each file, the index of the source (a path of data.train) that it belongs to.
+        num_read: rows that were read for them, dropped ones counted.
         scorers: who made the scores: the different texts of read_scorer() in the rows.
         fingerprint: hash of everything above that reaches a model.
     """
@@ -65,6 +69,7 @@ class TokenStore:
     behavior_logprobs: NDArray[np.float32] | None
     places: tuple[str, ...]
     sources: tuple[int, ...]
+    num_read: int
     num_dropped: int
     num_truncated: int
     scorers: tuple[str, ...]
@@ -155,9 +160,48 @@ class StoreWriter:
         self.num_truncated += tokenized.num_truncated
         self._scorers |= tokenized.scorers
 
+    def add_store(
+        self, part: TokenStore, files: Sequence[SourceFile], sources: Sequence[int], on_move: OnMove
+    ) -> None:
+        """Append a finished store of further rows, block by block.
+
+        Args:
+            files: that `part` was made of, in order, each with a row; `sources` of each.
+            on_move: called for every block.
+        Raises:
+            UserError: as add().
+        """
+        for file, source in zip(files, sources, strict=True):
+            self._see(file, source)
+        if len(part.rows):
+            self._check_part(part)
+        own_files = np.array([self.files_read[file] for file in dict.fromkeys(files)], np.int32)
+        first_token, first_row = self.num_tokens, self._num_read
+        changes: dict[str, Callable[[NDArray], NDArray]] = {
+            "offsets": lambda values: values + first_token,
+            "rows": lambda values: values + first_row,
+            "files": lambda values: own_files[values],
+        }
+        with _told(self._directory):
+            for name, column in self._columns.items():
+                values = getattr(part, name)
+                if values is None:
+                    continue
+                values = values[1:] if name == "offsets" else values
+                for start in range(0, len(values), _BUFFER):
+                    block = values[start : start + _BUFFER]
+                    column.append(changes[name](block) if name in changes else block)
+                    on_move()
+        self.num_tokens += len(part.tokens)
+        self.num_rows += len(part.rows)
+        self._num_read += part.num_read
+        self.num_dropped += part.num_dropped
+        self.num_truncated += part.num_truncated
+        self._scorers |= {*part.scorers}
+
     def finish(self) -> TokenStore:
         """All rows as a store; a directory is there completely or not at all, and the first writer wins."""
-        is_scored = self._unscored is None and self.num_rows > 0
+        is_scored = self._is_scored
         with _told(self._directory):
             arrays: dict[str, Any] = dict.fromkeys(_DTYPES)
             for name, column in self._columns.items():
@@ -169,6 +213,7 @@ class StoreWriter:
                 **arrays,
                 places=tuple(file.place for file in self.files_read),
                 sources=tuple(self._sources),
+                num_read=self._num_read,
                 num_dropped=self.num_dropped,
                 num_truncated=self.num_truncated,
                 scorers=tuple(sorted(self._scorers)) if is_scored else (),
@@ -203,11 +248,24 @@ class StoreWriter:
             self.files_read[file] = len(self.files_read)
             self._sources.append(source)
 
+    @property
+    def _is_scored(self) -> bool:
+        """Every row so far has scores."""
+        return self._unscored is None and self.num_rows > 0
+
     def _check_scores(self, kept: Sequence[FormattedRow], is_scored: NDArray[np.bool_]) -> None:
         for row, has_scores in zip(kept, is_scored, strict=True):
             if not has_scores and self._unscored is None:
                 self._unscored = row.source
-        if self._unscored is not None and (is_scored.any() or len(self._columns["behavior_logprobs"])):
+        self._refuse_some(has_new=bool(is_scored.any()))
+
+    def _check_part(self, part: TokenStore) -> None:
+        if part.behavior_logprobs is None and self._unscored is None:
+            self._unscored = part.describe(0)
+        self._refuse_some(has_new=part.behavior_logprobs is not None)
+
+    def _refuse_some(self, *, has_new: bool) -> None:
+        if self._unscored is not None and (has_new or len(self._columns["behavior_logprobs"])):
             raise UserError(
                 f"{self._unscored}: the row has no behaviour scores but others do; score every row with "
                 "`sftrl score`, or remove the columns behavior_logprobs and behavior_token_ids"
@@ -282,7 +340,7 @@ def _told(directory: Path | None) -> Iterator[None]:
         ) from error
 
 
-_FACTS = ("places", "sources", "num_dropped", "num_truncated", "scorers", "fingerprint")
+_FACTS = ("places", "sources", "num_read", "num_dropped", "num_truncated", "scorers", "fingerprint")
 
 
 def _facts(store: TokenStore) -> dict[str, object]:

@@ -44,7 +44,9 @@ class HostWeights:
             for load in self._loads:
                 for parameter, host in load.weights:
                     parameter.data.copy_(host, non_blocking=True)
-                load.arrived = None if self._stream is None else self._stream.record_event()
+                if self._stream is not None:
+                    load.arrived = torch.cuda.Event()
+                    load.arrived.record(self._stream)
 
     def leave(self, but: Sequence[Tensor] = ()) -> None:
         """Give the device's memory up, except that of the parameters `but`."""

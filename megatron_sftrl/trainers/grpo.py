@@ -52,7 +52,7 @@ from megatron_sftrl.trainers.rollouts import (
     open_prompts,
     try_own_answers,
 )
-from megatron_sftrl.trainers.run import Run, StopRequest, hold
+from megatron_sftrl.trainers.run import Run, StopRequest, hold, shared_progress
 from megatron_sftrl.types import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
@@ -188,19 +188,13 @@ def run_grpo(config: GrpoConfig) -> bool:
             # Of a step in which each group has a response that could not be judged.
             sometimes=(f"reward/pass_at_{config.rollout.group_size}",),
         )
-        progress = shared_progress(run)
+        progress = shared_progress(parallel, run.watch, hang_minutes=config.train.hang_minutes)
         engine = build_engine(config, run.policy, checked.tokenizer.decode, progress)
         with contextlib.closing(engine):
             run.begin()
             is_finished = GrpoTrainer(run, checked, engine, prompts, valid, rewards, progress).train()
     run.tell_end()
     return is_finished
-
-
-def shared_progress(run: Run[GrpoConfig]) -> SharedProgress:
-    """What moves on any rank, told to every rank's watch, often enough for it; every rank calls this."""
-    seconds = run.config.train.hang_minutes * 60
-    return SharedProgress(run.parallel, run.watch.moved, seconds=min(1.0, seconds / 10) if seconds else 1.0)
 
 
 def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:

@@ -31,7 +31,7 @@ from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
+from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture, num_parameters
 from megatron_sftrl.models.hf_weights import open_weights
@@ -519,6 +519,12 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+
+
+def shared_progress(parallel: ParallelContext, watch: HangWatch, *, hang_minutes: float) -> SharedProgress:
+    """What moves on any rank, told to every rank's watch, often enough for it; every rank calls this."""
+    seconds = min(1.0, hang_minutes * 60 / 10) if hang_minutes else 1.0
+    return SharedProgress(parallel, watch.moved, seconds=seconds)
 
 
 # The slowest rank of each step, in the metrics and, when it stays the same, on standard error.

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.dataset import Dataset, RowsToTokenize, find_rows
 from megatron_sftrl.data.loader import StepData, StepLoader, num_training_steps
 from megatron_sftrl.data.mixture import Mixture, describe_mixture, plan_mixture, with_mixture
 from megatron_sftrl.data.rows import scorer_warnings
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
-from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
+from megatron_sftrl.observability.watch import HangWatch
 from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
 from megatron_sftrl.trainers.guards import tell_skipped
-from megatron_sftrl.trainers.run import Run, StopRequest, hold
+from megatron_sftrl.trainers.run import Run, StopRequest, hold, shared_progress
 
 LOGGER = logging.getLogger(__name__)
 
@@ -64,21 +68,16 @@ class Demonstrations:
 def open_demonstrations(
     checked: CheckedRun[RunConfig], directory: RunDirectory, parallel: ParallelContext
 ) -> Demonstrations:
-    """Tokenize everything once (rank 0, kept in the run directory) and lay out the steps.
+    """Tokenize everything once, into the run directory, and lay out the steps.
 
     Raises:
         UserError: a row that cannot be used, or a loss that needs scores the data has not.
     """
     config = checked.config
-
-    def load() -> tuple[Dataset, Dataset | None]:
-        train = _load(checked, directory, is_train=True)
-        valid = _load(checked, directory, is_train=False) if config.data.valid else None
-        return train, valid
-
-    # Rank 0 comes first and the others find its work in the cache; a bad row is an error on all of them.
-    on_rank_zero(lambda: load() and None)
-    train, valid = load()
+    sets = (True, False) if config.data.valid else (True,)
+    rows = on_every_rank(lambda: [_rows(checked, directory, is_train=each) for each in sets])
+    tokenize_once(rows, parallel, hang_minutes=config.train.hang_minutes)
+    train, valid = (rows[0].load(), rows[1].load() if config.data.valid else None)
     if "behavior_logprobs" in checked.loss.needs:
         for name, dataset in (("train", train), ("valid", valid)):
             if dataset is not None and not dataset.has_behavior_logprobs:
@@ -122,9 +121,36 @@ def _mixture(config: RunConfig, train: Dataset) -> Mixture | None:
     return mixture
 
 
-def _load(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: bool) -> Dataset:
+def tokenize_once(rows: Sequence[RowsToTokenize], parallel: ParallelContext, *, hang_minutes: float) -> None:
+    """Fill the caches of `rows`, a share of the files on each node; every rank calls it.
+
+    Ranks that wait do so at the job's store, not in a collective: as long as a rank that tokenizes goes on,
+    nothing ends them. What is finished, rows or a node's share of them, is found by the next start.
+
+    Raises:
+        UserError, RuntimeError: on every rank, with the text of each rank that raised.
+    """
+    local_ranks = [0] * parallel.world_size
+    dist.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+    leaders = [rank for rank, local_rank in enumerate(local_ranks) if local_rank == 0]
+    with HangWatch(hang_minutes) as watch:
+        progress = shared_progress(parallel, watch, hang_minutes=hang_minutes)
+
+        def tokenize_share() -> None:
+            for each in rows if parallel.rank in leaders else ():
+                each.write_part(leaders.index(parallel.rank), len(leaders), progress.moved)
+
+        def join_shares() -> None:
+            for each in rows if parallel.rank == 0 else ():
+                each.load(num_parts=len(leaders), on_move=progress.moved)
+
+        on_every_rank(lambda: progress.together(tokenize_share))
+        on_every_rank(lambda: progress.together(join_shares))
+
+
+def _rows(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: bool) -> RowsToTokenize:
     data = checked.config.data
-    return load_dataset(
+    return find_rows(
         data.train_paths if is_train else data.valid,
         checked.tokenizer,
         max_length=data.max_length,

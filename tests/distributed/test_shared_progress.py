@@ -54,7 +54,7 @@ def test_a_rank_that_waits_sees_another_one_move(fails: bool, tmp_path: Path) ->
 
 
 def timeouts(hang_minutes: float) -> set[timedelta]:
-    """Of the default group, of Megatron's and of those made later."""
+    """Of every group: the default one, Megatron's and those made later."""
     import torch
     import torch.distributed as dist
 
@@ -63,9 +63,10 @@ def timeouts(hang_minutes: float) -> set[timedelta]:
     from megatron_sftrl.engine.parallel import parallel_context
 
     with parallel_context(ParallelSection(), hang_minutes=hang_minutes) as parallel:
-        groups = [dist.group.WORLD, parallel.tp_group, parallel.dp_group, parallel.pp_group]
-        groups.append(BackgroundAction[None](parallel).group)
-        found = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}  # type: ignore[union-attr]
+        later = BackgroundAction[None](parallel).group
+        groups = list(dist.distributed_c10d._world.pg_map)
+        assert {parallel.tp_group, parallel.dp_group, parallel.ep_group, later} <= set(groups)
+        found = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
         return {*found, parallel.timeout}
 
 

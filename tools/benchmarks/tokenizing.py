@@ -2,7 +2,7 @@
 
     python -m tools.benchmarks.tokenizing [--rows 100000] [--words 60] [--tokenizer DIR] [--json FILE]
 
-The same JSON lines go through load_dataset with a cache and, as TRL prepares them, through
+The same JSON lines go through find_rows().load() with a cache and, as TRL prepares them, through
 datasets.load_dataset("json") and Dataset.map of apply_chat_template with the mask of the assistant's tokens.
 Both have --processes processes and as many processors, alternate for --turns turns, each in a new process,
 and give the same tokens. Ours reads, checks and tokenizes; theirs is shown with its reading and without.
@@ -188,7 +188,7 @@ def _family(process: int) -> list[int]:
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_sftrl.config.schema import TokenizerSection
-    from megatron_sftrl.data.dataset import load_dataset
+    from megatron_sftrl.data.dataset import find_rows
     from megatron_sftrl.data.tokenizer import load_tokenizer
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.processes])
@@ -197,13 +197,13 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(TokenizerSection(path=arguments.tokenizer, chat_template=template))
     with tempfile.TemporaryDirectory(dir=arguments.directory) as cache, _Memory() as memory:
         start = time.perf_counter()
-        dataset = load_dataset(
+        dataset = find_rows(
             [arguments.directory / "rows.jsonl"],
             tokenizer,
             max_length=2**20,
             truncation="error",
             cache_dir=Path(cache),
-        )
+        ).load()
         seconds = time.perf_counter() - start
         sample = [dataset[index] for index in (0, len(dataset) // 2, len(dataset) - 1)]
         tokens = [[each.tokens.tolist(), each.loss_mask.tolist()] for each in sample]

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sftrl.config.data import PromptColumns
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.dataset import load_dataset
+from megatron_sftrl.data.dataset import find_rows
 from megatron_sftrl.data.prompts import read_prompt_set
 from megatron_sftrl.data.rows import read_rows
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
@@ -101,7 +101,7 @@ def test_a_demonstration_that_datasets_may_have_changed_is_refused(tokenizer, tm
     _, parquet, saved = guessed(tmp_path, rows)
     for path in (parquet, saved):
         with pytest.raises(UserError, match="response may not be what was written"):
-            load_dataset([path], tokenizer, max_length=64, truncation="error")
+            find_rows([path], tokenizer, max_length=64, truncation="error").load()
 
 
 def test_json_that_is_no_text_of_a_row_is_read_the_same_from_every_file(tokenizer, tmp_path) -> None:
@@ -120,4 +120,4 @@ def test_json_that_is_no_text_of_a_row_is_read_the_same_from_every_file(tokenize
     assert expected == rows
     assert [row.values for row in read_rows(parquet)] == [row.values for row in read_rows(saved)] == rows
     for path in (parquet, saved):
-        assert len(load_dataset([path], tokenizer, max_length=64, truncation="error")) == 4
+        assert len(find_rows([path], tokenizer, max_length=64, truncation="error").load()) == 4

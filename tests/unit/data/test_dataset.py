@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sftrl.config.data import Learning
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.dataset import Dataset, find_rows
 from megatron_sftrl.data.prompts import read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.data.tokenizers_for_tests import load_by_name, write_byte_level
@@ -33,7 +33,7 @@ def write_lines(path: Path, rows: list) -> Path:
 
 
 def load(tokenizer: Tokenizer, *paths: Path, **options) -> Dataset:
-    return load_dataset(list(paths), tokenizer, **{"max_length": 64, "truncation": "error", **options})
+    return find_rows(list(paths), tokenizer, **{"max_length": 64, "truncation": "error", **options}).load()
 
 
 def contents(dataset: Dataset) -> list[tuple[list[int], list[bool]]]:

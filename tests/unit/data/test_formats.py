@@ -14,7 +14,7 @@ from megatron_sftrl.apps.preflight.run import _read_first_rows
 from megatron_sftrl.apps.score import read_whole
 from megatron_sftrl.config.data import DemonstrationColumns, PromptColumns
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.dataset import load_dataset
+from megatron_sftrl.data.dataset import find_rows
 from megatron_sftrl.data.prompts import PromptRow, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_sftrl.trainers.generate import _read_prompts
@@ -70,7 +70,7 @@ def prompts(tokenizer: Tokenizer, path: Path, **columns: str) -> Sequence[Prompt
 
 def examples(tokenizer: Tokenizer, path: Path, **columns: str) -> list[tuple[list[int], list[bool]]]:
     mapped = DemonstrationColumns(**columns) if columns else None
-    data = load_dataset([path], tokenizer, max_length=200, truncation="error", columns=mapped)
+    data = find_rows([path], tokenizer, max_length=200, truncation="error", columns=mapped).load()
     return [(each.tokens.tolist(), each.loss_mask.tolist()) for each in (data[i] for i in range(len(data)))]
 
 
@@ -441,7 +441,7 @@ def test_a_row_of_another_format_than_the_files_first_is_refused(
         write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}),
         write(tmp_path / "b.jsonl", other),
     )
-    both = load_dataset([one, two], tokenizer, max_length=200, truncation="error")
+    both = find_rows([one, two], tokenizer, max_length=200, truncation="error").load()
     assert len(both) == 2
 
 
@@ -449,10 +449,10 @@ def test_another_mapping_is_another_cache(tokenizer: Tokenizer, tmp_path: Path) 
     path = write(tmp_path / "rows.jsonl", {"a": "x", "b": "Blue", "c": "red"})
 
     def learned(response: str) -> int:
-        data = load_dataset(
+        data = find_rows(
             [path], tokenizer, max_length=200, truncation="error", cache_dir=tmp_path / "cache",
             columns=DemonstrationColumns(prompt="a", response=response),
-        )  # fmt: skip
+        ).load()  # fmt: skip
         return data[0].tokens.tolist()[-2]
 
     assert learned("b") != learned("c")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.schema import BatchSection, TokenizerSection
-from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.dataset import Dataset, find_rows
 from megatron_sftrl.data.loader import BatchLayout, StepData, StepLoader
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from tests.unit.data.tokenizers_for_tests import write_byte_level
@@ -31,13 +31,13 @@ def dataset(tmp_path_factory) -> Dataset:
     ]
     file = directory / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain = load_dataset([file], tokenizer, max_length=MAX_LENGTH, truncation="error")
+    plain = find_rows([file], tokenizer, max_length=MAX_LENGTH, truncation="error").load()
     for index, row in enumerate(rows):
         ids = plain[index].loss_token_ids.tolist()
         row["behavior_token_ids"] = ids
         row["behavior_logprobs"] = [-generator.random() for _ in ids]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_dataset([file], tokenizer, max_length=MAX_LENGTH, truncation="error")
+    return find_rows([file], tokenizer, max_length=MAX_LENGTH, truncation="error").load()
 
 
 def steps_of_all_ranks(

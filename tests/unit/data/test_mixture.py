@@ -13,7 +13,7 @@ import pytest
 from megatron_sftrl.config.checks import idle_settings
 from megatron_sftrl.config.load import config_from_text, resolved_yaml
 from megatron_sftrl.config.schema import BatchSection, TokenizerSection
-from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.dataset import Dataset, find_rows
 from megatron_sftrl.data.loader import BatchLayout, SampleOrder, StepLoader
 from megatron_sftrl.data.mixture import Mixture, plan_mixture, with_mixture
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
@@ -93,7 +93,7 @@ def mixed(directory: Path, tokenizer: Tokenizer, mix_by: str) -> tuple[Dataset, 
     weighted = ", ".join(f"{{path: {path}, weight: {w}}}" for path, w in zip(paths, (0.6, 0.4), strict=True))
     config = example(f"data.train=[{weighted}]", f"data.mix_by={mix_by}")
     assert config.data.train_paths == paths
-    dataset = load_dataset(paths, tokenizer, max_length=128, truncation="error")
+    dataset = find_rows(paths, tokenizer, max_length=128, truncation="error").load()
     mixture = _mixture(config, dataset)
     assert mixture is not None
     return dataset, mixture

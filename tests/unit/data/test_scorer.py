@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.config.schema import TokenizerSection
-from megatron_sftrl.data.dataset import load_dataset
+from megatron_sftrl.data.dataset import find_rows
 from megatron_sftrl.data.rows import SCORER_COLUMN, read_scorer, scorer, scorer_warnings
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from tests.unit.data.tokenizers_for_tests import write_byte_level
@@ -39,7 +39,7 @@ def test_the_scorers_of_a_data_set_are_known_from_its_rows_and_from_its_cache(tm
     for dtype in ("bf16", "fp32"):
         row: dict[str, object] = {"prompt": "a", "response": "b"}
         (tmp_path / "plain.jsonl").write_text(json.dumps(row) + "\n")
-        plain = load_dataset([tmp_path / "plain.jsonl"], tokenizer, max_length=16, truncation="error")
+        plain = find_rows([tmp_path / "plain.jsonl"], tokenizer, max_length=16, truncation="error").load()
         assert plain.scorers == ()
         ids = plain[0].loss_token_ids.tolist()
         scores = {"behavior_logprobs": [-1.0] * len(ids), "behavior_token_ids": ids}
@@ -47,8 +47,8 @@ def test_the_scorers_of_a_data_set_are_known_from_its_rows_and_from_its_cache(tm
     file = tmp_path / "scored.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # tokenized, then read from the cache
-        found = load_dataset(
+        found = find_rows(
             [file], tokenizer, max_length=16, truncation="error", cache_dir=tmp_path / "cache"
-        )
+        ).load()
         assert [json.loads(text)["dtype"] for text in found.scorers] == ["bf16", "fp32"]
         assert len(scorer_warnings(found.scorers, dtype="bf16")) == 2

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data import dataset as dataset_module
 from megatron_sftrl.data import tokenizing
-from megatron_sftrl.data.dataset import Dataset, load_dataset
+from megatron_sftrl.data.dataset import Dataset, find_rows
 from megatron_sftrl.data.formats import FormattedRow, read_formatted, recognise
 from megatron_sftrl.data.sources import SourceFile
 from megatron_sftrl.data.store import StoreWriter
@@ -78,7 +78,7 @@ def some_rows(count: int) -> list[dict | str]:
 
 
 def load(paths: Sequence[Path], tokenizer, **options) -> Dataset:
-    return load_dataset(paths, tokenizer, **{"max_length": 60, "truncation": "drop", **options})
+    return find_rows(paths, tokenizer, **{"max_length": 60, "truncation": "drop", **options}).load()
 
 
 def test_processes_give_the_same_store_as_one(tokenizer, two_processes, monkeypatch, tmp_path) -> None:

@@ -20,7 +20,7 @@ from megatron_sftrl.apps.show_data.words import in_brackets, printable, short
 from megatron_sftrl.cli import main
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.chat import tokenize_row
-from megatron_sftrl.data.dataset import load_dataset
+from megatron_sftrl.data.dataset import find_rows
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from megatron_sftrl.errors import UserError
 from tests.unit.config.example import EXAMPLE
@@ -127,7 +127,7 @@ def test_the_numbers_are_those_of_the_dataset_that_training_loads(truncation: st
     limit = 100
     out = project.show(f"data.truncation={truncation}", f"data.max_length={limit}", train=train)
     tokenizer = load_tokenizer(TokenizerSection(path=project.tokenizer))
-    dataset = load_dataset([train], tokenizer, max_length=limit, truncation=truncation)  # type: ignore[arg-type]
+    dataset = find_rows([train], tokenizer, max_length=limit, truncation=truncation).load()  # type: ignore[arg-type]
     told = re.search(r"one epoch: (\d+) rows, ([\d,]+) tokens, ([\d,]+) of them learned", out)
     assert told is not None
     expected = [len(dataset), int(dataset.lengths.sum()), int(dataset.num_loss_tokens.sum())]
@@ -203,7 +203,7 @@ def test_a_row_of_several_sequences_is_shown_sequence_by_sequence(project: Proje
     train = project.lines("a.jsonl", rows)
     out = project.show(train=train)
     tokenizer = load_tokenizer(TokenizerSection(path=project.tokenizer))
-    dataset = load_dataset([train], tokenizer, max_length=128, truncation="error")
+    dataset = find_rows([train], tokenizer, max_length=128, truncation="error").load()
     sums = f"{dataset.lengths.sum()} tokens, {dataset.num_loss_tokens.sum()} of them learned"
     assert f"one epoch: 2 rows in 3 sequences, {sums}" in out
     assert "3 rows, 1 left out by their weight\n" in out
