@@ -257,9 +257,8 @@ class TrainSection(Section):
     hang_minutes: float = Field(default=30.0, ge=0)
     """Minutes in which nothing is finished on any rank (rows that are tokenized, a micro-batch, a token, a
     reward, a file of a checkpoint) until every rank shows its stacks on standard error and ends, for torchrun
-    to restart them; 0: never. A phase may take as long as it wants while it moves. Collectives of torch (those
-    of every group) and vLLM wait half a minute longer; while models are built and loaded, that is the only
-    limit."""
+    to restart them; 0: never. A phase may take as long as it wants while it moves. Collectives of torch and
+    vLLM wait half a minute longer; while models are built and loaded, that is the only limit."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sftrl.engine.checkpoint.tensors import model_tensors
+from megatron_sftrl.engine.checkpoint.tensors import (
+    first_replicas,
+    model_tensors,
+    send_to_replicas,
+    weights_of,
+)
 from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_weights import HfWeights, fill_part
 from megatron_sftrl.models.tensors import Region, hf_regions, hf_shapes, megatron_tensors
@@ -58,26 +65,38 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
     return LiveWeights(parts=parts)
 
 
-# Fills a model's shards straight from Hugging Face files: each rank reads its own part, nothing else.
+# Fills a model's shards straight from Hugging Face files: each part is read by one of the ranks that hold it.
 
 
 @torch.no_grad()
-def load_hf_weights(chunks: Sequence[LanguageModel], weights: HfWeights, architecture: Architecture) -> None:
-    """Fill this rank's chunks, in any layout; dtypes are cast, rows of vocabulary padding become zero.
+def load_hf_weights(
+    chunks: Sequence[LanguageModel],
+    weights: HfWeights,
+    architecture: Architecture,
+    parallel: ParallelContext,
+) -> None:
+    """Fill the chunks, in any layout; every rank calls it. Dtypes are cast, vocabulary padding becomes zero.
 
     An optimizer over bf16 weights keeps fp32 copies: build it after this call, or call its
     reload_model_params().
 
     Raises:
-        UserError: every missing, extra or differently shaped tensor, before anything is changed.
+        UserError, RuntimeError: on every rank: every missing, extra or differently shaped tensor, before
+            anything is changed; or a file that cannot be read.
     """
-    weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
     table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}
     num_stacked = {key: len(index) for key, index in table}
-    for part in model_tensors(chunks, prefix=""):
-        key = part.key.removeprefix(".")
-        stacked = num_stacked[key]
-        tensor = table[key, tuple(part.global_offset[:stacked])]
-        offset, shape = part.global_offset[stacked:], part.local_shape[stacked:]
-        assert part.data is not None
-        fill_part(part.data.view(shape), tensor, offset, weights)
+    parts = first_replicas(model_tensors(chunks, prefix=""))
+
+    def read() -> None:
+        weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+        for part in parts:
+            key = part.key.removeprefix(".")
+            stacked = num_stacked[key]
+            tensor = table[key, tuple(part.global_offset[:stacked])]
+            offset, shape = part.global_offset[stacked:], part.local_shape[stacked:]
+            assert part.data is not None
+            fill_part(part.data.view(shape), tensor, offset, weights)
+
+    on_every_rank(read)
+    send_to_replicas(weights_of(chunks), parallel)

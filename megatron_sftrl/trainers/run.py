@@ -435,6 +435,7 @@ def build_models(
             reference.chunks,
             checked.architecture,
             origins,
+            parallel,
         )
     else:
         reference.copy_from(policy.chunks)
@@ -446,12 +447,14 @@ def _load_start(checked: CheckedRun[ConfigT], policy: PolicyEngine, origins: Ori
     model = checked.config.model
     if model.hf is not None:
         with open_weights(model.hf, allow_pickle=model.allow_pickle) as weights:
-            on_every_rank(lambda: load_hf_weights(policy.chunks, weights, checked.architecture))
+            load_hf_weights(policy.chunks, weights, checked.architecture, policy.parallel)
             origins.take_hf("model.hf", model.hf, weights)
             LOGGER.info("weights from model.hf: %s", model.hf)
     if model.init_checkpoint is not None:
         key = "model.init_checkpoint"
-        _load_checkpoint(key, model.init_checkpoint, policy.chunks, checked.architecture, origins)
+        _load_checkpoint(
+            key, model.init_checkpoint, policy.chunks, checked.architecture, origins, policy.parallel
+        )
     if model.hf is not None or model.init_checkpoint is not None:
         policy.reload_optimizer_weights()
 
@@ -462,8 +465,10 @@ def _load_checkpoint(
     chunks: Sequence[LanguageModel],
     architecture: Architecture,
     origins: Origins,
+    parallel: ParallelContext,
 ) -> None:
-    found = load_weights(chunks, origins.checkpoint(key, path), architecture=architecture)
+    place = origins.checkpoint(key, path)
+    found = load_weights(chunks, place, architecture=architecture, parallel=parallel)
     origins.take_checkpoint(key, path, found)
     LOGGER.info("weights from %s: %s", key, found.path)
 

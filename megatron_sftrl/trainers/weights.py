@@ -9,12 +9,10 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
 from megatron_sftrl.models.hf_weights import open_weights
-from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.trainers.origins import hash_of_weights
 
 
@@ -49,14 +47,13 @@ def give_weights(policy: PolicyEngine, path: Path, config: TrainingConfig) -> Gi
     """
     architecture = policy.architecture
     if not is_hugging_face(path):
-        found = load_weights(policy.chunks, path, architecture=architecture)
+        found = load_weights(policy.chunks, path, architecture=architecture, parallel=policy.parallel)
         return GivenWeights(
             path=found.path, step=found.record.trainer.step, content=found.record.content_hash()
         )
     _check_sizes(path, architecture)
     with open_weights(path, allow_pickle=config.model.allow_pickle) as weights:
-        weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
-        on_every_rank(lambda: load_hf_weights(policy.chunks, weights, architecture))
+        load_hf_weights(policy.chunks, weights, architecture, policy.parallel)
         return GivenWeights(path=path, step=None, content=hash_of_weights(path, weights))
 
 

@@ -149,7 +149,7 @@ def load(policy: PolicyEngine, directory: Path) -> None:
     from megatron_sftrl.models.hf_weights import open_weights
 
     with open_weights(directory) as weights:
-        load_hf_weights(policy.chunks, weights, policy.architecture)
+        load_hf_weights(policy.chunks, weights, policy.architecture, policy.parallel)
 
 
 def _refusal(engine: RolloutEngine, prompts: Sequence[Prompt]) -> str:

@@ -99,7 +99,7 @@ def mbridge_export(hf: Path, folder: Path, parallel: dict) -> dict[str, Tensor]:
     architecture = architecture_of(config.model)
     policy = PolicyEngine(architecture, config, context)
     with open_weights(hf) as weights:
-        load_hf_weights(policy.chunks, weights, architecture)
+        load_hf_weights(policy.chunks, weights, architecture, context)
     export(
         CheckpointStore(folder / "checkpoints", context, keep_last=1).save(TrainerState(), policy, None),
         folder / "export",

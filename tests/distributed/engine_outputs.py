@@ -113,7 +113,7 @@ def _loaded_policy(config: RunConfig, architecture: Architecture) -> tuple[Paral
     policy = PolicyEngine(architecture, config, context, with_optimizer=False)
     assert config.model.hf is not None
     with open_weights(config.model.hf) as weights:
-        load_hf_weights(policy.chunks, weights, architecture)
+        load_hf_weights(policy.chunks, weights, architecture, context)
     return context, policy
 
 

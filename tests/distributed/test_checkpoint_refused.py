@@ -158,9 +158,9 @@ def test_missing_and_unexpected_tensors_are_counted_and_the_first_are_named(tmp_
 def load_start(path: str, span: Span) -> tuple[str, dict[str, torch.Tensor]]:
     from megatron_sftrl.engine.checkpoint import load_weights
 
-    with engines(span) as (_, policy, _):
+    with engines(span) as (parallel, policy, _):
         try:
-            load_weights(policy.chunks, Path(path), architecture=policy.architecture)
+            load_weights(policy.chunks, Path(path), architecture=policy.architecture, parallel=parallel)
             message = ""
         except ValueError as error:
             message = str(error)

@@ -118,7 +118,7 @@ def load_train_and_export(
     architecture = architecture_of(config.model)
     policy = PolicyEngine(architecture, config, context)
     with open_weights(hf) as weights:
-        load_hf_weights(policy.chunks, weights, architecture)
+        load_hf_weights(policy.chunks, weights, architecture, context)
     policy.reload_optimizer_weights()
     loss, found = build_loss("sft", {}), []
     deal = functools.partial(

@@ -64,7 +64,7 @@ def build(parallel: Any, run: Any, architecture: Architecture, hf: dict[str, Ten
         check=lambda shapes, tied: None,
         read_into=lambda target, name, part: target.copy_(hf[name][part]),
     )
-    load_hf_weights(chunks, files, architecture)
+    load_hf_weights(chunks, files, architecture, parallel)
     return chunks
 
 

@@ -241,7 +241,7 @@ def _load(folder: Path, parallel: ParallelContext) -> Callable[[], float]:
         chunks = build_model_chunks(architecture, config, parallel)
         start = time.perf_counter()
         with open_weights(folder / "hf") as weights:
-            load_hf_weights(chunks, weights, architecture)
+            load_hf_weights(chunks, weights, architecture, parallel)
         return time.perf_counter() - start
 
     return work

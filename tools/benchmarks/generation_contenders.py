@@ -151,7 +151,7 @@ def _engine(engine: RolloutEngine, policy: PolicyEngine, directory: Path) -> Con
     from megatron_sftrl.models.hf_weights import open_weights
 
     with open_weights(directory) as weights:
-        load_hf_weights(policy.chunks, weights, policy.architecture)
+        load_hf_weights(policy.chunks, weights, policy.architecture, policy.parallel)
     engine.update(policy, version=0)
 
     def answer(prompts: Sequence[Prompt], sampling: SamplingParams) -> Responses:

@@ -135,7 +135,7 @@ def compare_logits(
         is_cuda=parallel.device.type == "cuda",
     )
     chunks = build_model_chunks(architecture, config, parallel)
-    load_weights(chunks, checkpoint, architecture=architecture)
+    load_weights(chunks, checkpoint, architecture=architecture, parallel=parallel)
     prompts = _prompts(architecture)
     ours = _megatron_logits(chunks, prompts, architecture, parallel)
     outcome: list[LogitDifference | None] = [None]

@@ -43,14 +43,18 @@ from megatron_sftrl.engine.checkpoint.format import (
     write_tensors,
 )
 from megatron_sftrl.engine.checkpoint.tensors import (
+    first_replicas,
     model_tensors,
     optimizer_shares,
     optimizer_step,
     optimizer_tensors,
+    replicated_shares,
     restore_rng_states,
     rng_states,
     rng_tensors,
+    send_to_replicas,
     set_optimizer_step,
+    weights_of,
 )
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -376,9 +380,14 @@ class CheckpointStore:
         tensors = _resume_tensors(policy, reference)
         check_tensors(tensors, {key: stored[key] for key in stored if not key.startswith("rng.")}, path)
         states = rng_states(self.parallel)
+        mine = first_replicas(tensors)
         if record.layout == layout_of(self.parallel):
-            tensors += rng_tensors(states, self.parallel)
-        read_tensors(tensors, path)
+            mine += rng_tensors(states, self.parallel)
+        read_tensors(mine, path)
+        held = weights_of(policy.chunks) + replicated_shares(optimizer_shares(policy.optimizer))
+        if reference is not None and stored_reference(reference) is not None:
+            held += weights_of(reference.chunks, reference.averages())
+        send_to_replicas(held, self.parallel)
         _tell_of_rounded_average(path, reference)
         if reference is not None:
             reference.round_average()
@@ -407,7 +416,7 @@ class FoundCheckpoint:
 
 
 def load_weights(
-    chunks: Sequence[LanguageModel], path: Path, *, architecture: Architecture
+    chunks: Sequence[LanguageModel], path: Path, *, architecture: Architecture, parallel: ParallelContext
 ) -> FoundCheckpoint:
     """Fill model chunks with the policy weights of a checkpoint of any layout; cast where dtypes differ.
 
@@ -426,7 +435,8 @@ def load_weights(
     tensors = model_tensors(chunks, prefix="policy")
     stored = stored_shapes(found)
     check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)
-    read_tensors(tensors, found)
+    read_tensors(first_replicas(tensors), found)
+    send_to_replicas(weights_of(chunks), parallel)
     return FoundCheckpoint(path=found, record=record)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -327,3 +328,57 @@ def _placed(piece: _Piece, flat: Tensor, flat_start: int, *, key: str) -> Iterat
             allow_shape_mismatch=place.allow_shape_mismatch,
         )
         first += region.numel
+
+
+# What data-parallel ranks hold alike is read by the first of them alone, and sent to the others over the
+# network: a shared disk would be asked for the whole model once for each.
+
+
+def first_replicas(tensors: Sequence[ShardedTensor]) -> list[ShardedTensor]:
+    """Those that this rank reads for its group: no rank of a lower number holds the same for the same place.
+
+    Megatron's last replica number is the rank over dp x cp, of experts over edp.
+    """
+    return [tensor for tensor in tensors if tensor.replica_id[-1] == 0]  # type: ignore[index]
+
+
+def weights_of(
+    chunks: Sequence[LanguageModel], instead: Mapping[int, Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter and what is read for it: itself, or what stands in its place (see model_tensors)."""
+    values = instead or {}
+    return [
+        (parameter, values.get(id(parameter), parameter))
+        for chunk in chunks
+        for parameter in chunk.parameters()
+    ]
+
+
+def replicated_shares(shares: Sequence[OptimizerShare]) -> list[tuple[Tensor, Tensor]]:
+    """The optimizer's tensors that other data-parallel ranks hold, too, each with its parameter."""
+    return [
+        (share.parameter, tensor)
+        for share in shares
+        if not share.is_exclusive
+        for _, tensor in sorted(share.tensors.items())
+    ]
+
+
+@torch.no_grad()
+def send_to_replicas(held: Sequence[tuple[Tensor, Tensor]], parallel: ParallelContext) -> None:
+    """Make every tensor, bit for bit, that of the rank that reads it; every rank calls it.
+
+    Args:
+        held: (parameter, contiguous tensor that belongs to it), in one order on all ranks that hold the same.
+    """
+    for parameter, tensor in held:
+        is_expert = not getattr(parameter, "allreduce", True)
+        group = parallel.edp_group if is_expert else parallel.dp_cp_group
+        if group.size() == 1:
+            continue
+        flat = tensor.detach().view(-1)
+        # An offloaded reference is in host memory, which NCCL does not send.
+        sent = flat.to(parallel.device)
+        dist.broadcast(sent.view(torch.uint8), group=group, group_src=0)
+        if sent.device != flat.device:
+            flat.copy_(sent)
