@@ -95,16 +95,19 @@ def all_rollouts(
         mine: this rank's, `size` for each prompt of share_of(); the ranks of a replica have the same.
         num_prompts: of all replicas.
     """
-    is_first = layout.tp_rank(rank) == 0
-    drawn = hash(tuple(rollout.response_tokens for rollout in mine))
-    everyone: list[tuple[int, list[Rollout]]] = [None] * layout.world_size  # type: ignore[list-item]
-    dist.all_gather_object(everyone, (drawn, mine if is_first else []))
+    drawn = [0] * layout.world_size
+    dist.all_gather_object(drawn, hash(tuple(rollout.response_tokens for rollout in mine)))
     groups: dict[int, tuple[Rollout, ...]] = {}
     for replica in range(layout.num_replicas):
         ranks = layout.replica_ranks(replica)
-        tokens = {everyone[each][0] for each in ranks}
-        assert len(tokens) == 1, f"ranks {ranks} are one engine and drew different tokens"
-        rollouts = everyone[ranks[0]][1]
+        assert len({drawn[each] for each in ranks}) == 1, (
+            f"ranks {ranks} are one engine and drew different tokens"
+        )
+        # One replica after the other: gathering objects fills what every rank has up to the longest.
+        told = [mine if rank == ranks[0] else None]
+        dist.broadcast_object_list(told, src=ranks[0])
+        rollouts = told[0]
+        assert rollouts is not None
         for index, prompt in enumerate(share_of(num_prompts, layout, ranks[0])):
             groups[prompt] = tuple(rollouts[index * size : (index + 1) * size])
     return [groups[prompt] for prompt in range(num_prompts)]

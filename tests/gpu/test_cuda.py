@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,35 @@ def test_bf16_training_learns_and_an_offloaded_reference_changes_nothing_but_mem
     assert resident[-1] < 0.8 * resident[0]
     assert offloaded == resident
     assert offloaded_bytes - middle < resident_bytes - before
+
+
+@pytest.mark.parametrize("loss_name", ["sft", "gift"])
+def test_no_micro_batch_waits_for_the_device(parallel: ParallelContext, loss_name: str) -> None:
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.reference import ReferenceModel
+    from megatron_sftrl.losses.registry import build_loss
+
+    config = bf16_config()
+    assert config.model.architecture is not None
+    architecture = from_section(config.model.architecture)
+    policy = PolicyEngine(architecture, config, parallel)
+    section = ReferenceSection.model_validate({"kind": "frozen", "placement": "offload"})
+    reference = ReferenceModel(architecture, config, section, parallel)
+    reference.copy_from(policy.chunks)
+    loss = build_loss(loss_name, LOSSES[loss_name])
+    counts = []
+    for num_microbatches in (2, 2, 8):  # the first step compiles
+        batches = step_batches(0, num_groups=1, group=0, multiple=1, num_microbatches=num_microbatches)
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                policy.forward_backward(batches, loss, reference if loss_name == "gift" else None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing CUDA operation" in str(each.message) for each in waits))
+    # What the step asks for at its ends, however many micro-batches lie between them.
+    assert counts[1] == counts[2] > 0
 
 
 def test_a_checkpoint_on_cuda_resumes_bit_by_bit(parallel: ParallelContext, tmp_path: Path) -> None:
