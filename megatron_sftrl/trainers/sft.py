@@ -125,7 +125,7 @@ def tokenize_once(rows: Sequence[RowsToTokenize], parallel: ParallelContext, *, 
     """Fill the caches of `rows`, a share of the files on each node; every rank calls it.
 
     Ranks that wait do so at the job's store, not in a collective: as long as a rank that tokenizes goes on,
-    nothing ends them. What is finished, rows or a node's share of them, is found by the next start.
+    nothing ends them. A set that is finished, or a node's share of one, is found by the next start.
 
     Raises:
         UserError, RuntimeError: on every rank, with the text of each rank that raised.
