@@ -47,7 +47,9 @@ def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: P
     said = config.data if isinstance(config, RunConfig) else None
     max_length = architecture.max_position_embeddings
     rows, dataset = read_whole(data, tokenizer, said, max_length=max_length, key="--data")
-    with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
+    with parallel_context(
+        config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
+    ) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         by = scorer(give_weights(policy, checkpoint, config).text, config.model.dtype)
         scores = score_dataset(policy, config, dataset, pad_id=tokenizer.pad_id)

@@ -110,6 +110,10 @@ class ModelSizes(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
+    def hidden_size(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
     def ffn_hidden_size(self) -> int: ...
     @property
     def num_attention_heads(self) -> int: ...
@@ -139,6 +143,7 @@ def check_run(
         *_layout_problems(config, architecture),
         *_expert_problems(config, architecture),
         *_optimizer_problems(config),
+        *_precision_problems(config, architecture),
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
@@ -202,6 +207,9 @@ def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
                     f"parallel.{name} = {value} is about experts, and the model is no mixture of experts: "
                     f"remove it, or parallel.{name}={neutral} on the command line"
                 )
+        for name in ("moe_dispatcher", "moe_permute_fusion", "moe_router_fusion"):
+            if getattr(parallel, name) not in (False, "alltoall"):
+                yield f"parallel.{name} is about experts, and the model is no mixture of experts: remove it"
         if config.model.moe_aux_loss_coeff:
             yield (
                 f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff} is about experts, and the "
@@ -230,6 +238,11 @@ def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
             f"a mixture of experts at parallel.tp = {parallel.tp} needs parallel.sequence_parallel = true: "
             "without it every tensor-parallel rank would send the same tokens to the experts"
         )
+    if parallel.moe_dispatcher == "flex" and etp * parallel.ep == 1:
+        yield (
+            "parallel.moe_dispatcher = flex exchanges tokens among more than one rank (megatron-core), and "
+            "parallel.etp * ep = 1: set ep, or moe_dispatcher = alltoall"
+        )
     if mixture.experts_per_token == 1 and mixture.normalizes_weights:
         yield (
             "the model sends each token to one expert and divides its weight by itself, so its router would "
@@ -251,6 +264,59 @@ def _optimizer_problems(config: TrainingConfig) -> Iterator[str]:
             "parallel.distributed_optimizer shards Adam's state only (megatron-core): set "
             "distributed_optimizer = false, or optim.name = adamw"
         )
+
+
+def _precision_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
+    parallel, optim, fp8 = config.parallel, config.optim, config.train.fp8
+    if optim.has_low_moments or optim.cpu_offload:
+        name = "cpu_offload" if optim.cpu_offload else "exp_avg_dtype and exp_avg_sq_dtype"
+        found = {
+            "parallel.distributed_optimizer = true": parallel.distributed_optimizer,
+            "optim.name = adamw": optim.name == "adamw",
+            "model.dtype = bf16": config.model.dtype == "bf16",
+        }
+        if missing := [needed for needed, is_there in found.items() if not is_there]:
+            yield f"optim.{name} needs {' and '.join(missing)} (megatron-core): set it, or remove {name}"
+    if optim.has_low_moments and optim.cpu_offload:
+        yield (
+            "optim.cpu_offload keeps moments in fp32, on the CPU and beside it (megatron-core): set "
+            "exp_avg_dtype and exp_avg_sq_dtype to fp32, or cpu_offload to 0"
+        )
+    if fp8 is not None:
+        if config.model.dtype != "bf16":
+            yield f"train.fp8 needs model.dtype = bf16, got {config.model.dtype}: set it, or remove train.fp8"
+        for what, size in _product_sides(config, architecture).items():
+            if size % fp8.multiple:
+                yield (
+                    f"train.fp8.recipe = {fp8.recipe} multiplies matrices whose sides are multiples of "
+                    f"{fp8.multiple}, and {what} is {size}: choose another recipe or layout, or remove it"
+                )
+    if config.train.deterministic and config.grpo is not None and config.grpo.rollout.engine == "vllm":
+        yield (
+            "train.deterministic covers this package's steps, and vLLM's kernels choose their own order of "
+            "sums: set rollout.engine = in_process, or train.deterministic = false"
+        )
+    if config.train.deterministic and parallel.moe_dispatcher == "flex":
+        yield (
+            "train.deterministic needs an exchange of tokens in a fixed order, which is not known of "
+            "DeepEP's: set parallel.moe_dispatcher = alltoall, or train.deterministic = false"
+        )
+
+
+def _product_sides(config: TrainingConfig, architecture: ModelSizes) -> dict[str, int]:
+    """Sides of a rank's weight matrices in attention and MLP; layout problems are told elsewhere."""
+    tp, etp = config.parallel.tp, config.parallel.etp or config.parallel.tp
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_query_groups * architecture.head_dim
+    mlp = etp if architecture.mixture is not None else tp
+    return {
+        "hidden_size": architecture.hidden_size,
+        "num_attention_heads * head_dim / tp": queries // tp,
+        "the width of queries, keys and values / tp": (queries + 2 * keys) // tp,
+        f"ffn_hidden_size / {'etp' if architecture.mixture is not None else 'tp'}": (
+            architecture.ffn_hidden_size // mlp
+        ),
+    }
 
 
 def _length_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import datetime
 from abc import ABC, abstractmethod
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_sftrl.config.data import DataSection, PromptSection, Section
 from megatron_sftrl.config.paths import ExpandedPath, ModuleName
+from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
 from megatron_sftrl.errors import UserError
 
 # Which network is trained: its sizes and its first weights.
@@ -142,6 +142,18 @@ class ParallelSection(Section):
     """Reduce gradients while the backward still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward runs; needs the two settings above."""
+    moe_dispatcher: Literal["alltoall", "flex"] = "alltoall"
+    """How a mixture's tokens reach the ranks of their experts. flex: DeepEP's kernels, which need CUDA, the
+    package deep_ep and tp * ep > 1; a token is sent once to each node instead of once to each expert."""
+    moe_permute_fusion: bool = False
+    """Sort a mixture's tokens by expert in one kernel of Transformer Engine's."""
+    moe_router_fusion: bool = False
+    """Choose a mixture's experts in one kernel of Transformer Engine's."""
+    megatron: dict[str, Any] = Field(default={})
+    """Fields of Megatron's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig that have no
+    key here, such as {bucket_size: 80000000, moe_router_dtype: fp32}, as Megatron's documentation has them.
+    Names and types are checked; what another key sets, or what would break a promise of this package, is
+    refused."""
 
 
 class BatchSection(Section):
@@ -239,6 +251,34 @@ class OptimSection(Section):
     """Decay norms and biases, too, as a plain torch.optim.AdamW over all parameters does."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of AdamW's first moment. bf16 here or below is Megatron's precision-aware optimizer: it needs
+    Transformer Engine, parallel.distributed_optimizer and model.dtype: bf16."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of AdamW's second moment."""
+    cpu_offload: float = Field(default=0.0, ge=0, le=1)
+    """Share of each rank's fp32 weights and moments that stay in CPU memory, where the CPU updates them; 1
+    for all. Needs what exp_avg_dtype: bf16 needs, and both moments in fp32."""
+
+    @property
+    def has_low_moments(self) -> bool:
+        """Whether a moment is kept in fewer than 32 bits."""
+        return "bf16" in (self.exp_avg_dtype, self.exp_avg_sq_dtype)
+
+
+class Fp8Section(Section):
+    """Eight-bit products of Transformer Engine's linear layers."""
+
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """hybrid: weights and activations in e4m3, gradients in e5m2. e4m3: all in e4m3."""
+    recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """What shares a scale. tensorwise: a tensor, from its present values (compute capability 8.9 or later).
+    blockwise: 128 values, or 128 x 128 of a weight (9.0). mxfp8: 32 values (10.0)."""
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of every product are multiples of, tokens included."""
+        return 32 if self.recipe == "mxfp8" else 16
 
 
 class TrainSection(Section):
@@ -250,6 +290,13 @@ class TrainSection(Section):
     """Passes over the data, instead of steps; an incomplete last batch of the run is left out."""
     recompute: Literal["none", "full"] = "none"
     """full: keep only each block's input and recompute the block in the backward."""
+    fp8: Fp8Section | None = None
+    """Products of the blocks' linear layers in eight bits; bf16 when not given. Weights, gradients, attention
+    and the output layer stay as they are. Needs Transformer Engine's layers."""
+    deterministic: bool = False
+    """On GPUs, the same bits from the same run: kernels that add in a changing order are replaced by slower
+    ones, and an operator that has no other ends the run. A resumed run then continues bit by bit, which it
+    does on the CPU in any case. Not for rollout.engine: vllm."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on data.valid; 0: only at the end."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
@@ -376,81 +423,6 @@ class RunConfig(TrainingConfig):
     @property
     def held_out(self) -> list[Path]:
         return self.data.valid
-
-
-# What a run says about its rewards: named functions with weights, and the limits of their workers.
-
-
-class RewardSection(BaseModel):
-    """One reward. Keys other than name, weight and modules are the reward's own options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-
-    name: str
-    """A registered reward: math, exact_match, reasoning_gym, format, length, or one of your own."""
-    weight: float = Field(default=1.0, ge=-1e15, le=1e15, allow_inf_nan=False)
-    """Factor of this reward in the sum that is trained; 0: measured and logged only."""
-    modules: list[ModuleName] = []
-    """Python files or importable modules that register rewards, imported before the name is looked up, here
-    and in each worker."""
-
-    @property
-    def options(self) -> dict[str, object]:
-        """The reward's own options, as written."""
-        return dict(self.model_extra or {})
-
-
-class RewardWorkersSection(Section):
-    """The processes in which rewards are computed, and what one sample may cost there."""
-
-    num_workers: int = Field(default=2, ge=1)
-    """Processes per rank that scores."""
-    seconds: float = Field(default=10.0, gt=0, le=3600)
-    """Wall-clock time of one reward of one sample. One that takes longer is killed and tried once more; if it
-    is late again, the sample is left out of the loss and of its group. Processor time is limited to the next
-    whole second above it."""
-    memory_gb: float = Field(default=4.0, ge=0.5, allow_inf_nan=False)
-    """Address space of one worker, in GiB; its libraries count as well. A sample that wants more fails alone.
-    The rewards of this package need a tenth of the default."""
-
-
-_OWN_NUMBERS = ("mean", "lenient_mean", "std", "zero_variance_groups", "slowest_seconds")
-"""Under reward/ in metrics.jsonl, of all rewards together."""
-
-
-def check_rewards(rewards: list[RewardSection]) -> list[RewardSection]:
-    """The list itself, if it says what is to be trained.
-
-    Raises:
-        UserError: it is empty, names a reward twice or as a number that every step has, or gives none of them
-            a weight.
-    """
-    if not rewards:
-        raise UserError("rewards: expected at least one, got an empty list; add one, such as {name: math}")
-    twice = [name for name, count in Counter(reward.name for reward in rewards).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"rewards: expected each name once, got {twice[0]!r} twice; its metrics could not be told apart: "
-            "remove one, or register a variant under a name of its own"
-        )
-    names = [reward.name for reward in rewards]
-    for name in names:
-        outer = [other for other in names if name.startswith(f"{other}/")]
-        if name in _OWN_NUMBERS or name.startswith("pass_at_") or outer:
-            of_whom = f"{outer[0]!r} writes under its own name" if outer else "every step writes"
-            raise UserError(
-                f"rewards: reward {name!r} would be written as reward/{name}, among the numbers that "
-                f"{of_whom}; register it under another name"
-            )
-    if all(reward.weight == 0 for reward in rewards):
-        raise UserError(
-            "rewards: every weight is 0, so that nothing would be trained; give one of "
-            f"{', '.join(reward.name for reward in rewards)} a weight"
-        )
-    return rewards
-
-
-RewardList = Annotated[list[RewardSection], AfterValidator(check_rewards)]
 
 
 # What a run of `sftrl grpo` says beyond what every training run says.

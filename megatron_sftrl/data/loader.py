@@ -38,7 +38,7 @@ class BatchLayout:
 
     Args:
         sequence_multiple_of: each sequence is padded to a multiple of it (2 * cp when cp > 1).
-        pad_to_multiple_of: T is a multiple of it (tp * cp under sequence parallelism).
+        pad_to_multiple_of: T is a multiple of it (tp * cp under sequence parallelism, more with train.fp8).
         microbatch_multiple: so is the number of micro-batches (pp under virtual pipeline parallelism).
         uniform_length: all micro-batches of a step, on all ranks, have the same T (pp > 1).
     """

@@ -46,7 +46,7 @@ def padded_batch_length(num_tokens: int, *, sequence_multiple_of: int, pad_to_mu
     """T of a batch whose sequences take `num_tokens` positions; at least one padding sequence when 0.
 
     The padding behind is a sequence of its own and respects sequence_multiple_of too. T is a multiple of
-    pad_to_multiple_of (tp under sequence parallelism).
+    pad_to_multiple_of (sequence parallelism, train.fp8).
     """
     return _round_up(max(num_tokens, 1), math.lcm(sequence_multiple_of, pad_to_multiple_of))
 

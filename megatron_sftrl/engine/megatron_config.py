@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
+import megatron.core
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sftrl.config.schema import ModelSection, OptimSection, ParallelSection, TrainSection
+from megatron_sftrl.config.schema import (
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    TrainingConfig,
+    TrainSection,
+)
+from megatron_sftrl.engine.megatron_fields import megatron_fields
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
 
@@ -30,11 +42,23 @@ def transformer_config(
     is_cuda: bool,
 ) -> TransformerConfig:
     """Of Megatron's layers and pipeline schedule."""
-    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
-    is_interleaved = parallel.vp > 1
     with_te = uses_transformer_engine(model, is_cuda=is_cuda)
+    settings = {
+        **_of_the_model(architecture, model, with_te=with_te),
+        **_of_the_layout(parallel, is_cuda=is_cuda),
+        **_of_the_step(train),
+        **_of_the_kernels(architecture, parallel, is_cuda=is_cuda, with_te=with_te),
+        **megatron_fields(parallel.megatron).transformer,
+    }
+    config = TransformerConfig(**settings)
+    _scale_cos_and_sin(config, architecture.rope.attention_factor)
+    return config
+
+
+def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: bool) -> dict[str, Any]:
     mixture = architecture.mixture
-    config = TransformerConfig(
+    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+    return dict(
         transformer_impl="transformer_engine" if with_te else "local",
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -59,13 +83,22 @@ def transformer_config(
         moe_router_pre_softmax=mixture is not None and not mixture.normalizes_weights,
         # As in transformers: logits in the model's dtype, softmax in fp32, every token reaches its experts.
         moe_router_score_function="softmax",
-        moe_router_dtype=None,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=with_te and mixture is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.dtype == "bf16",
+        # Weights come from initialize_weights() or a checkpoint, the same in every layout.
+        perform_initialization=False,
+    )
+
+
+def _of_the_layout(parallel: ParallelSection, *, is_cuda: bool) -> dict[str, Any]:
+    is_interleaved = parallel.vp > 1
+    return dict(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vp if is_interleaved else None,
@@ -73,37 +106,55 @@ def transformer_config(
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp or parallel.tp,
         sequence_parallel=parallel.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=model.dtype == "bf16",
-        # Weights come from initialize_weights() or a checkpoint, the same in every layout.
-        perform_initialization=False,
+        moe_token_dispatcher_type=parallel.moe_dispatcher,
         use_cpu_initialization=not is_cuda,
-        # Normalisation is data (token_weight): the schedule must neither average nor scale. See schedule.py.
-        calculate_per_token_loss=True,
-        recompute_granularity="full" if train.recompute == "full" else None,
-        recompute_method="uniform" if train.recompute == "full" else None,
-        recompute_num_layers=1 if train.recompute == "full" else None,
         # The default p2p order exchanges wrong tensors under a virtual pipeline on gloo (measured), no error.
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
         # Frees an output whose asynchronous send gloo may still read: wrong numbers, no error (measured).
         deallocate_pipeline_outputs=is_cuda,
-        # These need CUDA extensions or torch.compile; Transformer Engine brings its own fusions.
+    )
+
+
+def _of_the_step(train: TrainSection) -> dict[str, Any]:
+    return dict(
+        # Normalisation is data (token_weight): the schedule must neither average nor scale. See schedule.py.
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if train.recompute == "full" else None,
+        recompute_method="uniform" if train.recompute == "full" else None,
+        recompute_num_layers=1 if train.recompute == "full" else None,
+        fp8=train.fp8.format if train.fp8 else None,
+        fp8_recipe=train.fp8.recipe if train.fp8 else "delayed",
+        deterministic_mode=train.deterministic,
+    )
+
+
+def _of_the_kernels(
+    architecture: Architecture, parallel: ParallelSection, *, is_cuda: bool, with_te: bool
+) -> dict[str, Any]:
+    """Fusions: CUDA extensions, and functions that torch.compile makes kernels of; none on the CPU."""
+    return dict(
         # Transformer Engine's fused rope knows no factor on cos and sin, and would leave it out silently.
         apply_rope_fusion=with_te and architecture.rope.attention_factor == 1.0,
         bias_dropout_fusion=is_cuda,
+        # SwiGLU, of dense blocks and of experts, of Transformer Engine's layers and of torch's.
+        bias_activation_fusion=is_cuda,
+        # Products add to fp32 gradients: Transformer Engine's own way, or Apex's.
+        gradient_accumulation_fusion=with_te or (is_cuda and _has_module("fused_weight_gradient_mlp_cuda")),
+        moe_permute_fusion=parallel.moe_permute_fusion,
+        moe_router_fusion=parallel.moe_router_fusion,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
     )
-    _scale_cos_and_sin(config, architecture.rope.attention_factor)
-    return config
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def ddp_config(parallel: ParallelSection) -> DistributedDataParallelConfig:
     """Of Megatron's DDP; gradients are summed in fp32."""
-    return DistributedDataParallelConfig(
+    settings: dict[str, Any] = dict(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
@@ -111,11 +162,12 @@ def ddp_config(parallel: ParallelSection) -> DistributedDataParallelConfig:
         # A non-finite gradient is found by its norm, skipped and counted; no assertion in the backward.
         check_for_nan_in_grad=False,
     )
+    return DistributedDataParallelConfig(**settings | megatron_fields(parallel.megatron).ddp)
 
 
 def optimizer_config(optim: OptimSection, parallel: ParallelSection, *, is_bf16: bool) -> OptimizerConfig:
     """Of Megatron's optimizer; step_if_finite decides what is decayed."""
-    return OptimizerConfig(
+    settings: dict[str, Any] = dict(
         optimizer={"adamw": "adam", "sgd": "sgd"}[optim.name],
         lr=optim.lr,
         weight_decay=optim.weight_decay,
@@ -127,7 +179,121 @@ def optimizer_config(optim: OptimSection, parallel: ParallelSection, *, is_bf16:
         bf16=is_bf16,
         params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        # Megatron's part-wise offload is an optimizer of this kind, too.
+        use_precision_aware_optimizer=optim.has_low_moments or optim.cpu_offload > 0,
+        exp_avg_dtype=_DTYPES[optim.exp_avg_dtype],
+        exp_avg_sq_dtype=_DTYPES[optim.exp_avg_sq_dtype],
+        # Remainders of fp32 weights mean nothing without the bf16 ones; a checkpoint holds whole numbers.
+        store_param_remainders=False,
+        optimizer_cpu_offload=optim.cpu_offload > 0,
+        optimizer_offload_fraction=optim.cpu_offload,
     )
+    return OptimizerConfig(**settings | megatron_fields(parallel.megatron).optimizer)
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# What this machine or this version of Megatron cannot do, found before a process group exists.
+
+
+def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: bool) -> None:
+    """Hold the run against the packages that are installed, and make Megatron's configurations once.
+
+    Raises:
+        UserError: a setting that needs another machine, package or layer; what parallel.megatron may not
+            say; what Megatron itself refuses, in its words.
+    """
+    fields = megatron_fields(run.parallel.megatron)
+    with_te = uses_transformer_engine(run.model, is_cuda=is_cuda)
+    problems = [
+        *_missing_packages(run, is_cuda=is_cuda, with_te=with_te),
+        *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
+    ]
+    if problems:
+        raise UserError("\n  ".join([f"the run cannot start, {len(problems)} problem(s)", *problems]))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transformer_config(architecture, run.model, run.parallel, run.train, is_cuda=is_cuda)
+            ddp_config(run.parallel)
+            optimizer_config(run.optim, run.parallel, is_bf16=run.model.dtype == "bf16")
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        written = sorted({*fields.transformer, *fields.ddp, *fields.optimizer})
+        raise UserError(
+            f"megatron-core {megatron.core.__version__} refuses the settings of model, parallel, train and "
+            f"optim{f' with parallel.megatron {written}' if written else ''}: {error}"
+        ) from error
+
+
+def check_device(train: TrainSection, device: torch.device) -> None:
+    """Hold train.fp8 against the GPU, once CUDA has started.
+
+    Raises:
+        UserError: the recipe needs a newer one.
+    """
+    if train.fp8 is None or device.type != "cuda":
+        return
+    needed = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}[train.fp8.recipe]
+    if (found := torch.cuda.get_device_capability(device)) < needed:
+        raise UserError(
+            f"train.fp8.recipe = {train.fp8.recipe}: expected a GPU of compute capability "
+            f"{'.'.join(map(str, needed))} or later, got {torch.cuda.get_device_name(device)} with "
+            f"{'.'.join(map(str, found))}: choose another recipe, or remove train.fp8"
+        )
+
+
+def _missing_packages(run: TrainingConfig, *, is_cuda: bool, with_te: bool) -> Iterator[str]:
+    layers = (
+        "expected Transformer Engine's layers (CUDA, the package transformer_engine, model.layers auto or "
+        f"te), got torch's on {'CUDA' if is_cuda else 'the CPU'}: remove it, or install them"
+    )
+    if run.train.fp8 is not None and not with_te:
+        yield f"train.fp8: {layers}"
+    for name in ("moe_permute_fusion", "moe_router_fusion"):
+        if getattr(run.parallel, name) and not with_te:
+            yield f"parallel.{name}: {layers}"
+    if run.parallel.moe_dispatcher == "flex" and not (is_cuda and _has_module("deep_ep")):
+        yield (
+            "parallel.moe_dispatcher = flex: expected CUDA and the package deep_ep (DeepEP), got "
+            f"{'CUDA without it' if is_cuda else 'the CPU'}: install it, or set moe_dispatcher = alltoall"
+        )
+    for name, is_set in (
+        ("exp_avg_dtype and exp_avg_sq_dtype = bf16", run.optim.has_low_moments),
+        (f"cpu_offload = {run.optim.cpu_offload:g}", run.optim.cpu_offload),
+    ):
+        if is_set and not (is_cuda and _has_module("transformer_engine")):
+            yield (
+                f"optim.{name}: expected CUDA and the package transformer_engine, whose Adam Megatron uses "
+                f"for it, got {'CUDA without it' if is_cuda else 'the CPU'}: install it, or remove the key"
+            )
+
+
+_READ_WITH_TRANSFORMER_ENGINE = frozenset(
+    {"attention_backend", "cp_comm_type", "use_te_activation_func", "disable_parameter_transpose_cache"}
+    | {"fused_single_qkv_rope", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"}
+    | {"cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading"}
+)
+
+
+def _idle_fields(run: TrainingConfig, *, with_te: bool, is_mixture: bool) -> Iterator[str]:
+    """What was written in parallel.megatron and would be read by nothing."""
+    for name in run.parallel.megatron:
+        reason = None
+        if name.startswith("moe_") and not is_mixture:
+            reason = "the model is no mixture of experts"
+        elif name.startswith(("fp8_", "first_last_layers_bf16", "num_layers_at_")) and run.train.fp8 is None:
+            reason = "train.fp8 is not given"
+        elif name in _READ_WITH_TRANSFORMER_ENGINE and not with_te:
+            reason = "layers are torch's, not Transformer Engine's (model.layers)"
+        elif name.startswith("moe_deepep") and run.parallel.moe_dispatcher != "flex":
+            reason = "parallel.moe_dispatcher is not flex"
+        elif name in ("overlap_cpu_optimizer_d2h_h2d", "pin_cpu_grads", "pin_cpu_params") and (
+            not run.optim.cpu_offload
+        ):
+            reason = "optim.cpu_offload is 0"
+        if reason is not None:
+            yield f"parallel.megatron.{name} has no effect: {reason}; remove it"
 
 
 def _scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import warnings
@@ -157,7 +158,7 @@ def build_model_chunks(
         is_first = parallel.pp_rank == 0 and chunk == 0
         is_last = parallel.is_last_stage and chunk == parallel.vp_size - 1
         vp_stage = chunk if parallel.vp_size > 1 else None
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _head_adds_no_gradients(config):
             # Experts at etp = 1 have nothing to split a sequence along, and say so one by one.
             warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor")
             chunks.append(
@@ -176,6 +177,7 @@ def build_model_chunks(
                     vp_stage=vp_stage,
                 ).to(parallel.device)
             )
+        _add_gradients_in_layers(chunks[-1], config)
         _mark_tensor_parallel_parameters(chunks[-1])
         mark_expert_parameters(chunks[-1])
         _remember_prompts(chunks[-1])
@@ -183,6 +185,25 @@ def build_model_chunks(
         frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
         chunks[-1].rotary_pos_emb.inv_freq = frequencies.to(parallel.device)
     return chunks
+
+
+@contextlib.contextmanager
+def _head_adds_no_gradients(config: TransformerConfig) -> Iterator[None]:
+    """While a chunk is built: the output layer would ask for Apex, which Transformer Engine's layers do not.
+
+    The two read the same field of one configuration, each once, when it is built.
+    """
+    wanted = config.gradient_accumulation_fusion
+    config.gradient_accumulation_fusion = wanted and config.transformer_impl != "transformer_engine"
+    yield
+    config.gradient_accumulation_fusion = wanted
+
+
+def _add_gradients_in_layers(chunk: torch.nn.Module, config: TransformerConfig) -> None:
+    """Let Transformer Engine's layers add to main_grad, as the configuration says; torch's were built so."""
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = config.gradient_accumulation_fusion  # type: ignore[assignment]
 
 
 def model_inputs(

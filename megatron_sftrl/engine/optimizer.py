@@ -14,6 +14,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -79,7 +80,13 @@ def step_if_finite(
     for leaf in leaves(optimizer):
         parameters = leaf.get_parameters()
         if clip_grad > 0 and parameters:
-            clip_grad_by_total_norm_fp32([*parameters], max_norm=clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                [*parameters],
+                max_norm=clip_grad,
+                total_norm=grad_norm,
+                # Of weights whose gradients have another dtype (Megatron's precision-aware optimizer).
+                use_decoupled_grad=leaf.config.use_precision_aware_optimizer,
+            )
     optimizer.step_with_ready_grads()
     return OptimStep(grad_norm=grad_norm, lr=lr, is_skipped=False)
 
@@ -88,6 +95,12 @@ def leaves(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers that own parameters: experts have their own, an empty share has none."""
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [leaf for leaf in chained if leaf.optimizer is not None]
+
+
+def inner_optimizers(leaf: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """Those that move the weights: with optim.cpu_offload one on the CPU and one beside it, else one."""
+    inner = leaf.optimizer
+    return [*inner.sub_optimizers] if isinstance(inner, HybridDeviceOptimizer) else [inner]
 
 
 def learning_rate(step: int, optim: OptimSection, *, num_steps: int) -> float:
@@ -135,6 +148,10 @@ class TrainingState:
         assert self._away is None, "the training state is away already"
         # Some hold views of the gradients, which must not be read from now on.
         self._optimizer.zero_grad()
+        for leaf in leaves(self._optimizer):
+            if isinstance(leaf.optimizer, HybridDeviceOptimizer) and leaf.optimizer.gpu_optimizer:
+                # It has fp32 copies of its own; those on the CPU are used again.
+                leaf.optimizer.gpu_optimizer.zero_grad()
         for chunk in self._wrapped:
             chunk.offload_grad_buffers(empty_cache=False)
         is_cuda = self._device.type == "cuda"
@@ -179,8 +196,8 @@ class TrainingState:
 
 def _optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
     """fp32 weights, which may be the model's own, and moments."""
-    for leaf in leaves(optimizer):
-        for group in leaf.optimizer.param_groups:
+    for inner in (each for leaf in leaves(optimizer) for each in inner_optimizers(leaf)):
+        for group in inner.param_groups:
             yield from group["params"]
-        for state in leaf.optimizer.state.values():
+        for state in inner.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.engine import cpu_backend
+from megatron_sftrl.engine.determinism import choose_kernels
 from megatron_sftrl.errors import UserError
 
 
@@ -77,7 +78,9 @@ _SECONDS_BEHIND_THE_WATCH = 30
 _NEVER = timedelta(days=3650)
 
 
-def initialize_parallel(section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES) -> ParallelContext:
+def initialize_parallel(
+    section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES, deterministic: bool = False
+) -> ParallelContext:
     """Start torch.distributed (NCCL where CUDA is there, else gloo) and Megatron's process groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; without them the
@@ -86,8 +89,10 @@ def initialize_parallel(section: ParallelSection, *, hang_minutes: float = _HANG
     Args:
         hang_minutes: train.hang_minutes. Collectives wait a little longer: the watch over the run shows every
             rank's stacks, a collective that fails shows one. 0: they wait for ever.
+        deterministic: train.deterministic, for this process.
     Raises:
-        UserError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp.
+        UserError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp; an environment
+            that contradicts `deterministic`.
     """
     cpu_backend.install()
     from megatron.core import parallel_state
@@ -107,6 +112,7 @@ def initialize_parallel(section: ParallelSection, *, hang_minutes: float = _HANG
             f"{world_size} processes cannot hold experts at etp {etp} x ep {section.ep} x pp {section.pp}: "
             f"start a multiple of {math.lcm(model_size, expert_size)} processes"
         )
+    choose_kernels(deterministic=deterministic)
     device = _select_device()
     timeout = timedelta(minutes=hang_minutes, seconds=_SECONDS_BEHIND_THE_WATCH) if hang_minutes else _NEVER
     if not dist.is_initialized():
@@ -153,13 +159,13 @@ def initialize_parallel(section: ParallelSection, *, hang_minutes: float = _HANG
 
 @contextlib.contextmanager
 def parallel_context(
-    section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES
+    section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES, deterministic: bool = False
 ) -> Iterator[ParallelContext]:
     """initialize_parallel, and its end when the block ends well.
 
     A rank that fails leaves at once instead: its peers may stand in a collective, and torchrun ends them.
     """
-    context = initialize_parallel(section, hang_minutes=hang_minutes)
+    context = initialize_parallel(section, hang_minutes=hang_minutes, deterministic=deterministic)
     try:
         yield context
     except BaseException:

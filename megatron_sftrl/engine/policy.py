@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
-from megatron_sftrl.engine.megatron_config import transformer_config
+from megatron_sftrl.engine.determinism import named_operator
+from megatron_sftrl.engine.megatron_config import check_device, transformer_config
 from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
 from megatron_sftrl.engine.model import (
     LanguageModel,
@@ -110,6 +111,9 @@ class PolicyEngine:
         """Called when a micro-batch begins, of training, evaluation and scoring."""
         self.clock = GradientClock(parallel.device)
         self.optim = run.optim
+        self.token_multiple = run.train.fp8.multiple if run.train.fp8 else 1
+        """Of the tokens of a micro-batch on each rank, where train.fp8 asks for one."""
+        check_device(run.train, parallel.device)
         self.config: TransformerConfig = transformer_config(
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
         )
@@ -200,6 +204,7 @@ class PolicyEngine:
         return self._run(batches, loss, reference, longest=longest, forward_only=True)
 
     @torch.no_grad()
+    @named_operator()
     def logprobs(self, batches: Sequence[TokenBatch], *, temperature: float = 1.0) -> list[Tensor]:
         """log-probability of each label, [T] fp32 nats per whole micro-batch; empty before the last stage."""
         parallel, longest = self.parallel, self._objective.longest(batches)
@@ -218,6 +223,7 @@ class PolicyEngine:
             self.wrapped, batches, score, parallel, forward_only=True, on_microbatch=self.on_microbatch
         )
 
+    @named_operator()
     def optim_step(self, step: int, *, num_steps: int, loss: float = 0.0) -> OptimStep:
         """Clip, update the weights, and report; a step that is not finite changes nothing.
 
@@ -262,6 +268,7 @@ class PolicyEngine:
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
 
+    @named_operator()
     def _run(
         self,
         batches: Sequence[TokenBatch],

@@ -39,18 +39,24 @@ Packed = tuple[list[TokenBatch], list[Tensor], list[CacheSlots]]
 
 
 def pack_prefixes(
-    prefixes: Mapping[int, tuple[int, ...]], parallel: ParallelContext, cache: KvCache | None
+    prefixes: Mapping[int, tuple[int, ...]],
+    parallel: ParallelContext,
+    cache: KvCache | None,
+    *,
+    token_multiple: int = 1,
 ) -> Packed:
     """Whole prefixes, from their first token on, by number of the response.
 
     Args:
         cache: remembers the prefixes where one is given, in the slot of the response's number.
+        token_multiple: of the tokens on each rank (PolicyEngine.token_multiple).
     """
     multiple = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
     shares = _shares(list(prefixes), parallel.pp_size)
     used = [sum(_round_up(len(prefixes[i]), multiple) for i in share) for share in shares]
     # Sequence parallelism splits T over tp; a replica without responses still takes part with padding.
-    length = max(_round_up(max(used), multiple * parallel.tp_size), multiple * parallel.tp_size)
+    unit = multiple * parallel.tp_size * token_multiple
+    length = max(_round_up(max(used), unit), unit)
     batches, rows, places = [], [], []
     for share in shares:
         batch, last_rows = _prefix_batch([prefixes[i] for i in share], length, multiple)
@@ -245,7 +251,9 @@ class _Flight:
             return self.advance()
         groups = [list(group) for _, group in groupby(range(len(new)), key=lambda i: new[i].prompt)]
         leaders = {first_slot + group[0]: new[group[0]].prompt for group in groups}
-        batches, rows, places = pack_prefixes(leaders, self._policy.parallel, self._cache)
+        batches, rows, places = pack_prefixes(
+            leaders, self._policy.parallel, self._cache, token_multiple=self._policy.token_multiple
+        )
         sizes = torch.tensor([len(group) for group in groups]).split([len(each) for each in rows])
         rows = [each.repeat_interleave(size) for each, size in zip(rows, sizes, strict=True)]
         self._draw((batches, rows, places), new)
@@ -256,7 +264,9 @@ class _Flight:
         """Draw one more token of each response; without any, take part in the forwards of others."""
         if self._cache is None:
             prefixes = {i: (*each.prompt, *each.tokens) for i, each in enumerate(self.active)}
-            packed = pack_prefixes(prefixes, self._policy.parallel, None)
+            packed = pack_prefixes(
+                prefixes, self._policy.parallel, None, token_multiple=self._policy.token_multiple
+            )
         else:
             tokens = [each.tokens[-1] for each in self.active]
             positions = [each.length - 1 for each in self.active]

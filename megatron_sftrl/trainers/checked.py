@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.engine.checkpoint import checkpoint_at, complete_checkpoints, stored_assets
+from megatron_sftrl.engine.megatron_config import check_megatron
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import Loss, build_loss
 from megatron_sftrl.models import architecture_of, notes_on
@@ -103,6 +106,7 @@ def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
     say_notes(notes)
     loss = _loss(config)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
+    check_megatron(config, architecture, is_cuda=torch.cuda.is_available())
     tokenizer = _tokenizer(config, architecture)
     return CheckedRun(
         config=config,
@@ -119,6 +123,7 @@ def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     say_notes(notes_on(config.model))
     needs = ("reference",) if config.reference is not None else ()
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=needs)
+    check_megatron(config, architecture, is_cuda=torch.cuda.is_available())
     tokenizer = _tokenizer(config, architecture)
     return architecture, tokenizer
 
@@ -196,12 +201,16 @@ def export_assets(checked: CheckedRun[ConfigT]) -> HfAssets:
 
 def batch_layout(config: TrainingConfig, *, dp_rank: int, dp_size: int) -> BatchLayout:
     parallel = config.parallel
+    # Sequence parallelism splits the context-parallel share of T over tp.
+    pieces = parallel.tp * parallel.cp if parallel.sequence_parallel else parallel.cp
+    multiple = pieces if parallel.sequence_parallel else 1
+    if config.train.fp8 is not None:
+        multiple = pieces * config.train.fp8.multiple
     return BatchLayout(
         dp_rank=dp_rank,
         dp_size=dp_size,
         sequence_multiple_of=2 * parallel.cp if parallel.cp > 1 else 1,
-        # Sequence parallelism splits the context-parallel share of T over tp.
-        pad_to_multiple_of=parallel.tp * parallel.cp if parallel.sequence_parallel else 1,
+        pad_to_multiple_of=multiple,
         microbatch_multiple=parallel.pp if parallel.vp > 1 else 1,
         # Pipeline stages exchange tensors of one size.
         uniform_length=parallel.pp > 1,

@@ -71,7 +71,9 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         | stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint),
         stop=(*request.sampling.stop, *(grpo.rollout.stop if (grpo := config.grpo) is not None else ())),
     )
-    with parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel:
+    with parallel_context(
+        config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
+    ) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         give_weights(policy, checkpoint, config)
         engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE, decode=tokenizer.decode)

@@ -163,7 +163,9 @@ def run_grpo(config: GrpoConfig) -> bool:
     prompts, valid = open_prompts(checked)
     with (
         StopRequest() as stop,
-        parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
+        parallel_context(
+            config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
+        ) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):

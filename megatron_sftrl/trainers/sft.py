@@ -198,7 +198,9 @@ def run_sft(config: RunConfig) -> bool:
     checked = checked_run(config)
     with (
         StopRequest() as stop,
-        parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
+        parallel_context(
+            config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
+        ) as parallel,
     ):
         directory = open_run_directory(config, is_writer=False)
         with hold(directory):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from tests.ranks import run_ranks
 
 NUM_STEPS = 4
 OVERLAPPED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
-BUCKET_SIZE = 3000  # elements: the untied head, of 101 x 32, is in a bucket of its own
+# Elements: the untied head, of 101 x 32, is in a bucket of its own.
+SMALL_BUCKETS = {"megatron": {"bucket_size": 3000}}
 
 
 def train(
@@ -25,9 +25,7 @@ def train(
 ) -> tuple[Curve, list[Tensor], int]:
     """Curve, head at the end and number of buckets; checkpoints and a moving average between the steps."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megatron_sftrl.engine import megatron_config
     from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
@@ -36,14 +34,12 @@ def train(
     from megatron_sftrl.models.architecture import from_section
 
     section = {"kind": "moving_average", "decay": 0.5, "sync_every": 1} if loss_name == "curiosft" else None
-    config = make_config(parallel, loss=loss_name, fused=fused, reference=section)
+    config = make_config({**parallel, **SMALL_BUCKETS}, loss=loss_name, fused=fused, reference=section)
     assert config.model.architecture is not None
     architecture, context = from_section(config.model.architecture), initialize_parallel(config.parallel)
     loss = build_loss(loss_name, LOSSES[loss_name])
     curve: Curve = []
     with pytest.MonkeyPatch.context() as patch:
-        small = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
-        patch.setattr(megatron_config, "DistributedDataParallelConfig", small)
         patch.setattr(output_layer, "logits_bytes", lambda row_bytes, _: 7 * row_bytes)
         policy = PolicyEngine(architecture, config, context)
         reference = None
@@ -90,10 +86,8 @@ def test_a_fused_run_whose_head_arrives_late_is_the_run_without_overlap(
 def late_reads() -> dict[str, tuple[bool, bool]]:
     """By reader: the ranks' weights differ where they lie after an update, and agree where they are read."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallelConfig
 
     from megatron_sftrl.config.schema import ReferenceSection
-    from megatron_sftrl.engine import megatron_config
     from megatron_sftrl.engine import model as engine_model
     from megatron_sftrl.engine.checkpoint.tensors import model_tensors
     from megatron_sftrl.engine.live_weights import live_weights
@@ -103,16 +97,13 @@ def late_reads() -> dict[str, tuple[bool, bool]]:
     from megatron_sftrl.losses.registry import build_loss
     from megatron_sftrl.models.architecture import from_section
 
-    config = make_config(OVERLAPPED)
+    config = make_config({**OVERLAPPED, **SMALL_BUCKETS})
     assert config.model.architecture is not None
     architecture, context = from_section(config.model.architecture), initialize_parallel(config.parallel)
     loss = build_loss("sft")
     section = ReferenceSection(kind="moving_average", decay=0.0)
     batches = step_batches(0, num_groups=2, group=context.dp_rank, multiple=1, num_microbatches=1)
-    with pytest.MonkeyPatch.context() as patch:
-        small = partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
-        patch.setattr(megatron_config, "DistributedDataParallelConfig", small)
-        policy = PolicyEngine(architecture, config, context)
+    policy = PolicyEngine(architecture, config, context)
     model = policy.chunks[0]
     reference = ReferenceModel(architecture, config, section, context)
 

@@ -20,7 +20,8 @@ from megatron_sftrl.apps.doctor.reward_candidates import Judged, Mathematics, ju
 from megatron_sftrl.apps.doctor.reward_findings import Findings, RewardFinding, is_full
 from megatron_sftrl.apps.doctor.reward_rows import DoctorRows, check_rows, rows_of_files, rows_of_tasks
 from megatron_sftrl.config.load import load_config, options_of
-from megatron_sftrl.config.schema import GrpoConfig, RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.tokenizer import load_tokenizer
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically

@@ -81,7 +81,9 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
     checkpoint = request.checkpoint or config.run_dir
     ends = stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint)
     with (
-        parallel_context(config.parallel, hang_minutes=config.train.hang_minutes) as parallel,
+        parallel_context(
+            config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
+        ) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
     ):
         check_engine(config, architecture, parallel.device, world_size=parallel.world_size)

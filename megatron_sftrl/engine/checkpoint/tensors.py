@@ -1,7 +1,7 @@
 """Every tensor of a checkpoint, named and placed in coordinates that no layout changes.
 
     policy.<name>                weights, dtype of the model
-    optimizer.exp_avg.<name>     and exp_avg_sq, momentum_buffer: fp32, shaped like the weight
+    optimizer.exp_avg.<name>     and exp_avg_sq, momentum_buffer: fp32 unless optim says bf16, shaped like it
     optimizer.main_param.<name>  fp32 weights behind bf16 ones
     reference.<name>             a moving-average reference, fp32
     rng.<generator>              [world_size, bytes] uint8, one row a rank
@@ -20,11 +20,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -32,7 +34,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
 from megatron_sftrl.engine.model import LanguageModel
-from megatron_sftrl.engine.optimizer import leaves
+from megatron_sftrl.engine.optimizer import inner_optimizers, leaves
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.tensors import Region
 
@@ -50,7 +52,7 @@ class OptimizerShare:
     Args:
         start: element of the parameter at which the share begins.
         tensors: by kind (exp_avg, exp_avg_sq, momentum_buffer, main_param), each with as many elements as the
-            share, fp32, the optimizer's own memory.
+            share, the optimizer's own memory; fp32, moments as optim.exp_avg_dtype and exp_avg_sq_dtype say.
         is_exclusive: no other data-parallel rank holds these elements.
     """
 
@@ -65,16 +67,14 @@ def optimizer_shares(optimizer: MegatronOptimizer) -> list[OptimizerShare]:
     shares = []
     for leaf in leaves(optimizer):
         kinds = _kinds(leaf)
-        for parameter, main, start in _held(leaf):
-            state = leaf.optimizer.state[main]
-            for kind in kinds:
-                if state.get(kind) is None:
-                    state[kind] = torch.zeros_like(main.detach(), dtype=torch.float32)
-            if _counts_per_parameter(leaf) and "step" not in state:
-                state["step"] = torch.tensor(0.0)
+        owners = _owners(leaf)
+        for parameter, held, start in _held(leaf):
+            main = _moved(leaf, held)
+            state = _state(owners[main], main, kinds)
             tensors = {kind: state[kind] for kind in kinds}
             if parameter.dtype != torch.float32:
-                tensors["main_param"] = main
+                # Transformer Engine's Adam keeps it beside moments that have a dtype of their own.
+                tensors["main_param"] = state.get("master_param", main)
             shares.append(
                 OptimizerShare(
                     parameter=parameter,
@@ -89,15 +89,13 @@ def optimizer_shares(optimizer: MegatronOptimizer) -> list[OptimizerShare]:
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Updates that this rank's optimizer has applied (Adam's t); 0 for SGD, which does not count."""
     steps = set()
-    for leaf in leaves(optimizer):
-        if _counts_per_parameter(leaf):
-            steps |= {int(state["step"]) for state in leaf.optimizer.state.values() if "step" in state}
+    for inner in (each for leaf in leaves(optimizer) for each in inner_optimizers(leaf)):
+        if _counts_per_parameter(inner):
+            steps |= {int(state["step"]) for state in inner.state.values() if "step" in state}
         else:
             # Groups without parameters are counted by some (Transformer Engine 2.20), not by others.
             steps |= {
-                int(group["step"])
-                for group in leaf.optimizer.param_groups
-                if group["params"] and "step" in group
+                int(group["step"]) for group in inner.param_groups if group["params"] and "step" in group
             }
     assert len(steps) <= 1, f"parameters disagree on the number of updates: {sorted(steps)}"
     return steps.pop() if steps else 0
@@ -108,13 +106,14 @@ def set_optimizer_step(optimizer: MegatronOptimizer, step: int) -> None:
     for leaf in leaves(optimizer):
         if leaf.config.optimizer != "adam":
             continue
-        if _counts_per_parameter(leaf):
-            for state in leaf.optimizer.state.values():
-                state["step"].fill_(float(step))
-        else:
-            # Transformer Engine and Apex count per group.
-            for group in leaf.optimizer.param_groups:
-                group["step"] = step
+        for inner in inner_optimizers(leaf):
+            if _counts_per_parameter(inner):
+                for state in inner.state.values():
+                    state["step"].fill_(float(step))
+            else:
+                # Transformer Engine and Apex count per group.
+                for group in inner.param_groups:
+                    group["step"] = step
 
 
 def _kinds(leaf: MegatronOptimizer) -> tuple[str, ...]:
@@ -123,9 +122,40 @@ def _kinds(leaf: MegatronOptimizer) -> tuple[str, ...]:
     return ("momentum_buffer",) if leaf.config.sgd_momentum else ()
 
 
-def _counts_per_parameter(leaf: MegatronOptimizer) -> bool:
+def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
     """torch's Adam counts for each parameter, the fused ones for each group, SGD not at all."""
-    return isinstance(leaf.optimizer, torch.optim.Adam)
+    return isinstance(inner, torch.optim.Adam)
+
+
+def _owners(leaf: MegatronOptimizer) -> dict[Tensor, torch.optim.Optimizer]:
+    """By tensor, the inner optimizer that moves it."""
+    return {
+        tensor: inner
+        for inner in inner_optimizers(leaf)
+        for group in inner.param_groups
+        for tensor in group["params"]
+    }
+
+
+def _moved(leaf: MegatronOptimizer, held: Tensor) -> Tensor:
+    """What is moved for a tensor that the leaf holds: with optim.cpu_offload an fp32 copy, here or there."""
+    inner = leaf.optimizer
+    return inner.param_to_inner_param[held] if isinstance(inner, HybridDeviceOptimizer) else held
+
+
+def _state(inner: Any, main: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    """The optimizer's own state of `main`; what is absent is made, as zeros."""
+    state = inner.state[main]
+    if not state and getattr(inner, "master_weights", False):
+        # Transformer Engine's Adam, with dtypes of its own and fp32 weights that begin as the model's.
+        inner.initialize_state(main, False)
+    for kind in kinds:
+        if state.get(kind) is None:
+            state[kind] = torch.zeros_like(main.detach(), dtype=torch.float32)
+    if _counts_per_parameter(inner) and "step" not in state:
+        is_fused = any(group.get("fused") for group in inner.param_groups)
+        state["step"] = torch.zeros((), device=main.device if is_fused else "cpu")
+    return state
 
 
 def _held(leaf: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -283,8 +313,8 @@ def _tracker() -> CudaRNGStatesTracker:
 def _pieces(chunks: Sequence[LanguageModel]) -> Iterator[_Piece]:
     """Parameters and persistent buffers of the chunks, to be read or written.
 
-    Transformer Engine's extra state (scales of fp8 casts) is the only other thing that Megatron lists;
-    this package trains in bf16 and fp32, where it is empty.
+    Transformer Engine's extra state is the only other thing that Megatron lists: scales of fp8 casts with a
+    history, which none of the recipes of train.fp8 has.
     """
     for chunk in chunks:
         chunk.wait_for_weights()

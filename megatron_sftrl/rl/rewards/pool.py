@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rl.rewards.registry import (
     LARGEST,

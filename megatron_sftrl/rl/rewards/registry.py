@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
-from megatron_sftrl.config.schema import RewardSection, Section, check_rewards
+from megatron_sftrl.config.data import Section
+from megatron_sftrl.config.rewards import RewardSection, check_rewards
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.registry import Entry, FunctionRegistry, origin_of
 

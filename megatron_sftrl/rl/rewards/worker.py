@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_sftrl.config.schema import RewardSection
+from megatron_sftrl.config.rewards import RewardSection
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.rl.rewards.registry import (
     LARGEST,

@@ -13,6 +13,7 @@ MIXTURE = (
     "model.architecture.num_experts=6",
     "model.architecture.experts_per_token=2",
 )
+LOW = ("model.dtype=bf16", "parallel.distributed_optimizer=true")
 SPLIT_MIXTURE = (*MIXTURE, "parallel.tp=2", "parallel.sequence_parallel=true")
 
 
@@ -40,6 +41,10 @@ def check(*overrides: str, world_size: int = 1, loss_needs: tuple[str, ...] = ("
             2,
         ),
         ([*MIXTURE, "parallel.ep=2", "parallel.cp=2"], 2),
+        ([*MIXTURE, "parallel.ep=2", "parallel.moe_dispatcher=flex"], 2),
+        ([*LOW, "optim.exp_avg_dtype=bf16", "optim.exp_avg_sq_dtype=bf16"], 2),
+        ([*LOW, "optim.cpu_offload=0.5", "train.deterministic=true"], 1),
+        (["model.dtype=bf16", "train.fp8={recipe: blockwise}", "parallel.tp=2"], 2),
         ([*MIXTURE, "parallel.ep=3", "parallel.pp=2", "parallel.vp=2"], 6),
         ([*SPLIT_MIXTURE, "parallel.ep=2", "parallel.etp=1"], 2),
         ([*SPLIT_MIXTURE, "model.architecture.ffn_hidden_size=97", "parallel.etp=1"], 2),
@@ -52,6 +57,37 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
 @pytest.mark.parametrize(
     ("overrides", "world_size", "part"),
     [
+        (
+            ["optim.exp_avg_dtype=bf16"],
+            1,
+            "optim.exp_avg_dtype and exp_avg_sq_dtype needs parallel.distributed_optimizer = true and "
+            "model.dtype = bf16",
+        ),
+        (
+            ["optim.cpu_offload=0.5", "model.dtype=bf16"],
+            1,
+            "optim.cpu_offload needs parallel.distributed_optim",
+        ),
+        (
+            [*LOW, "optim.exp_avg_sq_dtype=bf16", "optim.cpu_offload=1"],
+            1,
+            "optim.cpu_offload keeps moments in fp32",
+        ),
+        (["train.fp8={}"], 1, "train.fp8 needs model.dtype = bf16, got fp32"),
+        (
+            ["train.fp8={recipe: mxfp8}", "model.dtype=bf16", "parallel.tp=2"],
+            2,
+            "sides are multiples of 32, and ffn_hidden_size / tp is 48",
+        ),
+        (["parallel.moe_dispatcher=flex"], 1, "parallel.moe_dispatcher is about experts"),
+        (["parallel.moe_permute_fusion=true"], 1, "parallel.moe_permute_fusion is about experts"),
+        (["parallel.moe_router_fusion=true"], 1, "parallel.moe_router_fusion is about experts"),
+        ([*MIXTURE, "parallel.moe_dispatcher=flex"], 1, "parallel.etp * ep = 1: set ep"),
+        (
+            [*MIXTURE, "parallel.ep=2", "parallel.moe_dispatcher=flex", "train.deterministic=true"],
+            2,
+            "not known of DeepEP's",
+        ),
         (
             ["parallel.tp=2", "parallel.pp=2"],
             6,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from megatron_sftrl.config.schema import RewardList, RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardList, RewardSection, RewardWorkersSection
 
 
 class Run(BaseModel):

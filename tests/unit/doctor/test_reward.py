@@ -14,7 +14,7 @@ from megatron_sftrl.apps.doctor.reward_candidates import is_own
 from megatron_sftrl.apps.doctor.reward_findings import Hole
 from megatron_sftrl.apps.doctor.reward_rows import DoctorRow, rows_of_files, rows_of_tasks
 from megatron_sftrl.cli import main
-from megatron_sftrl.config.schema import RewardSection
+from megatron_sftrl.config.rewards import RewardSection
 from megatron_sftrl.rl.rewards import build_rewards
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 

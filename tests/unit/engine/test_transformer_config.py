@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -24,14 +26,28 @@ SECTION = ArchitectureSection(
 )
 
 
-def config_of(architecture: Architecture, *, is_cuda: bool = False) -> TransformerConfig:
+def config_of(
+    architecture: Architecture, *, is_cuda: bool = False, parallel: dict | None = None, **train: Any
+) -> TransformerConfig:
     return megatron_config.transformer_config(
         architecture,
         ModelSection(architecture=SECTION),
-        ParallelSection(),
-        TrainSection(steps=1),
+        ParallelSection.model_validate(parallel or {}),
+        TrainSection(steps=1, **train),
         is_cuda=is_cuda,
     )
+
+
+@pytest.fixture
+def with_te(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA machine with Transformer Engine; only configurations are made here."""
+    monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda _, *, is_cuda: is_cuda)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", object())
+    for name in ("permute", "unpermute", "sort_chunks_by_index"):
+        for suffix in ("", "_with_probs"):
+            monkeypatch.setattr(moe_utils, f"fused_{name}{suffix}", object(), raising=False)
+    # Megatron asks for its version before it takes eight bits for experts.
+    monkeypatch.setattr("megatron.core.transformer.transformer_config.is_te_min_version", lambda _: True)
 
 
 def with_attention_factor(factor: float) -> Architecture:
@@ -64,10 +80,69 @@ def test_megatron_multiplies_cos_and_sin_by_the_attention_factor(factor: float) 
 
 
 @pytest.mark.parametrize(("factor", "is_fused"), [(1.0, True), (1.2, False)])
+@pytest.mark.usefixtures("with_te")
 def test_the_fused_rope_is_left_out_where_it_would_drop_the_attention_factor(
-    monkeypatch: pytest.MonkeyPatch, factor: float, is_fused: bool
+    factor: float, is_fused: bool
 ) -> None:
-    # As on a CUDA machine with Transformer Engine; only the configuration is made here.
-    monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda _, *, is_cuda: is_cuda)
-    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", object())
     assert config_of(with_attention_factor(factor), is_cuda=True).apply_rope_fusion is is_fused
+
+
+MIXTURE = ArchitectureSection.model_validate(
+    {**SECTION.model_dump(), "family": "mixtral", "num_experts": 4, "experts_per_token": 2}
+)
+
+
+@pytest.mark.parametrize("section", [SECTION, MIXTURE], ids=["dense", "mixture"])
+def test_fusions_on_cuda_with_transformer_engine(section: ArchitectureSection, with_te: None) -> None:
+    config = config_of(from_section(section), is_cuda=True)
+    assert config.transformer_impl == "transformer_engine"
+    assert all((config.bias_activation_fusion, config.bias_dropout_fusion, config.apply_rope_fusion))
+    assert config.gradient_accumulation_fusion
+
+
+@pytest.mark.parametrize("has_apex", [False, True])
+def test_fusions_on_cuda_with_torchs_layers(monkeypatch: pytest.MonkeyPatch, has_apex: bool) -> None:
+    """Without Transformer Engine it is Apex whose kernel adds to fp32 gradients."""
+    monkeypatch.setattr(
+        megatron_config, "_has_module", lambda name: has_apex and name == "fused_weight_gradient_mlp_cuda"
+    )
+    config = config_of(from_section(SECTION), is_cuda=True)
+    assert config.transformer_impl == "local"
+    assert config.bias_activation_fusion is config.bias_dropout_fusion is True
+    assert config.apply_rope_fusion is False
+    assert config.gradient_accumulation_fusion is has_apex
+
+
+def test_nothing_is_fused_on_the_cpu() -> None:
+    config = config_of(from_section(SECTION))
+    fusions = {name: getattr(config, name) for name in dir(config) if name.endswith("_fusion")}
+    assert len(fusions) > 6
+    assert not any(fusions.values())
+
+
+@pytest.mark.usefixtures("with_te")
+def test_switches_of_experts_and_eight_bits_arrive() -> None:
+    config = config_of(
+        from_section(MIXTURE),
+        is_cuda=True,
+        parallel={"moe_dispatcher": "flex", "moe_permute_fusion": True, "moe_router_fusion": True},
+        fp8={"format": "e4m3", "recipe": "blockwise"},
+        deterministic=True,
+    )
+    assert config.moe_token_dispatcher_type == "flex"
+    assert config.moe_permute_fusion is config.moe_router_fusion is True
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("e4m3", "blockwise", False)
+    assert config.deterministic_mode
+
+
+def test_without_them_they_are_off() -> None:
+    config = config_of(from_section(MIXTURE))
+    assert config.moe_token_dispatcher_type == "alltoall"
+    assert config.moe_permute_fusion is config.moe_router_fusion is config.deterministic_mode is False
+    assert config.fp8 is None
+
+
+def test_a_mixture_routes_in_the_dtype_that_is_written() -> None:
+    assert config_of(from_section(MIXTURE)).moe_router_dtype is None
+    parallel = {"megatron": {"moe_router_dtype": "fp32"}}
+    assert config_of(from_section(MIXTURE), parallel=parallel).moe_router_dtype == "fp32"

@@ -42,6 +42,16 @@ def test_each_prefix_stands_whole_in_a_sequence_of_its_own(sizes: dict[str, int]
     assert found == list(PREFIXES.values())
 
 
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_every_rank_holds_a_multiple_of_the_tokens_that_eight_bits_want(sizes: dict[str, int]) -> None:
+    batches, _, _ = pack_prefixes(PREFIXES, layout(**sizes), None, token_multiple=16)
+    assert all(batch.num_tokens % (16 * sizes.get("tp", 1) * sizes.get("cp", 1)) == 0 for batch in batches)
+    assert [batch.tokens.tolist() for batch in pack_prefixes(PREFIXES, layout(**sizes), None)[0]] == [
+        batch.tokens[: small.num_tokens].tolist()
+        for batch, small in zip(batches, pack_prefixes(PREFIXES, layout(**sizes), None)[0], strict=True)
+    ]
+
+
 def kept_tokens(packed: Packed, cache: KvCache) -> tuple[dict[int, dict[int, int]], list[int]]:
     """Each token that is written to the cache, by slot and position; the slot of each row that is drawn."""
     kept: dict[int, dict[int, int]] = {}

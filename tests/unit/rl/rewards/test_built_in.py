@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.rl.rewards import RewardOutput, RewardPool, build_rewards, constant_answers
 from megatron_sftrl.rl.rewards.registry import Json
 from tests.unit.rl.rewards.samples import sample

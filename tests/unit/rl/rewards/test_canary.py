@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 
 HOSTILE = str(Path(__file__).with_name("hostile.py"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.rl.rewards import (
     RewardInputs,
     RewardPool,
@@ -358,7 +358,7 @@ def test_what_a_hanging_sample_has_started_ends_with_its_worker(tmp_path: Path) 
 
 
 TRAINER = f"""
-from megatron_sftrl.config.schema import RewardSection, RewardWorkersSection
+from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool
 section = RewardSection(name="orphan", modules=[{HOSTILE!r}])
 pool = RewardPool([section], RewardWorkersSection(num_workers=1, seconds=1))

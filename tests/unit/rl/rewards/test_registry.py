@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.schema import RewardSection
+from megatron_sftrl.config.rewards import RewardSection
 from megatron_sftrl.rl.rewards import BUILT_IN, RewardConfig, RewardOutput, build_rewards, register_reward
 from megatron_sftrl.rl.rewards.registry import DEFAULT_REGISTRY, RewardRegistry
 
