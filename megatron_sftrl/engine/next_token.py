@@ -12,11 +12,13 @@ from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.context_parallel import local_rows
+from megatron_sftrl.engine.determinism import named_operator
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, run_schedule
 from megatron_sftrl.types import SamplingParams, TokenBatch
+from megatron_sftrl.vocab_parallel.arithmetic import cumulative_sum
 
 _BLOCK = 128
 """Entries of the vocabulary that are summed together before one of them is drawn."""
@@ -31,6 +33,7 @@ class NextTokens:
 
 
 @torch.no_grad()
+@named_operator()
 def next_tokens(
     policy: PolicyEngine,
     batches: Sequence[TokenBatch],
@@ -184,12 +187,12 @@ def _inverse_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: [S] float64 in [0, 1).
     """
     blocks = _blocks(weights)
-    cumulative = _block_sums(blocks).cumsum(dim=1)  # [S, V / block]
+    cumulative = cumulative_sum(_block_sums(blocks), 1)  # [S, V / block]
     wanted = uniforms[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[1] - 1)
     before = F.pad(cumulative, (1, 0)).gather(1, chosen)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), chosen[:, 0]]  # [S, block]
-    place = torch.searchsorted(before + inside.cumsum(dim=1), wanted, right=True)
+    place = torch.searchsorted(before + cumulative_sum(inside, 1), wanted, right=True)
     # Rounding of the sums may point behind the block's last entry with a weight, never before its first.
     last = inside.shape[1] - 1 - (inside > 0).flip(1).int().argmax(dim=1, keepdim=True)
     return chosen * _BLOCK + torch.minimum(place, last)
@@ -213,7 +216,7 @@ def _truncated(weights: Tensor, *, top_k: int, top_p: float) -> Tensor:
     ranked, order = weights.sort(dim=1, descending=True, stable=True)
     if top_k > 0:
         ranked[:, top_k:] = 0.0
-    cumulative = ranked.cumsum(dim=1)
+    cumulative = cumulative_sum(ranked, 1)
     # A token stays when those before it do not hold top_p yet; the first one always does.
     ranked = ranked.masked_fill(cumulative - ranked >= top_p * cumulative[:, -1:], 0.0)
     return torch.empty_like(weights).scatter_(1, order, ranked)

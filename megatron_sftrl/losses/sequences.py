@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.vocab_parallel.arithmetic import cumulative_sum
 from megatron_sftrl.vocab_parallel.collectives import (
     all_gather,
     gather_with_gradient,
@@ -76,7 +77,7 @@ class Sequences:
         At a token without loss it is that of the last loss token before it.
         """
         values = self._in_order(x)
-        until = values.cumsum(0)
+        until = cumulative_sum(values, 0)
         before = torch.cat([until.new_zeros(1), until])[self._first()][self.owner]
         counts = self._index() + self.is_loss.long()
         return self._back((until - before) / counts.clamp(min=1), x)
@@ -93,8 +94,8 @@ class Sequences:
         # slot of a block: any place inside its sequence that no other block takes, in the order of the blocks
         slot = self._first()[self.owner] + self._index() // block_size
         slot = slot.clamp(max=self.owner.numel() - 1)
-        in_blocks = torch.zeros_like(values).index_add(0, slot, values).cumsum(0)
-        sequence_end = self._totals(values).cumsum(0)[self.owner]
+        in_blocks = cumulative_sum(torch.zeros_like(values).index_add(0, slot, values), 0)
+        sequence_end = cumulative_sum(self._totals(values), 0)[self.owner]
         return self._back(sequence_end - in_blocks[slot], x)
 
     def _in_order(self, x: Tensor) -> Tensor:

@@ -209,3 +209,24 @@ def _factor(
         values = shift if j == i else shifted(evaluation.sources[j], rows, maxima[j])
         factor = finite_shift_(values).mul_(coefficient[rows, None]).add_(factor)
     return factor
+
+
+def cumulative_sum(values: Tensor, dim: int) -> Tensor:
+    """torch.cumsum, which has no kernel on CUDA for train.deterministic (2.13): there in doubling steps.
+
+    log2(n) additions of the whole tensor in one order, with gradients; rounding differs from torch's.
+    """
+    if not (values.is_cuda and values.is_floating_point() and torch.are_deterministic_algorithms_enabled()):
+        return values.cumsum(dim)
+    return doubling_sum(values, dim)
+
+
+def doubling_sum(values: Tensor, dim: int) -> Tensor:
+    """Cumulative sums along `dim`: each step adds what lies 1, 2, 4, ... places before."""
+    size, distance = values.shape[dim], 1
+    while distance < size:
+        head = values.narrow(dim, 0, distance)
+        tail = values.narrow(dim, distance, size - distance) + values.narrow(dim, 0, size - distance)
+        values = torch.cat([head, tail], dim=dim)
+        distance *= 2
+    return values

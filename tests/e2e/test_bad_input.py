@@ -63,6 +63,17 @@ MISTAKES = {
     "a file that is not there": Mistake(
         ("data.train=[nowhere.jsonl]",), ("nowhere.jsonl does not exist", "check data.train")
     ),
+    "a misspelt field of Megatron's": Mistake(
+        ("parallel.megatron.buket_size=1000",),
+        ("parallel.megatron.buket_size: Megatron has no such field", "did you mean bucket_size?"),
+    ),
+    "a field of Megatron's that has a key": Mistake(
+        ("parallel.megatron={overlap_grad_reduce: true}",), ("set parallel.overlap_grad_reduce",)
+    ),
+    "eight bits without Transformer Engine": Mistake(
+        ("train.fp8={}", "model.dtype=bf16"),
+        ("train.fp8: expected Transformer Engine's layers", "got torch's on the CPU", "remove it"),
+    ),
     "a setting without effect": Mistake(
         ("optim.momentum=0.9",), ("optim.momentum has no effect: optim.name is adamw", "remove it")
     ),
@@ -132,6 +143,18 @@ def test_a_bad_row_is_named_by_file_and_line_and_the_corrected_file_trains(
     write_rows(data, read_rows(project.train))
     (done,) = sftrl_each([[*command, "data.max_length=40"]])
     done.expect(0)
+
+
+def test_an_environment_that_contradicts_the_run_is_refused(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    arguments = ("sft", project.yaml, f"run_dir={tmp_path / 'run'}", "train.deterministic=true")
+    with start_product(*arguments, log=tmp_path / "log") as started:
+        assert started.wait() != 0
+        said = started.output()
+    assert "error: train.deterministic: expected the environment variable NVTE_ALLOW_NOND" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_runs_directory_is_refused_and_left_as_it_is(project: Project, one_process: Path) -> None:
