@@ -361,9 +361,10 @@ class CheckpointStore:
     def load(self, path: Path, policy: PolicyEngine, reference: ReferenceModel | None) -> TrainerState:
         """Bring policy, optimizer and moving-average reference to where the checkpoint was written.
 
-        On the layout that wrote it the run then continues bit by bit. On another one (tp, pp, vp, cp, dp,
-        distributed optimizer or not) every weight and moment is the same number at its new place; the random
-        generators, which nothing in training draws from, keep their own state.
+        On the layout that wrote it the run then continues bit by bit, on GPUs with train.deterministic. On
+        another one (tp, pp, vp, cp, dp, distributed optimizer or not) every weight and moment is the same
+        number at its new place; the random generators, which nothing in training draws from, keep their own
+        state.
 
         Args:
             path: a complete checkpoint, from latest().
