@@ -169,6 +169,7 @@ PARTS = (
         seconds=90,
         read=step_numbers,
     ),
+    _tests("switches", "tests/gpu/test_switches.py", seconds=120),
 )
 
 

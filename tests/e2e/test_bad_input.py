@@ -149,7 +149,7 @@ def test_an_environment_that_contradicts_the_run_is_refused(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
-    arguments = ("sft", project.yaml, f"run_dir={tmp_path / 'run'}", "train.deterministic=true")
+    arguments = ("sft", str(project.yaml), f"run_dir={tmp_path / 'run'}", "train.deterministic=true")
     with start_product(*arguments, log=tmp_path / "log") as started:
         assert started.wait() != 0
         said = started.output()

@@ -16,6 +16,9 @@ from megatron_sftrl.engine import megatron_config, megatron_fields
 from megatron_sftrl.engine.megatron_config import check_megatron
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
+from tests.distributed.mixture_runs import QWEN3_MOE
+from tests.distributed.test_layouts import make_config, step_batches
+from tests.ranks import run_ranks
 from tests.unit.config.example import example
 
 
@@ -179,6 +182,40 @@ def test_a_field_that_nothing_reads_is_refused(override: str, part: str) -> None
 
 def test_a_run_without_any_of_it_passes() -> None:
     assert checked() is None  # it raises otherwise
+
+
+def router_dtypes(megatron: dict) -> set[torch.dtype]:
+    """Of the logits by which a mixture in bf16 chooses its experts, in a step of a run."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.losses.registry import build_loss
+
+    run = make_config({"megatron": megatron}, **QWEN3_MOE)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": "bf16"})})
+    policy = PolicyEngine(architecture_of(run.model), run, initialize_parallel(run.parallel))
+    found: set[torch.dtype] = set()
+    gating = TopKRouter.gating
+    with pytest.MonkeyPatch.context() as patch:
+
+        def seen(own: TopKRouter, states: torch.Tensor) -> torch.Tensor:
+            logits = gating(own, states)
+            found.add(logits.dtype)
+            return logits
+
+        patch.setattr(TopKRouter, "gating", seen)
+        batches = step_batches(0, num_groups=1, group=0, multiple=1, num_microbatches=1)
+        policy.forward_backward(batches, build_loss("sft", {}))
+    assert policy.optim_step(0, num_steps=1).grad_norm > 0
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_a_run_routes_in_the_dtype_that_is_written() -> None:
+    assert run_ranks(1, router_dtypes, {}) == [{torch.bfloat16}]
+    assert run_ranks(1, router_dtypes, {"moe_router_dtype": "fp32"}) == [{torch.float32}]
 
 
 def test_settings_of_the_optimizer_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
