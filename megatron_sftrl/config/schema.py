@@ -453,8 +453,8 @@ class RolloutSection(Section):
 
     engine: Literal["auto", "in_process", "vllm"] = "auto"
     """in_process: the training engine itself, in every layout. vllm: vLLM in the same processes, with weights
-    moved from shard to shard. auto: vllm where CUDA and vLLM are there, else in_process; resolved.yaml holds
-    what was taken, and settings of the other engine are refused."""
+    moved from shard to shard. auto: vllm where CUDA and vLLM are there and train.deterministic is off, else
+    in_process; resolved.yaml holds what was taken, and settings of the other engine are refused."""
     vllm: VllmSection = VllmSection()
     prompts_per_step: int = Field(ge=1)
     """Prompts of one step, over all ranks."""

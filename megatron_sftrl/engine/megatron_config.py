@@ -275,6 +275,11 @@ _READ_WITH_TRANSFORMER_ENGINE = frozenset(
     | {"cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading"}
 )
 
+_READ_WITH_CPU_OFFLOAD = frozenset(
+    {"overlap_cpu_optimizer_d2h_h2d", "pin_cpu_grads", "pin_cpu_params"}
+    | {"use_torch_optimizer_for_cpu_offload"}
+)
+
 
 def _idle_fields(run: TrainingConfig, *, with_te: bool, is_mixture: bool) -> Iterator[str]:
     """What was written in parallel.megatron and would be read by nothing."""
@@ -288,9 +293,7 @@ def _idle_fields(run: TrainingConfig, *, with_te: bool, is_mixture: bool) -> Ite
             reason = "layers are torch's, not Transformer Engine's (model.layers)"
         elif name.startswith("moe_deepep") and run.parallel.moe_dispatcher != "flex":
             reason = "parallel.moe_dispatcher is not flex"
-        elif name in ("overlap_cpu_optimizer_d2h_h2d", "pin_cpu_grads", "pin_cpu_params") and (
-            not run.optim.cpu_offload
-        ):
+        elif name in _READ_WITH_CPU_OFFLOAD and not run.optim.cpu_offload:
             reason = "optim.cpu_offload is 0"
         if reason is not None:
             yield f"parallel.megatron.{name} has no effect: {reason}; remove it"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sftrl.config.checks import idle_settings, with_engine
+from megatron_sftrl.config.checks import check_run, idle_settings, with_engine
 from megatron_sftrl.config.load import config_from_text, parse_yaml, resolved_yaml
 from megatron_sftrl.config.schema import GrpoConfig, RolloutSection
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -239,3 +239,19 @@ def test_what_will_leave_is_not_in_the_way_when_vllm_measures_the_memory(
     monkeypatch.setattr(build, "VllmEngine", lambda *_: calls.append("build"))
     build.build_engine(config_of({**VLLM, "offload": offload}), policy, str)
     assert calls == [*around[:1], "build", *around[1:]]
+
+
+def test_auto_is_not_vllm_where_the_same_bits_are_asked_for() -> None:
+    config = config_of(AUTO)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"deterministic": True})})
+    chosen, why = with_engine(config, is_cuda=True, has_vllm=True)
+    assert (chosen.rollout.engine, why) == ("in_process", "train.deterministic does not cover vLLM")
+
+
+def test_vllm_is_refused_where_the_same_bits_are_asked_for() -> None:
+    config = config_of({"engine": "vllm"})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"deterministic": True})})
+    assert config.model.architecture is not None
+    architecture = from_section(config.model.architecture)
+    with pytest.raises(UserError, match="deterministic covers this package's steps"):
+        check_run(config, architecture, 1, loss_needs=())
