@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
+from megatron_sftrl.config.schema import (
+    GrpoConfig,
+    ParallelSection,
+    RecomputedModule,
+    RunConfig,
+    TrainingConfig,
+    TrainSection,
+)
 from megatron_sftrl.errors import UserError
 
 # Which settings have no effect beside the others: writing one of them down is a user's mistake.
@@ -61,6 +68,10 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
         add("data", ("mix_by",), "data.train has no weights")
     if not config.held_out:
         add("train", ("eval_every",), "data.valid is empty")
+    if config.train.recompute != "selective":
+        add("train", ("recompute_modules",), f"train.recompute is {config.train.recompute}")
+    if config.train.recompute != "full":
+        add("train", ("recompute_layers",), f"train.recompute is {config.train.recompute}")
     return idle
 
 
@@ -127,6 +138,17 @@ class ModelSizes(Protocol):
     def mixture(self) -> MixtureSizes | None: ...
 
 
+class StageSizes(Protocol):
+    """The part of a layout that deals layers out to pipeline stages."""
+
+    @property
+    def pp(self) -> int: ...
+    @property
+    def first_stage_layers(self) -> int | None: ...
+    @property
+    def last_stage_layers(self) -> int | None: ...
+
+
 def check_run(
     config: TrainingConfig, architecture: ModelSizes, world_size: int, *, loss_needs: tuple[str, ...]
 ) -> None:
@@ -146,6 +168,7 @@ def check_run(
         *_expert_problems(config, architecture),
         *_optimizer_problems(config),
         *_precision_problems(config, architecture),
+        *_recompute_problems(config, architecture),
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
@@ -175,13 +198,7 @@ def _world_problems(config: TrainingConfig, architecture: ModelSizes, world_size
 
 def _layout_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
     parallel = config.parallel
-    stages = parallel.pp * parallel.vp
-    if architecture.num_layers % stages:
-        yield (
-            f"the model's {architecture.num_layers} layers do not divide by parallel.pp * vp = "
-            f"{parallel.pp} * {parallel.vp} = {stages}: choose pp * vp among the divisors of "
-            f"{architecture.num_layers}"
-        )
+    yield from _stage_problems(parallel, architecture.num_layers)
     cut = [
         ("attention heads", architecture.num_attention_heads),
         ("query groups (key/value heads)", architecture.num_query_groups),
@@ -198,6 +215,103 @@ def _layout_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
         yield f"parallel.vp = {parallel.vp} needs parallel.pp > 1: set pp, or vp = 1"
     if parallel.sequence_parallel and parallel.tp == 1:
         yield "parallel.sequence_parallel needs parallel.tp > 1: set tp, or sequence_parallel = false"
+
+
+def stage_layers(parallel: StageSizes, num_layers: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage, over its chunks, in a layout that check_run accepts."""
+    first, last = parallel.first_stage_layers, parallel.last_stage_layers
+    others = parallel.pp - (first is not None) - (last is not None)
+    each = (num_layers - (first or 0) - (last or 0)) // max(1, others)
+    middle = (each,) * others
+    return (*(() if first is None else (first,)), *middle, *(() if last is None else (last,)))
+
+
+def _stage_problems(parallel: ParallelSection, num_layers: int) -> Iterator[str]:
+    named = {
+        f"parallel.{name}": value
+        for name in ("first_stage_layers", "last_stage_layers")
+        if (value := getattr(parallel, name)) is not None
+    }
+    keys = " and ".join(f"{name} = {value}" for name, value in named.items())
+    if parallel.pp == 1 and named:
+        yield f"{keys}: there is one pipeline stage, which has all layers; set parallel.pp, or remove it"
+        return
+    if not named:
+        if num_layers % (parallel.pp * parallel.vp):
+            yield (
+                f"the model's {num_layers} layers do not divide by parallel.pp * vp = {parallel.pp} * "
+                f"{parallel.vp} = {parallel.pp * parallel.vp}: choose pp * vp among the divisors of "
+                f"{num_layers}, or give the first or the last stage another number "
+                "(parallel.first_stage_layers, parallel.last_stage_layers)"
+            )
+        return
+    for name, value in named.items():
+        if value % parallel.vp:
+            yield f"{name} = {value} does not divide by parallel.vp = {parallel.vp}: choose a multiple of it"
+    others, rest = parallel.pp - len(named), num_layers - sum(named.values())
+    if rest < others or (others == 0 and rest) or rest % (max(1, others) * parallel.vp):
+        yield (
+            f"{keys} leave {rest} of the model's {num_layers} layers for {others} other stage(s) of "
+            f"{parallel.vp} chunk(s): expected "
+            + (f"a multiple of {others * parallel.vp}, at least that" if others else "none")
+        )
+
+
+def recomputed_modules(
+    train: TrainSection, *, is_mixture: bool, with_te: bool
+) -> tuple[RecomputedModule, ...]:
+    """The parts of a block that selective recomputation makes again, () without it.
+
+    Args:
+        with_te: the layers are Transformer Engine's.
+    Raises:
+        UserError: train.recompute_modules names a part that these layers do not have or that is made again
+            with another one.
+    """
+    if train.recompute != "selective":
+        return ()
+    act: RecomputedModule = "moe_act" if is_mixture else "mlp_act"
+    if train.recompute_modules is None:
+        return (act,) if with_te and not is_mixture else ("layernorm", act)
+    refused = {
+        "layernorm": with_te
+        and not is_mixture
+        and "Transformer Engine's dense layers have no separate norms",
+        "mlp": is_mixture and "the model is a mixture of experts, whose blocks have moe",
+        "mlp_act": is_mixture and "the model is a mixture of experts, whose blocks have moe_act",
+        "moe": not is_mixture and "the model is no mixture of experts, its blocks have mlp",
+        "moe_act": not is_mixture and "the model is no mixture of experts, its blocks have mlp_act",
+    }
+    named = train.recompute_modules
+    problems = [f"{name}: {reason}" for name in named if (reason := refused[name])]
+    problems += [
+        f"{name}_act: it is a part of {name}" for name in ("mlp", "moe") if {name, f"{name}_act"} <= {*named}
+    ]
+    if not named:
+        problems = ["nothing is named: leave it out for what costs least, or set train.recompute: none"]
+    if problems:
+        raise UserError("\n  ".join(["train.recompute_modules does not fit the layers:", *problems]))
+    return tuple(dict.fromkeys(named))
+
+
+def _recompute_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
+    found = []
+    # Whose layers "auto" stands for is known when they are built; what neither kind has is refused here.
+    for with_te in {"te": (True,), "torch": (False,), "auto": (True, False)}[config.model.layers]:
+        try:
+            recomputed_modules(config.train, is_mixture=architecture.mixture is not None, with_te=with_te)
+            found.append("")
+        except UserError as error:
+            found.append(str(error))
+    if all(found):
+        yield found[0]
+    parallel, most = config.parallel, config.train.recompute_layers
+    largest = max(stage_layers(parallel, architecture.num_layers)) // parallel.vp
+    if config.train.recompute == "full" and most is not None and most > largest:
+        yield (
+            f"train.recompute_layers = {most} is more than the {largest} layer(s) of the largest model "
+            "chunk: lower it, or remove it to recompute all"
+        )
 
 
 def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
@@ -260,6 +374,11 @@ def _optimizer_problems(config: TrainingConfig) -> Iterator[str]:
         yield (
             "parallel.overlap_param_gather needs parallel.distributed_optimizer = true and "
             "parallel.overlap_grad_reduce = true: set both, or overlap_param_gather = false"
+        )
+    if parallel.grad_reduce_dtype == "bf16" and config.model.dtype == "fp32":
+        yield (
+            "parallel.grad_reduce_dtype = bf16 needs model.dtype = bf16: gradients are kept in the weights' "
+            "dtype or in fp32; set model.dtype, or remove it"
         )
     if parallel.distributed_optimizer and config.optim.name == "sgd":
         yield (

@@ -81,7 +81,8 @@ class ModelSection(Section):
     init_checkpoint: ExpandedPath | None = None
     """Start from the weights of this checkpoint (step or run directory); random when not given."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of parameters and activations; gradients and optimizer state are fp32 in both."""
+    """Dtype of parameters and activations; optimizer state is fp32 in both, gradients are what
+    parallel.grad_reduce_dtype says."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """te: Transformer Engine's layers, which need CUDA. torch: PyTorch's operators in the same layout, on any
     device. auto: Transformer Engine's where CUDA is there and the package is installed."""
@@ -126,6 +127,12 @@ class ParallelSection(Section):
     """Pipeline parallel size."""
     vp: int = Field(default=1, ge=1)
     """Model chunks per pipeline stage (virtual pipeline); needs pp > 1 when larger than 1."""
+    first_stage_layers: int | None = Field(default=None, ge=1)
+    """Layers of the first pipeline stage, all of its chunks together; as many as the other stages have when
+    not given. Each stage's layers divide by vp."""
+    last_stage_layers: int | None = Field(default=None, ge=1)
+    """The same for the last stage. Fewer there make up for the output layer and the loss, which take about as
+    long as a layer or two of a 70B model, twice that with a reference."""
     cp: int = Field(default=1, ge=1)
     """Context parallel size: each sequence is split over this many ranks."""
     sequence_parallel: bool = False
@@ -138,6 +145,10 @@ class ParallelSection(Section):
     """Tensor parallel size inside each expert; tp when not given."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over dp."""
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which gradients are kept, and summed over micro-batches and dp. bf16 needs half the memory and
+    half the messages, and rounds the sum after each micro-batch; model.dtype has to be bf16. Adam computes in
+    fp32 in both."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward still runs."""
     overlap_param_gather: bool = False
@@ -281,6 +292,10 @@ class Fp8Section(Section):
         return 32 if self.recipe == "mxfp8" else 16
 
 
+RecomputedModule = Literal["layernorm", "mlp", "mlp_act", "moe", "moe_act"]
+"""Parts of a block, by Megatron's names (mlp_act is ours)."""
+
+
 class TrainSection(Section):
     """How long, and with what memory."""
 
@@ -288,8 +303,6 @@ class TrainSection(Section):
     """Steps in all: optimizer steps of `sftrl sft`; of `sftrl grpo` rollouts, each with its updates."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data, instead of steps; an incomplete last batch of the run is left out."""
-    recompute: Literal["none", "full"] = "none"
-    """full: keep only each block's input and recompute the block in the backward."""
     fp8: Fp8Section | None = None
     """Products of the blocks' linear layers in eight bits; bf16 when not given. Weights, gradients, attention
     and the output layer stay as they are. Needs Transformer Engine's layers."""
@@ -297,6 +310,18 @@ class TrainSection(Section):
     """On GPUs, the same bits from the same run: kernels that add in a changing order are replaced by slower
     ones, and an operator that has no other ends the run. A resumed run then continues bit by bit, which it
     does on the CPU in any case. Not for rollout.engine: vllm."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping it. full: whole blocks, of which only the input is
+    kept. selective: the parts of a block that recompute_modules names. Same numbers in all three."""
+    recompute_modules: list[RecomputedModule] | None = None
+    """With selective. mlp_act: the SwiGLU of a dense block, a fifth of its activations. moe_act: that of the
+    experts. layernorm: the norms that are modules of their own (PyTorch's, and the one before a router).
+    mlp: the dense MLP. moe: router, exchange and experts. When not given all that is elementwise, which costs
+    next to no time: mlp_act or moe_act, and layernorm where it frees memory. Megatron's core_attn is not
+    among them: an attention that never writes its scores keeps nothing to free."""
+    recompute_layers: int | None = Field(default=None, ge=1)
+    """With full: recompute only the first so many blocks of each model chunk (of each pipeline stage at vp 1)
+    and keep the activations of the others. Use what `sftrl plan` shows as free."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on data.valid; 0: only at the end."""
     max_nonfinite_steps: int = Field(default=3, ge=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _CPU = torch.device("cpu")
 def install() -> bool:
     """Redirect megatron-core's CUDA calls to the CPU for this process; False where CUDA is available.
 
-    On any device it also defines the one name that megatron-core leaves undefined without Transformer Engine.
+    On any device it also defines what megatron-core leaves undefined without Transformer Engine.
     Call it before the first call into megatron.core (importing it is harmless); calling it again changes
     nothing.
     """
@@ -154,14 +155,25 @@ def _redirect_rng() -> None:
 
 
 def _define_missing_names() -> None:
-    """moe_utils.py router_gating_linear() asks whether te_general_gemm is None; without Transformer Engine
-    the name does not exist at all, on CUDA neither.
+    """Names that megatron-core uses without Transformer Engine and defines only with it, on CUDA neither.
+
+    moe_utils.py router_gating_linear() asks whether te_general_gemm is None. random.py
+    CheckpointWithoutOutput, for norms and SwiGLU that are recomputed, enters contexts for fp8, there or not.
     """
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 
-    module: Any = moe_utils
-    if not hasattr(module, "te_general_gemm"):
-        module.te_general_gemm = None
+    gating: Any = moe_utils
+    if not hasattr(gating, "te_general_gemm"):
+        gating.te_general_gemm = None
+    checkpoints: Any = random
+    if not hasattr(checkpoints, "FP8GlobalStateManager"):
+        checkpoints.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        checkpoints.activation_recompute_forward = checkpoints.fp8_autocast = _no_context
+
+
+def _no_context(**_: object) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
 
 
 def _redirect_token_dispatch() -> None:

@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import (
     ModelSection,
     OptimSection,
@@ -23,6 +24,7 @@ from megatron_sftrl.config.schema import (
     TrainSection,
 )
 from megatron_sftrl.engine.megatron_fields import megatron_fields
+from megatron_sftrl.engine.recompute import own_modules
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
@@ -47,6 +49,7 @@ def transformer_config(
         **_of_the_model(architecture, model, with_te=with_te),
         **_of_the_layout(parallel, is_cuda=is_cuda),
         **_of_the_step(train),
+        **_recomputation(train, is_mixture=architecture.mixture is not None, with_te=with_te),
         **_of_the_kernels(architecture, parallel, is_cuda=is_cuda, with_te=with_te),
         **megatron_fields(parallel.megatron).transformer,
     }
@@ -101,6 +104,8 @@ def _of_the_layout(parallel: ParallelSection, *, is_cuda: bool) -> dict[str, Any
     return dict(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         virtual_pipeline_model_parallel_size=parallel.vp if is_interleaved else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
@@ -120,9 +125,6 @@ def _of_the_step(train: TrainSection) -> dict[str, Any]:
     return dict(
         # Normalisation is data (token_weight): the schedule must neither average nor scale. See schedule.py.
         calculate_per_token_loss=True,
-        recompute_granularity="full" if train.recompute == "full" else None,
-        recompute_method="uniform" if train.recompute == "full" else None,
-        recompute_num_layers=1 if train.recompute == "full" else None,
         fp8=train.fp8.format if train.fp8 else None,
         fp8_recipe=train.fp8.recipe if train.fp8 else "delayed",
         deterministic_mode=train.deterministic,
@@ -152,10 +154,26 @@ def _has_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def _recomputation(train: TrainSection, *, is_mixture: bool, with_te: bool) -> dict[str, Any]:
+    """Megatron's part of it; engine/recompute.py does the rest."""
+    if train.recompute == "none":
+        return {}
+    modules = recomputed_modules(train, is_mixture=is_mixture, with_te=with_te)
+    if train.recompute == "selective":
+        own = own_modules(with_te=with_te)
+        named = [name for name in modules if name not in own]
+        return {"recompute_granularity": "selective", "recompute_modules": named}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform" if train.recompute_layers is None else "block",
+        "recompute_num_layers": train.recompute_layers or 1,
+    }
+
+
 def ddp_config(parallel: ParallelSection) -> DistributedDataParallelConfig:
-    """Of Megatron's DDP; gradients are summed in fp32."""
+    """Of Megatron's DDP."""
     settings: dict[str, Any] = dict(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=parallel.grad_reduce_dtype == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -212,6 +230,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
     ]
     if problems:
         raise UserError("\n  ".join([f"the run cannot start, {len(problems)} problem(s)", *problems]))
+    recomputed_modules(run.train, is_mixture=architecture.mixture is not None, with_te=with_te)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

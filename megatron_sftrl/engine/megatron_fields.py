@@ -35,6 +35,8 @@ _SET_HERE = {
     "set parallel.tp": "tensor_model_parallel_size",
     "set parallel.pp": "pipeline_model_parallel_size",
     "set parallel.vp": "virtual_pipeline_model_parallel_size",
+    "set parallel.first_stage_layers": "num_layers_in_first_pipeline_stage",
+    "set parallel.last_stage_layers": "num_layers_in_last_pipeline_stage",
     "set parallel.cp": "context_parallel_size",
     "set parallel.ep": "expert_model_parallel_size",
     "set parallel.etp": "expert_tensor_parallel_size",
@@ -60,7 +62,7 @@ _SET_HERE = {
     "set optim.exp_avg_dtype": "exp_avg_dtype use_precision_aware_optimizer",
     "set optim.exp_avg_sq_dtype": "exp_avg_sq_dtype",
     "set optim.cpu_offload": "optimizer_cpu_offload optimizer_offload_fraction",
-    "gradients are summed in fp32": "grad_reduce_in_fp32 main_grads_dtype",
+    "set parallel.grad_reduce_dtype": "grad_reduce_in_fp32 main_grads_dtype",
     "fp32 weights are whole, as checkpoints hold them": "store_param_remainders main_params_dtype",
     "weights come from model.* or model.init_checkpoint, the same in every layout": """
         perform_initialization use_cpu_initialization init_method_std embedding_init_method_std
@@ -112,9 +114,9 @@ _REFUSED = {
         max_seqlen_per_dp_cp_rank pipeline_model_parallel_comm_backend overlap_moe_expert_parallel_comm
         delay_wgrad_compute ep_overlap_early_attn_memory_release overlap_dispatch_backward_with_experts_wgrad
         high_priority_a2a_comm_stream overlap_param_gather_with_optimizer_step use_ring_exchange_p2p""",
-    "which layers a stage holds follows from parallel.pp and parallel.vp": """
-        num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
-        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""",
+    "which layers a stage holds follows from parallel.pp, vp, first_stage_layers and last_stage_layers": """
+        pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split""",
     "a CUDA graph has inputs of one shape, and no cu_seqlens among them: packed sequences differ in both": """
         enable_cuda_graph external_cuda_graph optimizer_cuda_graph inference_cuda_graph_scope
         moe_pad_experts_for_cuda_graph_inference""",

@@ -40,7 +40,7 @@ class OptimStep:
 def wrap_with_ddp(
     chunks: list[LanguageModel], config: TransformerConfig, parallel: ParallelSection
 ) -> list[DistributedDataParallel]:
-    """Megatron DDP around each chunk; gradients are summed in fp32, never averaged."""
+    """Megatron DDP around each chunk; gradients are summed, never averaged."""
     settings = ddp_config(parallel)
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=settings, module=chunk, disable_bucketing=index > 0)

@@ -41,6 +41,7 @@ from megatron_sftrl.engine.optimizer import (
     wrap_with_ddp,
 )
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.recompute import complete_recomputation
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, finalize_gradients, run_schedule
 from megatron_sftrl.losses.registry import Loss
@@ -125,6 +126,7 @@ class PolicyEngine:
             chunk_bytes=run.loss.chunk_bytes,
         )
         self.chunks: list[LanguageModel] = build_model_chunks(architecture, self.config, parallel)
+        complete_recomputation(self.chunks, self.config, run.train)
         if run.model.hf is None and run.model.init_checkpoint is None:
             initialize_weights(self.chunks, architecture, seed=run.seed)
         else:

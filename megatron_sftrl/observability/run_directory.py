@@ -26,6 +26,8 @@ _FREE_TO_CHANGE = (
     "batch.max_tokens",
     "reference.placement",
     "train.recompute",
+    "train.recompute_layers",
+    "train.recompute_modules",
     "train.eval_every",
     "train.max_nonfinite_steps",
     "train.hang_minutes",
@@ -33,6 +35,8 @@ _FREE_TO_CHANGE = (
     "rollout.save_samples",
     "reward_workers.num_workers",
 )
+_NEVER_FREE = ("parallel.grad_reduce_dtype",)
+"""Inside of sections that are free otherwise: bf16 sums round after each micro-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +119,8 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
     differing = [
         key
         for key in [*before, *(key for key in now if key not in before)]
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+        if before.get(key) != now.get(key)
+        and (key in _NEVER_FREE or not any(f"{key}.".startswith(f"{name}.") for name in free))
     ]
     if differing:
         rows = [f"{key}: {_text(before, key)} there, {_text(now, key)} now" for key in differing]

@@ -37,6 +37,10 @@ def assert_same_bits(resumed: list[Outcome], whole: list[Outcome]) -> None:
             Span(parallel={"tp": 2}, dtype="bf16", reference="moving_average", placement="offload"),
         ),
         "dp2 bf16, distributed optimizer, overlap": (2, Span(parallel=OVERLAPPED, dtype="bf16")),
+        "dp2 bf16, gradients in bf16": (
+            2,
+            Span(parallel={**OVERLAPPED, "grad_reduce_dtype": "bf16"}, dtype="bf16"),
+        ),
         "vp2": (2, Span(parallel={"pp": 2, "vp": 2})),
         "dp2 sgd": (2, Span(parallel={}, optim={"name": "sgd", "momentum": 0.9})),
     }.values(),
@@ -72,6 +76,10 @@ def test_a_run_that_saves_goes_on_like_one_that_does_not_and_resumes_even_from_b
 CROSSINGS: dict[str, tuple[Span, int, Span, int]] = {
     "tp2 -> one": (Span(parallel={"tp": 2}), 2, Span(parallel={}), 1),
     "one -> pp2": (Span(parallel={}), 1, Span(parallel={"pp": 2}), 2),
+    "tp2 -> 1 + 3 layers": (
+        Span(parallel={"tp": 2}), 2, Span(parallel={"pp": 2, "first_stage_layers": 1, **DISTRIBUTED}), 2,
+    ),
+    "3 + 1 layers -> one": (Span(parallel={"pp": 2, "last_stage_layers": 1}), 2, Span(parallel={}), 1),
     "one -> vp2": (Span(parallel={}), 1, Span(parallel={"pp": 2, "vp": 2}), 2),
     "tp2 -> dp2 distributed": (Span(parallel={"tp": 2}), 2, Span(parallel=OVERLAPPED), 2),
     "dp2 distributed -> tp2": (Span(parallel=OVERLAPPED), 2, Span(parallel={"tp": 2}), 2),

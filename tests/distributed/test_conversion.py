@@ -224,6 +224,12 @@ ENGINE = {
         Source(name="qwen2", max_shard_size="20KB", changes={"tie_word_embeddings": True}),
     ),
     "qwen2 pp2": (2, {"pp": 2}, "fp32", Source(name="qwen2")),
+    "qwen3 1 + 3 layers": (
+        2,
+        {"pp": 2, "first_stage_layers": 1},
+        "fp32",
+        Source(name="qwen3", changes={"num_hidden_layers": 4}),
+    ),
     "qwen2 tied vp2": (2, {"pp": 2, "vp": 2}, "bf16", Source(name="qwen2_window", dtype="bf16")),
     "qwen3 tp2, sharded optimizer": (
         2,

@@ -229,6 +229,22 @@ def test_tied_embeddings_stay_one_weight_in_every_layout(layout: str) -> None:
     assert_same_curve(curve, expected)
 
 
+UNEVEN = {
+    "1 of 4 layers last": (2, {"pp": 2, "last_stage_layers": 1}, {}, "gift"),
+    "4 + 2 layers, vp 2": (2, {"pp": 2, "vp": 2, "last_stage_layers": 2}, {"num_layers": 6}, "sft"),
+    "1 + 2 + 1 layers": (3, {"pp": 3, "first_stage_layers": 1, "last_stage_layers": 1}, {}, "sft"),
+    "1 + 3 layers": (2, {"pp": 2, "first_stage_layers": 1}, {}, "curiosft"),
+}
+
+
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_stages_of_different_depth_follow_the_one_process_run(layout: str) -> None:
+    world_size, parallel, model, loss_name = UNEVEN[layout]
+    curves = run_ranks(world_size, train, parallel, loss_name, 4, model)
+    for curve in curves:
+        assert_same_curve(curve, one_process(loss_name, **model))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_every_family_trains_the_same_under_tensor_and_pipeline_parallelism(family: str) -> None:
     expected = one_process("sft", family=family)

@@ -158,6 +158,7 @@ LAYOUTS = {
     "one process": (1, {}, DENSE + MIXTURES, (1,)),
     "tp2": (2, {"tp": 2}, DENSE, (1, 2)),
     "pp2": (2, {"pp": 2}, DENSE, (1, 2)),
+    "3 + 1 layers": (2, {"pp": 2, "last_stage_layers": 1}, ("qwen3_moe",), (1, 2)),
     "vp2": (2, {"pp": 2, "vp": 2}, (*DENSE, "qwen3_moe"), (1, 2)),
     "dp2": (2, {}, DENSE, (1, 2)),
     "ep2": (2, {"ep": 2}, MIXTURES, (1, 2)),

@@ -32,6 +32,7 @@ DENSE_LAYOUTS = {
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "vp2": (2, {"pp": 2, "vp": 2}),
+    "3 + 1 layers": (2, {"pp": 2, "last_stage_layers": 1}),
     "dp2": (2, {}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
 }

@@ -2,8 +2,8 @@
 
 Counted tensor by tensor as the layers save them. "torch" are the layers of engine/local_layers.py, held
 against measured peaks on the CPU. "transformer_engine" are the terms of Korthikanti et al. (arXiv:2205.05198,
-section 4: the tensors that each operation's backward reads, attention without its scores) for SwiGLU, grouped
-queries and no dropout; they were not measured.
+section 4: the tensors that each operation's backward reads, attention without its scores) for a fused SwiGLU,
+grouped queries and no dropout; they were not measured.
 
     t   tokens of a micro-batch on this rank, T / cp
     u   tokens of the residual stream, t / tp under sequence parallelism, else t
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_sftrl.apps.plan.model_state import Grid, element_bytes
+from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import LossSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.vocab_parallel.arithmetic import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
@@ -51,13 +52,15 @@ class BlockBytes:
 
     Args:
         input: the residual stream before it, all that full recomputation keeps.
-        saved: kept for its backward.
+        saved: kept for its backward, what selective recomputation frees left out.
+        again: of what is freed, most that is there at a time in its backward.
         forward: most that its forward holds beyond `saved` and its input.
         backward: most that its backward adds to `saved`.
     """
 
     input: int
     saved: int
+    again: int
     forward: int
     backward: int
 
@@ -81,12 +84,15 @@ class HeadBytes:
     backward: int
 
 
-def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> BlockBytes:
-    """What one block holds for one micro-batch."""
+def block_bytes(
+    architecture: Architecture, grid: Grid, batch: Microbatch, modules: tuple[str, ...] = ()
+) -> BlockBytes:
+    """What one block holds for one micro-batch, when these of its modules are recomputed."""
     stream = batch.residual_tokens * architecture.hidden_size * batch.element
     gathered = batch.tokens * architecture.hidden_size * batch.element
     mlp = _expert_bytes if architecture.mixture else _mlp_bytes
     saved = _attention_bytes(architecture, grid, batch) + mlp(architecture, grid, batch)
+    freed = _freed_bytes(architecture, grid, batch, modules)
     # A product's gradient replaces what the backward has let go by then.
     work = _widest(architecture, grid, batch) + 2 * stream + gathered * grid.sequence_parallel
     if architecture.mixture is not None:
@@ -94,7 +100,8 @@ def block_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> Bl
         work += 2 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
     return BlockBytes(
         input=stream,
-        saved=saved,
+        saved=saved - sum(freed),
+        again=max(freed),
         forward=work,
         backward=work + _largest_gradient(architecture, grid, batch),
     )
@@ -163,10 +170,16 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     return total + query + 2 * grid.cp * keys + query + query
 
 
+# Times [tokens, F] that a SwiGLU keeps for its backward: both halves of fc1 and the product that fc2 reads;
+# Megatron's unfused one, which the CPU runs, also silu and the shifted linear half, and with experts the
+# product before it is weighted by the router.
+_FC1_OUTPUT = 2
+_SWIGLU = {"torch": (5, 6), "transformer_engine": (3, 3)}
+
+
 def _mlp_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
-    """Norm, both halves of fc1, silu, the shifted linear half and the product: Megatron's unfused SwiGLU."""
-    width = a.ffn_hidden_size // grid.tp
-    return _norm_bytes(a.hidden_size, batch) + 5 * batch.tokens * width * batch.element
+    """Norm, fc1 and SwiGLU."""
+    return _norm_bytes(a.hidden_size, batch) + _SWIGLU[batch.kernels][0] * _widest(a, grid, batch)
 
 
 def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
@@ -176,8 +189,28 @@ def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     router = batch.residual_tokens * (
         a.mixture.experts_per_token * (2 * _INT64 + _FP32) + a.mixture.num_experts * (1 + batch.element)
     )
-    width = 6 * (a.ffn_hidden_size // grid.etp)
-    return _norm_bytes(a.hidden_size, batch) + router + tokens * (a.hidden_size + width) * batch.element
+    swiglu = _SWIGLU[batch.kernels][1] * _widest(a, grid, batch)
+    return _norm_bytes(a.hidden_size, batch) + router + tokens * a.hidden_size * batch.element + swiglu
+
+
+def _freed_bytes(a: Architecture, grid: Grid, batch: Microbatch, modules: tuple[str, ...]) -> tuple[int, int]:
+    """What recomputing `modules` does not keep of attention and of the MLP, each with its norm."""
+    norm = _norm_bytes(a.hidden_size, batch)
+    stream = batch.residual_tokens * a.hidden_size * batch.element
+    attention = mlp = 0
+    if "layernorm" in modules:  # only its input is left
+        is_alone = batch.kernels == "torch"
+        attention += (norm - stream) * is_alone
+        mlp += norm - stream
+    if "mlp" in modules:
+        mlp += _mlp_bytes(a, grid, batch) - norm
+        if batch.kernels == "transformer_engine":  # whose fc1 has the norm in it
+            mlp += norm - stream
+    if "moe" in modules:
+        mlp += _expert_bytes(a, grid, batch) - norm
+    if "mlp_act" in modules or "moe_act" in modules:
+        mlp += (_SWIGLU[batch.kernels][a.mixture is not None] - _FC1_OUTPUT) * _widest(a, grid, batch)
+    return attention, mlp
 
 
 def routed_tokens(a: Architecture, grid: Grid, batch: Microbatch) -> int:
@@ -248,16 +281,16 @@ def step_peak(
     num_microbatches: int,
 ) -> StepPeak:
     """What a stage's rank holds at the fullest moment, by its largest micro-batch."""
-    block = block_bytes(architecture, grid, batch)
-    is_full, has_reference = config.train.recompute == "full", config.reference is not None
-    per_chunk = architecture.num_layers // grid.num_chunks
+    block = block_bytes(architecture, grid, batch, modules_of(architecture, config, batch.kernels))
+    has_reference = config.reference is not None
+    per_chunk = grid.chunk_layers(architecture, stage=stage)
+    num_full = recomputed_blocks(config, per_chunk)
     in_flight = chunks_in_flight(grid, stage=stage, num_microbatches=num_microbatches)
-    kept = block.input if is_full else block.saved
-    blocks = in_flight * per_chunk * kept
+    blocks = in_flight * (num_full * block.input + (per_chunk - num_full) * block.saved)
     # What the stages exchange is kept until its backward, and an output on its way.
     exchanged = (in_flight + 1) * block.input if grid.pp > 1 else 0
-    # The block at work: recomputed, and the gradients in it.
-    at_work = (block.saved if is_full else 0) + block.backward
+    # The block at work: recomputed, and the gradients in it. Blocks that kept all have let go by then.
+    at_work = (block.saved if num_full == per_chunk else block.again) + block.backward
     if stage < grid.pp - 1:
         return StepPeak(
             blocks=blocks + exchanged + at_work,
@@ -278,6 +311,19 @@ def step_peak(
         reference_states=states,
         reference_forward=(states + 2 * block.input + block.forward) * has_reference,
     )
+
+
+def modules_of(architecture: Architecture, config: TrainingConfig, kernels: Kernels) -> tuple[str, ...]:
+    """What selective recomputation makes again in each block."""
+    is_mixture, with_te = architecture.mixture is not None, kernels == "transformer_engine"
+    return recomputed_modules(config.train, is_mixture=is_mixture, with_te=with_te)
+
+
+def recomputed_blocks(config: TrainingConfig, num_layers: int) -> int:
+    """Blocks of a chunk of num_layers that are recomputed whole."""
+    if config.train.recompute != "full":
+        return 0
+    return min(config.train.recompute_layers or num_layers, num_layers)
 
 
 def chunks_in_flight(grid: Grid, *, stage: int, num_microbatches: int) -> int:

@@ -33,6 +33,9 @@ def print_plan(plan: Plan, hardware: Hardware, console: Console) -> None:
     sizes = f"tp {grid.tp}, pp {grid.pp}, vp {grid.vp}, cp {grid.cp}, dp {grid.dp}"
     if plan.config.parallel.ep > 1 or plan.config.parallel.etp is not None:
         sizes += f"; experts: ep {grid.ep}, etp {grid.etp}, dp {grid.edp}"
+    layers = [plan.config.parallel.first_stage_layers, plan.config.parallel.last_stage_layers]
+    for name, count in zip(("first", "last"), layers, strict=True):
+        sizes += "" if count is None else f"; {count} layers on the {name} stage"
     console.print(f"{grid.world_size} GPUs: {sizes}", highlight=False)
     console.print(_memory_table(plan, hardware))
     others = [

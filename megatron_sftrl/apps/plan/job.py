@@ -60,11 +60,15 @@ def block_flops(architecture: Architecture, *, tokens: int, length: int) -> floa
     """
     a = architecture
     query, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    weights = a.hidden_size * (2 * query + 2 * keys)
-    visits = a.mixture.experts_per_token if a.mixture else 1
-    weights += visits * 3 * a.hidden_size * a.ffn_hidden_size
-    weights += a.hidden_size * a.mixture.num_experts if a.mixture else 0
-    return tokens * (2.0 * weights + 2.0 * length * query)
+    projections = tokens * 2.0 * a.hidden_size * (2 * query + 2 * keys)
+    return projections + tokens * 2.0 * length * query + mlp_flops(a, tokens=tokens)
+
+
+def mlp_flops(architecture: Architecture, *, tokens: int) -> float:
+    """Of the MLP, or of the router and the experts that a token visits."""
+    a = architecture
+    visits, router = (a.mixture.experts_per_token, a.mixture.num_experts) if a.mixture else (1, 0)
+    return tokens * 2.0 * a.hidden_size * (visits * 3 * a.ffn_hidden_size + router)
 
 
 def head_flops(architecture: Architecture, *, tokens: int) -> float:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from megatron_sftrl.apps.plan.activations import Microbatch, StepPeak, forward_bytes, microbatch_of, step_peak
 from megatron_sftrl.apps.plan.job import Hardware, workload_of
 from megatron_sftrl.apps.plan.model_state import Grid, ModelState, element_bytes, model_state
+from megatron_sftrl.config.checks import stage_layers
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import engine_regions
@@ -30,7 +33,7 @@ class RolloutMemory:
         weights: of the engine; 0 where it reads the trainer's.
         cache: keys and values.
         work: most that the engine's forward, its growing cache or its drawing holds beyond the whole cache.
-        update: messages and the tensor being filled while weights move, when the cache is asleep.
+        update: messages and the tensors being filled while weights move, when the cache is asleep.
         num_concurrent: responses of full length that the cache holds, per engine.
         bytes_per_token: of keys and values, on one rank.
     """
@@ -50,7 +53,7 @@ def rollout_memory(
     if config.rollout.engine == "in_process":
         return _in_process(architecture, config, grid, batch)
     vllm, element = config.rollout.vllm, element_bytes(config)
-    num_elements, largest = _engine_elements(architecture, vllm.tp)
+    num_elements, loading = _engine_elements(architecture, vllm.tp)
     weights = float(num_elements * element)
     heads = max(1, architecture.num_query_groups // vllm.tp)
     per_token = 2 * architecture.num_layers * heads * architecture.head_dim * element
@@ -60,7 +63,7 @@ def rollout_memory(
         weights=weights,
         cache=max(0.0, cache),
         work=VLLM_WORK,
-        update=2.0 * vllm.bucket_mb * 2**20 + largest * element,
+        update=2.0 * vllm.bucket_mb * 2**20 + loading * element,
         num_concurrent=min(vllm.max_num_seqs, fits),
         bytes_per_token=per_token,
     )
@@ -68,10 +71,17 @@ def rollout_memory(
 
 @functools.lru_cache(maxsize=8)
 def _engine_elements(architecture: Architecture, tp: int) -> tuple[int, int]:
-    """What the first rank of an engine reads, and the largest whole tensor."""
+    """What the first rank of an engine reads, and the most whole tensors that vLLM has waiting.
+
+    It gathers a block's tensors, all experts of a mixture among them, before it fills the block.
+    """
     regions = engine_regions(architecture, tp=tp, tp_rank=0)
     read = sum(region.numel for region in regions.values())
-    return read, max(math.prod(shape) for shape in hf_shapes(architecture).values())
+    together: Counter[str] = Counter()
+    for name, shape in hf_shapes(architecture).items():
+        in_block = re.match(r".*\.layers\.\d+\.", name)
+        together[in_block[0] if in_block else name] += math.prod(shape)
+    return read, max(together.values())
 
 
 def _in_process(
@@ -94,7 +104,7 @@ def _in_process(
             num_concurrent=slots,
             bytes_per_token=0,
         )
-    num_layers = architecture.num_layers // grid.pp
+    num_layers = max(stage_layers(grid, architecture.num_layers))
     groups = architecture.num_query_groups // grid.tp
     per_token = 2 * num_layers * groups * architecture.head_dim * batch.element
     cache = float((slots + 1) * longest * per_token)
@@ -205,7 +215,7 @@ def plan_memory(
     for stage in range(grid.pp):
         state = model_state(architecture, config, grid, stage=stage)
         peak = step_peak(architecture, config, grid, batch, stage=stage, num_microbatches=num_microbatches)
-        phases = _phases(state, peak, rollout, hardware, is_offloaded=is_offloaded)
+        phases = _phases(state, peak, rollout, hardware, config)
         stages.append(StageMemory(stage=stage, phases=phases))
         largest_reference = max(largest_reference, state.reference + state.reference_average)
         largest_copy = max(largest_copy, _copies_on_node(state, config, grid, hardware))
@@ -235,12 +245,12 @@ def _phases(
     peak: StepPeak,
     rollout: RolloutMemory | None,
     hardware: Hardware,
-    *,
-    is_offloaded: bool,
+    config: TrainingConfig,
 ) -> tuple[Phase, ...]:
+    is_offloaded = config.reference is not None and config.reference.placement == "offload"
     base = {
         "parameters": float(state.parameters),
-        "gradients (fp32)": float(state.gradients),
+        f"gradients ({config.parallel.grad_reduce_dtype})": float(state.gradients),
         "optimizer": float(state.optimizer),
     }
     reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
@@ -257,6 +267,9 @@ def _phases(
     if state.reference:
         forward = {"activations": float(peak.reference_forward)}
         phases.append(Phase(name="reference forward", items=base | here | forward | asleep | reserve))
+    if state.fp32_gradients:
+        copies = {"fp32 gradients of the update": float(state.fp32_gradients)}
+        phases.append(Phase(name="update", items=base | copies | between | asleep | reserve))
     if rollout is not None:
         engine = {
             "rollout weights": rollout.weights,

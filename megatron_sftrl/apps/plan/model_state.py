@@ -1,9 +1,9 @@
 """Bytes of parameters, gradients and optimizer state on one rank: what Megatron's DDP and optimizer allocate.
 
-Gradients are fp32. Without the distributed optimizer every tensor stands alone. With it, parameters and
-gradients lie in buffers of buckets: a tensor starts at a multiple of 64 elements, a bucket ends at a multiple
-of lcm(dp, 128), and each data-parallel rank keeps Adam's moments (and fp32 weights of a bf16 model) for its
-equal share of every bucket (megatron-core 0.16.1, distributed/param_and_grad_buffer.py).
+Without the distributed optimizer every tensor stands alone. With it, parameters and gradients lie in buffers
+of buckets: a tensor starts at a multiple of 64 elements, a bucket ends at a multiple of lcm(dp, 128), and
+each data-parallel rank keeps Adam's moments (and fp32 weights of a bf16 model) for its equal share of every
+bucket (megatron-core 0.16.1, distributed/param_and_grad_buffer.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_sftrl.config.checks import stage_layers
 from megatron_sftrl.config.schema import ParallelSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
@@ -23,7 +24,7 @@ class Grid:
     """Sizes of the axes; tp * cp * dp * pp ranks in all, dealt out again for experts as etp * ep * edp * pp.
 
     Args:
-        tp, pp, vp, cp, dp: as in the parallel section.
+        tp, pp, vp, cp, dp, first_stage_layers, last_stage_layers: as in the parallel section.
         ep, etp, edp: of the experts; edp is what is left over for copies of an expert.
         sequence_parallel: the residual stream is split over tp.
     """
@@ -37,16 +38,22 @@ class Grid:
     etp: int
     edp: int
     sequence_parallel: bool
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def world_size(self) -> int:
         """Ranks of the job."""
         return self.tp * self.cp * self.dp * self.pp
 
-    @property
-    def num_chunks(self) -> int:
-        """Pieces that the layers are cut into, over all pipeline stages."""
-        return self.pp * self.vp
+    def chunk_layers(self, architecture: Architecture, *, stage: int) -> int:
+        """Blocks of each model chunk on a pipeline stage."""
+        return stage_layers(self, architecture.num_layers)[stage] // self.vp
+
+    def deepest_stage(self, architecture: Architecture) -> int:
+        """The pipeline stage with most blocks, the first of equal ones."""
+        layers = stage_layers(self, architecture.num_layers)
+        return layers.index(max(layers))
 
 
 def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
@@ -62,6 +69,8 @@ def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
         etp=etp,
         edp=world_size // (etp * parallel.ep * parallel.pp),
         sequence_parallel=parallel.sequence_parallel,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
     )
 
 
@@ -99,16 +108,16 @@ class Parameter:
 
 @functools.lru_cache(maxsize=64)
 def chunk_parameters(
-    architecture: Architecture, grid: Grid, *, has_embedding: bool, has_output: bool
+    architecture: Architecture, grid: Grid, *, num_layers: int, has_embedding: bool, has_output: bool
 ) -> tuple[Parameter, ...]:
-    """The parameters of one model chunk on one rank, in the order in which Megatron's DDP meets them.
+    """The parameters of a model chunk of `num_layers` blocks on one rank, as Megatron's DDP meets them.
 
     Only the first chunk of the first pipeline stage has the embedding, only the last of the last the output.
     """
     vocabulary = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp * architecture.hidden_size
     is_shared = architecture.tie_embeddings and grid.pp > 1
     block = _block(architecture, tp=grid.tp, ep=grid.ep, etp=grid.etp)
-    found = [*block * (architecture.num_layers // grid.num_chunks)]
+    found = [*block * num_layers]
     if has_embedding:
         key = "embedding.word_embeddings.weight"
         found.insert(0, Parameter(key=key, num_elements=vocabulary, is_shared=is_shared))
@@ -160,7 +169,8 @@ class ModelState:
 
     Args:
         parameters: weights that the forward reads, padding included.
-        gradients: fp32 buffers.
+        gradients: buffers of parallel.grad_reduce_dtype.
+        fp32_gradients: of this rank's share, while the optimizer updates from bf16 ones.
         optimizer: moments, and fp32 weights where the model's are bf16; without step counters.
         reference: weights of a reference model, which has no buffers and no padding; 0 without one.
         reference_average: fp32 average behind the bf16 weights of a reference that follows the policy.
@@ -170,6 +180,7 @@ class ModelState:
 
     parameters: int
     gradients: int
+    fp32_gradients: int
     optimizer: int
     reference: int
     reference_average: int
@@ -209,10 +220,12 @@ def model_state(
     element = element_bytes(config)
     moments = 8 if config.optim.name == "adamw" else 4 * (config.optim.momentum > 0)
     per_weight = moments + (_FP32 if element < _FP32 else 0)
+    per_gradient = gradient_bytes(config)
     parts = [
         _chunk_elements(
             architecture,
             grid,
+            num_layers=grid.chunk_layers(architecture, stage=stage),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
             is_distributed=config.parallel.distributed_optimizer,
@@ -225,7 +238,8 @@ def model_state(
     is_averaged = config.reference is not None and config.reference.kind == "moving_average"
     return ModelState(
         parameters=element * sum(part.held for part in parts),
-        gradients=_FP32 * sum(part.held for part in parts),
+        gradients=per_gradient * sum(part.held for part in parts),
+        fp32_gradients=_FP32 * sum(part.owned for part in parts) * (per_gradient < _FP32),
         optimizer=per_weight * sum(part.owned for part in parts),
         reference=element * sum(part.plain for part in parts) * has_reference,
         reference_average=_FP32 * sum(part.plain for part in parts) * (is_averaged and element < _FP32),
@@ -236,6 +250,11 @@ def model_state(
 def element_bytes(config: TrainingConfig) -> int:
     """Bytes of a weight or an activation."""
     return 2 if config.model.dtype == "bf16" else _FP32
+
+
+def gradient_bytes(config: TrainingConfig) -> int:
+    """Bytes of a gradient between the micro-batches of a step."""
+    return element_bytes(config) if config.parallel.grad_reduce_dtype == "bf16" else _FP32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,13 +272,16 @@ def _chunk_elements(
     architecture: Architecture,
     grid: Grid,
     *,
+    num_layers: int,
     has_embedding: bool,
     has_output: bool,
     is_distributed: bool,
     is_bucketed: bool,
     ranks: tuple[int | None, int | None],
 ) -> _Elements:
-    members = chunk_parameters(architecture, grid, has_embedding=has_embedding, has_output=has_output)
+    members = chunk_parameters(
+        architecture, grid, num_layers=num_layers, has_embedding=has_embedding, has_output=has_output
+    )
     plain = sum(each.num_elements for each in members)
     ends = sum(each.num_elements for each in members if not each.key.startswith("decoder."))
     if not is_distributed:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sftrl.apps.plan.job import Hardware
 from megatron_sftrl.apps.plan.memory import MemoryPlan, plan_memory
 from megatron_sftrl.apps.plan.model_state import Grid, grid_of
 from megatron_sftrl.apps.plan.step_time import StepEstimate, estimate_step
-from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.checks import check_run, stage_layers
+from megatron_sftrl.config.schema import TrainingConfig, TrainSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
@@ -33,9 +34,15 @@ class Plan:
         parallel = self.config.parallel
         words = [f"parallel.{name}={getattr(parallel, name)}" for name in ("tp", "pp", "vp", "cp")]
         words.append(f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if (layers := getattr(parallel, name)) is not None:
+                words.append(f"parallel.{name}={layers}")
         if self.grid.ep > 1 or parallel.etp is not None:
             words += [f"parallel.ep={parallel.ep}", f"parallel.etp={self.grid.etp}"]
-        return " ".join([*words, f"train.recompute={self.config.train.recompute}"])
+        words.append(f"train.recompute={self.config.train.recompute}")
+        if (layers := self.config.train.recompute_layers) is not None:
+            words.append(f"train.recompute_layers={layers}")
+        return " ".join(words)
 
 
 def plan_run(
@@ -67,23 +74,52 @@ def search_layouts(
     loss_needs: tuple[str, ...],
     mean_length: int | None = None,
 ) -> list[Plan]:
-    """Every layout that fits, fastest first; tp and etp stay inside a node."""
+    """Every layout that fits, with the recomputation that costs least in it, fastest first.
+
+    tp and etp stay inside a node.
+    """
     found = []
-    for candidate in candidates(architecture, config, num_gpus, hardware):
+    for layout in candidates(architecture, config, num_gpus, hardware):
         try:
-            plan = plan_run(
-                architecture,
-                candidate,
-                num_gpus,
-                hardware,
-                loss_needs=loss_needs,
-                mean_length=mean_length,
-            )
+            check_run(layout, architecture, num_gpus, loss_needs=loss_needs)
         except UserError:  # the run's own checks refuse this layout
             continue
-        if not plan.problems:
-            found.append(plan)
+        grid = grid_of(layout.parallel, num_gpus)
+        ways = _recomputations(layout, max(stage_layers(grid, architecture.num_layers)) // grid.vp)
+        fitting = _first_that_fits(architecture, ways, grid, hardware)
+        if fitting is not None:
+            needs, length = loss_needs, mean_length
+            found.append(
+                plan_run(architecture, fitting, num_gpus, hardware, loss_needs=needs, mean_length=length)
+            )
     return sorted(found, key=lambda plan: plan.estimate.total)
+
+
+def _first_that_fits(
+    architecture: Architecture, ways: Sequence[TrainingConfig], grid: Grid, hardware: Hardware
+) -> TrainingConfig | None:
+    """Of ways to recompute that need less and less memory."""
+
+    def fits(config: TrainingConfig) -> bool:
+        return not any(_problems(plan_memory(architecture, config, grid, hardware), hardware))
+
+    place = bisect.bisect_left(range(len(ways)), True, key=lambda index: fits(ways[index]))
+    return ways[place] if place < len(ways) else None
+
+
+def _recomputations(config: TrainingConfig, num_layers: int) -> list[TrainingConfig]:
+    """Of the same run, cheapest in time first: nothing, what is elementwise, more and more whole blocks."""
+    modules = config.train.recompute_modules
+    ways: list[dict[str, object]] = [
+        {"recompute": "none"},
+        {"recompute": "selective", **({} if modules is None else {"recompute_modules": modules})},
+        *({"recompute": "full", "recompute_layers": count} for count in range(1, num_layers)),
+        {"recompute": "full"},
+    ]
+    # Copied without the keys that would be idle beside some of these.
+    ours = {"recompute", "recompute_modules", "recompute_layers"}
+    train = TrainSection.model_validate(config.train.model_dump(exclude_unset=True, exclude=ours))
+    return [config.model_copy(update={"train": train.model_copy(update=way)}) for way in ways]
 
 
 def candidates(
@@ -92,23 +128,37 @@ def candidates(
     """The run in every layout worth asking about: sizes that divide what they cut."""
     a = architecture
     experts = a.mixture.num_experts if a.mixture else 1
+    (plain, *_) = _recomputations(config, 1)
     for tp in _divisors(a.num_attention_heads, most=min(num_gpus, hardware.gpus_per_node)):
-        for pp in _divisors(a.num_layers, most=num_gpus // tp):
-            for cp in (size for size in _divisors(num_gpus // (tp * pp), most=_LARGEST_CP)):
-                for vp in _divisors(a.num_layers // pp) if pp > 1 else [1]:
+        for pp in _divisors(num_gpus // tp, most=a.num_layers):
+            for cp in _divisors(num_gpus // (tp * pp), most=_LARGEST_CP):
+                for vp, first, last in _stages(a.num_layers, pp):
                     for ep in _divisors(experts, most=num_gpus):
                         for etp in sorted({1, tp}) if a.mixture else [None]:
-                            for recompute in ("none", "full"):
-                                yield _in_layout(config, tp, pp, vp, cp, ep, etp, recompute)
+                            sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
+                            ends = {"first_stage_layers": first, "last_stage_layers": last}
+                            yield _in_layout(plain, {**sizes, **ends, "sequence_parallel": tp > 1})
 
 
-def _in_layout(
-    config: TrainingConfig, tp: int, pp: int, vp: int, cp: int, ep: int, etp: int | None, recompute: str
-) -> TrainingConfig:
-    sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp}
-    parallel = config.parallel.model_copy(update={**sizes, "sequence_parallel": tp > 1})
-    train = config.train.model_copy(update={"recompute": recompute})
-    return config.model_copy(update={"parallel": parallel, "train": train})
+def _stages(num_layers: int, pp: int) -> Iterator[tuple[int, int | None, int | None]]:
+    """(vp, first_stage_layers, last_stage_layers): equal stages, and a last one that has fewer."""
+    if pp == 1:
+        yield 1, None, None
+        return
+    for vp in range(1, num_layers // pp + 1):
+        if num_layers % (pp * vp) == 0:
+            yield vp, None, None
+            each = num_layers // pp
+            if pp > 2 and each > vp:
+                yield vp, each + vp, each - vp
+        # The smallest stages of which the last one gets less than the others.
+        each = (num_layers // (pp * vp) + 1) * vp
+        if (last := num_layers - each * (pp - 1)) > 0 and last % vp == 0:
+            yield vp, None, last
+
+
+def _in_layout(config: TrainingConfig, sizes: Mapping[str, object]) -> TrainingConfig:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
 
 
 def _problems(memory: MemoryPlan, hardware: Hardware) -> Iterator[str]:
@@ -186,7 +236,11 @@ def _savings(config: TrainingConfig) -> Iterator[str]:
     if config.reference is not None and config.reference.placement == "resident":
         yield "reference.placement=offload"
     if config.train.recompute == "none":
+        yield "train.recompute=selective"
+    if config.train.recompute != "full":
         yield "train.recompute=full"
+    elif config.train.recompute_layers is not None:
+        yield "train.recompute_layers=null"
 
 
 def _needs(plan: Plan) -> str:

@@ -4,8 +4,8 @@
 
 m micro-batches of a rank; a micro-batch costs its operations at `efficiency` of the peak and its messages at
 `link_efficiency` of the links, one after the other: what overlaps is not credited, but for gradients and
-weights over dp, which hide behind the last micro-batch where the run says so. (Bubble: Narayanan et al.,
-arXiv:2104.04473.)
+weights over dp, which hide behind the last micro-batch where the run says so. What is recomputed without a
+product costs the memory that it reads and writes. (Bubble: Narayanan et al., arXiv:2104.04473.)
 """
 
 from __future__ import annotations
@@ -14,10 +14,30 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from megatron_sftrl.apps.plan.activations import Microbatch, microbatch_of
-from megatron_sftrl.apps.plan.job import Hardware, Workload, block_flops, head_flops, model_flops, workload_of
+from megatron_sftrl.apps.plan.activations import (
+    Microbatch,
+    microbatch_of,
+    modules_of,
+    recomputed_blocks,
+    routed_tokens,
+)
+from megatron_sftrl.apps.plan.job import (
+    Hardware,
+    Workload,
+    block_flops,
+    head_flops,
+    mlp_flops,
+    model_flops,
+    workload_of,
+)
 from megatron_sftrl.apps.plan.memory import RolloutMemory
-from megatron_sftrl.apps.plan.model_state import Grid, chunk_parameters, element_bytes, model_state
+from megatron_sftrl.apps.plan.model_state import (
+    Grid,
+    chunk_parameters,
+    element_bytes,
+    gradient_bytes,
+    model_state,
+)
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, num_parameters
 
@@ -74,29 +94,33 @@ def pipeline_traffic(architecture: Architecture, grid: Grid, batch: Microbatch) 
 def state_traffic(
     architecture: Architecture, config: TrainingConfig, grid: Grid, *, stage: int
 ) -> StateTraffic:
-    """Gradients are summed in fp32; the distributed optimizer then gathers weights instead of gradients."""
-    back = element_bytes(config) if config.parallel.distributed_optimizer else _FP32
+    """Gradients are summed; the distributed optimizer then gathers weights instead of gradients."""
+    out = gradient_bytes(config)
+    back = element_bytes(config) if config.parallel.distributed_optimizer else out
     sizes = [0, 0]
     for chunk in range(grid.vp):
         dense, experts = _chunk_sizes(
             architecture,
             grid,
+            num_layers=grid.chunk_layers(architecture, stage=stage),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
         )
         sizes = [sizes[0] + dense, sizes[1] + experts]
     return StateTraffic(
-        dense=_ring(sizes[0] * float(_FP32 + back), grid.dp * grid.cp),
-        experts=_ring(sizes[1] * float(_FP32 + back), grid.edp),
+        dense=_ring(sizes[0] * float(out + back), grid.dp * grid.cp),
+        experts=_ring(sizes[1] * float(out + back), grid.edp),
     )
 
 
 @functools.lru_cache(maxsize=1024)
 def _chunk_sizes(
-    architecture: Architecture, grid: Grid, *, has_embedding: bool, has_output: bool
+    architecture: Architecture, grid: Grid, *, num_layers: int, has_embedding: bool, has_output: bool
 ) -> tuple[int, int]:
     """Elements of one chunk outside and inside of experts."""
-    members = chunk_parameters(architecture, grid, has_embedding=has_embedding, has_output=has_output)
+    members = chunk_parameters(
+        architecture, grid, num_layers=num_layers, has_embedding=has_embedding, has_output=has_output
+    )
     experts = sum(each.num_elements for each in members if each.is_expert)
     return sum(each.num_elements for each in members) - experts, experts
 
@@ -208,28 +232,74 @@ def _pass(
     batch: Microbatch,
     work: Workload,
 ) -> _Pass:
-    rate = hardware.peak_flops * hardware.efficiency * grid.tp * grid.cp
-    num_blocks = a.num_layers // grid.pp
-    blocks = num_blocks * block_flops(a, tokens=work.microbatch_tokens, length=work.length) / rate
-    head = head_flops(a, tokens=work.microbatch_tokens) / rate
+    """Of the stage that trains longest, and of the reference where it has most blocks."""
+    block = _block_seconds(a, config, grid, hardware, batch, work)
+    head = head_flops(a, tokens=work.microbatch_tokens) / _rate(hardware, grid)
+    stage_link = hardware.link(stride=grid.tp * grid.cp * grid.dp, size=grid.pp)
+    exchange = pipeline_traffic(a, grid, batch) / stage_link / 2
+    has_reference = config.reference is not None
+    stages = []
+    for stage in range(grid.pp):
+        per_chunk = grid.chunk_layers(a, stage=stage)
+        num_blocks, own_head = grid.vp * per_chunk, head * (stage == grid.pp - 1)
+        again = grid.vp * recomputed_blocks(config, per_chunk) * block.forward + num_blocks * block.again
+        stages.append(
+            _Pass(
+                forward=num_blocks * block.forward + own_head + exchange,
+                backward=num_blocks * block.backward + 2 * own_head + again + exchange,
+                reference=(num_blocks * block.forward + exchange) * has_reference,
+                reference_head=own_head * has_reference,
+            )
+        )
+    slowest = max(stages, key=lambda each: each.forward + each.backward + each.reference_head)
+    return replace(slowest, reference=max(each.reference for each in stages))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BlockSeconds:
+    """Of one block and micro-batch; again: of what selective recomputation makes again."""
+
+    forward: float
+    backward: float
+    again: float
+
+
+def _rate(hardware: Hardware, grid: Grid) -> float:
+    """Operations per second of the ranks that share a micro-batch."""
+    return hardware.peak_flops * hardware.efficiency * grid.tp * grid.cp
+
+
+def _block_seconds(
+    a: Architecture,
+    config: TrainingConfig,
+    grid: Grid,
+    hardware: Hardware,
+    batch: Microbatch,
+    work: Workload,
+) -> _BlockSeconds:
+    tokens, length, rate = work.microbatch_tokens, work.length, _rate(hardware, grid)
+    products = block_flops(a, tokens=tokens, length=length) / rate
     traffic = block_traffic(a, grid, batch)
     tp_link = hardware.link(stride=1, size=grid.tp)
     cp_link = hardware.link(stride=grid.tp, size=grid.cp)
     ep_link = hardware.link(stride=grid.etp, size=grid.ep)
     talk = [
-        num_blocks * (traffic.tp[way] / tp_link + traffic.cp[way] / cp_link + traffic.ep[way] / ep_link)
-        for way in (0, 1)
+        traffic.tp[way] / tp_link + traffic.cp[way] / cp_link + traffic.ep[way] / ep_link for way in (0, 1)
     ]
-    stage_link = hardware.link(stride=grid.tp * grid.cp * grid.dp, size=grid.pp)
-    exchange = pipeline_traffic(a, grid, batch) / stage_link
-    again = (blocks + talk[0]) * (config.train.recompute == "full")
-    has_reference = config.reference is not None
-    return _Pass(
-        forward=blocks + head + talk[0] + exchange / 2,
-        backward=2 * (blocks + head) + talk[1] + again + exchange / 2,
-        reference=(blocks + talk[0] + exchange / 2) * has_reference,
-        reference_head=head * has_reference,
-    )
+    modules = modules_of(a, config, batch.kernels)
+    again = 0.0
+    if "mlp" in modules or "moe" in modules:
+        over_tp = traffic.tp[0] / (2 if a.mixture is None else 1)  # a mixture's own, and attention's
+        again += mlp_flops(a, tokens=tokens) / rate + over_tp / tp_link + traffic.ep[0] / ep_link
+    read_and_written = 0.0
+    if "mlp_act" in modules or "moe_act" in modules:  # both halves are read, one is written
+        visits = routed_tokens(a, grid, batch) if a.mixture else batch.tokens
+        read_and_written += 3.0 * visits * a.ffn_hidden_size / (grid.etp if a.mixture else grid.tp)
+    if "layernorm" in modules:
+        num_norms = 2 if batch.kernels == "torch" else 1
+        read_and_written += 2.0 * num_norms * batch.residual_tokens * a.hidden_size
+    again += read_and_written * batch.element / (hardware.memory_bandwidth * hardware.efficiency)
+    return _BlockSeconds(forward=products + talk[0], backward=2 * products + talk[1], again=again)
 
 
 def _offload_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
@@ -238,13 +308,14 @@ def _offload_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardwa
         return 0.0
     # Frozen weights only come in; an average fetches the policy's, too.
     times = 1.0 + (1.0 / section.sync_every if section.kind == "moving_average" else 0.0)
-    return times * model_state(a, config, grid, stage=0).reference / hardware.host_link
+    reference = model_state(a, config, grid, stage=grid.deepest_stage(a)).reference
+    return times * reference / hardware.host_link
 
 
 def _state_seconds(
     a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware
 ) -> tuple[float, float]:
-    traffic = state_traffic(a, config, grid, stage=0)
+    traffic = state_traffic(a, config, grid, stage=grid.deepest_stage(a))
     dense = hardware.link(stride=grid.tp, size=grid.dp * grid.cp)
     experts = hardware.link(stride=grid.etp * grid.ep, size=grid.edp)
     return traffic.dense / dense, traffic.experts / experts
@@ -252,7 +323,7 @@ def _state_seconds(
 
 def _optimizer_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
     """Every byte of the state read and written, the gradients of the share read."""
-    state = model_state(a, config, grid, stage=0)
+    state = model_state(a, config, grid, stage=grid.deepest_stage(a))
     return 2.5 * state.optimizer / (hardware.memory_bandwidth * hardware.efficiency)
 
 
@@ -286,12 +357,20 @@ def _generation_seconds(
 def _gigabytes(
     a: Architecture, config: TrainingConfig, grid: Grid, batch: Microbatch, work: Workload
 ) -> dict[str, float]:
-    traffic, state = block_traffic(a, grid, batch), state_traffic(a, config, grid, stage=0)
-    forwards = 1 + (config.train.recompute == "full") + (config.reference is not None)
+    traffic, state = (
+        block_traffic(a, grid, batch),
+        state_traffic(a, config, grid, stage=grid.deepest_stage(a)),
+    )
+    per_chunk = grid.chunk_layers(a, stage=grid.deepest_stage(a))
+    again = recomputed_blocks(config, per_chunk) / per_chunk
+    modules = modules_of(a, config, batch.kernels)
+    has_mlp = not {"mlp", "moe"}.isdisjoint(modules)
+    # Of the forward's messages, those that selective recomputation sends again.
+    parts = {"tp": has_mlp / (2 if a.mixture is None else 1), "cp": 0.0, "ep": has_mlp}
     passes = work.num_microbatches * work.num_updates
-    blocks = passes * (a.num_layers // grid.pp)
+    blocks = passes * grid.vp * per_chunk
     sent = {
-        axis: blocks * (forwards * forward + backward)
+        axis: blocks * ((1 + again + parts[axis] + (config.reference is not None)) * forward + backward)
         for axis, (forward, backward) in (("tp", traffic.tp), ("cp", traffic.cp), ("ep", traffic.ep))
     }
     sent["pp"] = passes * pipeline_traffic(a, grid, batch)

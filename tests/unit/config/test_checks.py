@@ -48,6 +48,21 @@ def check(*overrides: str, world_size: int = 1, loss_needs: tuple[str, ...] = ("
         ([*MIXTURE, "parallel.ep=3", "parallel.pp=2", "parallel.vp=2"], 6),
         ([*SPLIT_MIXTURE, "parallel.ep=2", "parallel.etp=1"], 2),
         ([*SPLIT_MIXTURE, "model.architecture.ffn_hidden_size=97", "parallel.etp=1"], 2),
+        (["train.recompute=selective", "train.recompute_modules=[layernorm, mlp]"], 1),
+        (["train.recompute=selective", "train.recompute_modules=[moe]", *MIXTURE], 1),
+        (["train.recompute=full", "train.recompute_layers=4"], 1),
+        (
+            [
+                "parallel.pp=2",
+                "parallel.first_stage_layers=1",
+                "train.recompute=full",
+                "train.recompute_layers=3",
+            ],
+            2,
+        ),
+        (["parallel.pp=3", "parallel.last_stage_layers=2"], 3),
+        (["parallel.pp=2", "parallel.first_stage_layers=3", "parallel.last_stage_layers=1"], 2),
+        (["parallel.grad_reduce_dtype=bf16", "model.dtype=bf16"], 1),
     ],
 )
 def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -> None:
@@ -97,6 +112,69 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
         (["parallel.cp=4"], 2, "= 1 * 1 * 4 = 4: start 4 (dp = 1) processes"),
         (["parallel.pp=3"], 3, "4 layers do not divide by parallel.pp * vp = 3 * 1 = 3"),
         (["parallel.pp=2", "parallel.vp=4"], 2, "4 layers do not divide by parallel.pp * vp = 2 * 4 = 8"),
+        (["parallel.pp=3"], 3, "or give the first or the last stage another number"),
+        (["parallel.last_stage_layers=1"], 1, "parallel.last_stage_layers = 1: there is one pipeline stage"),
+        (
+            ["parallel.pp=2", "parallel.vp=2", "parallel.last_stage_layers=1"],
+            2,
+            "parallel.last_stage_layers = 1 does not divide by parallel.vp = 2",
+        ),
+        (
+            ["parallel.pp=2", "parallel.last_stage_layers=4"],
+            2,
+            "parallel.last_stage_layers = 4 leave 0 of the model's 4 layers for 1 other stage(s)",
+        ),
+        (
+            ["parallel.pp=2", "parallel.first_stage_layers=1", "parallel.last_stage_layers=2"],
+            2,
+            "leave 1 of the model's 4 layers for 0 other stage(s) of 1 chunk(s): expected none",
+        ),
+        (
+            ["parallel.pp=3", "parallel.first_stage_layers=1"],
+            3,
+            "leave 3 of the model's 4 layers for 2 other stage(s) of 1 chunk(s): expected a multiple of 2",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[moe, layernorm]"],
+            1,
+            "moe: the model is no mixture of experts, its blocks have mlp",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[mlp_act]", *MIXTURE],
+            1,
+            "mlp_act: the model is a mixture of experts, whose blocks have moe_act",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[layernorm]", "model.layers=te"],
+            1,
+            "layernorm: Transformer Engine's dense layers have no separate norms",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_modules=[mlp, mlp_act]"],
+            1,
+            "mlp_act: it is a part of mlp",
+        ),
+        (["train.recompute=selective", "train.recompute_modules=[]"], 1, "nothing is named"),
+        (
+            ["train.recompute_modules=[mlp]"],
+            1,
+            "train.recompute_modules has no effect: train.recompute is none",
+        ),
+        (
+            ["train.recompute=selective", "train.recompute_layers=1"],
+            1,
+            "train.recompute_layers has no effect: train.recompute is selective",
+        ),
+        (
+            ["train.recompute=full", "train.recompute_layers=3", "parallel.pp=2"],
+            2,
+            "train.recompute_layers = 3 is more than the 2 layer(s) of the largest model chunk",
+        ),
+        (
+            ["parallel.grad_reduce_dtype=bf16"],
+            1,
+            "parallel.grad_reduce_dtype = bf16 needs model.dtype = bf16",
+        ),
         (["parallel.tp=3"], 3, "8 attention heads do not divide by parallel.tp = 3"),
         (["parallel.tp=8"], 8, "4 query groups (key/value heads) do not divide by parallel.tp = 8"),
         (["model.architecture.ffn_hidden_size=97", "parallel.tp=2"], 2, "97 MLP columns"),

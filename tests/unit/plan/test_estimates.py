@@ -117,6 +117,50 @@ def test_recomputation_costs_one_more_forward_of_the_blocks() -> None:
     assert ratio == pytest.approx((4 * blocks + 3 * head) / (3 * blocks + 3 * head))
 
 
+def test_recomputing_some_blocks_costs_their_share() -> None:
+    kept, some, every = (
+        estimate(*words).seconds["forward and backward"]
+        for words in ([], ["train.recompute=full", "train.recompute_layers=2"], ["train.recompute=full"])
+    )
+    assert some - kept == pytest.approx((every - kept) * 2 / 8)
+
+
+def test_recomputing_an_mlp_costs_its_operations_and_messages_and_a_swiglu_its_bytes() -> None:
+    tokens, a = 256, architecture(num_layers=8, hidden_size=512)
+    kept = estimate(tp=2)
+    mlp, act = (
+        estimate("train.recompute=selective", f"train.recompute_modules=[{name}]", tp=2)
+        for name in ("mlp", "mlp_act")
+    )
+    updates = kept.num_microbatches * 8
+    products = 6.0 * tokens * 512 * a.ffn_hidden_size / (989e12 * 0.6 * 2)
+    messages = 2 * tokens * 512 * 2 / 2 / (450e9 * 0.8)
+    assert mlp.total - kept.total == pytest.approx(updates * (products + messages))
+    moved = 3 * tokens * a.ffn_hidden_size // 2 * 2
+    assert act.total - kept.total == pytest.approx(updates * moved / (3.35e12 * 0.6))
+
+
+def test_the_stage_that_takes_longest_sets_the_pace() -> None:
+    """The output layer of a large vocabulary, on a stage with fewer blocks."""
+    a = architecture(num_layers=8, hidden_size=512, vocab_size=4096)
+    seconds = []
+    for ends in ({}, {"first_stage_layers": 5, "last_stage_layers": 3}, {"last_stage_layers": 2}):
+        run, grid = run_in(pp=2, **ends) if "first_stage_layers" in ends or not ends else run_in(pp=4, **ends)
+        seconds.append(estimate_step(a, run, grid, H100).seconds["forward and backward"])
+    assert seconds[1] < seconds[0]
+
+
+def test_gradients_in_bf16_are_half_the_messages() -> None:
+    words = ("parallel.distributed_optimizer=true",)
+    a = architecture()
+    run, grid = run_in(*words)
+    parallel = run.parallel.model_copy(update={"distributed_optimizer": True})
+    whole = run.model_copy(update={"parallel": parallel})
+    half = run.model_copy(update={"parallel": parallel.model_copy(update={"grad_reduce_dtype": "bf16"})})
+    sent = [state_traffic(a, each, grid, stage=0).dense for each in (whole, half)]
+    assert sent[1] == pytest.approx(sent[0] * 4 / 6)
+
+
 def test_a_slow_network_costs_only_groups_that_leave_the_node() -> None:
     slow = replace(H100, network=H100.network / 100)
     inside, outside = ({"tp": 8}, {"tp": 8, "cp": 2})

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 from megatron_sftrl.apps.plan.job import Hardware
+from megatron_sftrl.apps.plan.memory import plan_memory
 from megatron_sftrl.apps.plan.search import plan_run, search_layouts
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.schema import ParallelSection
@@ -15,6 +16,7 @@ from tests.unit.config.example import example
 from tests.unit.plan.public_models import model_directory
 
 H100 = Hardware(gpu_memory=80e9)
+SHARDED = ("parallel.distributed_optimizer=true",)
 
 
 def small() -> Architecture:
@@ -24,9 +26,15 @@ def small() -> Architecture:
 
 
 def test_every_accepted_layout_of_a_small_model_is_found_fastest_first() -> None:
+    """None of them needs recomputation."""
     run = example()
     found = search_layouts(small(), run, 8, H100, loss_needs=("reference",))
-    layouts = {(p.grid.tp, p.grid.pp, p.grid.vp, p.grid.cp, p.config.train.recompute) for p in found}
+    ends = [(p.grid.first_stage_layers, p.grid.last_stage_layers) for p in found]
+    even = [plan for plan, end in zip(found, ends, strict=True) if end == (None, None)]
+    layouts = {(p.grid.tp, p.grid.pp, p.grid.vp, p.grid.cp) for p in even}
+    assert {*ends} == {(None, None), (None, 1)}  # 4 layers
+    assert len(found) == len({p.overrides for p in found})
+    assert {p.config.train.recompute for p in found} == {"none"}
     expected = set()
     for tp, pp, vp, cp in itertools.product((1, 2, 4, 8), repeat=4):
         parallel = ParallelSection(tp=tp, pp=pp, vp=vp, cp=cp, sequence_parallel=tp > 1)
@@ -34,7 +42,7 @@ def test_every_accepted_layout_of_a_small_model_is_found_fastest_first() -> None
             check_run(run.model_copy(update={"parallel": parallel}), small(), 8, loss_needs=("reference",))
         except ValueError:
             continue
-        expected |= {(tp, pp, vp, cp, recompute) for recompute in ("none", "full")}
+        expected.add((tp, pp, vp, cp))
     assert layouts == expected
     assert len(expected) > 20
     times = [plan.estimate.total for plan in found]
@@ -59,6 +67,26 @@ def test_less_memory_leaves_fewer_layouts_and_all_of_them_fit(tmp_path: Path) ->
         counts.append(len(found))
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[1] > counts[2] > counts[3] == 0
+
+
+def test_a_layout_recomputes_no_more_than_it_has_to(tmp_path: Path) -> None:
+    architecture = from_hf_config(model_directory("Llama-3.3-70B-Instruct", tmp_path))
+    run = example("model.dtype=bf16", "data.max_length=8192", "batch.global_size=64", *SHARDED)
+    found = search_layouts(architecture, run, 64, H100, loss_needs=("reference",))
+    ways = {(p.config.train.recompute, p.config.train.recompute_layers is None) for p in found}
+    assert ways == {("none", True), ("selective", True), ("full", False), ("full", True)}
+    for plan in found:
+        train = plan.config.train
+        if train.recompute == "none":
+            continue
+        deepest = plan.grid.deepest_stage(architecture)
+        layers = train.recompute_layers or plan.grid.chunk_layers(architecture, stage=deepest)
+        less: dict[str, object] = {"recompute": "none"}
+        if train.recompute == "full":
+            less = {"recompute_layers": layers - 1} if layers > 1 else {"recompute": "selective"}
+        cheaper = plan.config.model_copy(update={"train": train.model_copy(update=less)})
+        memory = plan_memory(architecture, cheaper, plan.grid, H100)
+        assert memory.fullest.fullest.total > 80e9, plan.overrides
 
 
 def test_tensor_parallelism_stays_inside_a_node() -> None:

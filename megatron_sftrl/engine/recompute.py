@@ -1,0 +1,95 @@
+"""What Megatron's own recomputation lacks: SwiGLU alone, and the padding in blocks that keep everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_sftrl.config.checks import recomputed_modules
+from megatron_sftrl.config.schema import TrainSection
+
+
+def own_modules(*, with_te: bool) -> tuple[str, ...]:
+    """Of train.recompute_modules those that are recomputed here, not by Megatron (0.16.1, 0.19.2).
+
+    Its moe_act is one of grouped experts, which only Transformer Engine's layers have.
+    """
+    return ("mlp_act",) if with_te else ("mlp_act", "moe_act")
+
+
+def complete_recomputation(
+    chunks: Sequence[torch.nn.Module], config: TransformerConfig, train: TrainSection
+) -> None:
+    """Add to a policy's chunks what train.recompute asks for and Megatron's configuration does not do."""
+    with_te = config.transformer_impl == "transformer_engine"
+    modules = recomputed_modules(train, is_mixture=config.num_moe_experts is not None, with_te=with_te)
+    forgets = not set(own_modules(with_te=with_te)).isdisjoint(modules)
+    for chunk in chunks:
+        if config.recompute_method == "block" and config.moe_aux_loss_coeff:
+            assert config.recompute_num_layers is not None
+            _KeptBlocks(chunk.decoder, config.recompute_num_layers)
+        for module in chunk.modules():
+            # Megatron names the class of an expert's MLP itself, so that no spec could ask for another one.
+            if forgets and type(module) is MLP:
+                module.__class__ = ForgetfulMLP
+                if config.fp8:
+                    # Else fc2 keeps its input in eight bits, and what is made again would serve nothing.
+                    from megatron.core.extensions.transformer_engine import set_save_original_input
+
+                    set_save_original_input(module.linear_fc2)
+
+
+class ForgetfulMLP(MLP):
+    """Megatron's MLP without biases, which keeps fc1's output alone: [T, 2 F/tp] instead of 3 to 6 F/tp."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: object) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(hidden_states, per_token_scale)
+        both, bias = self.linear_fc1(hidden_states)
+        assert bias is None
+        checkpoint = CheckpointWithoutOutput()
+        product = checkpoint.checkpoint(self._activated, both, per_token_scale)
+        output, bias = self.linear_fc2(product)
+        # fc2 has saved `product`, whose memory comes back before its backward.
+        checkpoint.discard_output_and_register_recompute(output)
+        return output, bias
+
+    def _activated(self, both: Tensor, per_token_scale: Tensor | None) -> Tensor:
+        """silu(first half) * second half, times the router's weight of each token, as Megatron does it."""
+        scale = None if per_token_scale is None else per_token_scale.unsqueeze(-1)
+        if self.config.bias_activation_fusion:
+            if scale is None:
+                return bias_swiglu_impl(both, None)
+            return weighted_bias_swiglu_impl(both, None, scale)
+        gate, linear = both.chunk(2, dim=-1)
+        product = F.silu(gate) * linear
+        return product if scale is None else (product * scale).to(product.dtype)
+
+
+class _KeptBlocks:
+    """Tells the blocks of one decoder that are not recomputed which tokens are padding.
+
+    Where the others are, Megatron (0.16.1) leaves the mask out here, and routers would balance padding, too.
+    """
+
+    def __init__(self, decoder: Any, num_recomputed: int) -> None:
+        self._mask: Tensor | None = None
+        decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for layer in decoder.layers[num_recomputed:]:
+            layer.register_forward_pre_hook(self._tell, with_kwargs=True)
+
+    def _begin(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._mask = kwargs.get("padding_mask")
+
+    def _tell(
+        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "padding_mask": self._mask}
