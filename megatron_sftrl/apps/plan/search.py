@@ -151,6 +151,7 @@ def _stages(num_layers: int, pp: int) -> Iterator[tuple[int, int | None, int | N
             each = num_layers // pp
             if pp > 2 and each > vp:
                 yield vp, each + vp, each - vp
+                continue
         # The smallest stages of which the last one gets less than the others.
         each = (num_layers // (pp * vp) + 1) * vp
         if (last := num_layers - each * (pp - 1)) > 0 and last % vp == 0:

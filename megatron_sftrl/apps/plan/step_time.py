@@ -5,7 +5,8 @@
 m micro-batches of a rank; a micro-batch costs its operations at `efficiency` of the peak and its messages at
 `link_efficiency` of the links, one after the other: what overlaps is not credited, but for gradients and
 weights over dp, which hide behind the last micro-batch where the run says so. What is recomputed without a
-product costs the memory that it reads and writes. (Bubble: Narayanan et al., arXiv:2104.04473.)
+product costs the memory that it reads and writes, and so does adding a micro-batch's gradient of every
+weight to the step's, which small micro-batches pay for most. (Bubble: Narayanan et al., arXiv:2104.04473.)
 """
 
 from __future__ import annotations
@@ -97,20 +98,26 @@ def state_traffic(
     """Gradients are summed; the distributed optimizer then gathers weights instead of gradients."""
     out = gradient_bytes(config)
     back = element_bytes(config) if config.parallel.distributed_optimizer else out
-    sizes = [0, 0]
-    for chunk in range(grid.vp):
-        dense, experts = _chunk_sizes(
+    dense, experts = _stage_sizes(architecture, grid, stage=stage)
+    return StateTraffic(
+        dense=_ring(dense * float(out + back), grid.dp * grid.cp),
+        experts=_ring(experts * float(out + back), grid.edp),
+    )
+
+
+def _stage_sizes(architecture: Architecture, grid: Grid, *, stage: int) -> tuple[int, int]:
+    """Elements of one rank's weights outside and inside of experts."""
+    chunks = [
+        _chunk_sizes(
             architecture,
             grid,
             num_layers=grid.chunk_layers(architecture, stage=stage),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
         )
-        sizes = [sizes[0] + dense, sizes[1] + experts]
-    return StateTraffic(
-        dense=_ring(sizes[0] * float(out + back), grid.dp * grid.cp),
-        experts=_ring(sizes[1] * float(out + back), grid.edp),
-    )
+        for chunk in range(grid.vp)
+    ]
+    return sum(dense for dense, _ in chunks), sum(experts for _, experts in chunks)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -243,6 +250,7 @@ def _pass(
         per_chunk = grid.chunk_layers(a, stage=stage)
         num_blocks, own_head = grid.vp * per_chunk, head * (stage == grid.pp - 1)
         again = grid.vp * recomputed_blocks(config, per_chunk) * block.forward + num_blocks * block.again
+        again += _adding_seconds(a, config, grid, hardware, batch, stage=stage)
         stages.append(
             _Pass(
                 forward=num_blocks * block.forward + own_head + exchange,
@@ -253,6 +261,18 @@ def _pass(
         )
     slowest = max(stages, key=lambda each: each.forward + each.backward + each.reference_head)
     return replace(slowest, reference=max(each.reference for each in stages))
+
+
+def _adding_seconds(
+    a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware, batch: Microbatch, *, stage: int
+) -> float:
+    """Of one micro-batch's gradients: the sum read and written, and where the product does not add to it by
+    itself (torch's layers) its result as well.
+    """
+    each = 2 * gradient_bytes(config)
+    if batch.kernels == "torch":
+        each += 2 * batch.element
+    return sum(_stage_sizes(a, grid, stage=stage)) * each / (hardware.memory_bandwidth * hardware.efficiency)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
