@@ -106,7 +106,7 @@ def test_the_bubble_is_the_published_one() -> None:
 
 
 def test_recomputation_costs_one_more_forward_of_the_blocks() -> None:
-    fast = Hardware(gpu_memory=80e9, nvlink=1e30, network=1e30)
+    fast = Hardware(gpu_memory=80e9, nvlink=1e30, network=1e30, memory_bandwidth=1e30)
     plain, full = (
         estimate(f"train.recompute={how}", "loss={name: sft}", "reference=null", hardware=fast)
         for how in ("none", "full")
@@ -115,6 +115,17 @@ def test_recomputation_costs_one_more_forward_of_the_blocks() -> None:
     blocks, head = 8 * block_flops(a, tokens=1, length=256), head_flops(a, tokens=1)
     ratio = full.seconds["forward and backward"] / plain.seconds["forward and backward"]
     assert ratio == pytest.approx((4 * blocks + 3 * head) / (3 * blocks + 3 * head))
+
+
+def test_every_micro_batch_adds_a_gradient_of_every_weight_to_the_steps() -> None:
+    a = architecture(num_layers=8, hidden_size=512)
+    free = estimate(hardware=replace(H100, memory_bandwidth=1e30))
+    paid = estimate()
+    name = "forward and backward"
+    seconds = paid.num_microbatches * 8 * num_parameters(a) / (3.35e12 * 0.6)  # fp32, read and written
+    assert paid.seconds[name] - free.seconds[name] == pytest.approx(seconds)
+    torch = estimate(hardware=replace(H100, kernels="torch"))
+    assert torch.seconds[name] - free.seconds[name] == pytest.approx(seconds * 12 / 8)
 
 
 def test_recomputing_some_blocks_costs_their_share() -> None:
@@ -141,13 +152,13 @@ def test_recomputing_an_mlp_costs_its_operations_and_messages_and_a_swiglu_its_b
 
 
 def test_the_stage_that_takes_longest_sets_the_pace() -> None:
-    """The output layer of a large vocabulary, on a stage with fewer blocks."""
+    """The output layer of a large vocabulary, on a last stage with as many blocks and with fewer."""
     a = architecture(num_layers=8, hidden_size=512, vocab_size=4096)
     seconds = []
-    for ends in ({}, {"first_stage_layers": 5, "last_stage_layers": 3}, {"last_stage_layers": 2}):
-        run, grid = run_in(pp=2, **ends) if "first_stage_layers" in ends or not ends else run_in(pp=4, **ends)
+    for ends in ({}, {"first_stage_layers": 5, "last_stage_layers": 3}, {"last_stage_layers": 1}):
+        run, grid = run_in(pp=2, **ends)
         seconds.append(estimate_step(a, run, grid, H100).seconds["forward and backward"])
-    assert seconds[1] < seconds[0]
+    assert seconds[1] < seconds[0] < seconds[2]
 
 
 def test_gradients_in_bf16_are_half_the_messages() -> None:

@@ -33,16 +33,16 @@ def plan(name: str, directory: Path, *more: str, gpus: int | None = None) -> int
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("kernels", ["transformer_engine", "torch"])
 def test_a_shipped_run_fits_the_gpus_that_it_names_with_the_numbers_that_it_states(
-    name: str, kernels: str, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "plan.json"
-    assert plan(name, tmp_path, "--json", str(out), "--kernels", kernels) == 0
+    assert plan(name, tmp_path, "--json", str(out)) == 0
     found = json.loads(out.read_text())
     assert found["plan"]["fits"]
     totals = [phase["total"] for stage in found["plan"]["stages"] for phase in stage.values()]
-    assert max(totals) < 0.95 * 80e9
+    # A card of 80 GB has 80 GiB. Beside the reserve, a twelfth of it is left for what no plan foresees.
+    assert max(totals) < 80 * 2**30 * 11 / 12
     stated = re.search(
         r"^# Planned: sftrl plan examples/(\w+)\.yaml --gpus (\d+) --gpu-memory 80GB: ([\d.]+) GB at the "
         r"fullest moment, ([\d.]+) s a step",
@@ -51,9 +51,8 @@ def test_a_shipped_run_fits_the_gpus_that_it_names_with_the_numbers_that_it_stat
     )
     assert stated is not None
     assert (stated[1], int(stated[2])) == (name, SHIPPED[name][1])
-    if kernels == "transformer_engine":
-        assert float(stated[3]) == round(max(totals) / 1e9, 1)
-        assert float(stated[4]) == round(found["plan"]["estimate"]["total_seconds"], 1)
+    assert float(stated[3]) == round(max(totals) / 1e9, 1)
+    assert float(stated[4]) == round(found["plan"]["estimate"]["total_seconds"], 1)
 
 
 def test_the_tables_name_every_item_and_call_estimates_estimates(
@@ -109,7 +108,7 @@ def test_a_run_that_does_not_fit_is_refused_with_changes_that_do_fit(
 def test_a_model_that_needs_more_gpus_is_told_how_many(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan("pear_70b", tmp_path, "parallel.pp=2", gpus=8) == 2
+    assert plan("pear_70b", tmp_path, "parallel.pp=2", "parallel.cp=1", gpus=8) == 2
     advised = re.search(r"(\d+) GPUs with (.+) \([\d.]+ GB\)", capsys.readouterr().err)
     assert advised is not None
     assert plan("pear_70b", tmp_path, *advised[2].split(), gpus=int(advised[1])) == 0
@@ -118,7 +117,8 @@ def test_a_model_that_needs_more_gpus_is_told_how_many(
 def test_what_no_change_makes_fit_is_said_to_be_too_large(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan("pear_70b", tmp_path, "parallel.pp=1", "parallel.vp=1", "--gpu-memory", "8GB", gpus=4) == 2
+    one_stage = ["parallel.pp=1", "parallel.vp=1", "parallel.cp=1"]
+    assert plan("pear_70b", tmp_path, *one_stage, "--gpu-memory", "8GB", gpus=4) == 2
     assert "on up to 32 GPUs: shorten data.max_length" in capsys.readouterr().err
 
 
