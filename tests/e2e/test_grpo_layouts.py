@@ -30,6 +30,10 @@ LAYOUTS = {
         "batch={global_size: 8, packing: true, max_tokens: 48}",
     ),
     "pp2": ("parallel.pp=2",),
+    "3 + 1 layers, SwiGLU and norms recomputed": (
+        "parallel={pp: 2, last_stage_layers: 1}",
+        "train.recompute=selective",
+    ),
     "pp2, vp2": ("parallel={pp: 2, vp: 2}",),
     "cp2": ("parallel.cp=2",),
 }
