@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 _RATES = (
     ("peak-tflops", 989.0, "dense bf16, of one GPU"),
+    ("fp8-tflops", 1979.0, "dense fp8, of one GPU"),
     ("hbm", 3350.0, "GB/s of a GPU's memory"),
     ("nvlink", 450.0, "GB/s of a GPU inside the node, in one direction"),
     ("network", 50.0, "GB/s of a GPU between nodes, in one direction"),
     ("host-link", 10.0, "GB/s between a GPU and its host"),
+    ("host-memory", 75.0, "GB/s of the host's memory, for each GPU"),
     ("efficiency", 0.6, "share of peak and memory rate that kernels reach: an assumption"),
     ("link-efficiency", 0.8, "share of the links' rates that collectives reach: an assumption"),
 )

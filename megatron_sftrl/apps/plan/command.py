@@ -57,6 +57,12 @@ def print_plan(plan: Plan, hardware: Hardware, console: Console) -> None:
             f"Host memory: {plan.memory.host_reference / _GB:.1f} GB a node for the offloaded reference",
             highlight=False,
         )
+    if plan.memory.host_optimizer:
+        console.print(
+            f"Host memory: {plan.memory.host_optimizer / _GB:.1f} GB a node for the optimizer's share of "
+            "optim.cpu_offload",
+            highlight=False,
+        )
     if plan.memory.host_checkpoint:
         console.print(
             f"Host memory: at most {plan.memory.host_checkpoint / _GB:.1f} GB a node for the copies of an "
@@ -152,6 +158,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
         "fits": not plan.problems,
         "problems": list(plan.problems),
         "host_reference": plan.memory.host_reference,
+        "host_optimizer": plan.memory.host_optimizer,
         "host_checkpoint": plan.memory.host_checkpoint,
         "stages": [
             {phase.name: {**phase.items, "total": phase.total} for phase in stage.phases}
@@ -189,10 +196,12 @@ def request_of(parsed: argparse.Namespace) -> PlanRequest:
         reserve=parse_bytes(parsed.reserve),
         gpus_per_node=parsed.gpus_per_node,
         peak_flops=parsed.peak_tflops * 1e12,
+        fp8_flops=parsed.fp8_tflops * 1e12,
         memory_bandwidth=parsed.hbm * 1e9,
         nvlink=parsed.nvlink * 1e9,
         network=parsed.network * 1e9,
         host_link=parsed.host_link * 1e9,
+        host_memory=parsed.host_memory * 1e9,
         efficiency=parsed.efficiency,
         link_efficiency=parsed.link_efficiency,
         kernels=parsed.kernels,

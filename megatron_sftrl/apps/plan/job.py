@@ -54,14 +54,16 @@ def workload_of(config: TrainingConfig, grid: Grid, *, mean_length: int | None =
 
 
 def block_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
-    """Operations of one block's forward, over its tensor and expert ranks: 2 for a weight that a token meets.
-
-    A query meets half of its sequence's keys on average.
-    """
+    """Operations of one block's forward over its ranks: attention, and 2 for a weight that a token meets."""
     a = architecture
     query, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     projections = tokens * 2.0 * a.hidden_size * (2 * query + 2 * keys)
-    return projections + tokens * 2.0 * length * query + mlp_flops(a, tokens=tokens)
+    return projections + attention_flops(a, tokens=tokens, length=length) + mlp_flops(a, tokens=tokens)
+
+
+def attention_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
+    """Of scores and their sums over values; a query meets half of its sequence's keys on average."""
+    return tokens * 2.0 * length * architecture.num_attention_heads * architecture.head_dim
 
 
 def mlp_flops(architecture: Architecture, *, tokens: int) -> float:
@@ -97,11 +99,11 @@ class Hardware:
         gpu_memory: bytes of one GPU.
         reserve: of them for CUDA, cuBLAS and NCCL, and for what the allocator cannot use, bytes.
         gpus_per_node: joined by NVLink.
-        peak_flops: of one GPU on dense bf16 matrices, per second.
+        peak_flops, fp8_flops: of one GPU on dense matrices of bf16 and of eight bits, per second.
         nvlink, network, host_link: bytes per second of one GPU in one direction: inside the node, between
             nodes, to the memory of the host.
-        memory_bandwidth: of the GPU, bytes per second.
-        efficiency: share of peak_flops and memory_bandwidth that kernels reach.
+        memory_bandwidth, host_memory: of the GPU, and of the host for each GPU, bytes per second.
+        efficiency: share of these that kernels reach.
         link_efficiency: share of the links' rates that collectives reach.
         kernels: whose layers run.
     Raises:
@@ -112,9 +114,11 @@ class Hardware:
     reserve: float = 6e9
     gpus_per_node: int = 8
     peak_flops: float = 989e12
+    fp8_flops: float = 1979e12
     nvlink: float = 450e9
     network: float = 50e9
     host_link: float = 10e9
+    host_memory: float = 75e9
     memory_bandwidth: float = 3.35e12
     efficiency: float = 0.6
     link_efficiency: float = 0.8

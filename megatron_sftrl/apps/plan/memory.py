@@ -186,12 +186,14 @@ class MemoryPlan:
 
     Args:
         host_reference: bytes of an offloaded reference in the memory of each node, over its GPUs.
+        host_optimizer: bytes of what optim.cpu_offload keeps there, over the GPUs of a node.
         host_checkpoint: bytes that the copies of an asynchronous save take in the memory of a node, at most.
     """
 
     stages: tuple[StageMemory, ...]
     rollout: RolloutMemory | None
     host_reference: float
+    host_optimizer: float
     host_checkpoint: float
 
     @property
@@ -211,19 +213,21 @@ def plan_memory(
         rollout = rollout_memory(architecture, grpo, grid, batch, hardware)
     stages = []
     is_offloaded = config.reference is not None and config.reference.placement == "offload"
-    largest_reference, largest_copy = 0, 0
+    largest_reference = largest_optimizer = largest_copy = 0
     for stage in range(grid.pp):
         state = model_state(architecture, config, grid, stage=stage)
         peak = step_peak(architecture, config, grid, batch, stage=stage, num_microbatches=num_microbatches)
         phases = _phases(state, peak, rollout, hardware, config)
         stages.append(StageMemory(stage=stage, phases=phases))
         largest_reference = max(largest_reference, state.reference + state.reference_average)
+        largest_optimizer = max(largest_optimizer, state.optimizer_on_host)
         largest_copy = max(largest_copy, _copies_on_node(state, config, grid, hardware))
-    on_host = largest_reference * min(hardware.gpus_per_node, grid.world_size) if is_offloaded else 0
+    per_node = min(hardware.gpus_per_node, grid.world_size)
     return MemoryPlan(
         stages=tuple(stages),
         rollout=rollout,
-        host_reference=float(on_host),
+        host_reference=float(largest_reference * per_node * is_offloaded),
+        host_optimizer=float(largest_optimizer * per_node),
         host_checkpoint=float(largest_copy if config.checkpoint.async_save else 0),
     )
 
@@ -237,7 +241,7 @@ def _copies_on_node(state: ModelState, config: TrainingConfig, grid: Grid, hardw
     is_moving = config.reference is not None and config.reference.kind != "frozen"
     weights = state.parameters + (state.reference_average or state.reference) * is_moving
     num_shares = num_ranks if config.parallel.distributed_optimizer else num_first
-    return num_first * weights + num_shares * state.optimizer
+    return num_first * weights + num_shares * (state.optimizer + state.optimizer_on_host)
 
 
 def _phases(
@@ -253,6 +257,8 @@ def _phases(
         f"gradients ({config.parallel.grad_reduce_dtype})": float(state.gradients),
         "optimizer": float(state.optimizer),
     }
+    if state.eight_bit:
+        base["weights in eight bits"] = float(state.eight_bit)
     reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
     average = {"reference's fp32 average": float(state.reference_average)} if state.reference_average else {}
     average = {} if is_offloaded else average

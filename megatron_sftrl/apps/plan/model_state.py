@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_sftrl.config.checks import stage_layers
-from megatron_sftrl.config.schema import ParallelSection, TrainingConfig
+from megatron_sftrl.config.schema import OptimSection, ParallelSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
 
@@ -159,6 +159,7 @@ def _place(tensor: MegatronTensor) -> tuple[int, int]:
 
 
 _FP32 = 4
+_MATRICES = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 _PARAMETER_START, _BUCKET_END = 64, 128
 _SMALLEST_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 
@@ -172,6 +173,9 @@ class ModelState:
         gradients: buffers of parallel.grad_reduce_dtype.
         fp32_gradients: of this rank's share, while the optimizer updates from bf16 ones.
         optimizer: moments, and fp32 weights where the model's are bf16; without step counters.
+        optimizer_on_host: the same of what optim.cpu_offload keeps there, with a copy of its gradients.
+        eight_bit: copies of the blocks' matrices that Transformer Engine keeps for train.fp8, each with its
+            transpose, and of the reference's without.
         reference: weights of a reference model, which has no buffers and no padding; 0 without one.
         reference_average: fp32 average behind the bf16 weights of a reference that follows the policy.
         reference_ends: of them embedding and output layer, which are on the device while the policy runs even
@@ -182,6 +186,8 @@ class ModelState:
     gradients: int
     fp32_gradients: int
     optimizer: int
+    optimizer_on_host: int
+    eight_bit: int
     reference: int
     reference_average: int
     reference_ends: int
@@ -217,10 +223,8 @@ def model_state(
             few kilobytes of padding above the largest.
         edp_rank: the same among the copies of an expert.
     """
-    element = element_bytes(config)
-    moments = 8 if config.optim.name == "adamw" else 4 * (config.optim.momentum > 0)
-    per_weight = moments + (_FP32 if element < _FP32 else 0)
-    per_gradient = gradient_bytes(config)
+    element, per_gradient = element_bytes(config), gradient_bytes(config)
+    per_weight = _moment_bytes(config.optim) + (_FP32 if element < _FP32 else 0)
     parts = [
         _chunk_elements(
             architecture,
@@ -234,17 +238,30 @@ def model_state(
         )
         for chunk in range(grid.vp)
     ]
+    owned, matrices = sum(part.owned for part in parts), sum(part.matrices for part in parts)
+    away = round(owned * config.optim.cpu_offload)
+    # Adam with moments of fewer bits reads gradients as they are; every other one is given fp32.
+    is_copied = per_gradient < _FP32 and not config.optim.has_low_moments
     has_reference = config.reference is not None
     is_averaged = config.reference is not None and config.reference.kind == "moving_average"
     return ModelState(
         parameters=element * sum(part.held for part in parts),
         gradients=per_gradient * sum(part.held for part in parts),
-        fp32_gradients=_FP32 * sum(part.owned for part in parts) * (per_gradient < _FP32),
-        optimizer=per_weight * sum(part.owned for part in parts),
+        fp32_gradients=_FP32 * (owned - away) * is_copied,
+        optimizer=per_weight * (owned - away),
+        optimizer_on_host=(per_weight + _FP32) * away,
+        eight_bit=matrices * (2 + has_reference) * (config.train.fp8 is not None),
         reference=element * sum(part.plain for part in parts) * has_reference,
         reference_average=_FP32 * sum(part.plain for part in parts) * (is_averaged and element < _FP32),
         reference_ends=element * sum(part.ends for part in parts) * has_reference,
     )
+
+
+def _moment_bytes(optim: OptimSection) -> int:
+    """Of the moments of one weight."""
+    if optim.name == "sgd":
+        return _FP32 * (optim.momentum > 0)
+    return sum(2 if dtype == "bf16" else _FP32 for dtype in (optim.exp_avg_dtype, optim.exp_avg_sq_dtype))
 
 
 def element_bytes(config: TrainingConfig) -> int:
@@ -259,10 +276,13 @@ def gradient_bytes(config: TrainingConfig) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Elements:
-    """Of one chunk: without padding, those outside the blocks, in buffers, in this rank's optimizer."""
+    """Of one chunk: without padding, those outside the blocks, the blocks' matrices (routers are none), in
+    buffers, in this rank's optimizer.
+    """
 
     plain: int
     ends: int
+    matrices: int
     held: int
     owned: int
 
@@ -284,8 +304,9 @@ def _chunk_elements(
     )
     plain = sum(each.num_elements for each in members)
     ends = sum(each.num_elements for each in members if not each.key.startswith("decoder."))
+    matrices = sum(each.num_elements for each in members if each.key.endswith(_MATRICES))
     if not is_distributed:
-        return _Elements(plain=plain, ends=ends, held=plain, owned=plain)
+        return _Elements(plain=plain, ends=ends, matrices=matrices, held=plain, owned=plain)
     # Megatron cuts the first chunk of the first stage only, and that only to overlap its messages.
     bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * grid.dp)
     held = owned = 0
@@ -297,7 +318,7 @@ def _chunk_elements(
         )
         held += buffer.num_elements
         owned += _owned(buffer, num_ranks, rank)
-    return _Elements(plain=plain, ends=ends, held=held, owned=owned)
+    return _Elements(plain=plain, ends=ends, matrices=matrices, held=held, owned=owned)
 
 
 def buffer_layout(parameters: Sequence[Parameter], num_ranks: int, *, bucket_size: int | None) -> Buffer:

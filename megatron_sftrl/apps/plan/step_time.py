@@ -25,6 +25,7 @@ from megatron_sftrl.apps.plan.activations import (
 from megatron_sftrl.apps.plan.job import (
     Hardware,
     Workload,
+    attention_flops,
     block_flops,
     head_flops,
     mlp_flops,
@@ -298,7 +299,13 @@ def _block_seconds(
     work: Workload,
 ) -> _BlockSeconds:
     tokens, length, rate = work.microbatch_tokens, work.length, _rate(hardware, grid)
-    products = block_flops(a, tokens=tokens, length=length) / rate
+    attention = attention_flops(a, tokens=tokens, length=length)
+    linear, casts = block_flops(a, tokens=tokens, length=length) - attention, (0.0, 0.0)
+    linear_rate = rate
+    if config.train.fp8 is not None:
+        linear_rate = rate * hardware.fp8_flops / hardware.peak_flops
+        casts = _cast_seconds(a, grid, hardware, batch)
+    products = attention / rate + linear / linear_rate
     traffic = block_traffic(a, grid, batch)
     tp_link = hardware.link(stride=1, size=grid.tp)
     cp_link = hardware.link(stride=grid.tp, size=grid.cp)
@@ -310,7 +317,7 @@ def _block_seconds(
     again = 0.0
     if "mlp" in modules or "moe" in modules:
         over_tp = traffic.tp[0] / (2 if a.mixture is None else 1)  # a mixture's own, and attention's
-        again += mlp_flops(a, tokens=tokens) / rate + over_tp / tp_link + traffic.ep[0] / ep_link
+        again += mlp_flops(a, tokens=tokens) / linear_rate + over_tp / tp_link + traffic.ep[0] / ep_link
     read_and_written = 0.0
     if "mlp_act" in modules or "moe_act" in modules:  # both halves are read, one is written
         visits = routed_tokens(a, grid, batch) if a.mixture else batch.tokens
@@ -319,7 +326,24 @@ def _block_seconds(
         num_norms = 2 if batch.kernels == "torch" else 1
         read_and_written += 2.0 * num_norms * batch.residual_tokens * a.hidden_size
     again += read_and_written * batch.element / (hardware.memory_bandwidth * hardware.efficiency)
-    return _BlockSeconds(forward=products + talk[0], backward=2 * products + talk[1], again=again)
+    return _BlockSeconds(
+        forward=products + talk[0] + casts[0], backward=2 * products + talk[1] + casts[1], again=again
+    )
+
+
+def _cast_seconds(a: Architecture, grid: Grid, hardware: Hardware, batch: Microbatch) -> tuple[float, float]:
+    """To eight bits, and transposed: what the products of one block read, forward and backward."""
+    streams = 2 * batch.residual_tokens * a.hidden_size
+    query, keys = (n * a.head_dim // grid.tp for n in (a.num_attention_heads, a.num_query_groups))
+    wide = batch.tokens * a.ffn_hidden_size // grid.tp
+    if a.mixture is not None:
+        visits = routed_tokens(a, grid, batch)
+        streams += 2 * visits * a.hidden_size
+        wide = visits * a.ffn_hidden_size // grid.etp
+    forward = streams + batch.tokens * query + wide
+    backward = streams + batch.tokens * (query + 2 * keys) + 2 * wide
+    rate = hardware.memory_bandwidth * hardware.efficiency / (batch.element + 2)
+    return forward / rate, backward / rate
 
 
 def _offload_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
@@ -342,9 +366,14 @@ def _state_seconds(
 
 
 def _optimizer_seconds(a: Architecture, config: TrainingConfig, grid: Grid, hardware: Hardware) -> float:
-    """Every byte of the state read and written, the gradients of the share read."""
+    """Every byte of the state read and written, the gradients of the share read.
+
+    On the host at its rate, between two ways over the link: fp32 gradients there, fp32 weights back.
+    """
     state = model_state(a, config, grid, stage=grid.deepest_stage(a))
-    return 2.5 * state.optimizer / (hardware.memory_bandwidth * hardware.efficiency)
+    here = 2.5 * state.optimizer / (hardware.memory_bandwidth * hardware.efficiency)
+    away = 2.0 * state.optimizer_on_host / (hardware.host_memory * hardware.efficiency)
+    return here + away + state.optimizer_on_host / 2 / hardware.host_link
 
 
 def _generation_seconds(

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sftrl.apps.plan.activations import chunks_in_flight, microbatch_of
 from megatron_sftrl.apps.plan.job import (
     Hardware,
+    attention_flops,
     block_flops,
     head_flops,
     model_flops,
@@ -115,6 +116,30 @@ def test_recomputation_costs_one_more_forward_of_the_blocks() -> None:
     blocks, head = 8 * block_flops(a, tokens=1, length=256), head_flops(a, tokens=1)
     ratio = full.seconds["forward and backward"] / plain.seconds["forward and backward"]
     assert ratio == pytest.approx((4 * blocks + 3 * head) / (3 * blocks + 3 * head))
+
+
+def test_products_in_eight_bits_run_at_their_rate_and_their_factors_are_cast() -> None:
+    tokens, a = 256, architecture(num_layers=8, hidden_size=512)
+    fast = replace(H100, memory_bandwidth=1e30)
+    kept, eight = (estimate(*words, hardware=fast) for words in ([], ["train.fp8={}"]))
+    products = block_flops(a, tokens=tokens, length=256) - attention_flops(a, tokens=tokens, length=256)
+    # Forward, twice that backward, and the reference's forward.
+    saved = 4 * kept.num_microbatches * 8 * products / (0.6 * 989e12) * (1 - 989 / 1979)
+    assert kept.total - eight.total == pytest.approx(saved)
+    cast = estimate("train.fp8={}").total - estimate().total - (eight.total - kept.total)
+    query, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    forward = 2 * 512 + query + a.ffn_hidden_size
+    backward = 2 * 512 + query + 2 * keys + 2 * a.ffn_hidden_size
+    elements = kept.num_microbatches * 8 * tokens * (2 * forward + backward)
+    assert cast == pytest.approx(4 * elements / (0.6 * 3.35e12))
+
+
+def test_an_offloaded_optimizer_costs_the_link_and_the_hosts_memory() -> None:
+    words = ["optim={lr: 1e-5, cpu_offload: 1}"]
+    plain, away = estimate().seconds["optimizer"], estimate(*words).seconds["optimizer"]
+    size = 16 * num_parameters(architecture(num_layers=8, hidden_size=512))
+    assert away == pytest.approx(2 * size / (75e9 * 0.6) + size / 2 / 10e9)
+    assert away > 20 * plain
 
 
 def test_every_micro_batch_adds_a_gradient_of_every_weight_to_the_steps() -> None:

@@ -57,3 +57,33 @@ def test_bytes_follow_the_dtypes_and_the_distributed_optimizer_divides_the_optim
         found = [size / elements for size in (state.parameters, state.gradients, state.optimizer)]
         # Tensors of 8192 columns need next to no padding.
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_moments_in_bf16_offloaded_shares_and_copies_for_fp8_are_counted(tmp_path: Path) -> None:
+    architecture = from_hf_config(model_directory("Llama-3.3-70B-Instruct", tmp_path))
+    parallel = ParallelSection(tp=8, pp=2, distributed_optimizer=True)
+    half = ParallelSection(tp=8, pp=2, distributed_optimizer=True, grad_reduce_dtype="bf16")
+    grid = grid_of(parallel, 64)
+
+    def found(parallel: ParallelSection, *overrides: str) -> list[float]:
+        run = example("model.dtype=bf16", *overrides).model_copy(update={"parallel": parallel})
+        state = model_state(architecture, run, grid, stage=1)
+        sizes = (state.gradients, state.fp32_gradients, state.optimizer, state.optimizer_on_host)
+        return [size / (state.reference / 2) for size in sizes]
+
+    low = "optim={lr: 1e-5, exp_avg_dtype: bf16, exp_avg_sq_dtype: bf16}"
+    away = "optim={lr: 1e-5, cpu_offload: 0.75}"
+    assert found(parallel) == pytest.approx([4, 0, 12 / 4, 0], rel=1e-6)
+    assert found(half) == pytest.approx([2, 4 / 4, 12 / 4, 0], rel=1e-6)
+    assert found(half, low) == pytest.approx([2, 0, 8 / 4, 0], rel=1e-6)
+    assert found(parallel, "optim={lr: 1e-5, exp_avg_sq_dtype: bf16}")[2] == pytest.approx(10 / 4, rel=1e-6)
+    # Three quarters, each weight with a copy of its gradient.
+    assert found(half, away) == pytest.approx([2, 1 / 4, 3 / 4, 0.75 * 16 / 4], rel=1e-6)
+
+    plain, eight = (
+        model_state(architecture, example("model.dtype=bf16", *words), grid, stage=1).eight_bit
+        for words in ([], ["train.fp8={}"])
+    )
+    a = architecture
+    block = a.hidden_size * (2 * 8192 + 2 * 1024 + 3 * a.ffn_hidden_size)
+    assert (plain, eight) == (0, 3 * 40 * block // 8)  # with the transpose, and the reference's
