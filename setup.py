@@ -22,9 +22,10 @@ setup(
     python_requires=">=3.11",
     # tests/unit/test_dependencies.py holds this list against what is imported.
     install_requires=[
-        "torch>=2.6",
+        # torch.mm(out_dtype=) came with 2.8; 2.13 is what vLLM 0.32 pins, and what is tested.
+        "torch>=2.8,<2.14",
         "safetensors",
-        "megatron-core>=0.16.1",
+        "megatron-core>=0.16.1,<0.20",  # 0.17 and later need Python 3.12
         "psutil",
         "numpy",
         "transformers>=5.16.1,<5.20",
@@ -43,7 +44,9 @@ setup(
         "sympy",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]"],
+        # Built for the torch that is here: slurm/install.sh, docs/cluster.md. 2.20 is what was read; it asks for
+        # cuDNN 9.12, torch 2.13 brings 9.20.
+        "gpu": ["transformer-engine[pytorch]>=2.20,<3"],
         "vllm": ["vllm>=0.32,<0.33"],
         "mistral": ["mistral-common>=1.13"],  # a tokenizer.path with a tekken.json
         "trackio": ["trackio"],

@@ -5,6 +5,13 @@
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _venv="${SFTRL_VENV:-$_root/.venv}"
 _extras="${1:-}"
+case ",$_extras," in
+  *,gpu,* | *,vllm,*)
+    # They are compiled for one torch, which takes more than an extra's name.
+    echo "error: bash slurm/install.sh installs Transformer Engine and vLLM" >&2
+    exit 2
+    ;;
+esac
 _python="${SFTRL_PYTHON:-}"
 if [ -z "$_python" ]; then
   for _candidate in python3.11 python3.12 python3.13 python3; do

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from megatron_sftrl.config.schema import (
     TrainingConfig,
     TrainSection,
 )
+from megatron_sftrl.engine.device import transformer_engine
 from megatron_sftrl.engine.megatron_fields import megatron_fields
 from megatron_sftrl.engine.recompute import own_modules
 from megatron_sftrl.errors import UserError
@@ -31,8 +31,7 @@ from megatron_sftrl.models.architecture import Architecture
 
 def uses_transformer_engine(model: ModelSection, *, is_cuda: bool) -> bool:
     """Whether layers are Transformer Engine's, which run on CUDA alone, or torch's."""
-    is_there = is_cuda and importlib.util.find_spec("transformer_engine") is not None
-    return is_there and model.layers != "torch"
+    return is_cuda and model.layers != "torch" and transformer_engine().problem is None
 
 
 def transformer_config(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_sftrl.config.schema import ParallelSection
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.determinism import choose_kernels
+from megatron_sftrl.engine.device import order_launches, select_device, start_torch_distributed
 from megatron_sftrl.errors import UserError
 
 
@@ -94,6 +95,7 @@ def initialize_parallel(
         UserError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp; an environment
             that contradicts `deterministic`.
     """
+    order_launches(section)
     cpu_backend.install()
     from megatron.core import parallel_state
 
@@ -113,10 +115,12 @@ def initialize_parallel(
             f"start a multiple of {math.lcm(model_size, expert_size)} processes"
         )
     choose_kernels(deterministic=deterministic)
-    device = _select_device()
+    device = select_device()
     timeout = timedelta(minutes=hang_minutes, seconds=_SECONDS_BEHIND_THE_WATCH) if hang_minutes else _NEVER
     if not dist.is_initialized():
-        _start_torch_distributed(rank, world_size, device, timeout)
+        # One process without torchrun: a store in this process, so that no port is needed.
+        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+        start_torch_distributed(device, rank=rank, world_size=world_size, timeout=timeout, store=store)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tp,
         pipeline_model_parallel_size=section.pp,
@@ -188,23 +192,6 @@ def _group(group: object) -> dist.ProcessGroup:
     """Megatron's getters are typed more loosely than what they return here."""
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def _select_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-def _start_torch_distributed(rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-    else:
-        # One process without torchrun: a store in this process, so that no port is needed.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _seed_rng_tracker() -> None:

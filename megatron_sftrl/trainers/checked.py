@@ -18,6 +18,7 @@ from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.engine.checkpoint import checkpoint_at, complete_checkpoints, stored_assets
+from megatron_sftrl.engine.device import check_device
 from megatron_sftrl.engine.megatron_config import check_megatron
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import Loss, build_loss
@@ -96,6 +97,12 @@ class CheckedRun(Generic[ConfigT]):
 
 
 def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
+    """Check this machine, then all that checked_configuration does."""
+    check_device(config)
+    return checked_configuration(config)
+
+
+def checked_configuration(config: ConfigT) -> CheckedRun[ConfigT]:
     """Check sections against each other, the model, the loss, the tokenizer and the number of processes."""
     check_trackers(config.log)
     architecture, notes = architecture_of(config.model), notes_on(config.model)
@@ -119,6 +126,7 @@ def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
 
 def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     """What generation and scoring need: the model's sizes and its tokenizer, checked against the layout."""
+    check_device(config)
     architecture = architecture_of(config.model)
     say_notes(notes_on(config.model))
     needs = ("reference",) if config.reference is not None else ()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sftrl.apps.preflight.node import node_name
+from megatron_sftrl.engine.device import select_device, start_torch_distributed
 
 _CONNECT_S = 5.0
 _FAREWELL_S = 10.0
@@ -95,18 +96,16 @@ def world(meeting: Meeting, timeout_s: float) -> Iterator[torch.device]:
     Raises:
         RuntimeError: on every process, naming the nodes where it failed.
     """
-    is_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda else torch.device("cpu")
+    device = torch.device("cpu")
     problem = None
     try:
-        if is_cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
-            store=dist.PrefixStore("group", meeting.store),
+        device = select_device()
+        start_torch_distributed(
+            device,
             rank=meeting.rank,
             world_size=meeting.size,
             timeout=timedelta(seconds=timeout_s),
+            store=dist.PrefixStore("group", meeting.store),
         )
         total = torch.ones(1, device=device)
         dist.all_reduce(total)

@@ -53,7 +53,8 @@ def node_facts() -> NodeFacts:
     return NodeFacts(
         node=node_name(),
         local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        gpus=tuple(map(_gpu, range(torch.cuda.device_count()))),
+        # An old driver is counted, and then fails.
+        gpus=tuple(map(_gpu, range(torch.cuda.device_count() if torch.cuda.is_available() else 0))),
         versions={
             **{name: _version(name) for name in _PACKAGES},
             "python": platform.python_version(),

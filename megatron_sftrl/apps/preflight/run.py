@@ -38,10 +38,12 @@ from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt, tokenize_sequences
 from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.sources import check_source
+from megatron_sftrl.engine.device import check_device, try_transformer_engine
+from megatron_sftrl.engine.megatron_config import uses_transformer_engine
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.build import check_engine, engine_here
-from megatron_sftrl.trainers.checked import CheckedRun, checked_run
+from megatron_sftrl.trainers.checked import CheckedRun, checked_configuration
 
 # Compares what all nodes found; the odd one is named. Pure functions.
 
@@ -89,7 +91,7 @@ def compare_processes(facts: Sequence[NodeFacts]) -> Finding:
         if fact.gpus and fact.local_processes > len(fact.gpus)
     ]
     shown = Counter(f"{len(fact.gpus)} GPUs ({fact.gpus[0]})" for fact in nodes.values() if fact.gpus)
-    seen = ", ".join(f"{count} x {what}" for what, count in shown.items()) or "no GPU: the CPU run"
+    seen = ", ".join(f"{count} x {what}" for what, count in shown.items()) or "no GPU"
     return Finding(
         check="processes and GPUs",
         detail=f"{len(facts)} processes on {len(nodes)} node(s); {seen}",
@@ -206,10 +208,19 @@ def _findings(
 def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
     """On each node: the configuration and its files, the first rows of the data, memory and disk."""
     runs: list[CheckedRun[TrainingConfig]] = []
-    seen = {"memory": "", "space": ""}
+    seen = {"device": "", "memory": "", "space": ""}
+
+    def try_device() -> None:
+        check_device(config)
+        if not torch.cuda.is_available():
+            seen["device"] = "no CUDA: the CPU, and PyTorch's operators"
+        elif uses_transformer_engine(config.model, is_cuda=True):
+            seen["device"] = try_transformer_engine()
+        else:
+            seen["device"] = "CUDA, and PyTorch's operators"
 
     def read_configuration() -> None:
-        checked = checked_run(config if config.grpo is None else engine_here(config.grpo))
+        checked = checked_configuration(config if config.grpo is None else engine_here(config.grpo))
         if (grpo := checked.config.grpo) is not None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             check_engine(grpo, checked.architecture, device, world_size=meeting.size)
@@ -234,6 +245,7 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
                 raise UserError(problem)
 
     checks = {
+        "device and layers": try_device,
         "configuration, model and tokenizer": read_configuration,
         "data": read_data,
         "memory for the model": measure_memory,
@@ -244,6 +256,7 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
         problem, is_users = _problem_of(check) if is_leader() else (None, False)
         said = meeting.gather(name, [node_name(), problem, is_users])
         details = {
+            "device and layers": seen["device"],
             "configuration, model and tokenizer": f"{type(config).__name__}, loss {config.loss.name}",
             "data": f"first rows of {len(_data_files(config))} file(s)",
             "memory for the model": seen["memory"],
