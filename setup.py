@@ -44,8 +44,8 @@ setup(
         "sympy",
     ],
     extras_require={
-        # Built for the torch that is here: slurm/install.sh, docs/cluster.md. 2.20 is what was read; it asks for
-        # cuDNN 9.12, torch 2.13 brings 9.20.
+        # By slurm/install.sh: its extension is compiled for the torch that is there. From 2.20 on it asks for
+        # cuDNN 9.12, and torch 2.13 brings 9.20.
         "gpu": ["transformer-engine[pytorch]>=2.20,<3"],
         "vllm": ["vllm>=0.32,<0.33"],
         "mistral": ["mistral-common>=1.13"],  # a tokenizer.path with a tekken.json

@@ -64,7 +64,7 @@ stage() {
 
 source tools/environment.sh report
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
-export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, also on a machine with a single GPU
+export SFTRL_DEVICE=cpu  # two processes, also on a machine with a single GPU
 case "$what" in
   all)
     rm -rf $out

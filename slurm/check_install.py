@@ -16,7 +16,7 @@ MODULES = {
 
 
 def main() -> int:
-    """0, or 1 where a package that a GPU run needs does not import, or torch does not see GPUs that are there."""
+    """0, or 1 where a package of GPU runs does not import, or torch does not see this machine's GPUs."""
     print(f"torch {torch.__version__}, for CUDA {torch.version.cuda}")
     problems = [*filter(None, map(_import_problem, MODULES))]
     # Only now: on a machine without GPUs the engine keeps Transformer Engine from being imported.

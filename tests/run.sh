@@ -23,7 +23,19 @@ bash tests/slurm/install.sh
 # Only now: what calls vLLM is checked against the vLLM that is installed here.
 stage types
 pyright
+if [ "${SFTRL_TEST_NEWEST:-}" = 1 ]; then
+  stage "the newest megatron-core, on Python 3.12"
+  python3.12 --version  # on the PATH, with its own name
+  curves="$(mktemp -d)"
+  trap 'rm -rf "$curves"' EXIT
+  python -W ignore -m tests.newest "$curves"
+  (
+    SFTRL_VENV="$PWD/.venv-newest" SFTRL_PYTHON=python3.12
+    source tools/environment.sh test
+    python -W ignore -m tests.newest "$curves"
+  )
+fi
 # Two processes of tests, a file in one of them. The folders come in the order of testpaths in pyproject.toml; a
 # failure is printed at once (tests/conftest.py).
 stage tests
-exec python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -119,7 +119,8 @@ def initialize_parallel(
     timeout = timedelta(minutes=hang_minutes, seconds=_SECONDS_BEHIND_THE_WATCH) if hang_minutes else _NEVER
     if not dist.is_initialized():
         # One process without torchrun: a store in this process, so that no port is needed.
-        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+        is_alone = world_size == 1 and "MASTER_ADDR" not in os.environ
+        store = dist.HashStore() if is_alone else None
         start_torch_distributed(device, rank=rank, world_size=world_size, timeout=timeout, store=store)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tp,

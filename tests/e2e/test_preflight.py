@@ -8,8 +8,9 @@ import io
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,8 +28,8 @@ from tests.ranks import free_port, run_ranks
 
 Plant = Callable[[], contextlib.AbstractContextManager]
 SOUND = (
-    "processes and GPUs", "versions", "configuration, model and tokenizer", "data", "space for checkpoints",
-    "run directory", "ports", "all-reduce over all processes", "clocks",
+    "processes and GPUs", "versions", "device and layers", "configuration, model and tokenizer", "data",
+    "space for checkpoints", "run directory", "ports", "all-reduce over all processes", "clocks",
 )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def test_all_is_well_on_two_nodes_and_nothing_is_left_behind(line: list[str], tm
     said = first.expect(0).stderr
     assert [name for name in SOUND if name not in said] == []
     assert "2 processes on 2 node(s)" in said
+    assert "no CUDA" in said
     assert "bad" not in said
     assert "all is well" in said
     assert second.expect(0).stderr == ""
@@ -108,9 +110,43 @@ def no_way_through() -> contextlib.AbstractContextManager:
     return mock.patch.object(socket, "create_connection", side_effect=OSError("no route to host"))
 
 
+def gpus_that_torch_does_not_see() -> contextlib.AbstractContextManager:
+    return mock.patch.dict(os.environ, {"SLURM_GPUS_ON_NODE": "8"})
+
+
+@contextlib.contextmanager
+def a_transformer_engine_whose_layer_fails() -> Iterator[None]:
+    """As on a node with CUDA, and with a package that imports."""
+    import torch
+
+    from megatron_sftrl.engine.device import TransformerEngine
+
+    def layer(*_: object, **__: object) -> None:
+        raise RuntimeError("cuDNN Error: no valid engine")
+
+    packages = {
+        "transformer_engine": None,
+        "transformer_engine.pytorch": SimpleNamespace(TransformerLayer=layer),
+    }
+    found = TransformerEngine(problem=None)
+    with (
+        mock.patch.dict(sys.modules, packages),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch("megatron_sftrl.engine.device.transformer_engine", return_value=found),
+        mock.patch("megatron_sftrl.engine.megatron_config.transformer_engine", return_value=found),
+        mock.patch("megatron_sftrl.apps.preflight.run.own_gpu_bytes", return_value=2**40),
+    ):
+        yield
+
+
 @pytest.mark.parametrize(
     ("plant", "found"),
     [
+        (gpus_that_torch_does_not_see, "node1: there are GPUs (SLURM_GPUS_ON_NODE=8), and torch sees none"),
+        (
+            a_transformer_engine_whose_layer_fails,
+            "node1: Transformer Engine cannot run a layer: RuntimeError: cuDNN Error: no valid engine",
+        ),
         (other_versions, "node1 has torch 0.0, most nodes"),
         (wrong_clock, "the clock of node1 is +3600"),
         (another_gpu_count, "node1 runs 7 processes"),

@@ -56,7 +56,7 @@ def test_a_cuda_run_follows_the_cpu_run(loss_name: str) -> None:
         f"json.dump(train({{}}, {loss_name!r}, 1, {{}}), open(sys.argv[1], 'w'))"
     )
     out = ROOT / f".cpu_curve_{loss_name}.json"
-    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {**os.environ, "SFTRL_DEVICE": "cpu"}
     try:
         subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, env=hidden, check=True, timeout=300)
         expected = torch.tensor(json.loads(out.read_text()))

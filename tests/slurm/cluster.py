@@ -211,6 +211,7 @@ def _environment(root: Path, configuration: Path) -> dict[str, str]:
     return kept | {
         "PATH": f"{Path(sys.executable).parent}:{_PATH}",
         "SLURM_CONF": str(configuration),
+        "SFTRL_DEVICE": "cpu",  # the GPUs that this Slurm gives are terminals
         "SFTRL_LOGS": str(root / "logs"),
         "SFTRL_PREFLIGHT": "0",  # a start of all processes; one test has it
         "SFTRL_PYTHON": sys.executable,

@@ -88,6 +88,15 @@ def test_the_torch_is_that_of_the_tests_and_within_what_setup_py_asks_for() -> N
     assert wanted.specifier.contains(*first)
 
 
+def test_the_recipe_inside_a_container_installs_all_but_what_the_container_has() -> None:
+    text = (ROOT / "docs/cluster.md").read_text()
+    recipe = text[text.index("    pip install --no-deps -e .") : text.index("Its torch has to be")]
+    words = shlex.split(recipe.replace("\\\n", " "))
+    named = {word for word in words if word[0].isalpha() and word not in ("pip", "install")}
+    wanted = set(ast.literal_eval(setup_arguments()["install_requires"]))
+    assert named == {text for text in wanted if Requirement(text).name not in ("torch", "numpy")}
+
+
 def test_again_it_makes_no_other_environment(machine: Machine) -> None:
     machine.install()
     before = machine.asked()
@@ -112,10 +121,10 @@ def test_check_only_looks(machine: Machine) -> None:
     assert machine.asked()[len(before) :] == before[-1:]
 
 
-def test_what_fails_ends_it(machine: Machine) -> None:
-    assert machine.install(fails="transformer-engine").returncode == 1
-    assert "transformer-engine" in " ".join(machine.asked()[-1])
-    assert machine.install("--check", fails="check_install").returncode == 1
+@pytest.mark.parametrize("step", ["pybind11", "transformer-engine", "vllm", "check_install"])
+def test_what_fails_ends_it(machine: Machine, step: str) -> None:
+    assert machine.install(fails=step).returncode == 1
+    assert step in " ".join(machine.asked()[-1])
 
 
 def test_another_python_or_word_is_refused(machine: Machine) -> None:

@@ -21,11 +21,11 @@ from megatron_sftrl.errors import UserError
 from tests.ranks import ROOT
 from tests.unit.config.example import EXAMPLE, example
 
-# `sftrl sft` beside packages that stand for installations of Transformer Engine, each in a process of its own,
+# `sftrl sft` beside packages that stand for installations of Transformer Engine. Each has a process of its own,
 # since an import happens once. The example's tokenizer is not there, which is what is looked at next.
 
 FAKES = {
-    # Built for another torch: the package swallows the ImportError of its extension, as the real one does.
+    # Built for another torch: the package swallows the ImportError, as the real one does.
     "other_torch": {
         "__init__.py": "try:\n    from . import pytorch\nexcept ImportError:\n    pass\n",
         "pytorch/__init__.py": "raise ImportError('undefined symbol: _ZN3c105')\n",
