@@ -85,7 +85,8 @@ class ModelSection(Section):
     parallel.grad_reduce_dtype says."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """te: Transformer Engine's layers, which need CUDA. torch: PyTorch's operators in the same layout, on any
-    device. auto: Transformer Engine's where CUDA is there and the package is installed, which then has to work."""
+    device. auto: Transformer Engine's where CUDA is there and the package is installed; one that does not
+    import is refused."""
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the load-balancing loss of a mixture of experts (Megatron's aux_loss, 1 in a balanced layer).
     A step takes its mean over micro-batches, by their tokens, and its sum over layers."""

@@ -21,8 +21,8 @@ from megatron_sftrl.errors import UserError
 from tests.ranks import ROOT
 from tests.unit.config.example import EXAMPLE, example
 
-# `sftrl sft` beside packages that stand for installations of Transformer Engine. Each has a process of its own,
-# since an import happens once. The example's tokenizer is not there, which is what is looked at next.
+# `sftrl sft` beside packages that stand for installations of Transformer Engine, each in a process of its
+# own: an import happens once. The example's tokenizer is not there, which is what is looked at next.
 
 FAKES = {
     # Built for another torch: the package swallows the ImportError, as the real one does.
