@@ -6,8 +6,9 @@
 # What can be set from outside:
 #   SFTRL_VENV      where (.venv of this checkout, which the job scripts look for); on a disk that all nodes share
 #   SFTRL_PYTHON    interpreter, 3.11 or 3.12 (python3.12, else python3.11)
-#   MAX_JOBS        compilers at a time, where Transformer Engine's extension has to be built
-# GPU nodes need NVIDIA's driver 580 or newer: these wheels are built for CUDA 13. A C++ compiler has to be there.
+#   MAX_JOBS        compilers at a time, where Transformer Engine's extension has to be built (all CPUs)
+# GPU nodes need NVIDIA's driver 580 or newer: these wheels are built for CUDA 13. A C++ compiler has to be there; no
+# CUDA toolkit has, and one that is there is not used.
 set -euo pipefail
 home="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${SFTRL_VENV:-$home/.venv}"
@@ -37,10 +38,12 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check install)
 if [ "$mode" != --check ]; then
   python="$(find_python)"
   [ -x "$venv/bin/python" ] || run "$python" -m venv "$venv"
-  run "${pip[@]}" "$torch"
+  # crt and cccl: headers of CUDA, in the version that torch asks for, beside those that it brings.
+  run "${pip[@]}" "$torch" 'cuda-toolkit[cccl,crt]'
   # What compiles Transformer Engine's extension: with --no-build-isolation it has to be here, and the extension is
   # made for the torch that is here. pip's own isolation would fetch the newest torch, and compile for that one.
   run "${pip[@]}" 'setuptools>=78.1.1,<81' wheel ninja pybind11 packaging
+  export NVTE_BUILD_USE_NVIDIA_WHEELS=1
   run "${pip[@]}" --no-build-isolation "$torch" 'transformer-engine[pytorch]>=2.20,<3'
   run "${pip[@]}" --no-build-isolation "$torch" -e "$home[gpu,vllm,report]"
 fi

@@ -64,7 +64,7 @@ def test_torch_comes_first_then_what_compiles_then_what_is_compiled_for_this_tor
     assert done.returncode == 0, done.stderr
     first, torch, builders, engine, ours, check = machine.asked()
     assert first == ["-m", "venv", str(machine.venv)]
-    assert torch == [*PIP, "torch==2.13.0"]
+    assert torch == [*PIP, "torch==2.13.0", "cuda-toolkit[cccl,crt]"]
     assert builders[:4] == PIP
     assert {Requirement(word).name for word in builders[4:]} == {
         "setuptools", "wheel", "ninja", "pybind11", "packaging",
