@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Iterator
@@ -244,7 +245,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
         ) from error
 
 
-def check_device(train: TrainSection, device: torch.device) -> None:
+def check_fp8(train: TrainSection, device: torch.device) -> None:
     """Hold train.fp8 against the GPU, once CUDA has started.
 
     Raises:

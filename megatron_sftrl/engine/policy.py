@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.determinism import named_operator
-from megatron_sftrl.engine.megatron_config import check_device, transformer_config
+from megatron_sftrl.engine.megatron_config import check_fp8, transformer_config
 from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
 from megatron_sftrl.engine.model import (
     LanguageModel,
@@ -114,7 +114,7 @@ class PolicyEngine:
         self.optim = run.optim
         self.token_multiple = run.train.fp8.multiple if run.train.fp8 else 1
         """Of the tokens of a micro-batch on each rank, where train.fp8 asks for one."""
-        check_device(run.train, parallel.device)
+        check_fp8(run.train, parallel.device)
         self.config: TransformerConfig = transformer_config(
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
         )

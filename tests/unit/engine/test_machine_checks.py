@@ -9,7 +9,7 @@ import torch
 
 from megatron_sftrl.config.schema import TrainSection
 from megatron_sftrl.engine import megatron_config
-from megatron_sftrl.engine.megatron_config import check_device, check_megatron
+from megatron_sftrl.engine.megatron_config import check_fp8, check_megatron
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
 from megatron_sftrl.trainers.checked import batch_layout
@@ -93,10 +93,10 @@ def test_a_gpu_that_is_too_old_for_a_recipe_is_named(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     train = TrainSection.model_validate({"steps": 1, "fp8": {"recipe": recipe}})
     if not is_refused:
-        assert check_device(train, torch.device("cuda", 0)) is None
+        assert check_fp8(train, torch.device("cuda", 0)) is None
         return
     with pytest.raises(UserError, match=f"train.fp8.recipe = {recipe}: .* got a card with"):
-        check_device(train, torch.device("cuda", 0))
+        check_fp8(train, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
