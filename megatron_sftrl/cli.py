@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_generate(commands)
     _add_eval(commands)
+    _add_compare(commands)
     _add_score(commands)
     directions = _add_convert(commands)
     _add_show_data(commands)
@@ -151,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
 
     keys = commands.add_parser("keys", help="explain every key of run.yaml")
-    keys.add_argument("kind", nargs="?", choices=("sft", "grpo"), default="sft", help="of run (sft)")
+    keys.add_argument(
+        "kind", nargs="?", choices=("sft", "grpo", "compare"), default="sft", help="of run (sft)"
+    )
     keys.set_defaults(command=_keys)
 
     losses = commands.add_parser("losses", help="list the losses: equation, source, needs and options")
@@ -275,6 +278,14 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     command.add_eval_arguments(_add_run_command(commands, "eval", command.eval_command, **command.EVAL))
     command.add_handoff_arguments(
         _add_run_command(commands, "handoff", command.handoff_command, **command.HANDOFF)
+    )
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from megatron_sftrl.apps.compare import command
+
+    command.add_compare_arguments(
+        _add_run_command(commands, "compare", command.compare_command, **command.COMPARE)
     )
 
 
@@ -524,10 +535,12 @@ def _report_runs(parsed: argparse.Namespace) -> None:
 
 
 def _keys(parsed: argparse.Namespace) -> None:
+    from megatron_sftrl.apps.compare.config import CompareConfig
     from megatron_sftrl.config.messages import document_schema
     from megatron_sftrl.config.schema import GrpoConfig, RunConfig
 
-    print(document_schema(GrpoConfig if parsed.kind == "grpo" else RunConfig), end="")
+    schemas = {"sft": RunConfig, "grpo": GrpoConfig, "compare": CompareConfig}
+    print(document_schema(schemas[parsed.kind]), end="")
 
 
 def _losses(parsed: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_sftrl.config.checks import idle_settings
+from megatron_sftrl.config.data import Section
 from megatron_sftrl.config.messages import Origins, explain, unknown_key
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.errors import UserError, error_of, first_of
@@ -245,7 +246,7 @@ def _loss_name(tree: Tree) -> object:
     return loss.get("name") if isinstance(loss, Mapping) else None
 
 
-ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def load_config(
@@ -255,7 +256,7 @@ def load_config(
 
     Args:
         overrides: `a.b.c=value`, the value in YAML notation (`data.train=[a.jsonl,b.jsonl]`); the last wins.
-        schema: RunConfig (`sftrl sft`) or GrpoConfig (`sftrl grpo`).
+        schema: RunConfig (`sftrl sft`), GrpoConfig (`sftrl grpo`), or what another command reads.
     Raises:
         UserError: everything that is wrong with the file and the overrides, one line each.
     """
@@ -303,7 +304,7 @@ def read_config_text(path: Path) -> str:
 
 
 def _with_overrides(
-    tree: dict[str, Any], overrides: Sequence[str], schema: type[TrainingConfig]
+    tree: dict[str, Any], overrides: Sequence[str], schema: type[Section]
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """A copy of `tree` with the overrides applied, and the override that last wrote each path."""
     merged = copy.deepcopy(tree)

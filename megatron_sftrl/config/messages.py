@@ -223,6 +223,8 @@ def _type_name(annotation: object) -> str:
         return " or ".join(_type_name(option) for option in arguments if option is not type(None))
     if origin in (list, tuple):
         return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     names: dict[object, str] = {
         int: "integer",
         float: "number",

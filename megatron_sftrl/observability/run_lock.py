@@ -59,13 +59,18 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Owner:
+        """A process of this host and job."""
         boot, namespace = _machine()
         return cls(
             host=socket.gethostname(),
             boot=boot,
             namespace=namespace,
-            pid=os.getpid(),
-            started=_start_of(os.getpid()) or 0,
+            pid=pid,
+            started=_start_of(pid) or 0,
             job=os.environ.get("SLURM_JOB_ID", ""),
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             since=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -125,7 +130,7 @@ class RunLock:
         assert self._beating is not None
         self._beating.join()
         with contextlib.suppress(OSError):
-            owner = _read(self._file)
+            owner = read_owner(self._file)
             if owner is not None and owner.token == self._me.token:
                 self._file.unlink()
             for directory in reversed(self._created):
@@ -141,7 +146,7 @@ class RunLock:
         while True:
             self._create()  # an owner that wrote nothing else has removed it at its end
             with contextlib.suppress(FileNotFoundError), self._guarded() as is_inside:
-                owner = _read(self._file) if is_inside else None
+                owner = read_owner(self._file) if is_inside else None
                 if is_inside and (owner is None or self._may_take(owner, watch)):
                     if owner is not None:
                         LOGGER.warning(
@@ -209,7 +214,7 @@ class RunLock:
         """Touch the lock, so that others see it alive; end the process when it is another's."""
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
             with contextlib.suppress(OSError):  # it may pass; the others are patient
-                owner = _read(self._file)
+                owner = read_owner(self._file)
                 if owner is None:
                     self._write()
                 elif owner.token == self._me.token:
@@ -251,7 +256,7 @@ class _Watch:
             self._seen, self._since = seen, self._now
 
 
-def _read(file: Path) -> Owner | None:
+def read_owner(file: Path) -> Owner | None:
     """What the lock says; None where there is none, or none that can be understood."""
     os.listdir(file.parent)  # makes a network file system look again
     try:

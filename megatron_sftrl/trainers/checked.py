@@ -97,13 +97,18 @@ class CheckedRun(Generic[ConfigT]):
 
 
 def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
-    """Check this machine, then all that checked_configuration does."""
+    """Check this machine and its packages, and all that checked_configuration does."""
     check_device(config)
-    return checked_configuration(config)
+    checked = checked_configuration(config)
+    check_megatron(config, checked.architecture, is_cuda=torch.cuda.is_available())
+    return checked
 
 
-def checked_configuration(config: ConfigT) -> CheckedRun[ConfigT]:
-    """Check sections against each other, the model, the loss, the tokenizer and the number of processes."""
+def checked_configuration(config: ConfigT, *, world_size: int | None = None) -> CheckedRun[ConfigT]:
+    """Check sections against each other, the model, the loss, the tokenizer and the number of processes.
+
+    `world_size` is that of a run which is yet to be started, maybe on another machine; this job's when None.
+    """
     check_trackers(config.log)
     architecture, notes = architecture_of(config.model), notes_on(config.model)
     if config.model.hf is not None:
@@ -112,8 +117,8 @@ def checked_configuration(config: ConfigT) -> CheckedRun[ConfigT]:
             notes += weights.notes
     say_notes(notes)
     loss = _loss(config)
-    check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=loss.needs)
-    check_megatron(config, architecture, is_cuda=torch.cuda.is_available())
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    check_run(config, architecture, world_size, loss_needs=loss.needs)
     tokenizer = _tokenizer(config, architecture)
     return CheckedRun(
         config=config,

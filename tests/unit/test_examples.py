@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from megatron_sftrl import LossInputs, TokenBatch, TokenDistribution, build_loss
+from megatron_sftrl.apps.compare.config import read_compare_config
+from megatron_sftrl.apps.compare.plan import stages_of
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.load import load_any_config, load_config
+from megatron_sftrl.config.load import config_from_text, load_any_config, load_config
 from megatron_sftrl.config.schema import ArchitectureSection, GrpoConfig
 from megatron_sftrl.models.architecture import Architecture, from_section
 from megatron_sftrl.models.engine_shards import EngineLayout, check_cut
@@ -29,6 +31,7 @@ SEVERAL_NODES = [
     EXAMPLES / f"{name}.yaml"
     for name in ("curiosft_70b", "gift_70b", "gift_72b_qwen", "gift_moe", "grpo_70b", "pear_70b")
 ]
+COMPARE = EXAMPLES / "compare_tiny.yaml"
 QUICKSTART = sorted((EXAMPLES / "quickstart").glob("*.yaml"))
 
 
@@ -62,7 +65,7 @@ def qwen_7b() -> Architecture:
 
 
 def test_there_is_an_example_for_each_method() -> None:
-    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, GRPO, GRPO_VLLM} == {*EXAMPLES.glob("*.yaml")}
+    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, GRPO, GRPO_VLLM, COMPARE} == {*EXAMPLES.glob("*.yaml")}
     assert [path.stem for path in QUICKSTART] == ["base", "gift", "grpo"]
 
 
@@ -94,6 +97,24 @@ def test_the_vllm_example_is_the_grpo_example_with_another_engine_that_fits_too(
     assert EngineLayout(tp=ours.rollout.vllm.tp, world_size=8).num_replicas == 4
     changed = {name for name in type(ours).model_fields if getattr(ours, name) != getattr(other, name)}
     assert changed == {"run_dir", "rollout"}
+
+
+def test_the_tiny_comparison_has_every_method_and_scores_by_the_writer_of_its_demonstrations() -> None:
+    config = read_compare_config(COMPARE, [])
+    stages = stages_of(config)
+    arms = {stage.arm: stage for stage in stages if stage.kind == "sft"}
+    assert set(arms) == {"sft", "gift", "pear", "curiosft", "dft"}
+    for name, stage in arms.items():
+        run = config_from_text(stage.text, source=name)
+        loss = build_loss(run.loss.name, run.loss.options)
+        assert loss.name == name
+        assert run.model.architecture is not None
+        check_run(run, from_section(run.model.architecture), 1, loss_needs=loss.needs)
+    (score,) = (stage for stage in stages if stage.kind == "score")
+    script = COMPARE.with_suffix(".sh").read_text()
+    writer, shown = (score.words[score.words.index(key) + 1] for key in ("--checkpoint", "--data"))
+    assert (writer, shown) == ("runs/compare_tiny/writer", "runs/compare_tiny/demonstrations.jsonl")
+    assert "run_dir=$out/writer" in script
 
 
 def test_a_recipe_as_released_differs_from_the_papers_in_what_it_says_and_in_nothing_else() -> None:

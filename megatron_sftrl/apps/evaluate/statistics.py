@@ -82,7 +82,16 @@ def _redrawn_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64
 
 
 def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int) -> dict[str, Estimate]:
-    """Every number of an evaluation; `answers` are those to each prompt.
+    """Every number of an evaluation with its interval, as per_prompt; one that no prompt has is left out."""
+    found = {
+        name: [value for value in values if value is not None]
+        for name, values in per_prompt(answers, ks=ks).items()
+    }
+    return {name: estimate(values, seed=seed) for name, values in found.items() if values}
+
+
+def per_prompt(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int]) -> dict[str, list[float | None]]:
+    """Every number of an evaluation, one value for each prompt; `answers` are those to each prompt.
 
         accuracy, lenient      share of right responses to a prompt, by the strict and the lenient reading
         pass@k                 E[1 - C(n - c, k) / C(n, k)], c right of n judged (arXiv:2107.03374)
@@ -95,7 +104,7 @@ def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int
         repetition             share of a response's runs of four tokens that it has had before
         unjudged               share of responses that the first reward could not judge
 
-    Responses that were not judged count in none of the first three. A number that no prompt has is left out.
+    Responses that were not judged count in none of the first three. None where a prompt has no such number.
 
     Raises:
         UserError: a k above the number of responses to a prompt.
@@ -103,26 +112,23 @@ def measure(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int], seed: int
     fewest = min(map(len, answers))
     if wrong := [k for k in ks if not 1 <= k <= fewest]:
         raise UserError(f"k: expected 1 to {fewest}, the responses to a prompt, got {wrong[0]}")
-    per_prompt: dict[str, list[float | None]] = {
+    found: dict[str, list[float | None]] = {
         "accuracy": [_share(group, lambda each: each.is_right) for group in answers],
         "lenient": [_share(group, lambda each: each.is_right_leniently) for group in answers],
     }
     for k in ks:
-        per_prompt[f"pass@{k}"] = [_pass_at(group, k) for group in answers]
+        found[f"pass@{k}"] = [_pass_at(group, k) for group in answers]
     if ks and any(each.answer is not None for group in answers for each in group):
-        per_prompt[f"majority@{fewest}"] = [_majority(group) for group in answers]
+        found[f"majority@{fewest}"] = [_majority(group) for group in answers]
     for name in answers[0][0].rewards:
-        per_prompt[f"reward/{name}"] = [
-            _share(group, lambda each, n=name: each.rewards[n]) for group in answers
-        ]
+        found[f"reward/{name}"] = [_share(group, lambda each, n=name: each.rewards[n]) for group in answers]
     drawn = [[-value for each in group for value in each.logprobs] for group in answers]
-    per_prompt["entropy"] = [math.fsum(group) / len(group) if group else None for group in drawn]
-    per_prompt["tokens"] = [_share(group, lambda each: len(each.tokens)) for group in answers]
-    per_prompt["finished"] = [_share(group, lambda each: each.is_finished) for group in answers]
-    per_prompt["repetition"] = [_share(group, lambda each: repetition(each.tokens)) for group in answers]
-    per_prompt["unjudged"] = [_share(group, lambda each: each.is_right is None) for group in answers]
-    found = {name: [value for value in values if value is not None] for name, values in per_prompt.items()}
-    return {name: estimate(values, seed=seed) for name, values in found.items() if values}
+    found["entropy"] = [math.fsum(group) / len(group) if group else None for group in drawn]
+    found["tokens"] = [_share(group, lambda each: len(each.tokens)) for group in answers]
+    found["finished"] = [_share(group, lambda each: each.is_finished) for group in answers]
+    found["repetition"] = [_share(group, lambda each: repetition(each.tokens)) for group in answers]
+    found["unjudged"] = [_share(group, lambda each: each.is_right is None) for group in answers]
+    return found
 
 
 def measure_demonstrations(logprobs: Sequence[Sequence[float]], *, seed: int) -> dict[str, Estimate]:
@@ -137,10 +143,6 @@ def measure_demonstrations(logprobs: Sequence[Sequence[float]], *, seed: int) ->
         "nll/token": estimate(per_token, seed=seed, weights=lengths),
         "nll/sequence": estimate(sums, seed=seed),
     }
-
-
-def _reward(answer: Answer, *, name: str) -> float | None:
-    return answer.rewards[name]
 
 
 def _share(group: Sequence[Answer], of: Callable[[Answer], float | None]) -> float | None:

@@ -8,9 +8,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 
@@ -189,10 +193,34 @@ def _short(text: str, limit: int = 48) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def write_png(path: Path, curve: Curve) -> None:
+    """The picture as a PNG file, for slides and papers; its folder is created.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = _figure(curve)
+    FigureCanvasAgg(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=200)
+    except OSError as error:
+        raise error_of(f"the picture cannot be written to {path}: {error}", error) from error
+
+
 def _draw(curve: Curve) -> bytes:
     """The picture as SVG; letters become outlines, so that no font is needed."""
-    # The Figure class draws without pyplot, which would keep global state and look for a display.
     from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    drawn = io.BytesIO()
+    FigureCanvasSVG(_figure(curve)).print_svg(drawn, metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def _figure(curve: Curve) -> Figure:
+    # The Figure class draws without pyplot, which would keep global state and look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")
@@ -217,6 +245,4 @@ def _draw(curve: Curve) -> bytes:
     axes.spines["bottom"].set_color("#9ca3af")
     if len(curve.series) > 1:
         axes.legend(frameon=False, fontsize=9)
-    drawn = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
-    return drawn.getvalue()
+    return figure

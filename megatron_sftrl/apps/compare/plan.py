@@ -1,0 +1,358 @@
+"""The runs of a comparison as commands on YAML files, and what is refused before any of them starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sftrl.apps.compare.config import (
+    BAR,
+    CompareConfig,
+    ScoreSection,
+    Tree,
+    arm_trees,
+    tree_of,
+    yaml_of,
+)
+from megatron_sftrl.config.data import WeightedPath
+from megatron_sftrl.config.load import config_from_text
+from megatron_sftrl.config.schema import GrpoConfig, ModelSection, RunConfig, TrainingConfig
+from megatron_sftrl.data.sources import find_files
+from megatron_sftrl.engine.checkpoint import checkpoint_at
+from megatron_sftrl.engine.checkpoint.directory import read_record, step_name
+from megatron_sftrl.engine.checkpoint.store import check_architecture
+from megatron_sftrl.errors import UserError, first_of
+from megatron_sftrl.models import architecture_of
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
+from megatron_sftrl.observability.run_directory import open_run_directory, write_atomically
+from megatron_sftrl.trainers.checked import checked_run
+
+RECORD = "compare.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One command of a comparison.
+
+    Args:
+        name: its place below out_dir; NAME.yaml and NAME.log stand beside what it makes.
+        seed: None where one result serves all seeds.
+        kind: score, sft, eval_sft, grpo or eval_grpo.
+        words: of the command line of `sftrl`.
+        text: of NAME.yaml.
+        done: a path that is there when the stage has done all of its work, and not before.
+        needs: names of the stages whose results it reads.
+    """
+
+    name: str
+    arm: str
+    seed: int | None
+    kind: str
+    words: tuple[str, ...]
+    text: str
+    done: Path
+    needs: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return self.done.exists()
+
+
+def stages_of(config: CompareConfig) -> list[Stage]:
+    """Every stage in the order in which they are started: all arms under the first seed, then the next seed.
+
+    Raises:
+        UserError: a run whose YAML cannot be read, or an arm that changes what all arms share.
+    """
+    sft, grpo = tree_of(config.base.sft), tree_of(config.base.grpo)
+    # What base.grpo does not say of the model is what base.sft says.
+    grpo = {"model": sft.get("model"), "tokenizer": _tokenizer(sft), **grpo}
+    arms = arm_trees(config, sft)
+    for name, run, schema in (("sft", arms["sft"][0], RunConfig), ("grpo", grpo, GrpoConfig)):
+        text = yaml_of(run, run_dir=str(config.out_dir), seed=0)
+        if config_from_text(text, source=f"base.{name}", schema=schema).train.steps is None:
+            raise UserError(f"base.{name}: expected train.steps, so that every arm is trained for as long")
+    scores = {name: _score_stages(config, name, *arm) for name, arm in arms.items()}
+    stages = [stage for each in scores.values() for stage in each]
+    for seed in config.seeds:
+        for name, (tree, _) in arms.items():
+            stages += _run_stages(config, name, seed, tree, grpo, scores[name])
+    return stages
+
+
+def _tokenizer(tree: Tree) -> Tree | None:
+    model = tree.get("model") or {}
+    return {**({"path": model["hf"]} if "hf" in model else {}), **(tree.get("tokenizer") or {})} or None
+
+
+def _score_stages(config: CompareConfig, arm: str, tree: Tree, score: ScoreSection | None) -> list[Stage]:
+    """One for each entry of data.train."""
+    if score is None:
+        return []
+    changes: dict[str, Any] = {"run_dir": str(config.out_dir / arm / "score"), "seed": 0}
+    if score.model is not None:
+        changes |= {"model": score.model, "tokenizer": _tokenizer(tree)}
+    text = yaml_of(tree, **changes)
+    stages = []
+    for number, entry in enumerate(_train_entries(text, arm)):
+        name = f"{arm}/score-{number}"
+        out = config.out_dir / f"{name}.jsonl"
+        words = ("score", str(config.out_dir / f"{name}.yaml"), "--checkpoint", str(score.checkpoint))
+        words = (*words, "--data", str(_path_of(entry)), "--out", str(out))
+        stages.append(
+            Stage(name=name, arm=arm, seed=None, kind="score", words=words, text=text, done=out, needs=())
+        )
+    return stages
+
+
+def _train_entries(text: str, arm: str) -> list[Path | WeightedPath]:
+    return config_from_text(text, source=f"arms.{arm}").data.train
+
+
+def _path_of(entry: Path | WeightedPath) -> Path:
+    return entry.path if isinstance(entry, WeightedPath) else entry
+
+
+def _run_stages(
+    config: CompareConfig, arm: str, seed: int, sft: Tree, grpo: Tree, scores: Sequence[Stage]
+) -> Iterator[Stage]:
+    """SFT, its evaluation, GRPO from its weights, and the evaluation of that."""
+    where = f"{arm}/seed-{seed}"
+    folder = config.out_dir / where
+
+    def stage(kind: str, words: Sequence[str], text: str, done: Path, needs: Sequence[str]) -> Stage:
+        name = f"{where}/{kind}"
+        return Stage(
+            name=name,
+            arm=arm,
+            seed=seed,
+            kind=kind,
+            words=(words[0], str(config.out_dir / f"{name}.yaml"), *words[1:]),
+            text=text,
+            done=done,
+            needs=tuple(needs),
+        )
+
+    changes: dict[str, Any] = {"run_dir": str(folder / "sft"), "seed": seed}
+    if scores:
+        old = _train_entries(yaml_of(sft, **changes), arm)
+        new = [
+            {"path": str(stage.done), "weight": entry.weight}
+            if isinstance(entry, WeightedPath)
+            else str(stage.done)
+            for entry, stage in zip(old, scores, strict=True)
+        ]
+        changes["data"] = {**sft["data"], "train": new}
+    last = _last_checkpoint(folder / "sft", sft)
+    yield stage("sft", ["sft"], yaml_of(sft, **changes), last, [each.name for each in scores])
+    model = _started_from(grpo["model"], folder / "sft")
+    after = yaml_of(grpo, run_dir=str(folder / "grpo"), seed=seed, model=model)
+    asked = {"temperature": config.base.eval.temperature, "max_new_tokens": config.base.eval.max_new_tokens}
+    rollout = {**grpo["rollout"], **{key: value for key, value in asked.items() if value is not None}}
+    evaluated = yaml_of(grpo, run_dir=str(folder / "grpo"), seed=seed, model=model, rollout=rollout)
+
+    def evaluation(kind: str) -> Stage:
+        out = folder / f"eval_{kind}"
+        words = _eval_words(config, folder / kind, out, seed)
+        return stage(f"eval_{kind}", words, evaluated, out / "results.json", [f"{where}/{kind}"])
+
+    yield evaluation("sft")
+    yield stage("grpo", ["grpo"], after, _last_checkpoint(folder / "grpo", grpo), [f"{where}/sft"])
+    yield evaluation("grpo")
+
+
+def _last_checkpoint(run_dir: Path, tree: Tree) -> Path:
+    return run_dir / "checkpoints" / step_name(tree["train"]["steps"])
+
+
+def _started_from(model: Tree, checkpoint: Path) -> Tree:
+    """The same sizes, with the weights of a checkpoint."""
+    sizes = {key: value for key, value in model.items() if key not in ("hf", "allow_pickle")}
+    if model.get("hf") is not None:
+        sizes["hf_config"] = model["hf"]
+    return {**sizes, "init_checkpoint": str(checkpoint)}
+
+
+def _eval_words(config: CompareConfig, checkpoint: Path, out: Path, seed: int) -> list[str]:
+    asked = config.base.eval
+    words = ["eval", "--checkpoint", str(checkpoint), "--out", str(out), "--seed", str(seed)]
+    words += ["--samples", str(asked.samples), "--k", *map(str, asked.all_ks)]
+    words += ["--prompts", *map(str, asked.prompts)]
+    return words + (["--demonstrations", str(asked.demonstrations)] if asked.demonstrations else [])
+
+
+# What would make runs fail after hours, or be compared that should not be.
+
+
+def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
+    """Refuse what does not fit together, and what does not belong to the runs that are there already.
+
+    Returns:
+        What the runs do not say of themselves, for write_files().
+    Raises:
+        UserError: naming the arm, the run or the file.
+    """
+    loaded = {stage.name: _loaded(config, stage) for stage in stages}
+    first = [stage for stage in stages if stage.seed == config.seeds[0]]
+    runs = {stage.arm: loaded[stage.name] for stage in first if stage.kind == "sft"}
+    architecture = architecture_of(runs[BAR].model)
+    if runs[BAR].model.init_checkpoint is not None:
+        _check_weights("model.init_checkpoint", runs[BAR].model.init_checkpoint, architecture)
+    world_size = config.launch.nproc * config.launch.nodes
+    tokenizer = ""
+    for arm, (_, score) in arm_trees(config, tree_of(config.base.sft)).items():
+        with _told_as(f"arm {arm}"):
+            # Demonstrations with scores are yet to be made.
+            run = runs[arm].model_copy(update={"data": runs[BAR].data})
+            checked = checked_run(run, world_size=world_size)
+            tokenizer = checked.tokenizer.fingerprint
+            if score is not None and "behavior_logprobs" not in checked.loss.needs:
+                raise UserError(f"score: the loss {run.loss.name} reads no behaviour log-probabilities")
+            if score is not None:
+                model = ModelSection.model_validate(score.model) if score.model else run.model
+                _check_weights("score.checkpoint", score.checkpoint, architecture_of(model))
+            if run.reference is not None and run.reference.checkpoint is not None:
+                _check_weights("reference.checkpoint", run.reference.checkpoint, architecture)
+    for stage in first:
+        if stage.arm == BAR and stage.kind in ("grpo", "eval_grpo"):
+            with _told_as("base.grpo" if stage.kind == "grpo" else "base.eval"):
+                run = loaded[stage.name]
+                if architecture_of(run.model) != architecture:
+                    raise UserError("its model has other sizes than that of base.sft, whose weights it takes")
+                # Its own first weights are yet to be made.
+                run = run.model_copy(update={"model": runs[BAR].model})
+                if checked_run(run, world_size=world_size).tokenizer.fingerprint != tokenizer:
+                    raise UserError("its tokenizer is another one than that of base.sft")
+    facts = _facts(config, stages, loaded)
+    _check_what_is_there(config, stages, loaded, facts)
+    return facts
+
+
+def _loaded(config: CompareConfig, stage: Stage) -> Any:
+    schema = RunConfig if stage.kind in ("score", "sft") else GrpoConfig
+    source = f"{config.out_dir / stage.name}.yaml (to be written)"
+    return config_from_text(stage.text, source=source, schema=schema)
+
+
+class _told_as:
+    """Puts whose fault it is in front of a UserError."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"{self._who}: {error}") from error
+
+
+def _check_weights(key: str, path: Path, architecture: Architecture) -> None:
+    """Refuse weights of another architecture, before a run has to."""
+    with _told_as(key):
+        if is_hugging_face(path):
+            if from_hf_config(path) != architecture:
+                raise UserError(f"{path} is a model of other sizes than the run's")
+        else:
+            found = checkpoint_at(path)
+            check_architecture(read_record(found), architecture, found)
+
+
+def _check_what_is_there(
+    config: CompareConfig, stages: Sequence[Stage], loaded: dict[str, TrainingConfig], facts: dict[str, str]
+) -> None:
+    """Refuse to go on with other settings, data or weights than what is there was made with."""
+    for stage in stages:
+        settings = config.out_dir / stage.name / "settings.json"
+        if stage.kind in ("sft", "grpo"):
+            open_run_directory(loaded[stage.name], is_writer=False)
+        elif stage.kind != "score" and settings.exists():
+            _same_evaluation(config, loaded[stage.name], settings)
+    before = _recorded(config)
+    if changed := [
+        f"{key}: {before[key]} there, {value} now"
+        for key, value in facts.items()
+        if before.get(key, value) != value
+    ]:
+        raise UserError(
+            "\n  ".join(
+                [
+                    f"{config.out_dir} holds a comparison of something else: choose another out_dir, or set "
+                    "these back",
+                    *first_of(changed, 12),
+                ]
+            )
+        )
+
+
+def _recorded(config: CompareConfig) -> dict[str, str]:
+    record = config.out_dir / RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+
+
+def _same_evaluation(config: CompareConfig, run: TrainingConfig, settings: Path) -> None:
+    assert run.grpo is not None
+    there = json.loads(settings.read_text(encoding="utf-8"))
+    rollout = run.grpo.rollout.model_dump(mode="json")
+    now = {"samples": config.base.eval.samples, **{key: rollout[key] for key in there["rollout"]}}
+    before = {"samples": there["samples"], **there["rollout"]}
+    for key, value in now.items():
+        if before[key] != value:
+            raise UserError(
+                f"base.eval: {settings.parent} was evaluated with {key} {before[key]} and not {value}: "
+                "choose another out_dir, or set it back"
+            )
+
+
+def _facts(
+    config: CompareConfig, stages: Sequence[Stage], loaded: dict[str, TrainingConfig]
+) -> dict[str, str]:
+    """What the runs do not say of themselves: the content of files, and whose scores an arm has."""
+    first = {stage.kind: loaded[stage.name] for stage in stages if stage.arm == BAR}
+    facts = {}
+    roles = {
+        "base.sft data.train": first["sft"].data.train_paths,  # type: ignore[attr-defined]
+        "base.grpo data.train": first["grpo"].data.train_paths,  # type: ignore[attr-defined]
+        "base.eval prompts": config.base.eval.prompts,
+        "base.eval demonstrations": [config.base.eval.demonstrations]
+        if config.base.eval.demonstrations
+        else [],
+    }
+    for role, paths in roles.items():
+        facts[role] = f"{', '.join(map(str, paths))} ({_content(paths, role)[:12]})"
+    if first["sft"].model.init_checkpoint is not None:
+        facts["base.sft model.init_checkpoint"] = str(checkpoint_at(first["sft"].model.init_checkpoint))
+    for stage in stages:
+        if stage.kind == "score":
+            checkpoint = Path(stage.words[stage.words.index("--checkpoint") + 1])
+            found = checkpoint if is_hugging_face(checkpoint) else checkpoint_at(checkpoint)
+            facts[f"{stage.name} checkpoint"] = str(found)
+    return facts
+
+
+def _content(paths: Sequence[Path], key: str) -> str:
+    """SHA-256 over the files that the paths stand for."""
+    files = [file.path for path in paths for file in find_files(path, key)]
+    whole = hashlib.sha256()
+    for path in files:
+        for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if each.is_file():
+                with each.open("rb") as stream:
+                    whole.update(hashlib.file_digest(stream, "sha256").digest())
+    return whole.hexdigest()
+
+
+def write_files(config: CompareConfig, stages: Sequence[Stage], facts: dict[str, str]) -> None:
+    """The YAML of every stage that is not done, and the record of what they all were made of."""
+    for stage in stages:
+        if not stage.is_done:
+            path = config.out_dir / f"{stage.name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, stage.text)
+    record = json.dumps({**_recorded(config), **facts}, indent=1) + "\n"
+    write_atomically(config.out_dir / RECORD, record)

@@ -1,0 +1,252 @@
+"""`sftrl compare`: two arms under two seeds, killed, failing, refused, and as jobs of Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_sftrl.observability.run_lock import RunLock
+from tests.e2e.compare_runs import CompareProject, make_compare_project
+from tests.e2e.once import once
+from tests.e2e.product import TIMEOUT_S, Started, sftrl_each, start_product
+from tests.e2e.project import read_rows
+
+FORKING = ("-m", "tests.e2e.compare_runs")
+ARMS, SEEDS = ("sft", "pear"), (0, 1)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> CompareProject:
+    return once(tmp_path_factory, "compare", make_compare_project)
+
+
+@pytest.fixture(scope="module")
+def compared(comparison: CompareProject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished comparison, and the report.json that it wrote."""
+
+    def run(folder: Path) -> tuple[Path, str]:
+        out = folder / "out"
+        with start(comparison, out, folder / "log") as started:
+            assert started.wait() == 0, started.output()
+        return out, (out / "report.json").read_text()
+
+    return once(tmp_path_factory, "compared", run)
+
+
+def start(comparison: CompareProject, out: Path, log: Path, *more: str) -> Started:
+    return start_product(*comparison.command(out, "launch.at_once=2", *more), log=log, program=FORKING)
+
+
+def test_the_report_holds_the_numbers_of_the_evaluations(
+    comparison: CompareProject, compared: tuple[Path, str]
+) -> None:
+    out, text = compared
+    report = json.loads(text)
+    assert list(report["arms"]) == list(ARMS)
+    for arm in ARMS:
+        assert report["arms"][arm]["failures"] == {}
+        assert report["arms"][arm]["missing"] == []
+        for side in ("sft", "grpo"):
+            folders = [out / arm / f"seed-{seed}" / f"eval_{side}" for seed in SEEDS]
+            told = [json.loads((each / "results.json").read_text())["results"] for each in folders]
+            for name in ("accuracy", "pass@4", "entropy"):
+                expected = sum(each["sampled"][name]["value"] for each in told) / len(SEEDS)
+                found = report["arms"][arm]["numbers"][side][name]
+                assert found["value"] == pytest.approx(expected), (arm, side, name)
+                assert (found["num_seeds"], found["num_prompts"]) == (2, 10)
+    after = {arm: report["arms"][arm]["numbers"]["grpo"]["accuracy"]["value"] for arm in ARMS}
+    gap = next(each for each in report["differences"] if each["side"] == "grpo")
+    assert gap["mean"]["value"] == pytest.approx(after["pear"] - after["sft"])
+    assert "cannot be told from" in (out / "report.html").read_text()
+    assert {each.name for each in (out / "plots").iterdir()} == {
+        "pass_at_k.png", "entropy_in_grpo.png", "reward_in_grpo.png",
+    }  # fmt: skip
+    # What makes arms comparable: one start, one order of data per seed, and scores of the base's.
+    starts = {
+        (out / arm / f"seed-{seed}" / "sft" / "origins.json").read_text() for arm in ARMS for seed in SEEDS
+    }
+    assert len(starts) == 1
+    assert [row["prompt"] for row in read_rows(out / "pear" / "score-0.jsonl")] == [
+        row["prompt"] for row in read_rows(comparison.root / "train.jsonl")
+    ]
+    resolved = yaml.safe_load((out / "pear" / "seed-1" / "grpo" / "resolved.yaml").read_text())
+    assert (resolved["seed"], resolved["model"]["init_checkpoint"]) == (1, str(out / "pear/seed-1/sft"))
+
+
+def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
+    comparison: CompareProject, compared: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Killed with its stages, and alone, so that a stage outlives it and is waited for."""
+    out = tmp_path / "out"
+    moments = {
+        "sft/seed-0/sft/checkpoints/step-00000001": "all",
+        "sft/seed-0/eval_sft/generations.jsonl": "alone",
+        "pear/seed-0/grpo/checkpoints/step-00000001": "alone",
+        "sft/seed-1/grpo/checkpoints/step-00000001": "all",
+    }
+    for number, (moment, whom) in enumerate(moments.items()):
+        with start(comparison, out, tmp_path / f"log-{number}") as started:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (out / moment).exists():
+                assert started.is_running, started.output()
+                assert time.monotonic() < deadline, started.output()
+                time.sleep(0.02)
+            if whom == "all":
+                started.kill()
+            else:
+                os.kill(started.processes()[0].pid, signal.SIGKILL)
+                started.wait()
+    with start(comparison, out, tmp_path / "log") as started:
+        assert started.wait() == 0, started.output()
+    assert (out / "report.json").read_text() == compared[1]
+
+
+def test_an_arm_that_fails_is_told_with_its_error_and_the_others_go_on(
+    comparison: CompareProject, compared: tuple[Path, str], tmp_path: Path
+) -> None:
+    """As a user starts it. One evaluation of another arm is missing, too."""
+    out, text = compared
+    shutil.rmtree(out / "pear/seed-1/eval_grpo")
+    lost = "arms.lost={loss: {name: dft}, gates: [{metric: loss, above: 0.0, action: stop}]}"
+    one_step = comparison.command(out, lost)
+    with start_product(*one_step, log=tmp_path / "log") as started:
+        assert started.wait() == 1, started.output()
+        assert "lost/seed-0/" in started.output()
+    report, before = json.loads((out / "report.json").read_text()), json.loads(text)
+    assert set(report["arms"]["lost"]["failures"]) == {f"lost/seed-{seed}/sft" for seed in SEEDS}
+    assert "loss" in report["arms"]["lost"]["failures"]["lost/seed-0/sft"]
+    assert report["arms"]["pear"] == before["arms"]["pear"]
+    assert report["differences"] == before["differences"]
+    (listed,) = sftrl_each([comparison.command(out, lost, "--list")])
+    listed.expect(0)
+
+
+def test_what_does_not_fit_is_refused_by_name_before_anything_starts(
+    comparison: CompareProject, compared: tuple[Path, str], tmp_path: Path
+) -> None:
+    out, _ = compared
+    new = tmp_path / "new"
+    other = tmp_path / "other.yaml"
+    base = yaml.safe_load((comparison.root / "base.yaml").read_text())
+    base["model"]["architecture"]["hidden_size"] = 32
+    other.write_text(yaml.safe_dump({**base, "run_dir": str(tmp_path / "other")}))
+    few, tokenizer = tmp_path / "few.jsonl", tmp_path / "tokenizer"
+    few.write_text("".join((comparison.root / "train.jsonl").read_text().splitlines(keepends=True)[:16]))
+    shutil.copytree(comparison.root / "tokenizer", tokenizer)
+    template = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "chat_template.jinja").write_text("{{ messages[0].content }}<|end|>")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**template, "chat_template": None}))
+    sftrl_each([["sft", str(other), "train.steps=1"]])[0].expect(0)
+    pear = "arms.pear={loss: {name: pear}, score: {checkpoint: %s}}"
+    cases = {
+        "arm pear: score.checkpoint: checkpoint": (new, pear % (tmp_path / "other")),
+        "score: the loss dft reads no behaviour": (
+            new, f"arms.dft={{loss: {{name: dft}}, score: {{checkpoint: {comparison.base}}}}}",
+        ),
+        "its tokenizer is another one than that of base.sft": (
+            new, f"base.grpo.tokenizer={{path: {tokenizer}}}",
+        ),
+        "model.init_checkpoint: checkpoint": (new, f"base.sft.model.init_checkpoint={tmp_path / 'other'}"),
+        "arms.dft.train: all arms share train": (new, "arms.dft={loss: {name: dft}, train: {steps: 9}}"),
+        "base.sft: expected train.steps": (new, "base.sft.train={epochs: 1}"),
+        "base.eval.ks: expected 1 to samples = 4, got 8": (new, "base.eval.ks=[8]"),
+        "train.steps: 3 there, 4 now": (out, "base.sft.train.steps=4"),
+        "base.sft data.train:": (out, f"base.sft.data.train=[{few}]"),
+        "with samples 4 and not 5": (out, "base.eval.samples=5"),
+    }  # fmt: skip
+    lines = [comparison.command(folder, change) for folder, change in cases.values()]
+    for message, ended in zip(cases, sftrl_each(lines), strict=True):
+        assert message in ended.expect(2).stderr
+    assert not new.exists()
+    with RunLock(out):
+        assert "in use by another run" in sftrl_each([comparison.command(out)])[0].expect(2).stderr
+
+
+SBATCH = """#!/bin/bash
+number=$(($(wc -l < "$CALLS") + 100))
+echo "$number $*" >> "$CALLS"
+script="${@: -1}"
+[ -z "$RUNS" ] || bash "$script" > "$CALLS.$number" 2>&1
+echo "$number"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """sbatch that notes its calls in this file, and runs its job at once where RUNS is set; no queue."""
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    for name, text in {
+        "sbatch": SBATCH,
+        "srun": '#!/bin/bash\nexec "$@"\n',
+        "squeue": 'echo "$QUEUE"\n',
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    calls.touch()
+    for name, value in {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "RUNS": "",
+        "QUEUE": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return calls
+
+
+def test_slurm_jobs_wait_for_those_they_need_and_are_submitted_once(
+    comparison: CompareProject, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = comparison.command(tmp_path / "out", "launch={kind: slurm, sbatch: [--time=5]}", "seeds=[0]")
+    with start_product(*command, log=tmp_path / "log") as started:
+        assert started.wait() == 0, started.output()
+    jobs = {}
+    for line in slurm.read_text().splitlines():
+        number, *words = line.split()
+        assert {"--time=5", "--nodes=1"} <= set(words)
+        name = next(word for word in words if word.startswith("--job-name=")).removeprefix(
+            "--job-name=compare-"
+        )
+        needs = next((word for word in words if word.startswith("--dependency=")), "")
+        jobs[name] = (number, needs.removeprefix("--dependency="))
+    at = {name: number for name, (number, _) in jobs.items()}
+    assert {name: needs for name, (_, needs) in jobs.items() if name != "report"} == {
+        "pear-score-0": "",
+        "sft-seed-0-sft": "",
+        "sft-seed-0-eval_sft": f"afterok:{at['sft-seed-0-sft']}",
+        "sft-seed-0-grpo": f"afterok:{at['sft-seed-0-sft']}",
+        "sft-seed-0-eval_grpo": f"afterok:{at['sft-seed-0-grpo']}",
+        "pear-seed-0-sft": f"afterok:{at['pear-score-0']}",
+        "pear-seed-0-eval_sft": f"afterok:{at['pear-seed-0-sft']}",
+        "pear-seed-0-grpo": f"afterok:{at['pear-seed-0-sft']}",
+        "pear-seed-0-eval_grpo": f"afterok:{at['pear-seed-0-grpo']}",
+    }
+    every = [number for name, number in at.items() if name != "report"]
+    assert jobs["report"][1] == f"afterany:{':'.join(every)}"
+    monkeypatch.setenv("QUEUE", "100")  # all of them are queued
+    with start_product(*command, log=tmp_path / "log") as started:
+        assert started.wait() == 0, started.output()
+    assert len(slurm.read_text().splitlines()) == len(jobs) + 1  # another report alone
+
+
+def test_a_slurm_job_does_its_stage_and_leaves_its_exit_code(
+    comparison: CompareProject,
+    compared: tuple[Path, str],
+    slurm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, text = compared
+    shutil.rmtree(out / "pear/seed-0/eval_grpo")
+    monkeypatch.setenv("RUNS", "1")
+    with start_product(*comparison.command(out, "launch={kind: slurm}"), log=tmp_path / "log") as started:
+        assert started.wait() == 0, started.output()
+    assert len(slurm.read_text().splitlines()) == 2
+    assert (out / "report.json").read_text() == text
