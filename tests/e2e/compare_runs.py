@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -131,6 +132,8 @@ class Fork:
             code = 1
             try:
                 os.setsid()
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                    signal.signal(number, signal.SIG_DFL)  # the comparison's own were forked, too
                 os.dup2(stdout.fileno(), 1)
                 os.dup2(stdout.fileno(), 2)
                 os.environ.update(env)

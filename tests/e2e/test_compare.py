@@ -15,7 +15,7 @@ import yaml
 from megatron_sftrl.observability.run_lock import RunLock
 from tests.e2e.compare_runs import CompareProject, make_compare_project
 from tests.e2e.once import once
-from tests.e2e.product import TIMEOUT_S, Started, sftrl_each, start_product
+from tests.e2e.product import TIMEOUT_S, Started, run_product, sftrl_each, start_product
 from tests.e2e.project import read_rows
 
 FORKING = ("-m", "tests.e2e.compare_runs")
@@ -83,12 +83,13 @@ def test_the_report_holds_the_numbers_of_the_evaluations(
 def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
     comparison: CompareProject, compared: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """Killed with its stages, and alone, so that a stage outlives it and is waited for."""
+    """Killed with its stages, and alone, so that a stage outlives it and is waited for; and asked to stop."""
     out = tmp_path / "out"
     moments = {
         "sft/seed-0/sft/checkpoints/step-00000001": "all",
         "sft/seed-0/eval_sft/generations.jsonl": "alone",
         "pear/seed-0/grpo/checkpoints/step-00000001": "alone",
+        "sft/seed-1/sft/resolved.yaml": "asked",
         "sft/seed-1/grpo/checkpoints/step-00000001": "all",
     }
     for number, (moment, whom) in enumerate(moments.items()):
@@ -101,8 +102,9 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
             if whom == "all":
                 started.kill()
             else:
-                os.kill(started.processes()[0].pid, signal.SIGKILL)
-                started.wait()
+                number = signal.SIGTERM if whom == "asked" else signal.SIGKILL
+                os.kill(started.processes()[0].pid, number)
+                assert started.wait() == (os.EX_TEMPFAIL if whom == "asked" else -number), started.output()
     with start(comparison, out, tmp_path / "log") as started:
         assert started.wait() == 0, started.output()
     assert (out / "report.json").read_text() == compared[1]
@@ -111,21 +113,26 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
 def test_an_arm_that_fails_is_told_with_its_error_and_the_others_go_on(
     comparison: CompareProject, compared: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """As a user starts it. One evaluation of another arm is missing, too."""
+    """As a user starts it. An evaluation of another arm is missing, and weights that nothing needs any more."""
     out, text = compared
-    shutil.rmtree(out / "pear/seed-1/eval_grpo")
+    shutil.rmtree(out / "pear/seed-0/eval_grpo")
+    kept = out / "pear/seed-0/sft/checkpoints"
+    kept.rename(tmp_path / "kept")
     lost = "arms.lost={loss: {name: dft}, gates: [{metric: loss, above: 0.0, action: stop}]}"
-    one_step = comparison.command(out, lost)
-    with start_product(*one_step, log=tmp_path / "log") as started:
+    one_seed = comparison.command(out, lost, "seeds=[0]")
+    with start_product(*one_seed, log=tmp_path / "log") as started:
         assert started.wait() == 1, started.output()
-        assert "lost/seed-0/" in started.output()
+        assert "One seed: every interval is over prompts alone" in started.output()
     report, before = json.loads((out / "report.json").read_text()), json.loads(text)
-    assert set(report["arms"]["lost"]["failures"]) == {f"lost/seed-{seed}/sft" for seed in SEEDS}
+    assert set(report["arms"]["lost"]["failures"]) == {"lost/seed-0/sft"}
     assert "loss" in report["arms"]["lost"]["failures"]["lost/seed-0/sft"]
-    assert report["arms"]["pear"] == before["arms"]["pear"]
-    assert report["differences"] == before["differences"]
-    (listed,) = sftrl_each([comparison.command(out, lost, "--list")])
-    listed.expect(0)
+    assert len(report["arms"]["lost"]["missing"]) == 3
+    assert (report["arms"]["pear"]["seeds"], report["arms"]["pear"]["failures"]) == ([0], {})
+    listed = run_product(*one_seed, "--list", log=tmp_path / "list")
+    assert "9 done, 1 failed, 3 missing" in listed
+    (tmp_path / "kept").rename(kept)
+    run_product(*comparison.command(out, "--report-only"), log=tmp_path / "report")
+    assert json.loads((out / "report.json").read_text()) == before
 
 
 def test_what_does_not_fit_is_refused_by_name_before_anything_starts(

@@ -75,10 +75,10 @@ def _report(config: CompareConfig, stages: Sequence[Stage]) -> int:
 
 def _list(config: CompareConfig, stages: Sequence[Stage]) -> None:
     """Every stage with its state, and the last error of those that failed."""
-    from megatron_sftrl.apps.compare.launch import files_of, state_of
+    from megatron_sftrl.apps.compare.launch import files_of, states_of
     from megatron_sftrl.apps.report.page import Table, print_table
 
-    states = {stage.name: state_of(config, stage) for stage in stages}
+    states = states_of(config, stages)
     rows = []
     for stage in stages:
         state = states[stage.name]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sftrl.apps.compare.config import CompareConfig, LaunchSection
-from megatron_sftrl.apps.compare.plan import Stage
+from megatron_sftrl.apps.compare.plan import Stage, left_of
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.observability.run_lock import Owner, read_owner
@@ -88,14 +88,19 @@ def files_of(config: CompareConfig, stage: Stage) -> StageFiles:
     return StageFiles(place=config.out_dir / stage.name)
 
 
-def state_of(config: CompareConfig, stage: Stage) -> str:
-    """done, running, failed or missing; an interrupted stage is missing, since it only has to be started."""
-    files = files_of(config, stage)
-    if stage.is_done:
-        return "done"
-    if files.is_running():
-        return "running"
-    return "failed" if files.code.exists() else "missing"
+def states_of(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
+    """By name: done, running, failed or missing; an interrupted stage is missing: it has to be started."""
+    left = {stage.name for stage in left_of(stages)}
+
+    def state(stage: Stage) -> str:
+        files = files_of(config, stage)
+        if stage.name not in left:
+            return "done"
+        if files.is_running():
+            return "running"
+        return "failed" if files.code.exists() else "missing"
+
+    return {stage.name: state(stage) for stage in stages}
 
 
 # On this machine.
@@ -105,14 +110,14 @@ class Local:
     """Runs stages as processes of this machine, `at_once` at the same time.
 
     Args:
-        stages: all of them, in the order of starting; those that are done are passed over.
+        stages: all of them, in the order of starting; those that need not be run are passed over.
         slots: the GPUs of each stage that runs at the same time.
     """
 
     def __init__(
         self, config: CompareConfig, stages: Sequence[Stage], slots: Sequence[Sequence[str]]
     ) -> None:
-        self._config, self._left = config, [stage for stage in stages if not stage.is_done]
+        self._config, self._left = config, left_of(stages)
         self._failed: set[str] = set()
         self._running: dict[str, tuple[Stage, subprocess.Popen[bytes], int]] = {}
         self._slots = slots
@@ -262,9 +267,7 @@ def submit(
     if shutil.which("sbatch") is None:
         raise UserError("launch.kind: slurm needs sbatch on the PATH: start it on a login node")
     jobs: dict[str, str] = {}
-    for stage in stages:
-        if stage.is_done:
-            continue
+    for stage in left_of(stages):
         files = files_of(config, stage)
         number = files.queued_job()
         if number is None:

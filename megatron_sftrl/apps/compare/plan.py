@@ -85,6 +85,20 @@ def stages_of(config: CompareConfig) -> list[Stage]:
     return stages
 
 
+def left_of(stages: Sequence[Stage]) -> list[Stage]:
+    """What is yet to be run: evaluations that are not done, and what these need.
+
+    The weights of a run whose evaluations are done may be gone, to save the disk.
+    """
+    left: list[Stage] = []
+    wanted: set[str] = set()
+    for stage in reversed(stages):
+        if not stage.is_done and (stage.kind.startswith("eval_") or stage.name in wanted):
+            left.append(stage)
+            wanted.update(stage.needs)
+    return left[::-1]
+
+
 def _tokenizer(tree: Tree) -> Tree | None:
     model = tree.get("model") or {}
     return {**({"path": model["hf"]} if "hf" in model else {}), **(tree.get("tokenizer") or {})} or None
@@ -314,7 +328,8 @@ def _facts(
 ) -> dict[str, str]:
     """What the runs do not say of themselves: the content of files, and whose scores an arm has."""
     first = {stage.kind: loaded[stage.name] for stage in stages if stage.arm == BAR}
-    facts = {}
+    # A constant learning rate lets a run be made longer, and its evaluation would be that of the shorter one.
+    facts = {f"base.{kind} train.steps": str(first[kind].train.steps) for kind in ("sft", "grpo")}
     roles = {
         "base.sft data.train": first["sft"].data.train_paths,  # type: ignore[attr-defined]
         "base.grpo data.train": first["grpo"].data.train_paths,  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sftrl.apps.compare.config import BAR, CompareConfig
-from megatron_sftrl.apps.compare.launch import files_of, state_of
+from megatron_sftrl.apps.compare.launch import files_of, states_of
 from megatron_sftrl.apps.compare.plan import Stage
 from megatron_sftrl.apps.compare.statistics import (
     Array,
@@ -153,7 +153,7 @@ def _arm_result(
     config: CompareConfig, arm: str, stages: Sequence[Stage], runs: Mapping[int, dict[str, Values]]
 ) -> ArmResult:
     own = [stage for stage in stages if stage.arm == arm]
-    states = {stage: state_of(config, stage) for stage in own}
+    states = states_of(config, own)
     seeds = [seed for seed in config.seeds if seed in runs]
     numbers: dict[str, dict[str, Mean]] = {}
     for side in SIDES if seeds else ():
@@ -166,10 +166,10 @@ def _arm_result(
         curves={name: _curve(config, arm, name) for name in CURVES},
         failures={
             stage.name: files_of(config, stage).last_error()
-            for stage, state in states.items()
-            if state == "failed"
+            for stage in own
+            if states[stage.name] == "failed"
         },
-        missing=[stage.name for stage, state in states.items() if state in ("missing", "running")],
+        missing=[name for name, state in states.items() if state in ("missing", "running")],
     )
 
 
