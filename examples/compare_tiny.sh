@@ -3,7 +3,7 @@
 # Usage: bash examples/compare_tiny.sh [key=value ...]      key=value changes examples/compare_tiny.yaml
 # Makes runs/compare_tiny: data, a base model, a writer that samples the demonstrations, and the comparison in out/,
 # whose report is out/report.html. Started again it goes on where it was; remove runs/compare_tiny to begin again.
-#   bash examples/compare_tiny.sh 'seeds=[0]' base.sft.train.steps=4 base.grpo.train.steps=2   # see every stage
+#   bash examples/compare_tiny.sh 'seeds=[0]' base.sft.train.steps=6 base.grpo.train.steps=4   # see every stage
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here=examples/quickstart

@@ -113,7 +113,7 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
 def test_an_arm_that_fails_is_told_with_its_error_and_the_others_go_on(
     comparison: CompareProject, compared: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """As a user starts it. An evaluation of another arm is missing, and weights that nothing needs any more."""
+    """As a user starts it. Missing are an evaluation of another arm, and weights that nothing needs."""
     out, text = compared
     shutil.rmtree(out / "pear/seed-0/eval_grpo")
     kept = out / "pear/seed-0/sft/checkpoints"
