@@ -18,6 +18,7 @@ from megatron_sftrl.apps.compare.config import (
     tree_of,
     yaml_of,
 )
+from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.data import WeightedPath
 from megatron_sftrl.config.load import config_from_text
 from megatron_sftrl.config.schema import GrpoConfig, ModelSection, RunConfig, TrainingConfig
@@ -29,7 +30,13 @@ from megatron_sftrl.errors import UserError, first_of
 from megatron_sftrl.models import architecture_of
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
-from megatron_sftrl.observability.run_directory import open_run_directory, write_atomically
+from megatron_sftrl.observability.run_directory import (
+    RunDirectory,
+    flat,
+    open_run_directory,
+    write_atomically,
+)
+from megatron_sftrl.rollout.build import engine_here
 from megatron_sftrl.trainers.checked import checked_run
 
 RECORD = "compare.json"
@@ -250,7 +257,19 @@ def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
 def _loaded(config: CompareConfig, stage: Stage) -> Any:
     schema = RunConfig if stage.kind in ("score", "sft") else GrpoConfig
     source = f"{config.out_dir / stage.name}.yaml (to be written)"
-    return config_from_text(stage.text, source=source, schema=schema)
+    run = config_from_text(stage.text, source=source, schema=schema)
+    return _with_engine(config, run.grpo) if run.grpo is not None else run
+
+
+def _with_engine(config: CompareConfig, run: GrpoConfig) -> GrpoConfig:
+    """The run with the engine that it has begun with, or will begin with: jobs of Slurm run on GPUs."""
+    begun = RunDirectory(path=run.run_dir).resolved
+    if run.rollout.engine == "auto" and begun.exists():
+        engine = flat(begun.read_text(encoding="utf-8"))["rollout.engine"]
+        return run.model_copy(update={"rollout": run.rollout.model_copy(update={"engine": engine})})
+    if config.launch.kind == "slurm":
+        return with_engine(run, is_cuda=True, has_vllm=True)[0]
+    return engine_here(run)
 
 
 class _told_as:
@@ -313,7 +332,10 @@ def _same_evaluation(config: CompareConfig, run: TrainingConfig, settings: Path)
     assert run.grpo is not None
     there = json.loads(settings.read_text(encoding="utf-8"))
     rollout = run.grpo.rollout.model_dump(mode="json")
-    now = {"samples": config.base.eval.samples, **{key: rollout[key] for key in there["rollout"]}}
+    asked = {
+        key: rollout[key] for key in there["rollout"] if key != "engine"
+    }  # which may be of another machine
+    now = {"samples": config.base.eval.samples, **asked}
     before = {"samples": there["samples"], **there["rollout"]}
     for key, value in now.items():
         if before[key] != value:
