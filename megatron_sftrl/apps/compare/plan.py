@@ -37,7 +37,7 @@ from megatron_sftrl.observability.run_directory import (
     write_atomically,
 )
 from megatron_sftrl.rollout.build import engine_here
-from megatron_sftrl.trainers.checked import checked_run
+from megatron_sftrl.trainers.checked import checked_configuration
 
 RECORD = "compare.json"
 
@@ -230,7 +230,7 @@ def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
         with _told_as(f"arm {arm}"):
             # Demonstrations with scores are yet to be made.
             run = runs[arm].model_copy(update={"data": runs[BAR].data})
-            checked = checked_run(run, world_size=world_size)
+            checked = checked_configuration(run, world_size=world_size)
             tokenizer = checked.tokenizer.fingerprint
             if score is not None and "behavior_logprobs" not in checked.loss.needs:
                 raise UserError(f"score: the loss {run.loss.name} reads no behaviour log-probabilities")
@@ -247,7 +247,7 @@ def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
                     raise UserError("its model has other sizes than that of base.sft, whose weights it takes")
                 # Its own first weights are yet to be made.
                 run = run.model_copy(update={"model": runs[BAR].model})
-                if checked_run(run, world_size=world_size).tokenizer.fingerprint != tokenizer:
+                if checked_configuration(run, world_size=world_size).tokenizer.fingerprint != tokenizer:
                     raise UserError("its tokenizer is another one than that of base.sft")
     facts = _facts(config, stages, loaded)
     _check_what_is_there(config, stages, loaded, facts)

@@ -39,7 +39,7 @@ from megatron_sftrl.data.chat import encode_prompt, tokenize_sequences
 from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.sources import check_source
 from megatron_sftrl.engine.device import check_device, try_transformer_engine
-from megatron_sftrl.engine.megatron_config import uses_transformer_engine
+from megatron_sftrl.engine.megatron_config import check_megatron, uses_transformer_engine
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.build import check_engine, engine_here
@@ -221,6 +221,7 @@ def _configuration(meeting: Meeting, config: TrainingConfig) -> list[Finding]:
 
     def read_configuration() -> None:
         checked = checked_configuration(config if config.grpo is None else engine_here(config.grpo))
+        check_megatron(config, checked.architecture, is_cuda=torch.cuda.is_available())
         if (grpo := checked.config.grpo) is not None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             check_engine(grpo, checked.architecture, device, world_size=meeting.size)
