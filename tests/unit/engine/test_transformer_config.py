@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_sftrl.config.schema import ArchitectureSection, ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine import megatron_config
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, Rope, from_section, yarn_attention_factor
 
 SECTION = ArchitectureSection(
@@ -146,3 +147,34 @@ def test_a_mixture_routes_in_the_dtype_that_is_written() -> None:
     assert config_of(from_section(MIXTURE)).moe_router_dtype is None
     parallel = {"megatron": {"moe_router_dtype": "fp32"}}
     assert config_of(from_section(MIXTURE), parallel=parallel).moe_router_dtype == "fp32"
+
+
+def test_megatron_is_told_the_modules_that_it_recomputes_itself() -> None:
+    mixture = SECTION.model_copy(
+        update={"family": "qwen3_moe", "num_experts": 2, "experts_per_token": 2, "num_query_groups": 2}
+    )
+    for with_te, dense, experts in (
+        (False, ["layernorm"], ["layernorm"]),
+        (True, [], ["layernorm", "moe_act"]),
+    ):
+        for section, expected in ((SECTION, dense), (mixture, experts)):
+            settings = megatron_config._recomputation(
+                TrainSection(steps=1, recompute="selective"),
+                is_mixture=from_section(section).mixture is not None,
+                with_te=with_te,
+            )
+            assert settings == {"recompute_granularity": "selective", "recompute_modules": expected}
+    first = config_of(from_section(SECTION), recompute="full", recompute_layers=3)
+    assert (first.recompute_granularity, first.recompute_method, first.recompute_num_layers) == (
+        "full",
+        "block",
+        3,
+    )
+    with pytest.raises(
+        UserError, match="layernorm: Transformer Engine's dense layers have no separate norms"
+    ):
+        megatron_config._recomputation(
+            TrainSection(steps=1, recompute="selective", recompute_modules=["layernorm"]),
+            is_mixture=False,
+            with_te=True,
+        )
