@@ -193,7 +193,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {
         "sbatch": SBATCH,
         "srun": '#!/bin/bash\nexec "$@"\n',
-        "squeue": 'echo "$QUEUE"\n',
+        "squeue": '#!/bin/bash\necho "$QUEUE"\n',
     }.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
