@@ -165,13 +165,19 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_starts(
         "base.sft: expected train.steps": (new, "base.sft.train={epochs: 1}"),
         "base.eval.ks: expected 1 to samples = 4, got 8": (new, "base.eval.ks=[8]"),
         "train.steps: 3 there, 4 now": (out, "base.sft.train.steps=4"),
-        "base.sft data.train:": (out, f"base.sft.data.train=[{few}]"),
+        f"data.train: ['{comparison.root / 'train.jsonl'}'] there": (out, f"base.sft.data.train=[{few}]"),
         "with samples 4 and not 5": (out, "base.eval.samples=5"),
     }  # fmt: skip
     lines = [comparison.command(folder, change) for folder, change in cases.values()]
     for message, ended in zip(cases, sftrl_each(lines), strict=True):
         assert message in ended.expect(2).stderr
     assert not new.exists()
+    rows = (comparison.root / "train.jsonl").read_text()
+    (comparison.root / "train.jsonl").write_text(few.read_text())  # the same path with another content
+    try:
+        assert "base.sft data.train: " in sftrl_each([comparison.command(out)])[0].expect(2).stderr
+    finally:
+        (comparison.root / "train.jsonl").write_text(rows)
     with RunLock(out):
         assert "in use by another run" in sftrl_each([comparison.command(out)])[0].expect(2).stderr
 
