@@ -101,19 +101,7 @@ def initialize_parallel(
 
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_size = section.tp * section.pp * section.cp
-    if world_size % model_size != 0:
-        raise UserError(
-            f"{world_size} processes cannot hold tp {section.tp} x pp {section.pp} x cp {section.cp}: "
-            f"start a multiple of {model_size} processes"
-        )
-    etp = section.etp or section.tp
-    expert_size = etp * section.ep * section.pp
-    if world_size % expert_size != 0:
-        raise UserError(
-            f"{world_size} processes cannot hold experts at etp {etp} x ep {section.ep} x pp {section.pp}: "
-            f"start a multiple of {math.lcm(model_size, expert_size)} processes"
-        )
+    _check_world(section, world_size)
     choose_kernels(deterministic=deterministic)
     device = select_device()
     timeout = timedelta(minutes=hang_minutes, seconds=_SECONDS_BEHIND_THE_WATCH) if hang_minutes else _NEVER
@@ -128,7 +116,7 @@ def initialize_parallel(
         virtual_pipeline_model_parallel_size=section.vp if section.vp > 1 else None,
         context_parallel_size=section.cp,
         expert_model_parallel_size=section.ep,
-        expert_tensor_parallel_size=etp,
+        expert_tensor_parallel_size=section.etp or section.tp,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),  # type: ignore[arg-type]
         create_gloo_process_groups=False,
     )
@@ -152,14 +140,30 @@ def initialize_parallel(
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=section.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=world_size // model_size,
+        dp_size=world_size // (section.tp * section.pp * section.cp),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=section.ep,
         etp_rank=_group(parallel_state.get_expert_tensor_parallel_group()).rank(),
-        etp_size=etp,
+        etp_size=section.etp or section.tp,
         sequence_parallel=section.sequence_parallel,
         timeout=timeout,
     )
+
+
+def _check_world(section: ParallelSection, world_size: int) -> None:
+    model_size = section.tp * section.pp * section.cp
+    if world_size % model_size != 0:
+        raise UserError(
+            f"{world_size} processes cannot hold tp {section.tp} x pp {section.pp} x cp {section.cp}: "
+            f"start a multiple of {model_size} processes"
+        )
+    etp = section.etp or section.tp
+    expert_size = etp * section.ep * section.pp
+    if world_size % expert_size != 0:
+        raise UserError(
+            f"{world_size} processes cannot hold experts at etp {etp} x ep {section.ep} x pp {section.pp}: "
+            f"start a multiple of {math.lcm(model_size, expert_size)} processes"
+        )
 
 
 @contextlib.contextmanager
