@@ -16,7 +16,7 @@ train_base() {
 
 source tools/environment.sh report
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
-export CUDA_VISIBLE_DEVICES=
+export SFTRL_DEVICE=cpu
 [ -e $out/data/prompts.jsonl ] || python $here/prepare.py $out/data
 train_base base "data.train=[$out/data/base.jsonl]" train.steps=400 &
 # The writer: a better model than the base, whose own samples are the demonstrations. Its log-probabilities are then
