@@ -57,7 +57,7 @@ def make_compare_project(root: Path) -> CompareProject:
     write_rows(root / "train.jsonl", rows[:20])
     write_rows(root / "held_out.jsonl", rows[20:])
     (root / "my_rewards.py").write_text(_MY_REWARDS)
-    sft, grpo = _runs(root)
+    sft, grpo = runs_of(root)
     (root / "base.yaml").write_text(yaml.safe_dump({**sft, "run_dir": str(project.base), "seed": 5}))
     sftrl("sft", str(root / "base.yaml"), "train.steps=1")
     sft["model"]["init_checkpoint"] = str(project.base)
@@ -78,7 +78,8 @@ def make_compare_project(root: Path) -> CompareProject:
     return project
 
 
-def _runs(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def runs_of(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What stands below base.sft and base.grpo; nothing of it has to be there yet."""
     architecture = {
         "family": "qwen3", "num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 16,
         "num_attention_heads": 2, "num_query_groups": 1, "vocab_size": 101, "max_position_embeddings": 32,

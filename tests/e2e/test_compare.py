@@ -172,12 +172,14 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_starts(
     for message, ended in zip(cases, sftrl_each(lines), strict=True):
         assert message in ended.expect(2).stderr
     assert not new.exists()
-    rows = (comparison.root / "train.jsonl").read_text()
-    (comparison.root / "train.jsonl").write_text(few.read_text())  # the same path with another content
-    try:
-        assert "base.sft data.train: " in sftrl_each([comparison.command(out)])[0].expect(2).stderr
-    finally:
-        (comparison.root / "train.jsonl").write_text(rows)
+    for name, told in {"train.jsonl": "base.sft data.train: ", "my_rewards.py": "module "}.items():
+        file = comparison.root / name
+        text = file.read_text()
+        file.write_text(text.removesuffix("\n").rpartition("\n")[0] + "\n")  # the same path, other content
+        try:
+            assert told in sftrl_each([comparison.command(out)])[0].expect(2).stderr
+        finally:
+            file.write_text(text)
     with RunLock(out):
         assert "in use by another run" in sftrl_each([comparison.command(out)])[0].expect(2).stderr
 

@@ -158,7 +158,7 @@ class Local:
     def _start_what_can(self) -> None:
         for stage in list(self._left):
             free = [slot for slot in range(len(self._slots)) if slot not in self._taken()]
-            if not free:
+            if not free or self._is_asked:
                 return
             if stage.is_done or self._is_hopeless(stage):
                 self._left.remove(stage)
@@ -197,6 +197,8 @@ class Local:
             )
         write_atomically(files.process, json.dumps(asdict(Owner.of(process.pid))) + "\n")
         self._running[stage.name] = (stage, process, slot)
+        if self._is_asked:  # the signal came before there was a process to tell it to
+            process.send_signal(signal.SIGTERM)
         LOGGER.info("%s: started, log in %s", stage.name, files.log)
 
     @contextlib.contextmanager

@@ -19,7 +19,6 @@ from megatron_sftrl.apps.compare.config import (
     yaml_of,
 )
 from megatron_sftrl.config.checks import with_engine
-from megatron_sftrl.config.data import WeightedPath
 from megatron_sftrl.config.load import config_from_text
 from megatron_sftrl.config.schema import GrpoConfig, ModelSection, RunConfig, TrainingConfig
 from megatron_sftrl.data.sources import find_files
@@ -112,7 +111,7 @@ def _tokenizer(tree: Tree) -> Tree | None:
 
 
 def _score_stages(config: CompareConfig, arm: str, tree: Tree, score: ScoreSection | None) -> list[Stage]:
-    """One for each entry of data.train."""
+    """One for each entry of data.train, then of data.valid: the loss reads the scores of both."""
     if score is None:
         return []
     changes: dict[str, Any] = {"run_dir": str(config.out_dir / arm / "score"), "seed": 0}
@@ -120,23 +119,16 @@ def _score_stages(config: CompareConfig, arm: str, tree: Tree, score: ScoreSecti
         changes |= {"model": score.model, "tokenizer": _tokenizer(tree)}
     text = yaml_of(tree, **changes)
     stages = []
-    for number, entry in enumerate(_train_entries(text, arm)):
+    data = config_from_text(text, source=f"arms.{arm}").data
+    for number, path in enumerate([*data.train_paths, *data.valid]):
         name = f"{arm}/score-{number}"
         out = config.out_dir / f"{name}.jsonl"
         words = ("score", str(config.out_dir / f"{name}.yaml"), "--checkpoint", str(score.checkpoint))
-        words = (*words, "--data", str(_path_of(entry)), "--out", str(out))
+        words = (*words, "--data", str(path), "--out", str(out))
         stages.append(
             Stage(name=name, arm=arm, seed=None, kind="score", words=words, text=text, done=out, needs=())
         )
     return stages
-
-
-def _train_entries(text: str, arm: str) -> list[Path | WeightedPath]:
-    return config_from_text(text, source=f"arms.{arm}").data.train
-
-
-def _path_of(entry: Path | WeightedPath) -> Path:
-    return entry.path if isinstance(entry, WeightedPath) else entry
 
 
 def _run_stages(
@@ -161,14 +153,12 @@ def _run_stages(
 
     changes: dict[str, Any] = {"run_dir": str(folder / "sft"), "seed": seed}
     if scores:
-        old = _train_entries(yaml_of(sft, **changes), arm)
-        new = [
-            {"path": str(stage.done), "weight": entry.weight}
-            if isinstance(entry, WeightedPath)
-            else str(stage.done)
-            for entry, stage in zip(old, scores, strict=True)
-        ]
-        changes["data"] = {**sft["data"], "train": new}
+        old = config_from_text(yaml_of(sft, **changes), source=f"arms.{arm}").data
+        new = [str(each.done) for each in scores]
+        train: list[Any] = new[: len(old.train)]
+        if (weights := old.train_weights) is not None:
+            train = [{"path": p, "weight": weight} for p, weight in zip(train, weights, strict=True)]
+        changes["data"] = {**sft["data"], "train": train, "valid": new[len(old.train) :]}
     last = _last_checkpoint(folder / "sft", sft)
     yield stage("sft", ["sft"], yaml_of(sft, **changes), last, [each.name for each in scores])
     model = _started_from(grpo["model"], folder / "sft")
@@ -249,7 +239,7 @@ def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
                 run = run.model_copy(update={"model": runs[BAR].model})
                 if checked_configuration(run, world_size=world_size).tokenizer.fingerprint != tokenizer:
                     raise UserError("its tokenizer is another one than that of base.sft")
-    facts = _facts(config, stages, loaded)
+    facts = {"tokenizer": tokenizer[:12], **_facts(config, stages, loaded)}
     _check_what_is_there(config, stages, loaded, facts)
     return facts
 
@@ -362,6 +352,12 @@ def _facts(
     }
     for role, paths in roles.items():
         facts[role] = f"{', '.join(map(str, paths))} ({_content(paths, role)[:12]})"
+    for run in loaded.values():
+        rewards = run.grpo.rewards if run.grpo is not None else []
+        for module in [module for each in (run.loss, *rewards) for module in each.modules]:
+            # One that is imported by its name is a package's, with a version.
+            if module.endswith(".py"):
+                facts[f"module {module}"] = hashlib.sha256(Path(module).read_bytes()).hexdigest()[:12]
     if first["sft"].model.init_checkpoint is not None:
         facts["base.sft model.init_checkpoint"] = str(checkpoint_at(first["sft"].model.init_checkpoint))
     for stage in stages:

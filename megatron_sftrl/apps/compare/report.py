@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 
 from megatron_sftrl.apps.compare.config import BAR, CompareConfig
-from megatron_sftrl.apps.compare.results import CURVES, GREEDY, NLL, SCORE, SIDES, Difference, Results
+from megatron_sftrl.apps.compare.results import (
+    CURVES,
+    GREEDY,
+    NLL,
+    SCORE,
+    SIDES,
+    UNJUDGED,
+    Difference,
+    Results,
+)
 from megatron_sftrl.apps.compare.statistics import Mean
 from megatron_sftrl.apps.report.page import Curve, Series, Table, print_table, write_png, write_report
 from megatron_sftrl.observability.run_directory import write_atomically
@@ -57,6 +67,19 @@ def words(results: Results) -> Iterator[str]:
                     f"for {len(results.differences)} comparisons)."
                 )
     for name, arm in results.arms.items():
+        if arm.seeds and len(arm.seeds) < count:
+            flattered = " If the others failed because training went wrong, they flatter it."
+            yield (
+                f"{name}: its means are over the seeds {', '.join(map(str, arm.seeds))} alone."
+                f"{flattered if arm.failures else ''}"
+            )
+        for side, title in SIDES.items():
+            unjudged = arm.numbers.get(side, {}).get(UNJUDGED)
+            if unjudged is not None and unjudged.value:
+                yield (
+                    f"{name} {title}: {_points(unjudged.value)} of the responses could not be judged and are "
+                    "left out, which may flatter it."
+                )
         for stage, error in arm.failures.items():
             yield f"{stage} failed: {error}"
         if arm.missing:
@@ -67,8 +90,8 @@ def _verdict(found: Difference, title: str) -> str:
     mean, p = found.mean, found.p_holm
     if mean.num_seeds == 1:
         return f"{found.arm} {title}: one seed in common with {BAR}, nothing is claimed."
-    interval = "" if mean.low is None or mean.high is None else f", {_range(mean)}"
-    told = f"{_points(mean.value, signed=True)} against {BAR} (95 %{interval}; p = {_p(p)} after Holm)"
+    interval = "the same for all" if mean.low is None else f"95 %, {_range(mean)}"
+    told = f"{_points(mean.value, signed=True)} against {BAR} ({interval}; p = {_p(p)} after Holm)"
     if not found.is_significant:
         return f"{found.arm} {title}: {told}: cannot be told from {BAR}."
     return f"{found.arm} {title}: {told}: {'better' if mean.value > 0 else 'worse'}, significantly."
@@ -95,7 +118,10 @@ def _p(p: float | None) -> str:
 def _share(mean: Mean | None) -> str:
     if mean is None:
         return ""
-    interval = "" if mean.low is None else f" [{100 * mean.low:.1f}, {100 * (mean.high or 0.0):.1f}]"
+    if mean.low is None or mean.high is None:
+        return f"{100 * mean.value:.1f}"
+    # A half-width with Student's t of two seeds goes beyond what a share can be.
+    interval = f" [{100 * max(mean.low, 0.0):.1f}, {100 * min(mean.high, 1.0):.1f}]"
     return f"{100 * mean.value:.1f}{interval}"
 
 
@@ -134,6 +160,7 @@ def _tables(results: Results) -> Iterator[Table]:
         note="Paired by seed and prompt. * below 0.05 after the correction for all lines of this table, with "
         "more than one seed.",
     )
+    num_arms = sum(bool(arm.seeds) for arm in results.arms.values())
     yield Table(
         title=f"Rank correlation of numbers after SFT with {_called(SCORE)} accuracy after RL",
         columns=("number after SFT", "Spearman", "95 %"),
@@ -145,9 +172,20 @@ def _tables(results: Results) -> Iterator[Table]:
             )
             for name, each in results.correlations.items()
         ),
-        note=f"Over {sum(bool(arm.seeds) for arm in results.arms.values())} arms; an interval with 0 in it "
-        "says that the order of the arms after RL may have nothing to do with the number. Empty: fewer than "
-        "three arms, or a number that is the same for all.",
+        note=f"Over {num_arms} arms. {_of_luck(num_arms, len(results.correlations))}Empty: fewer than three "
+        "arms, or a number that is the same for all.",
+    )
+
+
+def _of_luck(num_arms: int, num_tried: int) -> str:
+    """How little a rank correlation over so few arms says."""
+    if num_arms < 3:
+        return ""
+    return (
+        "An interval with 0 in it says that the order of the arms after RL may have nothing to do with the "
+        f"number. One without is of these arms and not of others: a number without meaning puts {num_arms} "
+        f"arms into their order, or its reverse, in 1 of {math.factorial(num_arms) // 2:,} cases, and "
+        f"{num_tried} numbers are tried. "
     )
 
 

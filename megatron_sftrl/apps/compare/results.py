@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ SCORE = "accuracy"
 SIDES = {"sft": "after SFT", "grpo": "after RL"}
 GREEDY = "greedy accuracy"
 NLL = "nll/token"
+UNJUDGED = "unjudged"
 _TOLD = (SCORE, GREEDY, "lenient", "entropy", "tokens", "finished", "repetition", NLL)
 CURVES = ("reward/mean", "entropy")
 _SIGNIFICANT = 0.05
@@ -99,6 +101,7 @@ def results_of(config: CompareConfig, stages: Sequence[Stage]) -> Results:
             values = _values_of(stage.done.parent, config.base.eval.all_ks)
             found[stage.arm].setdefault(stage.seed, {})[side] = values
     _check_same_start(config, arms)
+    _check_same_evaluation([stage for stage in stages if stage.kind.startswith("eval_") and stage.is_done])
     whole = {
         arm: {seed: each for seed, each in runs.items() if len(each) == 2} for arm, runs in found.items()
     }
@@ -144,6 +147,38 @@ def _check_same_start(config: CompareConfig, arms: Sequence[str]) -> None:
                 )
 
 
+_SHARED = ("prompts", "demonstrations", "tokenizer", "rewards", "samples", "rollout", "dtype")
+"""Of an evaluation's settings: what all of them have in common."""
+
+
+def _check_same_evaluation(stages: Sequence[Stage]) -> None:
+    """Refuse to compare evaluations of other prompts, by another sampler, or of weights that RL did not have.
+
+    A file may have changed while stages ran, and a run may have been made again.
+    """
+    first: dict[str, Any] = {}
+    for stage in stages:
+        folder = stage.done.parent
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        found = {name: settings[name] for name in _SHARED}
+        found["rollout"] = {key: value for key, value in found["rollout"].items() if key != "engine"}
+        first = first or found
+        if different := [name for name in _SHARED if found[name] != first[name]]:
+            name = different[0]
+            raise UserError(
+                f"{folder} was evaluated with {name} {found[name]!r}, and {stages[0].done.parent} with "
+                f"{first[name]!r}: they cannot be compared; remove one, and it is evaluated again"
+            )
+        origins = folder.with_name("grpo") / "origins.json"
+        if stage.kind == "eval_sft" and origins.exists():
+            begun = json.loads(origins.read_text(encoding="utf-8"))["model.init_checkpoint"]["weights"]
+            if settings["weights"] != begun:
+                raise UserError(
+                    f"{folder} is of other weights than those with which {origins.parent} began: remove "
+                    f"{folder.parent}, and this seed is run again"
+                )
+
+
 def _stacked(runs: Mapping[int, dict[str, Values]], seeds: Sequence[int], side: str, name: str) -> Array:
     """[seeds, prompts]."""
     return np.stack([runs[seed][side][name] for seed in seeds])
@@ -157,7 +192,9 @@ def _arm_result(
     seeds = [seed for seed in config.seeds if seed in runs]
     numbers: dict[str, dict[str, Mean]] = {}
     for side in SIDES if seeds else ():
-        names = [name for name in runs[seeds[0]][side] if name in _TOLD or name.startswith("pass@")]
+        names = [
+            name for name in runs[seeds[0]][side] if name in (*_TOLD, UNJUDGED) or name.startswith("pass@")
+        ]
         means = {name: mean_of(_stacked(runs, seeds, side, name)) for name in names}
         numbers[side] = {name: mean for name, mean in means.items() if mean is not None}
     return ArmResult(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_sftrl.apps.compare.report import words
+from dataclasses import replace
+
+from megatron_sftrl.apps.compare.report import _share, _tables, words
 from megatron_sftrl.apps.compare.results import ArmResult, Difference, Results
 from megatron_sftrl.apps.compare.statistics import Mean
 
@@ -55,3 +57,43 @@ def test_failures_and_what_is_missing_are_told() -> None:
         "gift: 1 stages are not done, the first of them gift/seed-0/grpo.",
     ]
     assert not any("failed" in each for each in words(whole))
+
+
+def test_seeds_that_failed_and_responses_without_a_verdict_are_told() -> None:
+    """Both are left out of the means, which then may be better than the arm is."""
+    whole = results(3, 0.5)
+    share = Mean(value=0.25, low=0.1, high=0.4, num_seeds=2, num_prompts=50)
+    lame = replace(
+        whole.arms["gift"],
+        seeds=[0, 2],
+        numbers={"grpo": {"unjudged": share}},
+        failures={"gift/seed-1/grpo": "no gradient"},
+    )
+    told = list(words(replace(whole, arms={"sft": whole.arms["sft"], "gift": lame})))[2:]
+    assert told[0].startswith("gift: its means are over the seeds 0, 2 alone. If the others failed")
+    assert told[1].startswith("gift after RL: 25.0 points of the responses could not be judged")
+    assert len(told) == 3
+
+
+def test_equal_arms_have_no_limit_of_noise() -> None:
+    whole = results(2, 1.0)
+    same = Mean(value=0.0, low=None, high=None, num_seeds=2, num_prompts=50)
+    equal = replace(whole, differences=[replace(whole.differences[0], mean=same)])
+    (told,) = words(equal)
+    assert told.startswith(
+        "gift after RL: +0.0 points against sft (the same for all; p = 1 after Holm): cannot"
+    )
+
+
+def test_the_page_says_how_often_luck_orders_the_arms() -> None:
+    whole = results(3, 0.5)
+    arms = {name: whole.arms["sft"] for name in ("sft", "gift", "pear", "dft")}
+    *_, table = _tables(replace(whole, arms=arms, correlations={"entropy": None, "accuracy": None}))
+    assert "puts 4 arms into their order, or its reverse, in 1 of 12 cases, and 2 numbers" in table.note
+    *_, table = _tables(whole)
+    assert "in 1 of" not in table.note
+
+
+def test_an_interval_of_a_share_stays_between_0_and_100() -> None:
+    assert _share(Mean(value=0.75, low=-2.4, high=3.9, num_seeds=2, num_prompts=10)) == "75.0 [0.0, 100.0]"
+    assert _share(Mean(value=1.0, low=None, high=None, num_seeds=2, num_prompts=10)) == "100.0"
