@@ -64,7 +64,9 @@ def test_the_report_holds_the_numbers_of_the_evaluations(
     after = {arm: report["arms"][arm]["numbers"]["grpo"]["accuracy"]["value"] for arm in ARMS}
     gap = next(each for each in report["differences"] if each["side"] == "grpo")
     assert gap["mean"]["value"] == pytest.approx(after["pear"] - after["sft"])
-    assert "cannot be told from" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "cannot be told from" in page
+    assert f"loss.name=pear, loss.variant=token, score.checkpoint={comparison.base}" in page
     assert {each.name for each in (out / "plots").iterdir()} == {
         "pass_at_k.png", "entropy_in_grpo.png", "reward_in_grpo.png",
     }  # fmt: skip

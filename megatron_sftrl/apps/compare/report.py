@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from megatron_sftrl.apps.compare.config import BAR, CompareConfig
+from megatron_sftrl.apps.compare.config import BAR, CompareConfig, Tree
 from megatron_sftrl.apps.compare.results import (
     CURVES,
     GREEDY,
@@ -19,7 +19,8 @@ from megatron_sftrl.apps.compare.results import (
 )
 from megatron_sftrl.apps.compare.statistics import Mean
 from megatron_sftrl.apps.report.page import Curve, Series, Table, print_table, write_png, write_report
-from megatron_sftrl.observability.run_directory import write_atomically
+from megatron_sftrl.config.load import dump_yaml
+from megatron_sftrl.observability.run_directory import flat, write_atomically
 
 
 def tell(config: CompareConfig, results: Results) -> None:
@@ -28,7 +29,8 @@ def tell(config: CompareConfig, results: Results) -> None:
     Raises:
         UserError: they cannot be written, or matplotlib is not installed.
     """
-    tables, pictures, text = list(_tables(results)), list(_curves(config, results)), list(words(results))
+    tables = [*_tables(results), _changes(config)]
+    pictures, text = list(_curves(config, results)), list(words(results))
     write_report(
         config.out_dir / "report.html",
         title=f"Which SFT leaves the best policy after RL: {', '.join(results.arms)}",
@@ -175,6 +177,21 @@ def _tables(results: Results) -> Iterator[Table]:
         note=f"Over {num_arms} arms. {_of_luck(num_arms, len(results.correlations))}Empty: fewer than three "
         "arms, or a number that is the same for all.",
     )
+
+
+def _changes(config: CompareConfig) -> Table:
+    """What each arm is."""
+    arms = {BAR: {}, **config.arms}
+    return Table(
+        title="What an arm changes in base.sft",
+        columns=("arm", "keys"),
+        rows=tuple((name, _keys(arm)) for name, arm in arms.items()),
+        note=f"{BAR} has the loss sft and batch.aggregation token_mean in any case.",
+    )
+
+
+def _keys(arm: Tree) -> str:
+    return ", ".join(f"{key}={value}" for key, value in flat(dump_yaml(arm)).items())
 
 
 def _of_luck(num_arms: int, num_tried: int) -> str:
