@@ -159,7 +159,7 @@ def _check_same_evaluation(stages: Sequence[Stage]) -> None:
     first: dict[str, Any] = {}
     for stage in stages:
         folder = stage.done.parent
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        settings = json.loads(stage.done.read_text(encoding="utf-8"))["settings"]
         found = {name: settings[name] for name in _SHARED}
         found["rollout"] = {key: value for key, value in found["rollout"].items() if key != "engine"}
         first = first or found

@@ -31,7 +31,7 @@ def evaluations(root: Path, **changed: Any) -> list[Stage]:
         folder = root / arm / "seed-0"
         for name in ("eval_sft", "grpo"):
             (folder / name).mkdir(parents=True)
-        (folder / "eval_sft" / "settings.json").write_text(json.dumps(settings))
+        (folder / "eval_sft" / "results.json").write_text(json.dumps({"settings": settings}))
         origins = {"model.init_checkpoint": {"weights": SETTINGS["weights"]}}
         (folder / "grpo" / "origins.json").write_text(json.dumps(origins))
         stages.append(
