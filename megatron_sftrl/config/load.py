@@ -317,8 +317,10 @@ def _with_overrides(
         if not text.strip():
             raise UserError(f"override '{override}': no value; write {dotted}=null for the default")
         value = parse_yaml(text, source=f"override '{override}'").value
-        takes_out = value is None and parts[0] != "loss"
-        if takes_out and (problem := unknown_key(parts, schema)):
+        problem = unknown_key(parts, schema) if value is None else None
+        # Below loss. stand a loss's own options, too, for which null is a value.
+        takes_out = value is None and (parts[0] != "loss" or problem is None)
+        if takes_out and problem is not None:
             # Taking out a key that does not exist would pass validation: the misspelt key is gone.
             raise UserError(f"unknown key '{dotted}' (override '{override}'): {problem}")
         section = _section_to_change(merged, parts[:-1], override)

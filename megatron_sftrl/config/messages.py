@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,16 @@ def unknown_key(path: tuple[str, ...], schema: type[BaseModel]) -> str | None:
     for end in range(1, len(path) + 1):
         if path[: end - 1] in by_path and path[end - 1] not in by_path[path[: end - 1]].model_fields:
             return _nearest(path[:end], schema)
-    return None if path[:-1] in by_path else f"'{'.'.join(path[:-1])}' has no keys of its own"
+    if path[:-1] in by_path or _is_mapping(path[:-1], by_path):
+        return None
+    return f"'{'.'.join(path[:-1])}' has no keys of its own"
+
+
+def _is_mapping(path: tuple[str, ...], by_path: Mapping[tuple[str, ...], type[BaseModel]]) -> bool:
+    """Whether the names below this key are the user's, as those of parallel.megatron are."""
+    if path[:-1] not in by_path:
+        return False
+    return typing.get_origin(by_path[path[:-1]].model_fields[path[-1]].annotation) is dict
 
 
 def sections(

@@ -31,6 +31,14 @@ def test_null_takes_a_key_or_a_section_out() -> None:
     assert example("data.max_length=64", "batch.micro_size=null").batch.micro_size == 1
 
 
+def test_null_takes_out_what_every_loss_has_and_a_field_of_megatrons() -> None:
+    config = example("loss.chunk_mb=3", "loss.fused=off", "loss.chunk_mb=null", "loss.fused=null")
+    assert config.loss.fused == "auto"
+    assert "chunk_mb" not in config.loss.model_fields_set
+    config = example("parallel.megatron={bucket_size: 1, nccl_ub: true}", "parallel.megatron.nccl_ub=null")
+    assert config.parallel.megatron == {"bucket_size": 1}
+
+
 def test_null_reaches_a_loss_option_as_a_value() -> None:
     assert example("loss.clip=null").loss.options == {"beta": 5, "clip": None}
 
