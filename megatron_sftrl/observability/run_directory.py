@@ -35,8 +35,9 @@ _FREE_TO_CHANGE = (
     "rollout.save_samples",
     "reward_workers.num_workers",
 )
-_NEVER_FREE = ("parallel.grad_reduce_dtype",)
-"""Inside of sections that are free otherwise: bf16 sums round after each micro-batch."""
+_NEVER_FREE = ("parallel.grad_reduce_dtype", "parallel.megatron")
+"""Inside of sections that are free otherwise: bf16 sums round after each micro-batch, and Megatron's own
+fields include the dtype of the router and the layers that stay in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +120,7 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
     differing = [
         key
         for key in [*before, *(key for key in now if key not in before)]
-        if before.get(key) != now.get(key)
-        and (key in _NEVER_FREE or not any(f"{key}.".startswith(f"{name}.") for name in free))
+        if before.get(key) != now.get(key) and (_is_in(key, _NEVER_FREE) or not _is_in(key, free))
     ]
     if differing:
         rows = [f"{key}: {_text(before, key)} there, {_text(now, key)} now" for key in differing]
@@ -133,6 +133,11 @@ def _refuse_another_run(directory: RunDirectory, config: TrainingConfig) -> None
                 ]
             )
         )
+
+
+def _is_in(key: str, sections: tuple[str, ...]) -> bool:
+    """Whether the key is one of these, or inside of one."""
+    return any(f"{key}.".startswith(f"{name}.") for name in sections)
 
 
 def flat(text: str) -> dict[str, Any]:

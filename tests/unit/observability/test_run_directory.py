@@ -59,6 +59,7 @@ def test_a_run_continues_with_what_does_not_change_its_numbers(tmp_path: Path, o
         (["loss.beta=6"], "loss.beta: 5 there, 6 now"),
         (["loss.smoothing=0.1"], "loss.smoothing: not given there, 0.1 now"),
         (["parallel.grad_reduce_dtype=bf16"], "parallel.grad_reduce_dtype: fp32 there, bf16 now"),
+        (["parallel.megatron.moe_router_dtype=fp64"], "moe_router_dtype: not given there, fp64 now"),
         (["seed=1"], "seed: 1234 there, 1 now"),
         (["batch.global_size=16"], "batch.global_size: 8 there, 16 now"),
         (["data.train=[other.jsonl]"], "data.train: ['train.jsonl'] there, ['other.jsonl'] now"),
