@@ -310,10 +310,19 @@ def _idle_fields(run: TrainingConfig, *, with_te: bool, is_mixture: bool) -> Ite
             reason = "train.fp8 is not given"
         elif name in _READ_WITH_TRANSFORMER_ENGINE and not with_te:
             reason = "layers are torch's, not Transformer Engine's (model.layers)"
-        elif name.startswith("moe_deepep") and run.parallel.moe_dispatcher != "flex":
+        elif (
+            name.startswith(("moe_deepep", "moe_hybridep", "moe_flex"))
+            and run.parallel.moe_dispatcher != "flex"
+        ):
             reason = "parallel.moe_dispatcher is not flex"
         elif name in _READ_WITH_CPU_OFFLOAD and not run.optim.cpu_offload:
             reason = "optim.cpu_offload is 0"
+        elif name == "bucket_size" and not run.parallel.overlap_grad_reduce:
+            reason = "parallel.overlap_grad_reduce is off, and gradients are one bucket"
+        elif name == "align_param_gather" and not run.parallel.overlap_param_gather:
+            reason = "parallel.overlap_param_gather is off"
+        elif name == "distribute_saved_activations" and run.train.recompute != "full":
+            reason = "train.recompute is not full"
         if reason is not None:
             yield f"parallel.megatron.{name} has no effect: {reason}; remove it"
 

@@ -55,6 +55,7 @@ _SET_HERE = {
     "set optim.name": "optimizer",
     "set optim.lr and its neighbours": "lr min_lr decoupled_lr decoupled_min_lr",
     "set optim.weight_decay": "weight_decay",
+    "AdamW's decay, optim.weight_decay, is decoupled": "decoupled_weight_decay",
     "set optim.betas": "adam_beta1 adam_beta2",
     "set optim.eps": "adam_eps",
     "set optim.momentum": "sgd_momentum",
@@ -72,7 +73,9 @@ _SET_HERE = {
     "a gradient that is not finite is found by its norm, skipped and counted": """
         check_for_nan_in_grad check_for_large_grads""",
     "it follows the device and parallel.vp": "overlap_p2p_comm batch_p2p_comm deallocate_pipeline_outputs",
-    "the attention and the norms of this package do not have it": "masked_softmax_fusion persist_layer_norm",
+    "the attention and the norms of this package do not have it": """
+        masked_softmax_fusion persist_layer_norm apply_query_key_layer_scaling attention_softmax_in_fp32
+        memory_efficient_layer_norm""",
 }
 
 _TURNED_OFF_ONLY = frozenset(
@@ -113,7 +116,8 @@ _REFUSED = {
         num_distributed_optimizer_instances hierarchical_context_parallel_sizes hybrid_context_parallel
         max_seqlen_per_dp_cp_rank pipeline_model_parallel_comm_backend overlap_moe_expert_parallel_comm
         delay_wgrad_compute ep_overlap_early_attn_memory_release overlap_dispatch_backward_with_experts_wgrad
-        high_priority_a2a_comm_stream overlap_param_gather_with_optimizer_step use_ring_exchange_p2p""",
+        high_priority_a2a_comm_stream overlap_param_gather_with_optimizer_step use_ring_exchange_p2p
+        num_microbatches_with_partial_activation_checkpoints microbatch_group_size_per_vp_stage""",
     "which layers a stage holds follows from parallel.pp, vp, first_stage_layers and last_stage_layers": """
         pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
         account_for_loss_in_pipeline_split""",
@@ -132,7 +136,7 @@ _REFUSED = {
         qk_clip qk_clip_alpha qk_clip_threshold log_max_attention_logit log_num_zeros_in_grad
         barrier_with_L1_time moe_per_layer_logging test_mode flash_decode batch_invariant_mode
         use_inference_optimized_layers symmetric_ar_type nccl_all_reduce_for_prefill mlp_chunks_for_prefill
-        grad_norm_skip_threshold use_te_rng_tracker variable_seq_lengths mtp_standalone""",
+        grad_norm_skip_threshold use_te_rng_tracker variable_seq_lengths mtp_standalone config_logger_dir""",
 }
 _REFUSED_BY_PREFIX = {
     "the model would not be the one that its files describe": "mamba_ linear_ dsa_ mup_ mtp_",

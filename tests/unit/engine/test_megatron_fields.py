@@ -67,19 +67,16 @@ def test_every_key_that_is_named_exists() -> None:
 def test_fields_arrive_in_the_configuration_that_has_them() -> None:
     run = example(
         "parallel.megatron.bucket_size=1000",
-        "parallel.megatron.attention_softmax_in_fp32=false",
+        "parallel.megatron.clone_scatter_output_in_embedding=false",
         "parallel.megatron.apply_wd_to_qk_layernorm=true",
-        "parallel.megatron.config_logger_dir=logs",
     )
     layers = megatron_config.transformer_config(
         architecture_of(run.model), run.model, run.parallel, run.train, is_cuda=False
     )
     optimizer = megatron_config.optimizer_config(run.optim, run.parallel, is_bf16=False)
     assert megatron_config.ddp_config(run.parallel).bucket_size == 1000
-    assert layers.attention_softmax_in_fp32 is False
+    assert layers.clone_scatter_output_in_embedding is False
     assert optimizer.apply_wd_to_qk_layernorm is True
-    # A field that two of them have.
-    assert layers.config_logger_dir == optimizer.config_logger_dir == "logs"
 
 
 def test_a_field_of_the_parallel_configuration_is_a_field_of_the_layers() -> None:
@@ -130,6 +127,13 @@ def test_names_of_dtypes_become_dtypes() -> None:
         ("tp_comm_overlap", True, "user buffers have one size"),
         ("fp8_param", True, "weights stay in model.dtype"),
         ("mtp_num_layers", 1, "would not be the one that its files describe"),
+        ("decoupled_weight_decay", False, "is decoupled"),
+        ("apply_query_key_layer_scaling", True, "do not have it"),
+        ("attention_softmax_in_fp32", True, "do not have it"),
+        ("memory_efficient_layer_norm", True, "do not have it"),
+        ("num_microbatches_with_partial_activation_checkpoints", 1, "a schedule that this package"),
+        ("microbatch_group_size_per_vp_stage", 3, "a schedule that this package"),
+        ("config_logger_dir", "logs", "only Megatron's own training loop"),
     ],
 )
 def test_what_cannot_be_set_is_refused_with_its_reason(field: str, value: object, part: str) -> None:
@@ -173,6 +177,8 @@ def test_a_refusal_of_megatrons_is_shown_in_its_own_words() -> None:
         ("fp8_wgrad=false", "train.fp8 is not given"),
         ("attention_backend=flash", "layers are torch's"),
         ("pin_cpu_grads=false", "optim.cpu_offload is 0"),
+        ("bucket_size=1000", "parallel.overlap_grad_reduce is off"),
+        ("distribute_saved_activations=true", "train.recompute is not full"),
     ],
 )
 def test_a_field_that_nothing_reads_is_refused(override: str, part: str) -> None:
