@@ -24,6 +24,8 @@ _FREE_TO_CHANGE = (
     "batch.micro_size",
     "batch.packing",
     "batch.max_tokens",
+    "loss.fused",
+    "loss.chunk_mb",
     "reference.placement",
     "train.recompute",
     "train.recompute_layers",

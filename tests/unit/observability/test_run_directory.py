@@ -43,6 +43,8 @@ def test_another_rank_writes_nothing(tmp_path: Path) -> None:
         ["batch.packing=true", "batch.max_tokens=256"],
         ["data.valid=[v.jsonl]", "train.eval_every=3"],
         ["reference.placement=offload"],
+        ["loss.fused=on", "loss.chunk_mb=64"],  # less memory, for a run that has none left
+        ["loss.fused=off"],
     ],
 )
 def test_a_run_continues_with_what_does_not_change_its_numbers(tmp_path: Path, overrides: list[str]) -> None:
