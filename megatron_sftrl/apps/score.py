@@ -20,7 +20,7 @@ from megatron_sftrl.data.rows import LOGPROBS_COLUMN, SCORER_COLUMN, TOKEN_IDS_C
 from megatron_sftrl.data.store import StoreWriter
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.data.tokenizing import Tokenizing, processes_of_this_rank, tokenize_rows
-from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
@@ -47,9 +47,7 @@ def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: P
     said = config.data if isinstance(config, RunConfig) else None
     max_length = architecture.max_position_embeddings
     rows, dataset = read_whole(data, tokenizer, said, max_length=max_length, key="--data")
-    with parallel_context(
-        config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
-    ) as parallel:
+    with run_context(config) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         by = scorer(give_weights(policy, checkpoint, config).text, config.model.dtype)
         scores = score_dataset(policy, config, dataset, pad_id=tokenizer.pad_id)

@@ -78,8 +78,12 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
 # Which engine rollout.engine: auto is.
 
 
-def with_engine(config: GrpoConfig, *, is_cuda: bool, has_vllm: bool) -> tuple[GrpoConfig, str]:
+def with_engine(
+    config: GrpoConfig, *, is_cuda: bool, has_vllm: bool, place: str = "here"
+) -> tuple[GrpoConfig, str]:
     """The run with the engine that it generates with on such a machine, and why ("" where the run says it).
+
+    `place` is how messages call the machine.
 
     Raises:
         UserError: rollout.engine is auto, and a setting of the engine that it is not is written.
@@ -96,8 +100,8 @@ def with_engine(config: GrpoConfig, *, is_cuda: bool, has_vllm: bool) -> tuple[G
             why = "train.deterministic does not cover vLLM"
     if idle in rollout.model_fields_set:
         raise UserError(
-            f"rollout.{idle} has no effect: rollout.engine is auto, and that is {engine} here, since {why}; "
-            f"write the engine that you want, or remove it (rollout.{idle}=null on the command line)"
+            f"rollout.{idle} has no effect: rollout.engine is auto, and that is {engine} {place}, since "
+            f"{why}; write the engine that you want, or remove it (rollout.{idle}=null on the command line)"
         )
     chosen = rollout.model_copy(update={"engine": engine})
     return config.model_copy(update={"rollout": chosen}), why

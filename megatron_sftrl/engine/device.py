@@ -121,9 +121,8 @@ def transformer_engine() -> TransformerEngine:
     except Exception as error:
         _hide_transformer_engine()
         return TransformerEngine(problem=f"it does not import: {_told(error)}", is_broken=True)
-    pair = (
-        f"megatron-core {_version('megatron-core')} and Transformer Engine {_version('transformer-engine')}"
-    )
+    core, engine = map(installed_version, ("megatron-core", "transformer-engine"))
+    pair = f"megatron-core {core} and Transformer Engine {engine}"
     try:
         extension = importlib.import_module("megatron.core.extensions.transformer_engine")
     except Exception as error:
@@ -141,11 +140,12 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """What pip knows of a package, or absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "of no known version"
+        return "absent"
 
 
 def _hide_transformer_engine() -> None:
@@ -198,7 +198,7 @@ def try_transformer_engine() -> str:
         raise UserError(f"Transformer Engine cannot run a layer: {_told(error)}") from error
     if not is_finite:
         raise UserError("Transformer Engine's layer gives gradients that are not finite")
-    return f"Transformer Engine {_version('transformer-engine')}: one layer, forward and backward"
+    return f"Transformer Engine {installed_version('transformer-engine')}: one layer, forward and backward"
 
 
 # GPUs that are there, and that torch does not see: the run would train on the CPU without a word.

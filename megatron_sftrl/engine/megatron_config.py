@@ -24,7 +24,7 @@ from megatron_sftrl.config.schema import (
     TrainSection,
 )
 from megatron_sftrl.engine.device import transformer_engine
-from megatron_sftrl.engine.megatron_fields import megatron_fields
+from megatron_sftrl.engine.megatron_fields import DTYPES, megatron_fields
 from megatron_sftrl.engine.recompute import own_modules
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
@@ -199,17 +199,14 @@ def optimizer_config(optim: OptimSection, parallel: ParallelSection, *, is_bf16:
         use_distributed_optimizer=parallel.distributed_optimizer,
         # Megatron's part-wise offload is an optimizer of this kind, too.
         use_precision_aware_optimizer=optim.has_low_moments or optim.cpu_offload > 0,
-        exp_avg_dtype=_DTYPES[optim.exp_avg_dtype],
-        exp_avg_sq_dtype=_DTYPES[optim.exp_avg_sq_dtype],
+        exp_avg_dtype=DTYPES[optim.exp_avg_dtype],
+        exp_avg_sq_dtype=DTYPES[optim.exp_avg_sq_dtype],
         # Remainders of fp32 weights mean nothing without the bf16 ones; a checkpoint holds whole numbers.
         store_param_remainders=False,
         optimizer_cpu_offload=optim.cpu_offload > 0,
         optimizer_offload_fraction=optim.cpu_offload,
     )
     return OptimizerConfig(**settings | megatron_fields(parallel.megatron).optimizer)
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # What this machine or this version of Megatron cannot do, found before a process group exists.

@@ -153,7 +153,7 @@ _REFUSED_BY_PREFIX = {
 }
 
 _CLASSES = (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,9 +234,9 @@ def _converted(annotation: Any, value: object) -> object:
     """
     options = [*_options(annotation)]
     if torch.dtype in options and isinstance(value, str):
-        if value not in _DTYPES:
-            raise ValueError(f"expected one of {', '.join(_DTYPES)}, got {value!r}")
-        return _DTYPES[value]
+        if value not in DTYPES:
+            raise ValueError(f"expected one of {', '.join(DTYPES)}, got {value!r}")
+        return DTYPES[value]
     for option in options:
         if isinstance(option, type) and issubclass(option, enum.Enum):
             if value not in option.__members__:

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.config.schema import ParallelSection, TrainingConfig
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.determinism import choose_kernels
 from megatron_sftrl.engine.device import order_launches, select_device, start_torch_distributed
@@ -182,6 +182,14 @@ def parallel_context(
             destroy_parallel()
         raise
     destroy_parallel()
+
+
+def run_context(config: TrainingConfig) -> contextlib.AbstractContextManager[ParallelContext]:
+    """parallel_context of a run."""
+    train = config.train
+    return parallel_context(
+        config.parallel, hang_minutes=train.hang_minutes, deterministic=train.deterministic
+    )
 
 
 def destroy_parallel() -> None:

@@ -143,8 +143,8 @@ def _microbatch(whole: TokenBatch, parallel: ParallelContext) -> _Microbatch:
 #   - average gradients over dp x cp, those of experts too (DDP without calculate_per_token_loss);
 #   - divide gradients by the all-reduced num_tokens (finalize_model_grads);
 #   - multiply a router's load-balancing loss by the rank's tokens (engine/mixtures.py, BalancedRouter).
-# calculate_per_token_loss=True (engine/model.py) with a 3-tuple loss switches the first three off; the
-# functions here take care of the tuple and of the division.
+# calculate_per_token_loss=True (engine/megatron_config.py) with a 3-tuple loss switches the first three off;
+# the functions here take care of the tuple and of the division.
 
 
 def as_megatron_loss(loss: Tensor, report: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.chat import encode_prompt
 from megatron_sftrl.data.formats import read_formatted
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
@@ -71,9 +71,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         | stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint),
         stop=(*request.sampling.stop, *(grpo.rollout.stop if (grpo := config.grpo) is not None else ())),
     )
-    with parallel_context(
-        config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
-    ) as parallel:
+    with run_context(config) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         give_weights(policy, checkpoint, config)
         engine = InProcessEngine(parallel, max_responses=_RESPONSES_AT_ONCE, decode=tokenizer.decode)

@@ -16,7 +16,7 @@ from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.prompts import PromptSet
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
-from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.observability.run_directory import open_run_directory
 from megatron_sftrl.rl.advantages import logprob_mismatch, mean_pass_at_k, reward_statistics
@@ -163,9 +163,7 @@ def run_grpo(config: GrpoConfig) -> bool:
     prompts, valid = open_prompts(checked)
     with (
         StopRequest() as stop,
-        parallel_context(
-            config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
-        ) as parallel,
+        run_context(config) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):

@@ -19,7 +19,7 @@ from megatron_sftrl.data.mixture import Mixture, describe_mixture, plan_mixture,
 from megatron_sftrl.data.rows import scorer_warnings
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
-from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
+from megatron_sftrl.engine.parallel import ParallelContext, run_context
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
@@ -198,9 +198,7 @@ def run_sft(config: RunConfig) -> bool:
     checked = checked_run(config)
     with (
         StopRequest() as stop,
-        parallel_context(
-            config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
-        ) as parallel,
+        run_context(config) as parallel,
     ):
         directory = open_run_directory(config, is_writer=False)
         with hold(directory):

@@ -25,7 +25,7 @@ from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.dataset import Dataset
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.parallel import parallel_context
+from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
@@ -81,9 +81,7 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
     checkpoint = request.checkpoint or config.run_dir
     ends = stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint)
     with (
-        parallel_context(
-            config.parallel, hang_minutes=config.train.hang_minutes, deterministic=config.train.deterministic
-        ) as parallel,
+        run_context(config) as parallel,
         RewardPool(config.rewards, config.reward_workers) as rewards,
     ):
         check_engine(config, architecture, parallel.device, world_size=parallel.world_size)

@@ -263,7 +263,10 @@ class _Planner:
     def config_with(self, words: Sequence[str]) -> TrainingConfig:
         """The run's configuration; it generates as on GPUs with vLLM where it leaves the engine open."""
         config = load_any_config(self._request.config, [*self._request.overrides, *words])
-        return config if config.grpo is None else with_engine(config.grpo, is_cuda=True, has_vllm=True)[0]
+        if config.grpo is None:
+            return config
+        place = "on the GPUs that are planned for"
+        return with_engine(config.grpo, is_cuda=True, has_vllm=True, place=place)[0]
 
     def plan(self, config: TrainingConfig) -> Plan:
         """The plan in the configuration's own layout."""

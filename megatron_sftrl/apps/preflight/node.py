@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.engine.device import installed_version
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.tensors import hf_shapes
 
@@ -56,7 +56,7 @@ def node_facts() -> NodeFacts:
         # An old driver is counted, and then fails.
         gpus=tuple(map(_gpu, range(torch.cuda.device_count() if torch.cuda.is_available() else 0))),
         versions={
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: installed_version(name) for name in _PACKAGES},
             "python": platform.python_version(),
             "cuda": torch.version.cuda or "absent",
             "megatron_sftrl's code": _code_hash(),
@@ -77,13 +77,6 @@ def is_leader() -> bool:
 def _gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 def _code_hash() -> str:

@@ -87,6 +87,9 @@ def test_a_run_that_names_no_engine_is_planned_with_the_one_of_gpus_that_have_vl
     assert told[0] == told[1] != told[2]
     assert "Rollouts by vllm: " in told[0][1]
     assert "Rollouts by in_process: " in told[2][1]
+    words = ["rollout.engine=null", "rollout.vllm=null", "rollout.max_concurrent=8"]
+    assert plan("grpo_70b", tmp_path, *words) == 2
+    assert "that is vllm on the GPUs that are planned for, since" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_do_fit(
