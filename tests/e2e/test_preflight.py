@@ -85,8 +85,12 @@ def test_one_process_needs_no_launcher(line: list[str]) -> None:
 def other_versions() -> contextlib.AbstractContextManager:
     from megatron_sftrl.apps.preflight import node
 
-    right = node._version
-    return mock.patch.object(node, "_version", lambda name: "0.0" if name == "torch" else right(name))
+    right = node.installed_version
+
+    def another(name: str) -> str:
+        return "0.0" if name == "torch" else right(name)
+
+    return mock.patch.object(node, "installed_version", another)
 
 
 def wrong_clock() -> contextlib.AbstractContextManager:
