@@ -8,6 +8,8 @@ mode cannot see, are replaced one by one. Written against megatron-core 0.16.1; 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +39,32 @@ def install() -> bool:
     _redirect_token_dispatch()
     _redirect_uneven_gather()
     return True
+
+
+def import_megatron() -> None:
+    """Import megatron.core without what costs half of the time of it and is of no use here.
+
+    wandb, which it would have its inference server log to; and, without CUDA, torch's compilers, which load
+    as soon as a function is given to torch.compile: fused functions are then what they were before.
+    """
+    hidden = "wandb" not in sys.modules
+    compiler = torch.compile
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    if torch.cuda.device_count() == 0:
+        torch.compile = _uncompiled
+    try:
+        importlib.import_module("megatron.core")
+        if torch.cuda.device_count() == 0:  # for what is imported later
+            importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    finally:
+        torch.compile = compiler
+        if hidden:
+            del sys.modules["wandb"]
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def without_redirection() -> contextlib.AbstractContextManager:

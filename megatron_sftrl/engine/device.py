@@ -20,19 +20,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainingConfig
+from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.errors import UserError
 
 _CHOICE = "SFTRL_DEVICE"
 
 
 def before_megatron() -> None:
-    """Choose the CPU where SFTRL_DEVICE=cpu asks for it, and look at Transformer Engine.
+    """Choose the CPU where SFTRL_DEVICE=cpu asks for it, look at Transformer Engine, import megatron.core.
 
-    Before the first import of megatron.core, which imports Transformer Engine, and before CUDA starts.
+    Before any other import of megatron.core, which imports Transformer Engine, and before CUDA starts.
     """
     if os.environ.get(_CHOICE) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     transformer_engine()
+    cpu_backend.import_megatron()
 
 
 def check_device(config: TrainingConfig) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -64,3 +68,17 @@ def test_transformers_still_computes_its_rotary_frequencies_under_the_redirectio
     # Replacing torch's factory functions gives transformers a garbage inv_freq; a mode must not.
     expected = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
     torch.testing.assert_close(run_ranks(1, rotary_frequencies)[0], expected)
+
+
+def test_importing_megatron_loads_neither_wandb_nor_torch_s_compilers() -> None:
+    look = (
+        "import sys, torch; compiler = torch.compile; import megatron_sftrl.engine.model;"
+        "print([name for name in ('wandb', 'torch._dynamo', 'torch._inductor') if name in sys.modules]);"
+        "from megatron.core.jit import jit_fuser;"
+        "print(torch.compile is compiler, jit_fuser(look := lambda: 1) is look);"
+        "import wandb; print(wandb.__version__)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", look], capture_output=True, text=True, timeout=300
+    )
+    assert ended.stdout.splitlines() == ["[]", "True True", version("wandb")], ended.stderr
