@@ -31,7 +31,8 @@ SEVERAL_NODES = [
     EXAMPLES / f"{name}.yaml"
     for name in ("curiosft_70b", "gift_70b", "gift_72b_qwen", "gift_moe", "grpo_70b", "pear_70b")
 ]
-COMPARE = EXAMPLES / "compare_tiny.yaml"
+COMPARE = [EXAMPLES / f"compare_{name}.yaml" for name in ("smollm2", "tiny")]
+WRITER = EXAMPLES / "compare_smollm2_writer.yaml"
 QUICKSTART = sorted((EXAMPLES / "quickstart").glob("*.yaml"))
 
 
@@ -47,6 +48,22 @@ def load_quickstart(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def smollm2() -> Architecture:
+    """The sizes of SmolLM2-135M."""
+    section = ArchitectureSection(
+        family="llama",
+        num_layers=30,
+        hidden_size=576,
+        ffn_hidden_size=1536,
+        num_attention_heads=9,
+        num_query_groups=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_embeddings=True,
+    )
+    return from_section(section)
 
 
 def qwen_7b() -> Architecture:
@@ -65,7 +82,9 @@ def qwen_7b() -> Architecture:
 
 
 def test_there_is_an_example_for_each_method() -> None:
-    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, GRPO, GRPO_VLLM, COMPARE} == {*EXAMPLES.glob("*.yaml")}
+    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, GRPO, GRPO_VLLM, *COMPARE, WRITER} == {
+        *EXAMPLES.glob("*.yaml")
+    }
     assert [path.stem for path in QUICKSTART] == ["base", "gift", "grpo"]
 
 
@@ -99,8 +118,11 @@ def test_the_vllm_example_is_the_grpo_example_with_another_engine_that_fits_too(
     assert changed == {"run_dir", "rollout"}
 
 
-def test_the_tiny_comparison_has_every_method_and_scores_by_the_writer_of_its_demonstrations() -> None:
-    config = read_compare_config(COMPARE, [])
+@pytest.mark.parametrize("path", COMPARE, ids=lambda path: path.stem)
+def test_a_comparison_has_every_method_and_scores_by_the_writer_of_its_demonstrations(
+    path: Path,
+) -> None:
+    config = read_compare_config(path, [])
     stages = stages_of(config)
     arms = {stage.arm: stage for stage in stages if stage.kind == "sft"}
     assert set(arms) == {"sft", "gift", "pear", "curiosft", "dft"}
@@ -108,13 +130,15 @@ def test_the_tiny_comparison_has_every_method_and_scores_by_the_writer_of_its_de
         run = config_from_text(stage.text, source=name)
         loss = build_loss(run.loss.name, run.loss.options)
         assert loss.name == name
-        assert run.model.architecture is not None
-        check_run(run, from_section(run.model.architecture), 1, loss_needs=loss.needs)
+        sizes = smollm2() if run.model.architecture is None else from_section(run.model.architecture)
+        check_run(run, sizes, 1, loss_needs=loss.needs)
     (score,) = (stage for stage in stages if stage.kind == "score")
-    script = COMPARE.with_suffix(".sh").read_text()
     writer, shown = (score.words[score.words.index(key) + 1] for key in ("--checkpoint", "--data"))
-    assert (writer, shown) == ("runs/compare_tiny/writer", "runs/compare_tiny/demonstrations.jsonl")
-    assert "run_dir=$out/writer" in script
+    folder = f"runs/{path.stem}"
+    assert (writer, shown) == (f"{folder}/writer", f"{folder}/demonstrations.jsonl")
+    script = path.with_suffix(".sh").read_text()
+    assert f"out={folder}\n" in script
+    assert "run_dir=$out/writer" in script or load_config(WRITER).run_dir == Path(writer)
 
 
 def test_a_recipe_as_released_differs_from_the_papers_in_what_it_says_and_in_nothing_else() -> None:
