@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -27,4 +27,17 @@ def grid(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
         )
         for i, row in enumerate(rows)
         for j, column in enumerate(columns)
+    ]
+
+
+def cases(names: Iterable[str], *, rarely: Collection[str]) -> list[Any]:
+    """Every name; those of `rarely` only when all is asked for. They ask what others of the list ask, too."""
+    names, wanted = list(names), is_full()
+    if unknown := set(rarely) - set(names):
+        raise ValueError(f"{sorted(unknown)} are none of {names}")
+    return [
+        pytest.param(
+            name, marks=[pytest.mark.skip(reason=HOW_TO_RUN_ALL)] if name in rarely and not wanted else []
+        )
+        for name in names
     ]
