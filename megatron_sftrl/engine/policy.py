@@ -47,6 +47,7 @@ from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, fin
 from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.vocab_parallel import TokenDistribution
 
 # How long a rank takes to its own gradients, before it waits for those of others.
 
@@ -89,6 +90,10 @@ def _seconds(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) ->
         return start.elapsed_time(stop) / 1e3
     assert isinstance(start, float) and isinstance(stop, float)
     return stop - start
+
+
+Ask = Callable[[TokenDistribution, TokenDistribution | None, Tensor], Sequence[Tensor]]
+"""[T] nats, one or several, from the policy, the reference where there is one, and the labels [T] int64."""
 
 
 class PolicyEngine:
@@ -207,23 +212,30 @@ class PolicyEngine:
 
     @torch.no_grad()
     @named_operator()
-    def logprobs(self, batches: Sequence[TokenBatch], *, temperature: float = 1.0) -> list[Tensor]:
-        """log-probability of each label, [T] fp32 nats per whole micro-batch; empty before the last stage."""
+    def token_numbers(
+        self, batches: Sequence[TokenBatch], ask: Ask, reference: ReferenceModel | None = None
+    ) -> list[Tensor]:
+        """What `ask` answers of each token, [k, T] per whole micro-batch; empty before the last stage."""
         parallel, longest = self.parallel, self._objective.longest(batches)
+        reference_states = reference.hidden_states(batches) if reference is not None else []
 
-        def score(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
-            distribution = self._objective.distribution(
-                OutputHead(model=stage.model, hidden_states=stage.hidden_states), longest=longest
+        def look(stage: LastStageInput) -> tuple[Tensor, Tensor, Tensor]:
+            policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
+            prior = None if reference is None else reference.head(reference_states[stage.index])
+            answers = ask(
+                self._objective.distribution(policy, longest=longest),
+                None if prior is None else self._objective.distribution(prior, longest=longest),
+                stage.batch.labels,
             )
-            if temperature != 1.0:
-                distribution = distribution.tempered(temperature)
-            logprobs = distribution.logprobs(stage.batch.labels)
-            whole = gather_whole(logprobs, stage.lengths, parallel)
-            return as_megatron_loss(logprobs.new_zeros(()), whole)
+            whole = torch.stack([gather_whole(each, stage.lengths, parallel) for each in answers])
+            return as_megatron_loss(whole.new_zeros(()), whole)
 
-        return run_schedule(
-            self.wrapped, batches, score, parallel, forward_only=True, on_microbatch=self.on_microbatch
+        found = run_schedule(
+            self.wrapped, batches, look, parallel, forward_only=True, on_microbatch=self.on_microbatch
         )
+        if reference is not None:
+            reference.finish_step()
+        return found
 
     @named_operator()
     def optim_step(self, step: int, *, num_steps: int, loss: float = 0.0) -> OptimStep:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
 from megatron_sftrl.data.packing import StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
-from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.policy import Ask, PolicyEngine
+from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.losses.api import Aggregation
 from megatron_sftrl.rl.advantages import AdvantageEstimator, by_group, group_advantages
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.types import Rollout
+from megatron_sftrl.vocab_parallel import TokenDistribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +158,7 @@ def with_advantages(responses: Sequence[Response], estimator: AdvantageEstimator
     ]
 
 
-# Log-probabilities of learned tokens under the policy, collected from all ranks.
+# What the policy says of learned tokens, collected from all ranks.
 
 
 def score_responses(
@@ -163,24 +167,38 @@ def score_responses(
     """Nats of each learned token, in order, by row of the step; every rank calls it and gets all of them.
 
     Raises:
+        FloatingPointError: as look_at_tokens.
+    """
+    found = look_at_tokens(policy, data, partial(_logprobs, temperature=temperature))
+    return {row: logprobs for row, (logprobs,) in found.items()}
+
+
+def look_at_tokens(
+    policy: PolicyEngine, data: StepData, ask: Ask, reference: ReferenceModel | None = None
+) -> dict[int, list[list[float]]]:
+    """What `ask` answers of each learned token, a list for each question, by row of the step.
+
+    Every rank calls it and gets all of them.
+
+    Raises:
         FloatingPointError: on every rank: some that are NaN or infinite.
     """
     parallel = policy.parallel
-    mine: dict[int, list[float]] = {}
+    mine: dict[int, list[list[float]]] = {}
     with policy.evaluation():
-        logprobs = policy.logprobs(data.batches, temperature=temperature)
+        numbers = policy.token_numbers(data.batches, ask, reference)
     # Empty on all but the last pipeline stage.
-    if logprobs:
+    if numbers:
         for values, batch, rows in zip(
-            logprobs, data.batches, data.microbatch_rows[parallel.dp_rank], strict=True
+            numbers, data.batches, data.microbatch_rows[parallel.dp_rank], strict=True
         ):
             starts = batch.cu_seqlens.tolist()
             whole, mask = values.cpu(), batch.loss_mask
             for row, start, stop in zip(rows, starts, starts[1:], strict=False):
-                mine[row] = whole[start:stop][mask[start:stop]].tolist()
-    shares: list[dict[int, list[float]] | None] = [None] * parallel.world_size
+                mine[row] = whole[:, start:stop][:, mask[start:stop]].tolist()
+    shares: list[dict[int, list[list[float]]] | None] = [None] * parallel.world_size
     dist.all_gather_object(shares, mine)
-    bad = [rank for rank, share in enumerate(shares) if not all(map(_is_finite, (share or {}).values()))]
+    bad = [rank for rank, share in enumerate(shares) if not all(map(_are_finite, (share or {}).values()))]
     if bad:
         raise FloatingPointError(
             f"log-probabilities under the policy are NaN or infinite, on rank {', '.join(map(str, bad))}"
@@ -188,5 +206,40 @@ def score_responses(
     return {row: values for share in shares if share for row, values in share.items()}
 
 
-def _is_finite(values: list[float]) -> bool:
-    return all(map(math.isfinite, values))
+def look_at_responses(
+    policy: PolicyEngine, batches: ExperienceBatches, responses: Sequence[Response], *, temperature: float
+) -> list[tuple[list[float], list[float]]]:
+    """Log-probability and entropy of each generated token at the temperature, nats, for each response.
+
+    Both are the trainer's own and over the whole vocabulary, in parts of batch.global_size responses.
+
+    Raises:
+        FloatingPointError: as look_at_tokens.
+    """
+    ask, size = partial(_logprobs_and_entropies, temperature=temperature), batches.batch.global_size
+    found: list[tuple[list[float], list[float]]] = []
+    for start in range(0, len(responses), size):
+        data = batches.lay_out(responses[start : start + size], everything=True)
+        assert data is not None, "a response has at least one token"
+        of_part = look_at_tokens(policy, data, ask)
+        found += [(of_part[row][0], of_part[row][1]) for row in range(len(of_part))]
+    return found
+
+
+def _logprobs(
+    policy: TokenDistribution, reference: TokenDistribution | None, labels: Tensor, *, temperature: float
+) -> tuple[Tensor]:
+    policy = policy if temperature == 1.0 else policy.tempered(temperature)
+    return (policy.logprobs(labels),)
+
+
+def _logprobs_and_entropies(
+    policy: TokenDistribution, reference: TokenDistribution | None, labels: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    policy = policy if temperature == 1.0 else policy.tempered(temperature)
+    policy.anticipate(labels)  # both come from one look at the logits
+    return policy.logprobs(labels), policy.entropy()
+
+
+def _are_finite(numbers: list[list[float]]) -> bool:
+    return all(math.isfinite(value) for values in numbers for value in values)

@@ -38,7 +38,7 @@ from megatron_sftrl.trainers.experience import (
     first_rewards,
     grouped,
     known_rewards,
-    score_responses,
+    look_at_responses,
 )
 from megatron_sftrl.trainers.guards import named_step, stop_on_idle_streak, tell_skipped
 from megatron_sftrl.trainers.rollouts import (
@@ -309,16 +309,13 @@ class GrpoTrainer:
 
     def _with_old_logprobs(self, responses: Sequence[Response]) -> list[Response]:
         """The trainer's own log-probabilities at the sampling temperature, before the first update."""
-        if not responses:
-            return []
-        found: dict[int, list[float]] = {}
-        for start in range(0, len(responses), self.config.batch.global_size):
-            part = responses[start : start + self.config.batch.global_size]
-            data = self.batches.lay_out(part, everything=True)
-            assert data is not None
-            scores = score_responses(self.run.policy, data, temperature=self.sampling.temperature)
-            found |= {start + place: values for place, values in scores.items()}
-        return [replace(each, old_logprobs=tuple(found[i])) for i, each in enumerate(responses)]
+        found = look_at_responses(
+            self.run.policy, self.batches, responses, temperature=self.sampling.temperature
+        )
+        return [
+            replace(each, old_logprobs=tuple(logprobs))
+            for each, (logprobs, _) in zip(responses, found, strict=True)
+        ]
 
     def _update(self, responses: Sequence[Response]) -> list[tuple[StepReport, OptimStep]]:
         """Mini-batches of batch.global_size responses, rollout.passes times over all of them.

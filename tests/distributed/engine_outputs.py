@@ -64,6 +64,32 @@ def engine_logits(
     return logits[0] if logits else None
 
 
+def engine_token_numbers(
+    config: RunConfig, architecture: Architecture, tokens: Tensor, lengths: list[int], base: Path
+) -> Tensor | None:
+    """[3, T]: log p of each token itself and entropy at temperature 0.7, KL(p || base) at 1; nats."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.config.schema import ReferenceSection
+    from megatron_sftrl.engine.live_weights import load_hf_weights
+    from megatron_sftrl.engine.reference import ReferenceModel
+    from megatron_sftrl.models.hf_weights import open_weights
+    from megatron_sftrl.trainers.experience import _logprobs_and_entropies
+
+    context, policy = _loaded_policy(config, architecture)
+    reference = ReferenceModel(architecture, config, ReferenceSection(kind="frozen"), context)
+    with open_weights(base) as weights:
+        load_hf_weights(reference.chunks, weights, architecture, context)
+
+    def ask(policy, prior, labels):
+        return [*_logprobs_and_entropies(policy, prior, labels, temperature=0.7), policy.kl_to(prior)]
+
+    batches = [_packed(tokens, lengths)] * context.pp_size
+    found = policy.token_numbers(batches, ask, reference)
+    parallel_state.destroy_model_parallel()
+    return found[0] if found else None
+
+
 def engine_greedy(
     config: RunConfig, architecture: Architecture, prompts: list[tuple[int, ...]], num_new: int
 ) -> list[tuple[int, ...]]:

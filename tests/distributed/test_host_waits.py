@@ -106,7 +106,7 @@ def askers_of_a_step(
     try:
         policy.forward_backward(batches, build_loss(loss, LOSSES[loss]), reference)
         with torch.no_grad():
-            policy.logprobs(batches)
+            policy.token_numbers(batches, lambda p, _, ids: [p.logprobs(ids)])
     finally:
         schedule.get_forward_backward_func = original
     parallel_state.destroy_model_parallel()

@@ -103,7 +103,9 @@ def run(parallel: dict, dtype: str, model: dict, optim: dict, leaves: bool) -> O
 
 def logprobs_of(policy: Any, batches: list) -> list[list[float]]:
     with policy.evaluation():
-        return [each.tolist() for each in policy.logprobs(batches)]
+        return [
+            each[0].tolist() for each in policy.token_numbers(batches, lambda p, _, ids: [p.logprobs(ids)])
+        ]
 
 
 def storage_bytes() -> int:

@@ -95,7 +95,7 @@ def microbatches_of_each_verb() -> dict[str, int]:
     for name, verb in {
         "train": lambda: policy.forward_backward(batches, loss),
         "evaluate": lambda: policy.evaluate(batches, loss),
-        "score": lambda: policy.logprobs(batches),
+        "score": lambda: policy.token_numbers(batches, lambda p, _, ids: [p.logprobs(ids)]),
     }.items():
         begun.clear()
         verb()

@@ -62,7 +62,11 @@ def test_the_numbers_are_those_of_the_responses_that_were_kept(
         assert results[arm]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
         lengths = [sum(len(each["tokens"]) for each in group) / number for group in groups]
         assert results[arm]["tokens"]["value"] == pytest.approx(sum(lengths) / len(lengths))
-    assert set(results["sampled"]) == {*results["greedy"], "entropy", "pass@1", f"pass@{SAMPLES}"}
+    entropies = {"entropy", "entropy/top_fifth"}
+    assert set(results["sampled"]) == {*results["greedy"], *entropies, "pass@1", f"pass@{SAMPLES}"}
+    drawn = [[each["entropies"] for each in lines["sampled", n]["responses"]] for n in range(len(prompts))]
+    means = [sum(map(sum, group)) / sum(map(len, group)) for group in drawn]
+    assert results["sampled"]["entropy"]["value"] == pytest.approx(sum(means) / len(means))
     scored = tmp_path / "scored.jsonl"
     sftrl(
         "score", str(grpo.yaml), f"run_dir={grpo_run}", "--checkpoint", str(grpo_run),
@@ -90,6 +94,10 @@ def test_two_processes_answer_as_one_does(
     out = tmp_path / "out"
     sftrl(*command(grpo, grpo_run, out, layout), ranks=2)
     assert texts_of(out) == texts_of(evaluated)
+    for key, line in lines_of(evaluated).items():
+        for mine, theirs in zip(lines_of(out)[key]["responses"], line["responses"], strict=True):
+            assert len(theirs["entropies"]) == (len(theirs["tokens"]) if key[0] == "sampled" else 0)
+            assert mine["entropies"] == pytest.approx(theirs["entropies"], abs=1e-5)
     likely = [json.loads((each / "results.json").read_text())["results"] for each in (out, evaluated)]
     ours, theirs = (each["demonstrations"]["nll/token"]["value"] for each in likely)
     assert ours == pytest.approx(theirs, abs=1e-5)

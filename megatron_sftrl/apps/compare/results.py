@@ -35,7 +35,7 @@ SIDES = {"sft": "after SFT", "grpo": "after RL"}
 GREEDY = "greedy accuracy"
 NLL = "nll/token"
 UNJUDGED = "unjudged"
-_TOLD = (SCORE, GREEDY, "lenient", "entropy", "tokens", "finished", "repetition", NLL)
+_TOLD = (SCORE, GREEDY, "lenient", "entropy", "entropy/top_fifth", "tokens", "finished", "repetition", NLL)
 CURVES = ("reward/mean", "entropy")
 _SIGNIFICANT = 0.05
 

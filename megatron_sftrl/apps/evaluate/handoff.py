@@ -71,7 +71,7 @@ def judge(groups: Sequence[Group], limits: Limits, *, seed: int) -> list[Finding
 
 
 def _entropy(group: Group) -> float:
-    return _mean([-value for each in group for value in each.logprobs])
+    return _mean([value for each in group for value in each.entropies])
 
 
 def _is_equal(group: Group) -> float:

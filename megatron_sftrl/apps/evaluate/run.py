@@ -34,8 +34,8 @@ from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
-from megatron_sftrl.trainers.checked import checked_model, response_text, stop_ids
-from megatron_sftrl.trainers.experience import Response, grouped
+from megatron_sftrl.trainers.checked import batch_layout, checked_model, response_text, stop_ids
+from megatron_sftrl.trainers.experience import ExperienceBatches, Response, grouped, look_at_responses
 from megatron_sftrl.trainers.grpo import SUCCESS
 from megatron_sftrl.trainers.rollouts import RolloutCollector, check_rows, try_own_answers
 from megatron_sftrl.trainers.weights import give_weights
@@ -107,13 +107,23 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
             collector = RolloutCollector(
                 config, prompts, tokenizer, parallel, rewards, arms["greedy"], Timers()
             )
+            batches = ExperienceBatches(
+                batch=config.batch,
+                layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
+                max_length=config.rollout.max_new_tokens,
+                pad_id=tokenizer.pad_id,
+                mask_truncated=False,
+            )
             for arm, sampling in arms.items():
                 left = [place for place in range(len(prompts.rows)) if (arm, place) not in log.done]
                 for start in range(0, len(left), config.rollout.prompts_per_step):
                     places = left[start : start + config.rollout.prompts_per_step]
                     rows = [(place, prompts.rows[place]) for place in places]
                     groups = grouped(collector.answer(engine, rows, sampling))
-                    lines = [_line(arm, place, groups[place], sampling, tokenizer) for place in places]
+                    nats = _entropies(policy, batches, groups, arm)
+                    lines = [
+                        _line(arm, place, groups[place], nats[place], sampling, tokenizer) for place in places
+                    ]
                     on_rank_zero(partial(log.append, lines))
         on_rank_zero(lambda: _finish(request, settings, list(scores.values())))
     return parallel.rank == 0
@@ -145,6 +155,7 @@ def _asked_settings(config: GrpoConfig, request: EvalRequest) -> dict[str, Any]:
         "samples": request.num_samples,
         "seed": request.seed,
         "dtype": config.model.dtype,
+        "entropies": "whole vocabulary, temperature 1",
         "versions": _versions(),
     }
 
@@ -190,8 +201,22 @@ def _arms(config: GrpoConfig, request: EvalRequest, ends: frozenset[int]) -> dic
     return {"greedy": greedy, "sampled": replace(greedy, num_samples=request.num_samples, **drawn)}
 
 
+def _entropies(
+    policy: PolicyEngine, batches: ExperienceBatches, groups: Mapping[int, Sequence[Response]], arm: str
+) -> dict[int, list[list[float]]]:
+    """Nats of each drawn token, over the whole vocabulary at temperature 1; none of a greedy response."""
+    responses = [each for group in groups.values() for each in group] if arm == "sampled" else []
+    found = iter(look_at_responses(policy, batches, responses, temperature=1.0))
+    return {place: [next(found)[1] if responses else [] for _ in group] for place, group in groups.items()}
+
+
 def _line(
-    arm: str, place: int, group: Sequence[Response], sampling: SamplingParams, tokenizer: Tokenizer
+    arm: str,
+    place: int,
+    group: Sequence[Response],
+    entropies: Sequence[list[float]],
+    sampling: SamplingParams,
+    tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """What the log keeps of the responses to a prompt."""
     return {
@@ -204,11 +229,12 @@ def _line(
                 "text": response_text(tokenizer, each.rollout.response_tokens, sampling),
                 "tokens": list(each.rollout.response_tokens),
                 "logprobs": list(each.rollout.logprobs),
+                "entropies": nats,
                 "is_finished": each.rollout.is_finished,
                 "rewards": [asdict(part) for part in each.scored.parts],
                 "first": each.scored.first,
             }
-            for each in group
+            for each, nats in zip(group, entropies, strict=True)
         ],
     }
 
@@ -284,7 +310,6 @@ def answers_of(folder: Path, arm: str) -> list[list[Answer]]:
 def _finish(request: EvalRequest, settings: Mapping[str, Any], logprobs: Sequence[list[float]]) -> None:
     """results.json, and a table on standard output."""
     results = {"greedy": measure(answers_of(request.out, "greedy"), ks=[], seed=request.seed)}
-    del results["greedy"]["entropy"]  # nothing was drawn
     if sampled := answers_of(request.out, "sampled"):
         results["sampled"] = measure(sampled, ks=request.ks, seed=request.seed)
     if logprobs:
@@ -314,6 +339,6 @@ def _answer(response: Mapping[str, Any]) -> Answer:
         answer=parts[0]["answer"] if is_judged else None,
         rewards={part["name"]: part["reward"] if part["outcome"] == "ok" else None for part in parts},
         tokens=response["tokens"],
-        logprobs=response["logprobs"],
+        entropies=response["entropies"],
         is_finished=response["is_finished"],
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.rl.advantages import pass_at_k
+from megatron_sftrl.rl.advantages import mean_of_top_fifth, pass_at_k
 
 _NUM_RESAMPLES = 2000
 _AT_ONCE = 2**22
@@ -39,7 +39,7 @@ class Answer:
         is_right: by the first reward's strict reading; None where it could not be judged.
         is_right_leniently: by its lenient reading.
         answer: what the first reward read as the answer; None where it says none.
-        logprobs: nats of each token at the sampling temperature.
+        entropies: of the policy at temperature 1 at each token, in nats; none of a greedy response.
     """
 
     is_right: bool | None
@@ -47,7 +47,7 @@ class Answer:
     answer: str | None
     rewards: Mapping[str, float | None]
     tokens: Sequence[int]
-    logprobs: Sequence[float]
+    entropies: Sequence[float]
     is_finished: bool
 
 
@@ -98,8 +98,9 @@ def per_prompt(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int]) -> dic
         majority@n             share of prompts whose most frequent answer is right, ties counted by their
                                share; not there where the first reward names no answers
         reward/NAME            mean of each reward
-        entropy                mean of -log p of the tokens that were drawn, in nats: at temperature 1 and
-                               without top_p and top_k an unbiased estimate of the policy's entropy
+        entropy                the policy's at temperature 1 where tokens were drawn, over the whole
+                               vocabulary, in nats: mean over the tokens of all responses to the prompt
+        entropy/top_fifth      mean over the fifth of them with the highest entropy (rl.advantages)
         tokens, finished       length with the end token, share that reached it
         repetition             share of a response's runs of four tokens that it has had before
         unjudged               share of responses that the first reward could not judge
@@ -122,8 +123,9 @@ def per_prompt(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int]) -> dic
         found[f"majority@{fewest}"] = [_majority(group) for group in answers]
     for name in answers[0][0].rewards:
         found[f"reward/{name}"] = [_share(group, lambda each, n=name: each.rewards[n]) for group in answers]
-    drawn = [[-value for each in group for value in each.logprobs] for group in answers]
+    drawn = [[value for each in group for value in each.entropies] for group in answers]
     found["entropy"] = [math.fsum(group) / len(group) if group else None for group in drawn]
+    found["entropy/top_fifth"] = [mean_of_top_fifth(group) if group else None for group in drawn]
     found["tokens"] = [_share(group, lambda each: len(each.tokens)) for group in answers]
     found["finished"] = [_share(group, lambda each: each.is_finished) for group in answers]
     found["repetition"] = [_share(group, lambda each: repetition(each.tokens)) for group in answers]

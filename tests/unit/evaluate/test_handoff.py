@@ -19,7 +19,7 @@ RIGHT = Answer(
     answer=None,
     rewards={"first": 1.0},
     tokens=[1, 2],
-    logprobs=[-0.5, -0.7],
+    entropies=[0.5, 0.7],
     is_finished=True,
 )
 WRONG = replace(RIGHT, is_right=False, is_right_leniently=False)
@@ -51,7 +51,7 @@ def test_a_policy_that_is_sometimes_right_is_ready() -> None:
 @pytest.mark.parametrize(
     ("groups", "names"),
     [
-        (changed(logprobs=[-0.1, -0.2]), {"min_entropy"}),
+        (changed(entropies=[0.1, 0.2]), {"min_entropy"}),
         ([[RIGHT] * 4] * 50 + [[RIGHT, WRONG, WRONG, WRONG]] * 10, {"max_equal_groups"}),
         ([[WRONG] * 4] * 12, {"max_equal_groups", "min_headroom"}),
         (changed(is_finished=False), {"min_finished"}),

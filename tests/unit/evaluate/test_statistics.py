@@ -24,7 +24,7 @@ def answer(
     lenient: bool | None = None,
     text: str | None = None,
     tokens: int = 3,
-    logprob: float = -0.5,
+    entropies: tuple[float, ...] = (),
 ) -> Answer:
     return Answer(
         is_right=is_right,
@@ -32,7 +32,7 @@ def answer(
         answer=text,
         rewards={"first": None if is_right is None else float(is_right), "length": -1.0},
         tokens=list(range(tokens)),
-        logprobs=[logprob] * tokens,
+        entropies=entropies,
         is_finished=tokens < 5,
     )
 
@@ -75,14 +75,21 @@ def test_the_majority_is_the_most_frequent_answer_and_ties_are_shared() -> None:
 
 def test_the_other_numbers_of_responses() -> None:
     answers = [
-        [answer(False, lenient=True, tokens=2, logprob=-1.0), answer(True, tokens=6, logprob=-0.25)],
-        [answer(True, tokens=1, logprob=-3.0), answer(True, tokens=1, logprob=-1.0)],
+        [
+            answer(False, lenient=True, tokens=2, entropies=(1.0, 0.0)),
+            answer(True, tokens=6, entropies=(0.25, 0.5, 4.0, 0.0, 0.0, 0.25)),
+        ],
+        [answer(True, tokens=1, entropies=(3.0,)), answer(True, tokens=1, entropies=(1.0,))],
     ]
     found = measure(answers, ks=[], seed=0)
     assert found["lenient"].value == 1.0
     assert found["tokens"].value == (4 + 1) / 2
     assert found["finished"].value == (0.5 + 1) / 2
-    assert found["entropy"].value == pytest.approx(((2 * 1.0 + 6 * 0.25) / 8 + 2.0) / 2)
+    assert found["entropy"].value == pytest.approx((6.0 / 8 + 2.0) / 2)
+    # A fifth of 8 tokens is 2 of them, wherever they stand; of 2 it is one.
+    assert found["entropy/top_fifth"].value == pytest.approx(((4.0 + 1.0) / 2 + 3.0) / 2)
+    greedy = measure([[answer(True)]], ks=[], seed=0)
+    assert not {"entropy", "entropy/top_fifth"} & set(greedy)
 
 
 @pytest.mark.parametrize(

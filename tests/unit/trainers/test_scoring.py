@@ -28,7 +28,7 @@ def said_of(value: float) -> str:
     policy: Any = SimpleNamespace(
         parallel=SimpleNamespace(world_size=2, dp_rank=rank),
         evaluation=contextlib.nullcontext,
-        logprobs=lambda batches, temperature: [numbers],
+        token_numbers=lambda batches, ask, reference: [numbers[None]],
     )
     try:
         return str(score_responses(policy, data))
