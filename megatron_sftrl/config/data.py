@@ -62,13 +62,25 @@ class PromptColumns(Section):
     """Turns of role and content (or from and value), the last of them not the assistant's."""
     answer: Column | None = None
     """What rewards read as `answer`."""
+    benchmark: Literal["gsm8k", "math", "mmlu", "mmlu_pro", "arc", "gpqa", "reasoning_gym"] | None = None
+    """The rows are those of a benchmark, in its published columns (docs/data.md): the question, its options
+    and the instruction are the prompt. In place of the three above."""
+    instruction: str | None = None
+    """What stands behind a benchmark's question, in place of its own instruction; empty for none."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> PromptColumns:
         if self.prompt is not None and self.messages is not None:
             raise UserError("data.columns: prompt and messages both say what is asked: give one of them")
-        if self.prompt is None and self.messages is None and self.answer is None:
-            raise UserError("data.columns: expected prompt, messages or answer, got none of them")
+        columns = [name for name in ("prompt", "messages", "answer") if getattr(self, name) is not None]
+        own = [name for name in ("benchmark", "instruction") if getattr(self, name) is not None]
+        if own and columns:
+            raise UserError(
+                f"data.columns: {own[0]} is for rows of a benchmark, whose columns are known: remove it, or "
+                f"{columns[0]}"
+            )
+        if not own and not columns:
+            raise UserError("data.columns: expected prompt, messages, answer or benchmark, got none of them")
         return self
 
 

@@ -18,7 +18,8 @@ class RewardSection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: str
-    """A registered reward: math, exact_match, reasoning_gym, format, length, or one of your own."""
+    """A registered reward: math, multiple_choice, exact_match, reasoning_gym, format, length, or one of your
+    own."""
     weight: float = Field(default=1.0, ge=-1e15, le=1e15, allow_inf_nan=False)
     """Factor of this reward in the sum that is trained; 0: measured and logged only."""
     modules: list[ModuleName] = []

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from megatron_sftrl.config.data import DemonstrationColumns, PromptColumns
+from megatron_sftrl.data.benchmarks import BENCHMARKS, Benchmark
 from megatron_sftrl.data.columnar import check_text_columns
 from megatron_sftrl.data.conversation import Conversation, Row, read_demonstration, read_prompt
 from megatron_sftrl.data.rows import OnRefused, read_file
@@ -48,6 +49,7 @@ class RowFormat:
         finish: changes what was found in the columns where it is not read as it stands.
         used: further columns that `finish` reads.
         is_mapped: the columns are the user's, from data.columns.
+        benchmark: what reads the row, in place of `columns`.
     """
 
     title: str
@@ -56,18 +58,23 @@ class RowFormat:
     finish: Callable[[dict[str, object], Row], None] = _leave_as_is
     used: tuple[str, ...] = ()
     is_mapped: bool = False
+    benchmark: Benchmark | None = None
 
     def __reduce__(self) -> tuple[Callable[..., RowFormat], tuple[object, ...]]:
         """Another process finds the same format there; its functions have no names to send."""
         return (_mapped_format, (dict(self.columns),)) if self.is_mapped else (_format_of, (self.title,))
 
-    def said_by(self, row: Row, kind: Kind) -> dict[str, object]:
+    def said_by(self, row: Row, kind: Kind, columns: Columns | None = None) -> dict[str, object]:
         """The row under the names that conversation.py reads, with the columns that are the user's own.
 
         Raises:
             UserError: a column that data.columns names is not there, or a column of another format is.
         """
         said = {name: self._value(row, name) for name in self.columns}
+        if self.benchmark is not None:
+            asked = columns.instruction if isinstance(columns, PromptColumns) else None
+            instruction = self.benchmark.instruction if asked is None else asked
+            said["prompt"] = self.benchmark.read(row).prompt(instruction)
         self.finish(said, row)
         others = {key: value for key, value in row.items() if key not in (*self.columns.values(), *self.used)}
         if kind == "demonstrations" and not self.is_mapped:
@@ -87,6 +94,8 @@ class RowFormat:
     @property
     def example(self) -> str:
         """`, such as data.columns: {...}`: how to choose this format, empty where no mapping can."""
+        if self.benchmark is not None:
+            return f", such as data.columns: {{benchmark: {self.benchmark.name}}}"
         if self.used:
             return ""
         return f", such as data.columns: {{{', '.join(f'{n}: {c}' for n, c in self.columns.items())}}}"
@@ -218,6 +227,17 @@ def _known(title: str, fits: Callable[[Row], bool], **columns: str) -> RowFormat
 
 _MESSAGES = _known("messages", _has("messages"), messages="messages")
 
+_BENCHMARKS = {
+    name: RowFormat(
+        title=f"{name} rows: question, options and instruction as the prompt",
+        columns=MappingProxyType({}),
+        fits=benchmark.fits,
+        used=tuple(column for each in benchmark.columns for column in each.split("|")),
+        benchmark=benchmark,
+    )
+    for name, benchmark in BENCHMARKS.items()
+}
+
 _FORMATS: dict[Kind, tuple[RowFormat, ...]] = {
     "demonstrations": (
         _MESSAGES,
@@ -259,22 +279,25 @@ _FORMATS: dict[Kind, tuple[RowFormat, ...]] = {
         _MESSAGES,
         _known(
             "question and answer: question as the prompt",
-            _has("question", "answer"),
+            # Options that the prompt would leave out make another question.
+            lambda row: _has("question", "answer")(row) and not any(map(row.get, ("options", "choices"))),
             prompt="question",
             answer="answer",
         ),
+        *(each for each in _BENCHMARKS.values() if each.benchmark and each.benchmark.known_by is not None),
     ),
 }
 
 
 def _format_of(title: str) -> RowFormat:
-    return next(each for formats in _FORMATS.values() for each in formats if each.title == title)
+    every = (*_FORMATS["demonstrations"], *_FORMATS["prompts"], *_BENCHMARKS.values())
+    return next(each for each in every if each.title == title)
 
 
 _EXPECTED: dict[Kind, str] = {
     "demonstrations": "expected prompt and response (or completion, or target), messages, conversations of "
     "from and value, or instruction and output",
-    "prompts": "expected either prompt or messages, or question and answer",
+    "prompts": "expected either prompt or messages, or question and answer, or the columns of a benchmark",
 }
 
 
@@ -287,11 +310,16 @@ def recognise(row: Row, kind: Kind, columns: Columns | None = None) -> RowFormat
     mapped = {} if columns is None else columns.model_dump(exclude_none=True)
     if any(name in mapped for name in _SAID_BY):
         return _mapped_format(mapped)
+    if "benchmark" in mapped:
+        return _named_benchmark(mapped["benchmark"], row)
     fitting = [each for each in _FORMATS[kind] if each.fits(row)]
     if not fitting:
         missing = ""
         if kind == "demonstrations":
             missing = f"the row has no {'prompt' if row.get('prompt') is None else 'response'}; "
+        elif meant := [each for each in BENCHMARKS.values() if each.is_meant(row)]:
+            lacking = ", or ".join(f"{' and '.join(each.missing(row))} of {each.name}" for each in meant)
+            missing = f"the row has no {lacking}; "
         raise UserError(
             f"{missing}{_EXPECTED[kind]}, got {sorted(row)}; data.columns names columns of other names"
         )
@@ -301,7 +329,20 @@ def recognise(row: Row, kind: Kind, columns: Columns | None = None) -> RowFormat
             f"the row fits two formats, {one.title}; and {two.title}: remove the columns of one, or name "
             f"those that are meant by data.columns{one.example or two.example}"
         )
+    if "instruction" in mapped and fitting[0].benchmark is None:
+        raise UserError(
+            f"data.columns.instruction is for rows of a benchmark, and the row holds {fitting[0].title}; "
+            "remove it, or name the benchmark by data.columns.benchmark"
+        )
     return fitting[0]
+
+
+def _named_benchmark(name: str, row: Row) -> RowFormat:
+    if missing := BENCHMARKS[name].missing(row):
+        raise UserError(
+            f"data.columns.benchmark: a row of {name} has {' and '.join(missing)}, got {sorted(row)}"
+        )
+    return _BENCHMARKS[name]
 
 
 def _mapped_format(mapped: Mapping[str, str]) -> RowFormat:
@@ -339,21 +380,30 @@ class FormattedRow:
             UserError: without the row's place: another format than the file's, or a row that cannot be used.
         """
         found = self.format
-        if not found.is_mapped and (found := recognise(self.values, self.kind)) is not self.format:
+        if not found.is_mapped and (
+            (found := recognise(self.values, self.kind, self.columns)) is not self.format
+        ):
             raise UserError(
                 f"the row holds {found.title}, but the first row of the file holds {self.format.title}; "
                 "write rows of one format into each file"
             )
-        said = found.said_by(self.values, self.kind)
+        said = found.said_by(self.values, self.kind, self.columns)
         read = read_demonstration if self.kind == "demonstrations" else read_prompt
         return read(said, found.columns)
 
     def values_with_answer(self) -> Mapping[str, object]:
         """The row for the rewards: every column, and `answer` from where the format has it.
 
+        Of a benchmark with options, `options` are their texts in the order of the letters, and the answer is
+        one of the letters.
+
         Raises:
             UserError: without the row's place: the answer's column is not there, or there are two answers.
         """
+        if self.format.benchmark is not None:
+            question = self.format.benchmark.read(self.values)
+            options = {"options": list(question.options)} if question.options else {}
+            return {**self.values, "answer": question.answer, **options}
         column = self.format.answer_column(self.columns)
         if column is None or column == "answer":
             return self.values
@@ -429,6 +479,7 @@ def _check_texts(file: SourceFile, chosen: RowFormat, kind: Kind, columns: Colum
     texts = {name: column for name, column in chosen.columns.items() if name != "messages"}
     if kind == "prompts":
         texts["answer"] = chosen.answer_column(columns) or "answer"
+    texts |= {name: name for name in chosen.used}
     turns = [column for name, column in chosen.columns.items() if name == "messages"]
     check_text_columns(file, list(texts.values()), turns=turns)
 

@@ -377,7 +377,7 @@ def _held_out_prompts(config: TrainingConfig) -> str:
     for path in config.held_out:
         with contextlib.suppress(UserError, OSError, StopIteration):
             row = next(read_rows(path)).values
-            read_prompt(recognise(row, "prompts", columns).said_by(row, "prompts"))
+            read_prompt(recognise(row, "prompts", columns).said_by(row, "prompts", columns))
             return str(path)
     return "PROMPTS.jsonl"
 

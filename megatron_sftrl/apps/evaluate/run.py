@@ -224,6 +224,8 @@ def _line(
         "prompt": place,
         "source": group[0].row.source,
         "text": tokenizer.decode(group[0].rollout.prompt_tokens),
+        # Of several-choice rows, in the order of the letters.
+        **{key: group[0].row.values[key] for key in ("answer", "options") if key in group[0].row.values},
         "responses": [
             {
                 "text": response_text(tokenizer, each.rollout.response_tokens, sampling),
@@ -279,7 +281,8 @@ class GenerationLog:
         for number, line in enumerate(whole, start=1):
             try:
                 found = json.loads(line)
-                lines.append({key: found[key] for key in ("arm", "prompt", "source", "text", "responses")})
+                _ = [found[key] for key in ("arm", "prompt", "source", "text", "responses")]
+                lines.append(found)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self._path}:{number}: expected a line that an evaluation wrote ({error!r}); remove "

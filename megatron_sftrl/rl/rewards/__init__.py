@@ -3,7 +3,7 @@
 Importing this folder registers the rewards below; it loads neither torch nor a verifier's library.
 """
 
-from megatron_sftrl.rl.rewards import math, reasoning_gym, text
+from megatron_sftrl.rl.rewards import choice, math, reasoning_gym, text
 from megatron_sftrl.rl.rewards.checks import (
     OwnRow,
     check_canaries,
@@ -28,7 +28,7 @@ from megatron_sftrl.rl.rewards.registry import (
     reward_metrics,
 )
 
-BUILT_IN = (math, reasoning_gym, text)
+BUILT_IN = (choice, math, reasoning_gym, text)
 
 __all__ = [
     "BUILT_IN",

@@ -125,11 +125,8 @@ def written_answer(text: str, formats: Sequence[Format], *, num_boxes: int = 1) 
     Behind <think> ... </think> only what follows is the answer. A line behind #### that holds no number is a
     heading where there is another answer. The last `num_boxes` boxes are read as a list.
     """
-    closed = text.rfind("</think>")
-    if text.rfind("<think>") > closed:
-        return None
-    text = text[closed + len("</think>") :] if closed >= 0 else text
-    boxes = _boxes(text) if "boxed" in formats else []
+    text = behind_thoughts(text)
+    boxes = last_boxes(text) if "boxed" in formats else []
     if boxes is None:
         return None
     lines = _lines_behind_hashes(text) if "hashes" in formats else []
@@ -144,13 +141,21 @@ def written_answer(text: str, formats: Sequence[Format], *, num_boxes: int = 1) 
     return lines[-1][1] if lines else None
 
 
+def behind_thoughts(text: str) -> str:
+    """What follows <think> ... </think>; nothing where the thoughts do not end."""
+    closed = text.rfind("</think>")
+    if text.rfind("<think>") > closed:
+        return ""
+    return text[closed + len("</think>") :] if closed >= 0 else text
+
+
 def last_number(text: str) -> str | None:
     """The last number, such as -1,234.5 or 3/4."""
     numbers = _NUMBER.findall(text[-TAIL:])
     return numbers[-1] if numbers else None
 
 
-def _boxes(text: str) -> list[tuple[int, int, str]] | None:
+def last_boxes(text: str) -> list[tuple[int, int, str]] | None:
     r"""Start, end and content of the last boxes that stand in no other; None if the last one was cut off."""
     found: list[tuple[int, int, str]] = []
     end = len(text)

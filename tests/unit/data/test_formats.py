@@ -319,7 +319,7 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest_one_and_the_row(
         (DemonstrationColumns, {}, "give prompt and response, or messages alone"),
         (DemonstrationColumns, {"prompt": "a"}, "give prompt and response, or messages alone"),
         (DemonstrationColumns, {"prompt": "a", "response": "b", "messages": "c"}, "or messages alone"),
-        (PromptColumns, {}, "expected prompt, messages or answer"),
+        (PromptColumns, {}, "expected prompt, messages, answer or benchmark"),
         (PromptColumns, {"prompt": "a", "messages": "b"}, "give one of them"),
     ],
 )
@@ -413,7 +413,7 @@ def test_a_demonstration_that_would_be_guessed_at_is_refused(
         ({"prompt": [ASK, THOUGHT]}, "prompt: the last turn is the assistant's"),
         ({"prompt": []}, "prompt: expected a list of turns, got an empty one"),
         ({"prompt": {"role": ["user"]}}, "prompt: expected a list of turns, got dict"),
-        ({"question": "a"}, "expected either prompt or messages, or question and answer, got"),
+        ({"question": "a"}, "expected either prompt or messages, or question and answer, or the columns of"),
         ({"instruction": "a", "output": "b"}, "expected either prompt or messages"),
     ],
 )
