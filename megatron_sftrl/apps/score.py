@@ -22,11 +22,12 @@ from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.data.tokenizing import Tokenizing, processes_of_this_rank, tokenize_rows
 from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.checked import batch_layout, checked_model
-from megatron_sftrl.trainers.experience import score_responses
+from megatron_sftrl.trainers.experience import ask_logprobs, ask_logprobs_and_kl, look_at_tokens
 from megatron_sftrl.trainers.weights import give_weights
 
 
@@ -50,7 +51,8 @@ def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: P
     with run_context(config) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         by = scorer(give_weights(policy, checkpoint, config).text, config.model.dtype)
-        scores = score_dataset(policy, config, dataset, pad_id=tokenizer.pad_id)
+        found = score_dataset(policy, config, dataset, pad_id=tokenizer.pad_id)
+        scores = {number: logprobs for number, (logprobs,) in found.items()}
         on_rank_zero(lambda: _write(out, rows, dataset, scores, by))
 
 
@@ -80,9 +82,18 @@ def read_whole(
 
 
 def score_dataset(
-    policy: PolicyEngine, config: TrainingConfig, dataset: Dataset, *, pad_id: int
-) -> dict[int, list[float]]:
-    """Nats of each learned token, by the number of the sequence; every rank calls it and gets all of them."""
+    policy: PolicyEngine,
+    config: TrainingConfig,
+    dataset: Dataset,
+    *,
+    pad_id: int,
+    base: ReferenceModel | None = None,
+) -> dict[int, list[list[float]]]:
+    """Log-probabilities of the learned tokens, by the number of the sequence, in nats.
+
+    With a base, behind them KL(policy || base) over the whole vocabulary at each of these tokens. Every rank
+    calls it and gets all of them.
+    """
     parallel = policy.parallel
     loader = StepLoader(
         dataset,
@@ -94,10 +105,11 @@ def score_dataset(
         shuffle=False,
         mode="evaluate",
     )
-    scores: dict[int, list[float]] = {}
+    ask = ask_logprobs if base is None else ask_logprobs_and_kl
+    found: dict[int, list[list[float]]] = {}
     for step in range(loader.num_evaluation_steps):
-        scores |= score_responses(policy, loader.step(step))
-    return scores
+        found |= look_at_tokens(policy, loader.step(step), ask, base)
+    return found
 
 
 def _write(

@@ -46,7 +46,7 @@ class RewardWorkersSection(Section):
     The rewards of this package need a tenth of the default."""
 
 
-_OWN_NUMBERS = ("mean", "lenient_mean", "std", "zero_variance_groups", "slowest_seconds")
+_OWN_NUMBERS = ("mean", "lenient_mean", "std", "zero_variance_groups", "format_loss", "slowest_seconds")
 """Under reward/ in metrics.jsonl, of all rewards together."""
 
 

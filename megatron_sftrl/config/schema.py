@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_sftrl.config.data import DataSection, PromptSection, Section
+from megatron_sftrl.config.gates import GateSection
 from megatron_sftrl.config.paths import ExpandedPath, ModuleName
 from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
 from megatron_sftrl.errors import UserError
@@ -352,27 +353,6 @@ class CheckpointSection(Section):
     on; the next save, a stop and the end of the run wait for it. A kill meanwhile loses that checkpoint."""
 
 
-class GateSection(Section):
-    """A limit on one number of a step."""
-
-    metric: str
-    """Name in metrics.jsonl."""
-    below: float | None = None
-    """The gate is crossed below this."""
-    above: float | None = None
-    """The gate is crossed above this."""
-    steps: int = Field(default=1, ge=1)
-    """Consecutive steps that it takes."""
-    action: Literal["warn", "stop"] = "warn"
-    """Print a warning, or end the run with a checkpoint."""
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> GateSection:
-        if (self.below is None) == (self.above is None):
-            raise UserError(f"gate on {self.metric}: give exactly one of below and above")
-        return self
-
-
 class LogSection(Section):
     """Where the numbers go; metrics.jsonl is always written."""
 
@@ -409,8 +389,8 @@ class TrainingConfig(Section, ABC):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     gates: list[GateSection] = Field(default=[])
-    """Limits on what a step measured, such as {metric: entropy, below: 0.05, action: stop}. Some losses have
-    gates of their own, which warn; one written here on the same metric takes their place."""
+    """Limits on what a step measured, such as {metric: entropy, below: 0.05, action: stop}. Some losses and
+    `sftrl grpo` have gates of their own, which warn; one on the same metric here takes their place."""
 
     @property
     @abstractmethod

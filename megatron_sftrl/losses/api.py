@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from megatron_sftrl.config.schema import GateSection
+from megatron_sftrl.config.gates import GateSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.sequences import Sequences, sequences_of
 from megatron_sftrl.types import TokenBatch

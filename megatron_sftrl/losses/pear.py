@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_sftrl.config.schema import GateSection
+from megatron_sftrl.config.gates import GateSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import LossInputs, LossOptions, LossOutput
 from megatron_sftrl.losses.registry import Loss, build_loss, register_loss

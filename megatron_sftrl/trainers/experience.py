@@ -34,6 +34,7 @@ class Response:
         rollout: tokens and the engine's log-probabilities.
         advantage: against the responses of its group that have a reward; 0 without one.
         old_logprobs: nats, the trainer's own for each response token, before the first update.
+        entropies: nats, of the policy at each of them, at the sampling temperature.
     """
 
     group: int
@@ -42,6 +43,7 @@ class Response:
     scored: Scored
     advantage: float = 0.0
     old_logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
 
     def carries_loss(self, *, mask_truncated: bool) -> bool:
         """It has a reward, and its end token where those without one are masked."""
@@ -169,7 +171,7 @@ def score_responses(
     Raises:
         FloatingPointError: as look_at_tokens.
     """
-    found = look_at_tokens(policy, data, partial(_logprobs, temperature=temperature))
+    found = look_at_tokens(policy, data, partial(ask_logprobs, temperature=temperature))
     return {row: logprobs for row, (logprobs,) in found.items()}
 
 
@@ -216,7 +218,7 @@ def look_at_responses(
     Raises:
         FloatingPointError: as look_at_tokens.
     """
-    ask, size = partial(_logprobs_and_entropies, temperature=temperature), batches.batch.global_size
+    ask, size = partial(ask_logprobs_and_entropies, temperature=temperature), batches.batch.global_size
     found: list[tuple[list[float], list[float]]] = []
     for start in range(0, len(responses), size):
         data = batches.lay_out(responses[start : start + size], everything=True)
@@ -226,19 +228,37 @@ def look_at_responses(
     return found
 
 
-def _logprobs(
-    policy: TokenDistribution, reference: TokenDistribution | None, labels: Tensor, *, temperature: float
+# Questions for look_at_tokens.
+
+
+def ask_logprobs(
+    policy: TokenDistribution,
+    reference: TokenDistribution | None,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
 ) -> tuple[Tensor]:
+    """log p of the labels."""
     policy = policy if temperature == 1.0 else policy.tempered(temperature)
     return (policy.logprobs(labels),)
 
 
-def _logprobs_and_entropies(
+def ask_logprobs_and_entropies(
     policy: TokenDistribution, reference: TokenDistribution | None, labels: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    """log p of the labels, and the entropy."""
     policy = policy if temperature == 1.0 else policy.tempered(temperature)
     policy.anticipate(labels)  # both come from one look at the logits
     return policy.logprobs(labels), policy.entropy()
+
+
+def ask_logprobs_and_kl(
+    policy: TokenDistribution, reference: TokenDistribution | None, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p of the labels, and KL(policy || reference)."""
+    assert reference is not None
+    policy.anticipate(labels)
+    return policy.logprobs(labels), policy.kl_to(reference)
 
 
 def _are_finite(numbers: list[list[float]]) -> bool:

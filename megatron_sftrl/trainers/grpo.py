@@ -19,7 +19,12 @@ from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.observability.run_directory import open_run_directory
-from megatron_sftrl.rl.advantages import logprob_mismatch, mean_pass_at_k, reward_statistics
+from megatron_sftrl.rl.advantages import (
+    logprob_mismatch,
+    mean_of_top_fifth,
+    mean_pass_at_k,
+    reward_statistics,
+)
 from megatron_sftrl.rl.rewards import (
     RewardPool,
     check_canaries,
@@ -103,6 +108,11 @@ def _reward_numbers(responses: Sequence[Response]) -> dict[str, float]:
         statistics = reward_statistics(rewards)
         numbers["reward/std"] = statistics.std
         numbers["reward/zero_variance_groups"] = statistics.num_zero_variance_groups / statistics.num_groups
+    judged = [each.scored for each in responses if each.scored.first is not None]
+    if judged:
+        lenient = sum(each.parts[0].lenient >= SUCCESS for each in judged)
+        strict = sum(each.parts[0].reward >= SUCCESS for each in judged)
+        numbers["reward/format_loss"] = (lenient - strict) / len(judged)
     successes = {
         group: [reward >= SUCCESS for reward in rewards]
         for group, rewards in first_rewards(responses).items()
@@ -129,6 +139,15 @@ def filling_metrics(collected: Collected, *, wanted: int) -> dict[str, float]:
         "rollout/filled": len(grouped(collected.responses)) / wanted,
         "rollout/put_back": draws.drawn - collected.num_prompts,
     }
+
+
+def uncertain_entropy(responses: Sequence[Response]) -> float:
+    """rollout/entropy_top_fifth: mean over the fifth of a step's tokens with the highest entropy, in nats.
+
+    Of the responses that are trained on, before the first update, at the sampling temperature.
+    arXiv:2606.18487 speaks of worst-token entropy; that these tokens are meant is our reading.
+    """
+    return mean_of_top_fifth([value for each in responses for value in each.entropies])
 
 
 def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
@@ -308,13 +327,13 @@ class GrpoTrainer:
         )
 
     def _with_old_logprobs(self, responses: Sequence[Response]) -> list[Response]:
-        """The trainer's own log-probabilities at the sampling temperature, before the first update."""
+        """The trainer's own log-probabilities and entropies at the sampling temperature, before an update."""
         found = look_at_responses(
             self.run.policy, self.batches, responses, temperature=self.sampling.temperature
         )
         return [
-            replace(each, old_logprobs=tuple(logprobs))
-            for each, (logprobs, _) in zip(responses, found, strict=True)
+            replace(each, old_logprobs=tuple(logprobs), entropies=tuple(entropies))
+            for each, (logprobs, entropies) in zip(responses, found, strict=True)
         ]
 
     def _update(self, responses: Sequence[Response]) -> list[tuple[StepReport, OptimStep]]:
@@ -360,6 +379,7 @@ class GrpoTrainer:
             **response_metrics(collected),
             **filling_metrics(collected, wanted=self.config.rollout.prompts_per_step),
             **(mismatch_metrics(trained) if trained else {}),
+            **({"rollout/entropy_top_fifth": uncertain_entropy(trained)} if trained else {}),
             **self.updates.numbers(),
             "updates": len(reports),
             "rollout/tokens_per_second": num_generated / seconds["generate"],

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_sftrl.config.schema import GateSection
+from megatron_sftrl.config.gates import GateSection
 from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.errors import UserError
 
@@ -125,6 +125,9 @@ class Crossing:
 class Gates:
     """Counts for how many steps in a row each gate has been crossed; a resumed run starts at 0.
 
+    `starts` has [step, value] of each metric that a gate compares with an earlier step, by `metric@first`; a
+    resumed run brings it along.
+
     Args:
         defaults: of the run's loss; those on a metric that the run has a gate on are left out. They warn
             after 1, 2, 4, 8, ... times their steps.
@@ -155,6 +158,7 @@ class Gates:
                 known = f"are {', '.join(held_out)}" if held_out else "need data.valid"
                 raise UserError(f"gates: there is no metric {gate.metric!r}; held-out metrics {known}")
         self._streaks = [0] * len(self._sections)
+        self.starts: dict[str, list[float]] = {}
 
     def check(self, step: int, metrics: Mapping[str, float], *, is_whole: bool) -> list[Crossing]:
         """Look at one step's numbers; a number that is NaN crosses every gate on it.
@@ -172,12 +176,12 @@ class Gates:
                     raise UserError(_unknown(gate.metric, metrics))
                 continue
             value = metrics[gate.metric]
-            is_below = gate.below is not None and value < gate.below
-            is_above = gate.above is not None and value > gate.above
-            is_crossed = is_below or is_above or math.isnan(value)
-            self._streaks[index] = self._streaks[index] + 1 if is_crossed else 0
+            if gate.between is not None and not gate.between[0] <= step <= gate.between[1]:
+                self._streaks[index] = 0
+                continue
+            limit = self._crossed_limit(gate, step, value)
+            self._streaks[index] = self._streaks[index] + 1 if limit else 0
             if self._is_told(index, gate):
-                limit = f"below {gate.below}" if gate.below is not None else f"above {gate.above}"
                 crossed.append(
                     Crossing(
                         text=f"step {step}: {gate.metric} = {value:.6g} is {limit}, "
@@ -186,6 +190,24 @@ class Gates:
                     )
                 )
         return crossed
+
+    def _crossed_limit(self, gate: GateSection, step: int, value: float) -> str:
+        """What the value is beyond, in words; empty where it keeps the limit."""
+        if gate.below is not None:
+            return "" if value >= gate.below else f"below {gate.below}"
+        if gate.above is not None:
+            return "" if value <= gate.above else f"above {gate.above}"
+        assert gate.falls_by is not None and gate.between is not None
+        name = f"{gate.metric}@{gate.between[0]}"
+        if name not in self.starts and math.isfinite(value):
+            self.starts[name] = [step, value]
+        if name not in self.starts:
+            return "not finite"
+        first, start = self.starts[name]
+        lowest = start - gate.falls_by * abs(start)
+        if value >= lowest:
+            return ""
+        return f"more than {gate.falls_by:.0%} below {start:.6g}, its value at step {first:.0f}"
 
     def _is_told(self, index: int, gate: GateSection) -> bool:
         times, rest = divmod(self._streaks[index], gate.steps)

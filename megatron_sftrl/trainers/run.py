@@ -19,6 +19,7 @@ from typing import Generic
 import torch
 import torch.distributed as dist
 
+from megatron_sftrl.config.gates import GRPO_GATES
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.formats import recognise
@@ -135,7 +136,7 @@ class Run(Generic[ConfigT]):
         self.state = TrainerState(data_fingerprint=fingerprint)
         self._gates = Gates(
             config.gates,
-            defaults=checked.loss.config.default_gates(),
+            defaults=(*checked.loss.config.default_gates(), *(GRPO_GATES if config.grpo else ())),
             held_out=held_out,
             sometimes=sometimes,
         )
@@ -165,6 +166,7 @@ class Run(Generic[ConfigT]):
                     f"data.train is not what {latest} was trained on: its {self._columns} changed, so the "
                     "run would go on with other samples; restore the data, or choose another run_dir"
                 )
+            self._gates.starts = dict(self.state.gate_starts)
             LOGGER.info("resumed from step %d of %d: %s", self.state.step, self.num_steps, latest)
         on_rank_zero(lambda: begin_run(self.config, self._origins))
 
@@ -292,12 +294,13 @@ class Run(Generic[ConfigT]):
         )
 
         # Times and memory differ between ranks: rank 0's decide, or one rank alone would stop.
-        def check() -> list[Crossing]:
+        def check() -> tuple[list[Crossing], dict[str, list[float]]]:
             crossings = self._gates.check(self.state.step, numbers, is_whole=is_whole)
             tell(crossings)
-            return crossings
+            return crossings, dict(self._gates.starts)
 
-        crossings = on_rank_zero(check)
+        crossings, starts = on_rank_zero(check)
+        self.state = replace(self.state, gate_starts=starts)
         is_last = any(crossing.stops for crossing in crossings)
         self._is_asked = self._stop.agreed(self.parallel, step=self.state.step, num_steps=self.num_steps)
         if is_last or self._is_asked or self.is_due(self.config.checkpoint.every):

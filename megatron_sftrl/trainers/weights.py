@@ -9,6 +9,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.checkpoint import load_weights
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
@@ -37,23 +38,26 @@ class GivenWeights:
         return f"{self.path.resolve()} ({step}weights {self.content[:12]})"
 
 
-def give_weights(policy: PolicyEngine, path: Path, config: TrainingConfig) -> GivenWeights:
-    """Fill a policy without an optimizer; every rank calls it.
+def give_weights(
+    policy: PolicyEngine, path: Path, config: TrainingConfig, *, into: ReferenceModel | None = None
+) -> GivenWeights:
+    """Fill a policy without an optimizer, or a second model of its shape; every rank calls it.
 
     Args:
         path: step directory, run directory, or Hugging Face directory.
     Raises:
         UserError: on every rank: nothing there, files that are damaged, or a model of other sizes.
     """
-    architecture = policy.architecture
+    architecture, parallel = policy.architecture, policy.parallel
+    chunks = policy.chunks if into is None else into.chunks
     if not is_hugging_face(path):
-        found = load_weights(policy.chunks, path, architecture=architecture, parallel=policy.parallel)
+        found = load_weights(chunks, path, architecture=architecture, parallel=parallel)
         return GivenWeights(
             path=found.path, step=found.record.trainer.step, content=found.record.content_hash()
         )
     _check_sizes(path, architecture)
     with open_weights(path, allow_pickle=config.model.allow_pickle) as weights:
-        load_hf_weights(policy.chunks, weights, architecture, policy.parallel)
+        load_hf_weights(chunks, weights, architecture, parallel)
         return GivenWeights(path=path, step=None, content=hash_of_weights(path, weights))
 
 

@@ -74,7 +74,7 @@ def engine_token_numbers(
     from megatron_sftrl.engine.live_weights import load_hf_weights
     from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.models.hf_weights import open_weights
-    from megatron_sftrl.trainers.experience import _logprobs_and_entropies
+    from megatron_sftrl.trainers.experience import ask_logprobs_and_entropies, ask_logprobs_and_kl
 
     context, policy = _loaded_policy(config, architecture)
     reference = ReferenceModel(architecture, config, ReferenceSection(kind="frozen"), context)
@@ -82,7 +82,8 @@ def engine_token_numbers(
         load_hf_weights(reference.chunks, weights, architecture, context)
 
     def ask(policy, prior, labels):
-        return [*_logprobs_and_entropies(policy, prior, labels, temperature=0.7), policy.kl_to(prior)]
+        _, kl = ask_logprobs_and_kl(policy, prior, labels)
+        return [*ask_logprobs_and_entropies(policy, prior, labels, temperature=0.7), kl]
 
     batches = [_packed(tokens, lengths)] * context.pp_size
     found = policy.token_numbers(batches, ask, reference)

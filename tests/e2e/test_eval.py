@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,9 @@ def test_what_cannot_be_evaluated_is_refused_by_name(
     refused["--max-equal-groups: expected a number from -1 to 1, got 7.0"] = [
         *handoff, "--max-equal-groups", "7",
     ]  # fmt: skip
+    refused["--max-kl: it is a limit on the distance from --base"] = [*handoff, "--max-kl", "1"]
+    alone = [each for each in handoff if each not in ("--demonstrations", str(demonstrations(grpo)))]
+    refused["--base: its distance is measured on demonstrations"] = [*alone, "--base", str(grpo_run)]
     for message, ended in zip(refused, sftrl_each(list(refused.values())), strict=True):
         assert message in ended.expect(2).stderr
 
@@ -149,8 +153,9 @@ def test_what_cannot_be_evaluated_is_refused_by_name(
 def test_handoff_judges_samples_at_temperature_1_and_ends_with_1_beyond_a_limit(
     grpo: GrpoProject, grpo_run: Path, tmp_path: Path
 ) -> None:
+    base = ["--base", str(grpo_run / "checkpoints" / sorted(os.listdir(grpo_run / "checkpoints"))[-1])]
     lines = [
-        ["handoff", *command(grpo, grpo_run, tmp_path / "out", "rollout.temperature=0.5")[1:], *more]
+        ["handoff", *command(grpo, grpo_run, tmp_path / "out", "rollout.temperature=0.5")[1:], *base, *more]
         for more in ([], ["--min-finished", "0", "--min-headroom", "-1", "--max-equal-groups", "1"])
     ]
     strict, loose = sftrl_each(lines)
@@ -161,3 +166,7 @@ def test_handoff_judges_samples_at_temperature_1_and_ends_with_1_beyond_a_limit(
     found = json.loads((tmp_path / "out" / "handoff.json").read_text())
     entropy = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["sampled"]["entropy"]
     assert found["min_entropy"]["found"] == entropy
+    assert found["max_kl"]["found"]["value"] == pytest.approx(0, abs=1e-6), (
+        "the base is the checkpoint itself"
+    )
+    assert (found["max_kl"]["limit"], found["max_kl"]["is_kept"]) == (None, True)

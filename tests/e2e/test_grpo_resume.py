@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sftrl.engine.checkpoint.directory import read_record
 from tests.e2e.curves import unequal_tensors
 from tests.e2e.grpo_project import GrpoProject, samples_of
 from tests.e2e.product import run_product, sftrl, sftrl_each, start_product
 from tests.e2e.project import metrics_of, without_timing
 from tests.e2e.test_resume import wait_for_step
 
-PLAIN: tuple[str, ...] = ()
+# What a gate compares later steps with is from the first half.
+PLAIN = ("gates=[{metric: rollout/entropy_top_fifth, falls_by: 0.9, between: [2, 9]}]",)
 # Half of the prompts are useless: how many a step draws has to go on, too.
 DYNAMIC = ("filters={dynamic_sampling: true, max_rounds: 4}",)
 # A reference that follows the policy has to come back from the checkpoint, the moments too.
@@ -44,6 +46,11 @@ def test_three_steps_and_three_more_are_six(how: tuple[str, ...], grpo: GrpoProj
         done.expect(0)
     assert_same(halves, whole, steps=6)
     assert metrics_of(whole)[-1]["updates"] > 0
+    if how == PLAIN:
+        start = metrics_of(whole)[1]["rollout/entropy_top_fifth"]
+        for run in (whole, halves):
+            trainer = read_record(run / "checkpoints" / "step-00000006").trainer
+            assert trainer.gate_starts == {"rollout/entropy_top_fifth@2": [2, start]}
     if how == DYNAMIC:
         drawn = [row["rollout/prompts"] for row in metrics_of(whole)[:3]]
         assert sum(drawn) != 3 * 4, "each step drew as many as without dynamic sampling: the test is blind"

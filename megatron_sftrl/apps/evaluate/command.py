@@ -21,8 +21,8 @@ EVAL = {
     "example": "rollout.temperature=0.6",
 }
 HANDOFF = {
-    "help": "is a checkpoint of SFT ready for RL? entropy, equal groups, head-room, ends, format",
-    "description": "What `sftrl eval` does, at temperature 1, and each of five numbers beside its limit; "
+    "help": "is a checkpoint of SFT ready for RL? entropy, equal groups, head-room, ends, format, KL",
+    "description": "What `sftrl eval` does, at temperature 1, and each number beside its limit; "
     "ends with 1 where one is beyond it.",
     "example": "data.valid=[held_out.jsonl]",
 }
@@ -45,6 +45,12 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out rows of demonstrations, whose likelihood is told as well",
     )
     parser.add_argument(
+        "--base",
+        type=Path,
+        help="step, run or Hugging Face directory from which SFT began: KL(checkpoint || base) on the "
+        "demonstrations is told as well",
+    )
+    parser.add_argument(
         "--samples", type=int, default=8, help="drawn for each prompt beside the greedy one; 0 for none (8)"
     )
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k (1 and --samples)")
@@ -56,7 +62,8 @@ def add_handoff_arguments(parser: argparse.ArgumentParser) -> None:
     add_eval_arguments(parser)
     for each in fields(Limits):
         option, meaning = f"--{each.name.replace('_', '-')}", each.metadata["meaning"]
-        help = f"{meaning} ({each.default:g}, {each.metadata['source']})"
+        default = "none" if each.default is None else f"{each.default:g}"
+        help = f"{meaning} ({default}, {each.metadata['source']})"
         parser.add_argument(option, type=float, default=each.default, help=help)
 
 
@@ -89,6 +96,7 @@ def _read(parsed: argparse.Namespace) -> tuple[GrpoConfig, EvalRequest]:
         checkpoint=parsed.checkpoint,
         prompts=tuple(parsed.prompts),
         demonstrations=parsed.demonstrations,
+        base=parsed.base,
         num_samples=parsed.samples,
         ks=tuple(parsed.k or sorted({1, max(parsed.samples, 1)})),
         seed=parsed.seed,

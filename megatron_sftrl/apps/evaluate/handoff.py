@@ -1,4 +1,4 @@
-"""`sftrl handoff`: is a checkpoint of SFT ready for RL? Five numbers of its own samples, each with a limit.
+"""`sftrl handoff`: is a checkpoint of SFT ready for RL? Numbers of its own samples, each with a limit.
 
 A policy that has nothing left to try, is right always or never, or does not end its answers gives GRPO
 nothing to learn from, whatever its accuracy is.
@@ -33,15 +33,18 @@ class Finding:
 
     name: str
     found: Estimate
-    limit: float
+    limit: float | None
     is_kept: bool
     meaning: str
     source: str
 
 
-def judge(groups: Sequence[Group], limits: Limits, *, seed: int) -> list[Finding]:
-    """Each number and its limit, in the order of Limits; `groups` are the responses to each prompt.
+def judge(groups: Sequence[Group], limits: Limits, *, seed: int, kl: Estimate | None = None) -> list[Finding]:
+    """Each number and its limit, in the order of Limits; one without a limit keeps it.
 
+    Args:
+        groups: the responses to each prompt.
+        kl: to the base, on demonstrations; left out when None.
     Raises:
         UserError: no prompt has two responses that could be judged.
     """
@@ -60,9 +63,17 @@ def judge(groups: Sequence[Group], limits: Limits, *, seed: int) -> list[Finding
     }
     findings = []
     for limit in fields(Limits):
-        of, over = numbers[limit.name]
-        found, bound = estimate([of(group) for group in over], seed=seed), getattr(limits, limit.name)
-        if limit.name == "min_headroom":
+        bound = getattr(limits, limit.name)
+        if limit.name in numbers:
+            of, over = numbers[limit.name]
+            found = estimate([of(group) for group in over], seed=seed)
+        elif kl is not None:
+            found = kl
+        else:
+            continue
+        if bound is None:
+            is_kept = True
+        elif limit.name == "min_headroom":
             is_kept = (found.value if found.low is None else found.low) > bound
         else:
             is_kept = found.value >= bound if limit.name.startswith("min_") else found.value <= bound
@@ -101,14 +112,22 @@ def run_handoff(config: GrpoConfig, request: EvalRequest, limits: Limits) -> boo
     """
     if request.num_samples < 2:
         raise UserError(f"--samples: expected 2 or more, got {request.num_samples}")
+    if limits.max_kl is not None and request.base is None:
+        raise UserError("--max-kl: it is a limit on the distance from --base; give --base as well")
     for name, limit in asdict(limits).items():
-        most = math.inf if name == "min_entropy" else 1.0
+        most = math.inf if name in ("min_entropy", "max_kl") else 1.0
+        if limit is None:
+            continue
         if not -1.0 <= limit <= most or not math.isfinite(limit):
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: expected a number from -1 to {most:g}, got {limit}")
     rollout = config.rollout.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": 0})
     is_teller = run_evaluation(config.model_copy(update={"rollout": rollout}), request)
-    findings = judge(answers_of(request.out, "sampled"), limits, seed=request.seed)
+    kl = None
+    if request.base is not None:
+        told = json.loads((request.out / "results.json").read_text(encoding="utf-8"))["results"]
+        kl = Estimate(**told["demonstrations"]["kl_to_base"])
+    findings = judge(answers_of(request.out, "sampled"), limits, seed=request.seed, kl=kl)
     if is_teller:
         _tell(findings, request.out)
     return all(each.is_kept for each in findings)
@@ -122,9 +141,9 @@ def _tell(findings: Sequence[Finding], out: Path) -> None:
     for each in findings:
         found = each.found
         interval = "" if found.low is None or found.high is None else f"{found.low:.3g} to {found.high:.3g}"
-        verdict = "ok" if each.is_kept else "FLAGGED"
+        verdict = "" if each.limit is None else "ok" if each.is_kept else "FLAGGED"
         sign = {"min_headroom": ">"}.get(each.name, ">=" if each.name.startswith("min_") else "<=")
-        bound = f"{sign} {each.limit:g}"
+        bound = "" if each.limit is None else f"{sign} {each.limit:g}"
         name = each.name.partition("_")[2].replace("_", " ")
         table.add_row(name, f"{found.value:.3g}", interval, bound, each.source, verdict)
     console.print(table)

@@ -21,12 +21,13 @@ from rich.table import Table
 
 from megatron_sftrl.apps.evaluate.statistics import Answer, measure, measure_demonstrations
 from megatron_sftrl.apps.score import read_whole, score_dataset
-from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.config.schema import GrpoConfig, ReferenceSection
 from megatron_sftrl.data.dataset import Dataset
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.engine.parallel import run_context
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture
@@ -51,6 +52,7 @@ class EvalRequest:
         checkpoint: a step, run or Hugging Face directory; None takes the run's own latest checkpoint.
         prompts: sources of prompts; data.valid when empty.
         demonstrations: rows of held-out demonstrations, whose likelihood is measured; none when None.
+        base: a second checkpoint, whose distance on the demonstrations is measured; none when None.
         num_samples: responses per prompt at rollout.temperature; 0 leaves the greedy ones alone.
         ks: of pass@k; none above num_samples.
         seed: of the random streams and of the intervals.
@@ -60,6 +62,7 @@ class EvalRequest:
     checkpoint: Path | None
     prompts: tuple[Path, ...] = ()
     demonstrations: Path | None = None
+    base: Path | None = None
     num_samples: int = 8
     ks: tuple[int, ...] = (1, 8)
     seed: int = 0
@@ -90,17 +93,22 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
         on_rank_zero(lambda: try_own_answers(rewards, tokenizer, prompts))
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         found = give_weights(policy, checkpoint, config)
+        base, base_weights = _base(policy, config, request)
         settings = {
             "checkpoint": str(found.path.resolve()),
             "step": found.step,
             "weights": found.content,
             "prompts": prompts.fingerprint,
             "demonstrations": None if shown is None else shown.fingerprint,
+            "base": base_weights,
             "tokenizer": tokenizer.fingerprint,
             **_asked_settings(config, request),
         }
         log = on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=parallel.rank == 0))
-        scores = {} if shown is None else score_dataset(policy, config, shown, pad_id=tokenizer.pad_id)
+        scores = {}
+        if shown is not None:
+            scores = score_dataset(policy, config, shown, pad_id=tokenizer.pad_id, base=base)
+        del base  # the engine needs its memory
         with contextlib.closing(build_engine(config, policy, tokenizer.decode)) as engine:
             engine.update(policy, version=found.step or 0)
             arms = _arms(config, request, ends)
@@ -147,6 +155,17 @@ def _read(
     return prompts, shown
 
 
+def _base(
+    policy: PolicyEngine, config: GrpoConfig, request: EvalRequest
+) -> tuple[ReferenceModel | None, str | None]:
+    """The second model where one is asked for, and the hash of its weights."""
+    if request.base is None:
+        return None, None
+    section = ReferenceSection(kind="frozen")
+    base = ReferenceModel(policy.architecture, config, section, policy.parallel)
+    return base, give_weights(policy, request.base, config, into=base).content
+
+
 def _asked_settings(config: GrpoConfig, request: EvalRequest) -> dict[str, Any]:
     """What an evaluation that goes on must have in common with its beginning, beside weights and data."""
     return {
@@ -180,6 +199,8 @@ def _check(config: GrpoConfig, request: EvalRequest) -> None:
         raise UserError(f"--samples: expected 0 or more, got {request.num_samples}")
     if wrong := [k for k in request.ks if request.num_samples and not 1 <= k <= request.num_samples]:
         raise UserError(f"--k: expected 1 to --samples = {request.num_samples}, got {wrong[0]}")
+    if request.base is not None and request.demonstrations is None:
+        raise UserError("--base: its distance is measured on demonstrations; give --demonstrations as well")
     if not request.prompts and not config.data.valid:
         raise UserError("the run has no data.valid; name prompts by --prompts")
     if not config.rewards:
@@ -310,13 +331,15 @@ def answers_of(folder: Path, arm: str) -> list[list[Answer]]:
     return [[_answer(each) for each in line["responses"]] for line in lines]
 
 
-def _finish(request: EvalRequest, settings: Mapping[str, Any], logprobs: Sequence[list[float]]) -> None:
+def _finish(
+    request: EvalRequest, settings: Mapping[str, Any], scores: Sequence[Sequence[list[float]]]
+) -> None:
     """results.json, and a table on standard output."""
     results = {"greedy": measure(answers_of(request.out, "greedy"), ks=[], seed=request.seed)}
     if sampled := answers_of(request.out, "sampled"):
         results["sampled"] = measure(sampled, ks=request.ks, seed=request.seed)
-    if logprobs:
-        results["demonstrations"] = measure_demonstrations(logprobs, seed=request.seed)
+    if scores:
+        results["demonstrations"] = measure_demonstrations(*zip(*scores, strict=True), seed=request.seed)
     told = {arm: {name: asdict(each) for name, each in found.items()} for arm, found in results.items()}
     write_atomically(
         request.out / "results.json", json.dumps({"settings": settings, "results": told}, indent=1) + "\n"

@@ -133,18 +133,28 @@ def per_prompt(answers: Sequence[Sequence[Answer]], *, ks: Sequence[int]) -> dic
     return found
 
 
-def measure_demonstrations(logprobs: Sequence[Sequence[float]], *, seed: int) -> dict[str, Estimate]:
-    """How likely held-out demonstrations are; `logprobs` are the nats of each sequence's learned tokens.
+def measure_demonstrations(
+    logprobs: Sequence[Sequence[float]], kls: Sequence[Sequence[float]] = (), *, seed: int
+) -> dict[str, Estimate]:
+    """How likely held-out demonstrations are, and how far from a base the policy is on them.
 
-    nll/token is the mean over all tokens, nll/sequence the mean over sequences of their sums.
+    nll/token is the mean over all learned tokens, nll/sequence the mean over sequences of their sums;
+    kl_to_base, where there is a base, the mean over all learned tokens of KL(policy || base), in nats.
+
+    Args:
+        logprobs, kls: nats of each sequence's learned tokens.
     """
     sums = [-math.fsum(each) for each in logprobs]
     lengths = [len(each) for each in logprobs]
     per_token = [total / length for total, length in zip(sums, lengths, strict=True)]
-    return {
+    found = {
         "nll/token": estimate(per_token, seed=seed, weights=lengths),
         "nll/sequence": estimate(sums, seed=seed),
     }
+    if kls:
+        means = [math.fsum(each) / len(each) for each in kls]
+        found["kl_to_base"] = estimate(means, seed=seed, weights=lengths)
+    return found
 
 
 def _share(group: Sequence[Answer], of: Callable[[Answer], float | None]) -> float | None:

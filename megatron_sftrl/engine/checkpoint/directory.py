@@ -48,6 +48,7 @@ class TrainerState:
         consecutive_idle_steps: steps of GRPO with nothing to learn from, the unbroken streak up to `step`.
         drawn_prompts, useful_prompts: of the last step under dynamic sampling, which the next one counts on.
         data_fingerprint: hash of the tokenized training data, so that a resume on changed data is noticed.
+        gate_starts: [step, value] that a gate compares later steps with, by metric and first step.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class TrainerState:
     drawn_prompts: int = 0
     useful_prompts: int = 0
     data_fingerprint: str = ""
+    gate_starts: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 from megatron_sftrl.apps.evaluate.command import add_handoff_arguments
 from megatron_sftrl.apps.evaluate.handoff import judge
 from megatron_sftrl.apps.evaluate.limits import Limits
-from megatron_sftrl.apps.evaluate.statistics import Answer
+from megatron_sftrl.apps.evaluate.statistics import Answer, Estimate
 from megatron_sftrl.errors import UserError
 
 RIGHT = Answer(
@@ -78,3 +78,11 @@ def test_limits_are_options_with_the_same_defaults() -> None:
 def test_responses_that_nobody_could_judge_are_no_verdict() -> None:
     with pytest.raises(UserError, match="two judged responses"):
         judge(changed(is_right=None), Limits(), seed=0)
+
+
+def test_the_distance_from_the_base_is_told_and_held_to_a_limit_that_was_given() -> None:
+    kl = Estimate(value=0.4, low=0.3, high=0.5, num_prompts=3)
+    assert "max_kl" not in {each.name for each in judge(READY, Limits(), seed=0)}
+    for limit, is_kept in ((None, True), (0.5, True), (0.3, False)):
+        found = judge(READY, Limits(max_kl=limit), seed=0, kl=kl)[-1]
+        assert (found.name, found.found, found.limit, found.is_kept) == ("max_kl", kl, limit, is_kept)

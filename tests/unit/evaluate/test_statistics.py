@@ -135,3 +135,6 @@ def test_the_likelihood_of_demonstrations_counts_tokens_or_sequences() -> None:
     assert found["nll/token"].value == pytest.approx(10 / 4)
     assert found["nll/sequence"].value == pytest.approx(5.0)
     assert (found["nll/token"].low, found["nll/token"].high) == pytest.approx((2.0, 4.0))
+    assert "kl_to_base" not in found
+    found = measure_demonstrations([[-1.0, -2.0, -3.0], [-4.0]], [[0.1, 0.2, 0.3], [1.0]], seed=0)
+    assert found["kl_to_base"].value == pytest.approx(1.6 / 4)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_sftrl.config.schema import GateSection
+from megatron_sftrl.config.gates import GRPO_GATES, GateSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.registry import build_loss
 from megatron_sftrl.trainers.guards import Gates
@@ -116,3 +116,77 @@ def test_pear_warns_of_shares_of_its_weights_at_their_bounds() -> None:
         assert name in crossing.text
         assert not crossing.stops
     assert plain.config.default_gates() == ()
+
+
+FALL = GateSection(metric="entropy", falls_by=0.5, between=(3, 6), action="stop")
+
+
+def test_a_fall_is_measured_from_the_first_step_of_its_range_to_the_last() -> None:
+    assert stopped_steps(FALL, [9.0, 8.0, 2.0, 1.0, 0.999, 3.0, 0.0]) == [5]
+    # Without a finite number there the next one is the start; what is NaN is crossed.
+    assert stopped_steps(FALL, [9.0, 8.0, math.nan, 2.0, 1.1, 0.9]) == [3, 6]
+    (crossing,) = (gates := Gates([FALL])).check(3, {"entropy": 2.0}, is_whole=True) or gates.check(
+        4, {"entropy": 0.5}, is_whole=True
+    )
+    assert "entropy = 0.5 is more than 50% below 2, its value at step 3" in crossing.text
+
+
+def test_a_resumed_run_compares_with_the_value_from_before() -> None:
+    before, after = Gates([FALL]), Gates([FALL])
+    before.check(3, {"entropy": 2.0}, is_whole=True)
+    after.starts = dict(before.starts)
+    assert after.starts == {"entropy@3": [3, 2.0]}
+    assert after.check(5, {"entropy": 0.9}, is_whole=True)
+    assert not Gates([FALL]).check(5, {"entropy": 0.9}, is_whole=True)
+
+
+def test_a_gate_looks_in_its_range_only_and_a_streak_ends_there() -> None:
+    gate = GateSection(metric="entropy", below=1.0, between=(2, 3), action="stop")
+    assert stopped_steps(gate, [0.0, 0.0, 0.0, 0.0]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"falls_by": 0.5}, "falls_by is of the value at a step"),
+        ({"falls_by": 0.5, "below": 1.0, "between": (1, 2)}, "exactly one of below, above and falls_by"),
+        ({"below": 0.5, "between": (5, 2)}, "expected first <= last"),
+        ({"falls_by": 1.5, "between": (1, 2)}, "less than 1"),
+    ],
+)
+def test_a_gate_that_says_too_little_or_too_much_is_refused(limits: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GateSection(metric="entropy", **limits)
+
+
+def test_a_run_of_grpo_is_asked_what_a_hand_off_asks() -> None:
+    healthy = {
+        "entropy": 0.3,
+        "reward/zero_variance_groups": 0.5,
+        "rollout/truncated": 0.05,
+        "reward/format_loss": 0.0,
+        "rollout/entropy_top_fifth": 1.0,
+    }
+    bad = {
+        "entropy": 0.17,
+        "reward/zero_variance_groups": 0.9,
+        "rollout/truncated": 0.2,
+        "reward/format_loss": 0.2,
+        "rollout/entropy_top_fifth": 0.4,
+    }
+    assert {gate.metric for gate in GRPO_GATES} == set(healthy)
+    quiet = Gates([], defaults=GRPO_GATES)
+    assert not [told for step in range(1, 200) for told in quiet.check(step, healthy, is_whole=True)]
+    for name, value in bad.items():
+        gates = Gates([], defaults=GRPO_GATES)
+        told = [
+            crossing
+            for step in range(1, 200)
+            for crossing in gates.check(
+                step,
+                {**healthy, name: 1.0 if name.endswith("top_fifth") and step < 100 else value},
+                is_whole=True,
+            )
+        ]
+        assert told
+        assert all(name in crossing.text and not crossing.stops for crossing in told)
