@@ -75,7 +75,7 @@ def test_the_report_holds_the_numbers_of_the_evaluations(
         (out / arm / f"seed-{seed}" / "sft" / "origins.json").read_text() for arm in ARMS for seed in SEEDS
     }
     assert len(starts) == 1
-    assert [row["prompt"] for row in read_rows(out / "pear" / "score-0.jsonl")] == [
+    assert [row["prompt"] for row in read_rows(next((out / "scores").glob("*-0.jsonl")))] == [
         row["prompt"] for row in read_rows(comparison.root / "train.jsonl")
     ]
     resolved = yaml.safe_load((out / "pear" / "seed-1" / "grpo" / "resolved.yaml").read_text())
@@ -170,6 +170,10 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_starts(
         "train.steps: 3 there, 4 now": (out, "base.sft.train.steps=4"),
         f"data.train: ['{comparison.root / 'train.jsonl'}'] there": (out, f"base.sft.data.train=[{few}]"),
         "with samples 4 and not 5": (out, "base.eval.samples=5"),
+        "base.eval.prompts: 20 of 20 are in the training files, too": (
+            new, f"base.eval.prompts=[{comparison.root / 'train.jsonl'}]",
+        ),
+        f"there is no comparison to report in out_dir {new}": (new, "--report-only"),
     }  # fmt: skip
     lines = [comparison.command(folder, change) for folder, change in cases.values()]
     for message, ended in zip(cases, sftrl_each(lines), strict=True):
@@ -235,13 +239,14 @@ def test_slurm_jobs_wait_for_those_they_need_and_are_submitted_once(
         needs = next((word for word in words if word.startswith("--dependency=")), "")
         jobs[name] = (number, needs.removeprefix("--dependency="))
     at = {name: number for name, (number, _) in jobs.items()}
+    (score,) = (name for name in jobs if name.startswith("scores-base-"))
     assert {name: needs for name, (_, needs) in jobs.items() if name != "report"} == {
-        "pear-score-0": "",
+        score: "",
         "sft-seed-0-sft": "",
         "sft-seed-0-eval_sft": f"afterok:{at['sft-seed-0-sft']}",
         "sft-seed-0-grpo": f"afterok:{at['sft-seed-0-sft']}",
         "sft-seed-0-eval_grpo": f"afterok:{at['sft-seed-0-grpo']}",
-        "pear-seed-0-sft": f"afterok:{at['pear-score-0']}",
+        "pear-seed-0-sft": f"afterok:{at[score]}",
         "pear-seed-0-eval_sft": f"afterok:{at['pear-seed-0-sft']}",
         "pear-seed-0-grpo": f"afterok:{at['pear-seed-0-sft']}",
         "pear-seed-0-eval_grpo": f"afterok:{at['pear-seed-0-grpo']}",

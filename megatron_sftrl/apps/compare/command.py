@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sftrl.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_sftrl.apps.compare.config import CompareConfig
     from megatron_sftrl.apps.compare.plan import Stage
@@ -52,6 +54,8 @@ def compare_command(parsed: argparse.Namespace) -> int:
         return 0
     check_matplotlib()
     if parsed.report_only:
+        if not config.out_dir.is_dir():
+            raise UserError(f"--report-only: there is no comparison to report in out_dir {config.out_dir}")
         return _report(config, stages)
     slots = slots_of(config.launch, visible_devices() if config.launch.kind == "local" else [])
     with RunLock(config.out_dir):

@@ -17,6 +17,9 @@ from megatron_sftrl.errors import UserError
 BAR = "sft"
 """The arm that all others are measured against: the loss sft, token_mean."""
 
+SCORES = "scores"
+"""Folder of the behaviour log-probabilities in out_dir."""
+
 Tree = dict[str, Any]
 Run = ExpandedPath | Tree
 """A run's YAML: the path of a file, or what would stand in it."""
@@ -33,6 +36,9 @@ class EvalSection(Section):
     """Held-out prompts and their answers, in none of the training files."""
     demonstrations: ExpandedPath | None = None
     """Held-out demonstrations, whose likelihood is measured as well."""
+    overlap: Literal["refuse", "allow"] = "refuse"
+    """What happens when a question of the two above is also in data.train of sft or grpo: what is asked is
+    compared, without system texts and whatever the spaces are."""
     samples: int = Field(default=8, ge=1)
     """Responses drawn for each prompt, beside the greedy one."""
     ks: list[Annotated[int, Field(ge=1)]] = Field(default=[])
@@ -88,7 +94,7 @@ class LaunchSection(Section):
 
 
 class ScoreSection(Section):
-    """Behaviour log-probabilities for the arm's demonstrations, by `sftrl score`, once for all seeds."""
+    """Behaviour log-probabilities for the arm's demonstrations, by `sftrl score`, once for each writer."""
 
     checkpoint: ExpandedPath
     """Of the model that wrote the demonstrations: a step, run or Hugging Face directory."""
@@ -100,7 +106,7 @@ class CompareConfig(Section):
     """One comparison."""
 
     out_dir: ExpandedPath
-    """Folder of all runs, ARM/seed-N/{sft,eval_sft,grpo,eval_grpo}, and of the report."""
+    """Folder of all runs, ARM/seed-N/{sft,eval_sft,grpo,eval_grpo}, of scores/ and of the report."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     """Of first weights (where they are random), the order of data, and sampling; each arm runs under each."""
     base: BaseSection
@@ -130,7 +136,7 @@ class CompareConfig(Section):
         return self
 
 
-_OURS = ("plots", "report.html", "report.json", "compare.json", "run.lock", "run.guard")
+_OURS = (SCORES, "plots", "report.html", "report.json", "compare.json", "run.lock", "run.guard")
 
 
 def read_compare_config(path: Path, overrides: Sequence[str]) -> CompareConfig:

@@ -31,6 +31,8 @@ from megatron_sftrl.observability.run_lock import Owner, read_owner
 LOGGER = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_ASKING = (1.0, 5.0, 15.0)
+"""A controller of Slurm that is busy or restarts answers again within seconds."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ERROR = re.compile(r"^error(?: \(rank \d+\))?: ", re.MULTILINE)
 
@@ -67,13 +69,29 @@ class StageFiles:
         return (owner is not None and owner.is_alive() is True) or self.queued_job() is not None
 
     def queued_job(self) -> str | None:
-        """Its job's number, while Slurm knows it as waiting or running."""
+        """Its job's number, while Slurm knows it as waiting or running.
+
+        Raises:
+            UserError: squeue does not answer: the job may be there, and must not be submitted twice.
+        """
         if not self.job.exists() or shutil.which("squeue") is None:
             return None
         number = self.job.read_text().strip()
         command = ["squeue", "--noheader", "--format=%i", f"--jobs={number}"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        return number if found.split() else None
+        error = ""
+        for pause in (*_SECONDS_BETWEEN_ASKING, None):
+            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+            if asked.returncode == 0:
+                return number if asked.stdout.split() else None
+            error = asked.stderr.strip()
+            if "Invalid job id" in error:  # so long ended that Slurm has forgotten it
+                return None
+            if pause is not None:
+                time.sleep(pause)
+        raise UserError(
+            f"squeue does not say whether job {number} of {self.place} is still there ({error}); try again "
+            f"when it answers, or remove {self.job} if the job is gone"
+        )
 
     def last_error(self) -> str:
         """What the log says of a stage that has failed."""

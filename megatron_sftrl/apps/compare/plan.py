@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_sftrl.apps.compare.config import (
     BAR,
+    SCORES,
     CompareConfig,
     ScoreSection,
     Tree,
@@ -21,6 +22,7 @@ from megatron_sftrl.apps.compare.config import (
 from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.load import config_from_text
 from megatron_sftrl.config.schema import GrpoConfig, ModelSection, RunConfig, TrainingConfig
+from megatron_sftrl.data.formats import Columns, FormattedRow, Kind, read_formatted
 from megatron_sftrl.data.sources import find_files
 from megatron_sftrl.engine.checkpoint import checkpoint_at
 from megatron_sftrl.engine.checkpoint.directory import read_record, step_name
@@ -47,6 +49,7 @@ class Stage:
 
     Args:
         name: its place below out_dir; NAME.yaml and NAME.log stand beside what it makes.
+        arm: of several that need it, the first.
         seed: None where one result serves all seeds.
         kind: score, sft, eval_sft, grpo or eval_grpo.
         words: of the command line of `sftrl`.
@@ -84,7 +87,10 @@ def stages_of(config: CompareConfig) -> list[Stage]:
         if config_from_text(text, source=f"base.{name}", schema=schema).train.steps is None:
             raise UserError(f"base.{name}: expected train.steps, so that every arm is trained for as long")
     scores = {name: _score_stages(config, name, *arm) for name, arm in arms.items()}
-    stages = [stage for each in scores.values() for stage in each]
+    once: dict[str, Stage] = {}
+    for stage in (stage for each in scores.values() for stage in each):
+        once.setdefault(stage.name, stage)  # arms with one writer have the same scores
+    stages = list(once.values())
     for seed in config.seeds:
         for name, (tree, _) in arms.items():
             stages += _run_stages(config, name, seed, tree, grpo, scores[name])
@@ -111,17 +117,22 @@ def _tokenizer(tree: Tree) -> Tree | None:
 
 
 def _score_stages(config: CompareConfig, arm: str, tree: Tree, score: ScoreSection | None) -> list[Stage]:
-    """One for each entry of data.train, then of data.valid: the loss reads the scores of both."""
+    """One for each entry of data.train, then of data.valid: the loss reads the scores of both.
+
+    They are named after the writer, whichever arm asks.
+    """
     if score is None:
         return []
-    changes: dict[str, Any] = {"run_dir": str(config.out_dir / arm / "score"), "seed": 0}
+    writer = hashlib.sha256(json.dumps([str(score.checkpoint), score.model], sort_keys=True).encode())
+    place = f"{SCORES}/{score.checkpoint.name}-{writer.hexdigest()[:6]}"
+    changes: dict[str, Any] = {"run_dir": str(config.out_dir / place), "seed": 0}
     if score.model is not None:
         changes |= {"model": score.model, "tokenizer": _tokenizer(tree)}
     text = yaml_of(tree, **changes)
     stages = []
     data = config_from_text(text, source=f"arms.{arm}").data
     for number, path in enumerate([*data.train_paths, *data.valid]):
-        name = f"{arm}/score-{number}"
+        name = f"{place}-{number}"
         out = config.out_dir / f"{name}.jsonl"
         words = ("score", str(config.out_dir / f"{name}.yaml"), "--checkpoint", str(score.checkpoint))
         words = (*words, "--data", str(path), "--out", str(out))
@@ -241,7 +252,59 @@ def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
                     raise UserError("its tokenizer is another one than that of base.sft")
     facts = {"tokenizer": tokenizer[:12], **_facts(config, stages, loaded)}
     _check_what_is_there(config, stages, loaded, facts)
+    if config.base.eval.overlap == "refuse" and not _recorded(config):
+        _check_overlap(config, runs[BAR], next(loaded[each.name] for each in first if each.kind == "grpo"))
     return facts
+
+
+def _check_overlap(config: CompareConfig, sft: RunConfig, grpo: GrpoConfig) -> None:
+    """Refuse held-out questions that are trained on; the first start of a comparison looks at all rows.
+
+    Raises:
+        UserError: how many of them, the first with its place in both files; a row that cannot be read.
+    """
+    trained: dict[bytes, str] = {}
+    for path in sft.data.train_paths:
+        for row in read_formatted(
+            path, "demonstrations", columns=sft.data.columns, key="base.sft data.train"
+        ):
+            for asked in _questions(row):
+                trained.setdefault(asked, row.source)
+    for path in grpo.data.train_paths:
+        for row in read_formatted(path, "prompts", columns=grpo.data.columns, key="base.grpo data.train"):
+            trained.setdefault(_questions(row)[-1], row.source)
+    held_out: list[tuple[str, list[Path], Kind, Columns | None]] = [
+        ("prompts", config.base.eval.prompts, "prompts", grpo.data.columns)
+    ]
+    if config.base.eval.demonstrations is not None:
+        held_out.append(("demonstrations", [config.base.eval.demonstrations], "demonstrations", None))
+    for name, paths, kind, columns in held_out:
+        key = f"base.eval.{name}"
+        rows = [row for path in paths for row in read_formatted(path, kind, columns=columns, key=key)]
+        common = [(row.source, trained[asked]) for row in rows if (asked := _questions(row)[0]) in trained]
+        if common:
+            raise UserError(
+                f"{key}: {len(common)} of {len(rows)} are in the training files, too, the first: "
+                f"{common[0][0]} asks what {common[0][1]} asks; remove them from one of the two, or set "
+                "base.eval.overlap: allow"
+            )
+
+
+def _questions(row: FormattedRow) -> list[bytes]:
+    """Hashes of the turns in front of each answer, and of all turns where the last is none."""
+    try:
+        messages = row.conversation().messages
+    except UserError as error:
+        raise UserError(f"{row.source}: {error}") from error
+    found, whole = [], hashlib.sha256()
+    for message in messages:
+        if message["role"] == "assistant":
+            found.append(whole.digest())
+        if message["role"] != "system":
+            whole.update(
+                json.dumps([message["role"], " ".join(str(message.get("content")).split())]).encode()
+            )
+    return found if messages[-1]["role"] == "assistant" else [*found, whole.digest()]
 
 
 def _loaded(config: CompareConfig, stage: Stage) -> Any:

@@ -187,7 +187,8 @@ def _stacked(runs: Mapping[int, dict[str, Values]], seeds: Sequence[int], side: 
 def _arm_result(
     config: CompareConfig, arm: str, stages: Sequence[Stage], runs: Mapping[int, dict[str, Values]]
 ) -> ArmResult:
-    own = [stage for stage in stages if stage.arm == arm]
+    needed = {name for stage in stages if stage.arm == arm for name in stage.needs}
+    own = [stage for stage in stages if stage.arm == arm or stage.name in needed]
     states = states_of(config, own)
     seeds = [seed for seed in config.seeds if seed in runs]
     numbers: dict[str, dict[str, Mean]] = {}

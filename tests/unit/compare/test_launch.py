@@ -1,4 +1,4 @@
-"""A signal that arrives while stages are being started."""
+"""Signals that arrive while stages are being started, and a queue that does not answer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 from megatron_sftrl.apps.compare import launch
 from megatron_sftrl.apps.compare.config import read_compare_config
 from megatron_sftrl.apps.compare.plan import stages_of
+from megatron_sftrl.errors import UserError
 from tests.e2e.compare_runs import runs_of
 
 
@@ -47,3 +48,32 @@ def test_a_signal_between_the_start_of_a_stage_and_its_place_in_the_list_stops_i
     monkeypatch.setattr(launch.subprocess, "Popen", Interrupted)
     assert launch.Local(config, stages_of(config), [[], []]).run() is False
     assert [each.poll() for each in Interrupted.made] == [-signal.SIGTERM]
+
+
+def test_a_queue_that_does_not_answer_is_asked_again_and_no_job_is_submitted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """squeue that fails as often as `failures` says, then finds job 7; 8 is one that it has forgotten."""
+    monkeypatch.setattr(launch, "_SECONDS_BETWEEN_ASKING", (0.0, 0.0, 0.0))
+    failures = tmp_path / "failures"
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(
+        "#!/bin/bash\n"
+        f'if [ -s {failures} ]; then sed -i 1d {failures}; echo "Unable to contact slurm" >&2; exit 1; fi\n'
+        'case "$*" in *=8) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;; esac\n'
+        "echo 7\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    files = launch.StageFiles(place=tmp_path / "sft")
+    assert files.queued_job() is None
+    files.job.write_text("7\n")
+    for number in range(4):
+        failures.write_text("x\n" * number)
+        assert files.queued_job() == "7"
+    failures.write_text("x\n" * 4)
+    with pytest.raises(UserError, match=r"whether job 7 of .* is still there \(Unable to contact slurm\)"):
+        files.queued_job()
+    files.job.write_text("8\n")
+    assert files.queued_job() is None
