@@ -76,6 +76,26 @@ PUBLIC_MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
+_QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+PUBLIC_MODELS["Qwen2.5-7B"] = _QWEN_7B
+PUBLIC_MODELS["Qwen2.5-Math-7B-16k"] = {**_QWEN_7B, "max_position_embeddings": 16384, "rope_theta": 40000.0}
 PARAMETERS = {
     "Llama-3.3-70B-Instruct": 70_553_706_496,
     "Qwen2.5-72B-Instruct": 72_706_203_648,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from megatron_sftrl.cli import main
+from megatron_sftrl.config.load import load_any_config
 from tests.unit.config.example import EXAMPLE
 from tests.unit.plan.public_models import model_directory
 
@@ -53,6 +55,52 @@ def test_a_shipped_run_fits_the_gpus_that_it_names_with_the_numbers_that_it_stat
     assert (stated[1], int(stated[2])) == (name, SHIPPED[name][1])
     assert float(stated[3]) == round(max(totals) / 1e9, 1)
     assert float(stated[4]) == round(found["plan"]["estimate"]["total_seconds"], 1)
+
+
+RECIPES = [
+    shlex.split(line)
+    for line in (EXAMPLES / "recipes" / "README.md").read_text().splitlines()
+    if line.startswith("    torchrun ")
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name in ("Qwen2.5-7B", "Qwen2.5-Math-7B-16k"):
+        model_directory(name, root)
+    return root
+
+
+@pytest.mark.parametrize("words", RECIPES, ids=lambda words: " ".join(words[5:8]))
+def test_a_recipe_fits_the_gpus_that_it_starts_on(words: list[str], models: Path, tmp_path: Path) -> None:
+    """Its models are the published ones; its checkpoints are yet to be trained."""
+    assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "megatron_sftrl"]
+    kind, file, *overrides = words[5:]
+    text = (EXAMPLES.parent / file).read_text()
+    copy = tmp_path / "run.yaml"
+    copy.write_text(text.replace("/path/to/Qwen", f"{models}/Qwen"))
+    changes = [each.replace("/path/to/Qwen", f"{models}/Qwen") for each in overrides]
+    config = load_any_config(copy, changes)
+    assert (config.grpo is not None) == (kind == "grpo")
+    out = tmp_path / "plan.json"
+    words = ["plan", str(copy), *changes, "--gpus", "8", "--gpu-memory", "80GB", "--json", str(out)]
+    assert main(words) == 0
+    assert json.loads(out.read_text())["plan"]["fits"]
+
+
+def test_the_recipes_have_every_method_for_both_models_and_their_rl() -> None:
+    runs = {word.removeprefix("run_dir=") for words in RECIPES for word in words if "run_dir=" in word}
+    defaults = {
+        load_any_config(EXAMPLES / "recipes" / f"{name}.yaml").run_dir.name for name in ("sft", "grpo")
+    }
+    assert {Path(run).name for run in runs} | defaults >= {
+        f"{method}-{model}" for method in ("sft", "gift", "pear", "curiosft") for model in ("7b", "math-7b")
+    } | {"grpo-math-7b", "grpo-curiosft-7b"}
+    text = "".join((EXAMPLES / f"{name}.yaml").read_text() for name in ("recipes/sft", "recipes/grpo"))
+    for line in text.splitlines():
+        # A number without a word about where it is from.
+        assert not re.fullmatch(r"  (lr|betas|clip_grad|weight_decay|epochs|steps|global_size): [^#]*", line)
 
 
 def test_the_tables_name_every_item_and_call_estimates_estimates(
