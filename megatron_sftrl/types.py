@@ -34,6 +34,8 @@ class TokenBatch:
         old_logprobs: [T] fp32 nats, under the policy before this rollout's first update.
         rollout_logprobs: [T] fp32 nats, as the rollout engine reported them (see Rollout.logprobs).
         advantages: [T] fp32.
+        is_demonstration: [T] bool, True where a demonstration stands in a group of the policy's responses;
+            old_logprobs and rollout_logprobs mean nothing there. No token's does when not given.
         is_padding: [T] bool, True where no real token stands; none does when not given.
     Raises:
         UserError: a field whose shape is not [T], or cu_seqlens that do not end at T.
@@ -49,6 +51,7 @@ class TokenBatch:
     old_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     advantages: Tensor | None = None
+    is_demonstration: Tensor | None = None
     is_padding: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol
 
 from megatron_sftrl.config.schema import (
@@ -37,7 +38,7 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
     idle: list[IdleSetting] = []
 
     def add(section: str, names: tuple[str, ...], reason: str) -> None:
-        written = getattr(config, section).model_fields_set
+        written = attrgetter(section)(config).model_fields_set
         for name in names:
             idle.append(IdleSetting(key=f"{section}.{name}", reason=reason, is_written=name in written))
 
@@ -62,6 +63,8 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("rollout", ("vllm",), "rollout.engine is in_process")
         if not grpo.filters.dynamic_sampling:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
+        if grpo.sft is not None and grpo.sft.data.train_weights is None:
+            add("sft.data", ("mix_by",), "sft.data.train has no weights")
     if config.model.hf is None:
         add("model", ("allow_pickle",), "model.hf is not given")
     if isinstance(config, RunConfig) and config.data.train_weights is None:
@@ -176,7 +179,7 @@ def check_run(
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
-        *_rollout_problems(config),
+        *_rollout_problems(config, loss_needs),
         *_idle_problems(config),
     ]
     if problems:
@@ -445,31 +448,37 @@ def _product_sides(config: TrainingConfig, architecture: ModelSizes) -> dict[str
 
 
 def _length_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
-    max_length, max_tokens = config.max_length, config.batch.max_tokens
-    if max_tokens is not None and max_tokens < max_length:
-        yield (
-            f"batch.max_tokens = {max_tokens} is less than {config.length_keys} = {max_length}: the longest "
-            "sequence would fit into no micro-batch; raise max_tokens or shorten sequences"
-        )
-    if max_length > architecture.max_position_embeddings:
-        yield (
-            f"{config.length_keys} = {max_length} is more than the model's max_position_embeddings = "
-            f"{architecture.max_position_embeddings}: shorten sequences"
-        )
+    max_tokens, lengths = config.batch.max_tokens, {config.length_keys: config.max_length}
+    if config.grpo is not None and config.grpo.sft is not None:
+        lengths["sft.data.max_length"] = config.grpo.sft.data.max_length
+    for keys, max_length in lengths.items():
+        if max_tokens is not None and max_tokens < max_length:
+            yield (
+                f"batch.max_tokens = {max_tokens} is less than {keys} = {max_length}: the longest "
+                "sequence would fit into no micro-batch; raise max_tokens or shorten sequences"
+            )
+        if max_length > architecture.max_position_embeddings:
+            yield (
+                f"{keys} = {max_length} is more than the model's max_position_embeddings = "
+                f"{architecture.max_position_embeddings}: shorten sequences"
+            )
 
 
 def _reference_problems(config: TrainingConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:
     is_needed = "reference" in loss_needs
+    who = f"loss '{config.loss.name}'"
+    if config.grpo is not None and config.grpo.sft is not None:
+        who += f" with sft.loss '{config.grpo.sft.loss.name}'"
     if is_needed and config.reference is None:
         yield (
-            f"loss '{config.loss.name}' needs a reference model: add `reference: {{kind: frozen}}` (the "
-            "weights that training starts from) or `reference: {kind: moving_average}` (follows the "
-            "policy), or reference.kind=... on the command line"
+            f"{who} needs a reference model: add `reference: {{kind: frozen}}` (the weights that training "
+            "starts from) or `reference: {kind: moving_average}` (follows the policy), or reference.kind=... "
+            "on the command line"
         )
     if config.reference is not None and not is_needed:
         yield (
-            f"loss '{config.loss.name}' uses no reference model: remove the section `reference`, or "
-            "reference=null on the command line"
+            f"{who} uses no reference model: remove the section `reference`, or reference=null on the "
+            "command line"
         )
 
 
@@ -487,15 +496,20 @@ def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _rollout_problems(config: TrainingConfig) -> Iterator[str]:
+def _rollout_problems(config: TrainingConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:
     if (grpo := config.grpo) is None:
         return
     prompts, group = grpo.rollout.prompts_per_step, grpo.rollout.group_size
     size = config.batch.global_size
-    if group == 1:
+    if group == 1 and "advantages" in loss_needs:
         yield (
             "rollout.group_size = 1 compares a response with itself, so that every advantage is 0 and "
             "nothing is learned: set it to at least 2"
+        )
+    if grpo.rollout.demonstrations >= group:
+        yield (
+            f"rollout.demonstrations = {grpo.rollout.demonstrations} leaves none of the rollout.group_size = "
+            f"{group} responses for the policy to generate: lower it"
         )
     if (prompts * group) % size:
         yield (

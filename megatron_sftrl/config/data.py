@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ class PromptColumns(Section):
     and the instruction are the prompt. In place of the three above."""
     instruction: str | None = None
     """What stands behind a benchmark's question, in place of its own instruction; empty for none."""
+    response: Column | None = None
+    """The demonstration that rollout.demonstrations put into the prompt's group, a text or one assistant
+    turn; null where a row has none. Not given: response, completion or target, where a row has one."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> PromptColumns:
@@ -79,8 +83,10 @@ class PromptColumns(Section):
                 f"data.columns: {own[0]} is for rows of a benchmark, whose columns are known: remove it, or "
                 f"{columns[0]}"
             )
-        if not own and not columns:
-            raise UserError("data.columns: expected prompt, messages, answer or benchmark, got none of them")
+        if not own and not columns and self.response is None:
+            raise UserError(
+                "data.columns: expected prompt, messages, answer, response or benchmark, got none of them"
+            )
         return self
 
 
@@ -147,8 +153,8 @@ class _TrainSection(Section):
         return self
 
 
-class DataSection(_TrainSection):
-    """The demonstrations."""
+class DemonstrationSection(_TrainSection):
+    """Demonstrations to train on."""
 
     train: list[TrainPath] = Field(min_length=1)
     """Files (JSON lines or arrays, Parquet), folders, patterns, directories of datasets.save_to_disk, or one
@@ -156,8 +162,6 @@ class DataSection(_TrainSection):
     weights, such as {path: math.jsonl, weight: 0.7}, an epoch is a mixture."""
     mix_by: Literal["tokens", "rows"] = "tokens"
     """What the weights of data.train are shares of: the learned tokens of an epoch, or its rows."""
-    valid: list[ExpandedPath] = Field(default=[])
-    """Held-out data of the same kinds; no evaluation when empty."""
     columns: DemonstrationColumns | None = None
     """Where the rows of all these files hold what is read; not given: the format of each is recognised."""
     learn: Literal["all_turns", "last_turn"] = "all_turns"
@@ -180,6 +184,13 @@ class DataSection(_TrainSection):
         return Learning(turns=self.learn, thinking=self.thinking)
 
 
+class DataSection(DemonstrationSection):
+    """The demonstrations."""
+
+    valid: list[ExpandedPath] = Field(default=[])
+    """Held-out data of the same kinds; no evaluation when empty."""
+
+
 class PromptSection(_TrainSection):
     """The prompts, and the answers that rewards look at."""
 
@@ -195,3 +206,67 @@ class PromptSection(_TrainSection):
     """Longest prompt, in tokens; a longer one is refused before the run begins."""
     shuffle: bool = True
     """A new order each epoch, derived from the run's seed and the epoch."""
+
+
+# Demonstrations beside the responses of a GRPO run.
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
+
+
+class NamedLoss(BaseModel):
+    """A loss by its name. Keys other than those of the section are the loss's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """A registered loss of demonstrations: sft, chord_phi, gift, ... or one of your own (loss.modules)."""
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The loss's own options, as written."""
+        return dict(self.model_extra or {})
+
+
+class MuSection(Section):
+    """The share of the SFT term by steps, as in train.steps: a linear warm-up, then half a cosine."""
+
+    peak: float = Field(gt=0, lt=1)
+    """Largest share, after the warm-up."""
+    valley: float = Field(ge=0, lt=1)
+    """Share after decay_steps; equal to peak for a constant one. At 0 demonstrations are left out."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps until the peak is reached."""
+    decay_steps: int = Field(default=0, ge=0)
+    """Steps from the peak to the valley."""
+
+    @model_validator(mode="after")
+    def _the_way_down_has_steps(self) -> MuSection:
+        if self.valley > self.peak:
+            raise UserError(f"sft.mu: valley {self.valley} is above peak {self.peak}")
+        if (self.valley < self.peak) != (self.decay_steps > 0):
+            raise UserError("sft.mu: give decay_steps where valley is below peak, and only there")
+        return self
+
+    def at(self, step: int) -> float:
+        """mu of a step, 0-based, as for the learning rate: a resumed run needs nothing but its step."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if step >= self.warmup_steps + self.decay_steps:
+            return self.valley
+        shape = 0.5 * (1.0 + math.cos(math.pi * (step - self.warmup_steps) / self.decay_steps))
+        return self.valley + (self.peak - self.valley) * shape
+
+
+class SftTermSection(Section):
+    """Demonstrations that every update learns beside the policy gradient:
+    (1 - mu) * loss on responses + mu * loss on demonstrations (CHORD)."""
+
+    data: DemonstrationSection
+    global_size: int = Field(ge=1)
+    """Demonstrations in each update, over all ranks, beside the responses of batch.global_size. They are cut
+    into micro-batches of their own, as `batch` says."""
+    aggregation: Aggregation = "token_mean"
+    """As batch.aggregation, over the demonstrations of an update; constant_length divides by
+    (demonstrations * sft.data.max_length)."""
+    loss: NamedLoss = NamedLoss(name="sft")
+    mu: MuSection

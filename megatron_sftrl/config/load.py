@@ -14,6 +14,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -288,8 +290,8 @@ def resolved_yaml(config: TrainingConfig) -> str:
     """Every setting with an effect, defaults included, as YAML; it loads to an equal config and text."""
     tree = config.model_dump(mode="json")
     for setting in idle_settings(config):
-        section, name = setting.key.split(".")
-        del tree[section][name]
+        *sections, name = setting.key.split(".")
+        del reduce(getitem, sections, tree)[name]
     return dump_yaml(tree)
 
 

@@ -10,9 +10,16 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from megatron_sftrl.config.data import DataSection, PromptSection, Section
+from megatron_sftrl.config.data import (
+    Aggregation,
+    DataSection,
+    NamedLoss,
+    PromptSection,
+    Section,
+    SftTermSection,
+)
 from megatron_sftrl.config.gates import GateSection
 from megatron_sftrl.config.paths import ExpandedPath, ModuleName
 from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
@@ -180,7 +187,7 @@ class BatchSection(Section):
     """Fill each micro-batch with as many sequences as fit into max_tokens."""
     max_tokens: int | None = Field(default=None, ge=2)
     """Tokens per packed micro-batch; needed when packing is on, at least data.max_length."""
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = "token_mean"
+    aggregation: Aggregation = "token_mean"
     """Mean over loss tokens; mean over sequences of their token means; sum over tokens divided by
     (sequences * data.max_length), of GRPO by (responses * rollout.max_new_tokens)."""
 
@@ -191,14 +198,12 @@ class BatchSection(Section):
         return self
 
 
-class LossSection(BaseModel):
-    """The objective. Keys other than name and modules are the loss's own options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+class LossSection(NamedLoss):
+    """The objective. Keys other than name, modules, fused and chunk_mb are the loss's own options."""
 
     name: str
     """A registered loss: sft, gift, pear, curiosft, ... or one of your own."""
-    modules: list[ModuleName] = []
+    modules: list[ModuleName] = Field(default=[])
     """Python files or importable modules that register losses, imported before the name is looked up."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Output layer and loss together, logits existing for a chunk of tokens at a time. auto: where a
@@ -211,11 +216,6 @@ class LossSection(BaseModel):
     def chunk_bytes(self) -> int | None:
         """The same in bytes."""
         return None if self.chunk_mb is None else self.chunk_mb * 2**20
-
-    @property
-    def options(self) -> dict[str, object]:
-        """The loss's own options, as written."""
-        return dict(self.model_extra or {})
 
 
 class ReferenceSection(Section):
@@ -403,6 +403,11 @@ class TrainingConfig(Section, ABC):
         """The settings that max_length is the sum of, for messages."""
 
     @property
+    def longest_trained(self) -> int:
+        """Longest sequence of a micro-batch of training, in tokens."""
+        return self.max_length
+
+    @property
     @abstractmethod
     def held_out(self) -> list[Path]:
         """Files of held-out data, none where there is no evaluation."""
@@ -466,6 +471,10 @@ class RolloutSection(Section):
     """Prompts of one step, over all ranks."""
     group_size: int = Field(default=8, ge=1)
     """G, responses per prompt."""
+    demonstrations: int = Field(default=0, ge=0)
+    """How many of the G are the response that the row itself has (data.columns.response), in place of
+    generated ones: rewarded and compared like the others, and learned by loss.shaping (LUFFY has 1 of 8).
+    In a group whose row has none, all are generated."""
     max_new_tokens: int = Field(ge=1)
     """Longest response, end token included."""
     temperature: float = Field(default=1.0, gt=0)
@@ -529,7 +538,7 @@ class GrpoConfig(TrainingConfig):
     """One run of `sftrl grpo`."""
 
     preset: str | None = None
-    """Published settings that hold where this file says nothing: luffy, srft, curiosft_rl, dapo,
+    """Published settings that hold where this file says nothing: luffy, chord, srft, curiosft_rl, dapo,
     deepseekmath, dr_grpo, gspo."""
     data: PromptSection
     rollout: RolloutSection
@@ -539,6 +548,7 @@ class GrpoConfig(TrainingConfig):
     reward_workers: RewardWorkersSection = RewardWorkersSection()
     advantages: AdvantagesSection = AdvantagesSection()
     filters: FiltersSection = FiltersSection()
+    sft: SftTermSection | None = None
 
     @property
     def max_length(self) -> int:
@@ -547,6 +557,10 @@ class GrpoConfig(TrainingConfig):
     @property
     def length_keys(self) -> str:
         return "data.max_prompt_length + rollout.max_new_tokens"
+
+    @property
+    def longest_trained(self) -> int:
+        return max(self.max_length, self.sft.data.max_length if self.sft else 0)
 
     @property
     def held_out(self) -> list[Path]:

@@ -228,7 +228,7 @@ class RowsToTokenize:
 
     @property
     def _purpose(self) -> str:
-        return "train" if self.key == "data.train" else "evaluate"
+        return "train" if self.key.endswith("data.train") else "evaluate"
 
 
 def find_rows(

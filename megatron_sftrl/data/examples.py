@@ -23,7 +23,8 @@ class Example:
         behavior_logprobs: [k] fp32 nats, one per True of loss_mask, in order; None without scores.
         row: number of the row over all sources, from 0.
         source: where the row stands, such as `train.jsonl:17`.
-        old_logprobs, rollout_logprobs, advantages: [k] fp32, of a generated response; None elsewhere.
+        old_logprobs, rollout_logprobs, advantages: [k] fp32, of a response in a group; None elsewhere.
+        is_demonstration: [k] bool, of a response in a group; None elsewhere.
     """
 
     tokens: NDArray[np.int32]
@@ -34,6 +35,7 @@ class Example:
     old_logprobs: NDArray[np.float32] | None = None
     rollout_logprobs: NDArray[np.float32] | None = None
     advantages: NDArray[np.float32] | None = None
+    is_demonstration: NDArray[np.bool_] | None = None
 
     @property
     def num_loss_tokens(self) -> int:

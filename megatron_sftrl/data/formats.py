@@ -33,6 +33,9 @@ Columns = DemonstrationColumns | PromptColumns
 _SAID_BY = ("prompt", "response", "messages")
 """Names under which conversation.py reads what a row says."""
 
+_RESPONSES = ("response", "completion", "target")
+"""Columns in which a row of prompts may have a demonstration."""
+
 
 def _leave_as_is(said: dict[str, object], row: Row) -> None:
     pass
@@ -308,6 +311,8 @@ def recognise(row: Row, kind: Kind, columns: Columns | None = None) -> RowFormat
         UserError: no format fits, or more than one.
     """
     mapped = {} if columns is None else columns.model_dump(exclude_none=True)
+    if kind == "prompts":
+        mapped.pop("response", None)  # stands beside the prompt, whatever the prompt's format
     if any(name in mapped for name in _SAID_BY):
         return _mapped_format(mapped)
     if "benchmark" in mapped:
@@ -390,6 +395,45 @@ class FormattedRow:
         said = found.said_by(self.values, self.kind, self.columns)
         read = read_demonstration if self.kind == "demonstrations" else read_prompt
         return read(said, found.columns)
+
+    def demonstration(self) -> Conversation | None:
+        """The prompt with the row's own response, one assistant turn, behind it; None where it has none.
+
+        Raises:
+            UserError: without the row's place: the column of data.columns is not there, there are several,
+                or a response that cannot be used.
+        """
+        assert self.kind == "prompts"
+        column = self._response_column()
+        response = None if column is None else find_column(self.values, column)[1]
+        if response is None:
+            return None
+        said = self.format.said_by(self.values, "prompts")
+        asked = said.pop("messages", None) if said.get("prompt") is None else said["prompt"]
+        names = {**self.format.columns, "response": column}
+        names["prompt"] = names.get("prompt", names.get("messages", "prompt"))
+        found = read_demonstration({**said, "prompt": asked, "response": response}, names)
+        if len(found.messages) - len(self.conversation().messages) != 1:
+            raise UserError(
+                f"{column}: a demonstration in a group is one assistant turn, as a generated response is; "
+                "write the turns in front of its last one into the prompt"
+            )
+        return found
+
+    def _response_column(self) -> str | None:
+        """Where a row of prompts has its demonstration."""
+        named = self.columns.response if isinstance(self.columns, PromptColumns) else None
+        if named is not None:
+            if not find_column(self.values, named)[0]:
+                raise UserError(f"data.columns.response: {_not_there(self.values, named)}")
+            return named
+        there = [name for name in _RESPONSES if self.values.get(name) is not None]
+        if len(there) > 1:
+            raise UserError(
+                f"the row has {' and '.join(there)}; name the demonstration that is meant by data.columns, "
+                f"such as data.columns: {{response: {there[0]}}}"
+            )
+        return there[0] if there else None
 
     def values_with_answer(self) -> Mapping[str, object]:
         """The row for the rewards: every column, and `answer` from where the format has it.
@@ -480,6 +524,8 @@ def _check_texts(file: SourceFile, chosen: RowFormat, kind: Kind, columns: Colum
     if kind == "prompts":
         texts["answer"] = chosen.answer_column(columns) or "answer"
     texts |= {name: name for name in chosen.used}
+    if isinstance(columns, PromptColumns) and columns.response is not None:
+        texts["response"] = columns.response
     turns = [column for name, column in chosen.columns.items() if name == "messages"]
     check_text_columns(file, list(texts.values()), turns=turns)
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sftrl.config.data import Aggregation
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.losses.api import Aggregation, token_weights
+from megatron_sftrl.losses.api import token_weights
 from megatron_sftrl.types import TokenBatch
 
-Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages"]
+Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages", "is_demonstration"]
 """Fields of an Example that stand under the same name in a TokenBatch."""
 
 
@@ -93,7 +94,9 @@ def build_token_batch(
     labels = np.full(total, pad_id, np.int64)
     mask = np.zeros(total, np.bool_)
     is_padding = np.ones(total, np.bool_)
-    values = {name: np.zeros(total, np.float32) for name in carried}
+    values = {
+        name: np.zeros(total, np.bool_ if name == "is_demonstration" else np.float32) for name in carried
+    }
     start = 0
     for example, length in zip(examples, lengths, strict=True):
         real = slice(start, start + len(example.tokens) - 1)
@@ -124,6 +127,24 @@ def build_token_batch(
         ),
         is_padding=torch.from_numpy(is_padding),
         **{name: torch.from_numpy(array) for name, array in values.items()},
+    )
+
+
+def padded_batch(batch: TokenBatch, total: int) -> TokenBatch:
+    """The batch with one more sequence of padding, up to T = `total`; itself where it has as many tokens.
+
+    Args:
+        total: a multiple of whatever T is a multiple of.
+    """
+    missing = total - batch.num_tokens
+    if not missing:
+        return batch
+    assert missing > 0 and batch.is_padding is not None
+    return batch.map(
+        lambda value: torch.cat([value, value.new_zeros(missing)]),
+        positions=torch.cat([batch.positions, torch.arange(missing)]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([total])]),
+        is_padding=torch.cat([batch.is_padding, batch.is_padding.new_ones(missing)]),
     )
 
 

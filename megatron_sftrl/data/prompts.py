@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -27,12 +28,14 @@ LOGGER = logging.getLogger(__name__)
 class PromptRow:
     """Ids that responses continue, where the row stands (such as `train.jsonl:17`), and its columns.
 
-    Among them is the answer, wherever the row's format has it.
+    Among them is the answer, wherever the row's format has it. `demonstration` has the ids of the row's own
+    response, its end token included, where one is asked for and there.
     """
 
     tokens: tuple[int, ...]
     values: Mapping[str, object]
     source: str
+    demonstration: array[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +76,15 @@ def read_prompt_set(
     max_prompt_length: int,
     columns: PromptColumns | None = None,
     key: str = "data.train",
+    longest_demonstration: int | None = None,
 ) -> PromptSet:
     """Read and tokenize every row; `columns` are data.columns, `key` is where the paths stand there.
 
+    Args:
+        longest_demonstration: tokens of the longest response of a row; responses are not read when None.
     Raises:
-        UserError: a source or row that cannot be used, a prompt that is too long, a source without rows.
+        UserError: a source or row that cannot be used, a prompt or a response that is too long, a source
+            without rows, or responses are read and no row has one.
     """
     rows, sizes = [], []
     digest = hashlib.sha256()
@@ -87,11 +94,19 @@ def read_prompt_set(
         for row in read_formatted(path, "prompts", columns=columns, key=key):
             prompt, text = tokenize_prompt(tokenizer, row)
             check_prompt_length(prompt, max_prompt_length)
+            if longest_demonstration is not None:
+                prompt = with_demonstration(tokenizer, row, prompt, longest_demonstration)
+                digest.update(prompt.demonstration or b"")
             rows.append(prompt)
             digest.update(text)
         if len(rows) == before:
             raise UserError(f"{key}: no prompts in {path}; remove it from {key}, or write it again")
         sizes.append(len(rows) - before)
+    if longest_demonstration is not None and all(row.demonstration is None for row in rows):
+        raise UserError(
+            f"rollout.demonstrations: no row of {key} has a response (in response, completion or target): "
+            "name its column by data.columns.response, or set rollout.demonstrations=0 to generate all"
+        )
     return PromptSet(rows=tuple(rows), fingerprint=digest.hexdigest(), sizes=tuple(sizes))
 
 
@@ -108,6 +123,31 @@ def tokenize_prompt(tokenizer: Tokenizer, row: FormattedRow) -> tuple[PromptRow,
         raise UserError(f"{row.source}: {error}") from error
     prompt = PromptRow(tokens=tokens, values=values, source=row.source)
     return prompt, _as_json(tokens, values, row.source)
+
+
+def with_demonstration(tokenizer: Tokenizer, row: FormattedRow, prompt: PromptRow, longest: int) -> PromptRow:
+    """The row with the tokens of its response, where it has one.
+
+    Raises:
+        UserError: the response cannot be used, or is longer than `longest` tokens.
+    """
+    try:
+        conversation = row.demonstration()
+        if conversation is None:
+            return prompt
+        ids, mask = tokenize_row(tokenizer, conversation, Learning(turns="last_turn"))
+    except ValueError as error:
+        raise UserError(f"{row.source}: {error}") from error
+    start = len(prompt.tokens)
+    assert tuple(ids[:start]) == prompt.tokens and mask == [i >= start for i in range(len(ids))], (
+        "what is learned of a single answer is what is generated behind its prompt"
+    )
+    if len(ids) - start > longest:
+        raise UserError(
+            f"{row.source}: expected a response of at most rollout.max_new_tokens = {longest} tokens, got "
+            f"{len(ids) - start} with its end token; raise it, or remove the response from the row"
+        )
+    return replace(prompt, demonstration=array("i", ids[start:]))
 
 
 def check_prompt_length(prompt: PromptRow, max_prompt_length: int) -> None:

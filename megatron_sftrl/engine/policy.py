@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,6 +97,18 @@ Ask = Callable[[TokenDistribution, TokenDistribution | None, Tensor], Sequence[T
 """[T] nats, one or several, from the policy, the reference where there is one, and the labels [T] int64."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Some micro-batches of a step, at least one, and the loss they are given to.
+
+    What the part counts in the step is in its token_weight. All parts have one length where stages of a
+    pipeline exchange tensors of one size.
+    """
+
+    batches: Sequence[TokenBatch]
+    loss: Loss
+
+
 class PolicyEngine:
     """Owns the policy's chunks, their gradients and the optimizer on this rank.
 
@@ -178,19 +191,30 @@ class PolicyEngine:
 
         model.moe_aux_loss_coeff adds the routers' load-balancing loss to the gradients, not to the loss.
         """
+        return self.forward_backward_parts([Part(batches=batches, loss=loss)], reference)[0]
+
+    def forward_backward_parts(
+        self, parts: Sequence[Part], reference: ReferenceModel | None = None
+    ) -> list[StepReport]:
+        """The same of a step whose micro-batches have different losses, with a report of each part.
+
+        The gradients are those of all parts together; what is measured of the experts is in the first report.
+        """
+        batches = [batch for part in parts for batch in part.batches]
         self.zero_gradients()
         if self._balance is not None:
             self._balance.begin_step(batches)
         longest = self._objective.longest(batches, over_all_ranks=True)
         self.clock.start()
         try:
-            report = self._run(batches, loss, reference, longest=longest, forward_only=False)
+            first, *others = self._run(parts, reference, longest=longest, forward_only=False)
         finally:
             self._forget_added_gradients()
         forget_routing(self.chunks)
         if self._balance is None:
-            return report
-        return dataclasses.replace(report, metrics={**report.metrics, **self._balance.finish_step()})
+            return [first, *others]
+        first = dataclasses.replace(first, metrics={**first.metrics, **self._balance.finish_step()})
+        return [first, *others]
 
     def zero_gradients(self) -> None:
         """Empty Megatron's gradient buffers; the schedule accumulates into them."""
@@ -208,7 +232,7 @@ class PolicyEngine:
     ) -> StepReport:
         """The same numbers without gradients."""
         longest = self._objective.longest(batches)
-        return self._run(batches, loss, reference, longest=longest, forward_only=True)
+        return self._run([Part(batches=batches, loss=loss)], reference, longest=longest, forward_only=True)[0]
 
     @torch.no_grad()
     @named_operator()
@@ -284,21 +308,17 @@ class PolicyEngine:
 
     @named_operator()
     def _run(
-        self,
-        batches: Sequence[TokenBatch],
-        loss: Loss,
-        reference: ReferenceModel | None,
-        *,
-        longest: int,
-        forward_only: bool,
-    ) -> StepReport:
+        self, parts: Sequence[Part], reference: ReferenceModel | None, *, longest: int, forward_only: bool
+    ) -> list[StepReport]:
+        batches = [batch for part in parts for batch in part.batches]
+        losses = [part.loss for part in parts for _ in part.batches]
         reference_states = reference.hidden_states(batches) if reference is not None else []
 
         def last_stage(stage: LastStageInput) -> tuple[Tensor, Tensor, object]:
             policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
             prior = None if reference is None else reference.head(reference_states[stage.index])
             values = self._objective.values(
-                loss, policy, prior, stage.batch, longest=longest, weighted=stage.weighted
+                losses[stage.index], policy, prior, stage.batch, longest=longest, weighted=stage.weighted
             )
             report = microbatch_report(values, stage.batch.token_weight)
             return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
@@ -313,7 +333,12 @@ class PolicyEngine:
         )
         if reference is not None:
             reference.finish_step()
-        return reduce_reports(reports, self.parallel, loss_name=loss.name)
+        found, first = [], 0
+        for part in parts:
+            mine = reports[first : first + len(part.batches)]
+            found.append(reduce_reports(mine, self.parallel, loss_name=part.loss.name))
+            first += len(part.batches)
+        return found
 
     def _forget_added_gradients(self) -> None:
         """Take back the fused layer's mark for Megatron's DDP: this gradient is in main_grad already."""

@@ -3,12 +3,12 @@
 Importing this folder registers the algorithms below.
 """
 
-from megatron_sftrl.losses import anchored, curiosft, gift, grpo, likelihood, pear
+from megatron_sftrl.losses import anchored, curiosft, gift, grpo, likelihood, pear, ts_opsd
 from megatron_sftrl.losses.api import LossConfig, LossInputs, LossOptions, LossOutput, token_weights
 from megatron_sftrl.losses.registry import Loss, build_loss, register_loss
 from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
 
-ALGORITHMS = (anchored, curiosft, gift, grpo, likelihood, pear)
+ALGORITHMS = (anchored, curiosft, gift, grpo, likelihood, pear, ts_opsd)
 
 __all__ = [
     "ALGORITHMS",

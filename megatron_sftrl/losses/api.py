@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from megatron_sftrl.config.data import Aggregation
 from megatron_sftrl.config.gates import GateSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.sequences import Sequences, sequences_of
@@ -44,6 +44,7 @@ OWN_NUMBERS = frozenset(
 )  # fmt: skip
 OWN_FAMILIES = (
     "seconds", "checkpoint", "ranks", "valid", "reward", "rollout", "mismatch", "memory", "reshard", "moe",
+    "sft",
 )  # fmt: skip
 
 
@@ -121,8 +122,6 @@ class LossOutput:
 # token_weight, which makes normalisation data: it sums to 1 over one optimizer step and all ranks. The
 # aggregations are ways to fill it. All need only counts over the whole step, so that how it is cut into
 # micro-batches, data-parallel or context-parallel parts changes nothing.
-
-Aggregation = Literal["token_mean", "sequence_mean", "constant_length"]
 
 
 def token_weights(

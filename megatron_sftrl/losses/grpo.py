@@ -56,6 +56,9 @@ class GrpoOptions(LossOptions):
     """C, largest k."""
     entropy_coefficient: float = Field(default=0.0, ge=0)
     """Nats of loss taken off per nat of entropy."""
+    shaping: float | None = Field(default=0.1, gt=0)
+    """gamma: a demonstration in a group (rollout.demonstrations) counts with pi / (pi + gamma) at each token,
+    unclipped (LUFFY); null: with pi. The smaller gamma is, the more an unlikely token of it is learned."""
 
     @model_validator(mode="after")
     def _nothing_is_written_in_vain(self) -> GrpoOptions:
@@ -91,10 +94,21 @@ def grpo(inputs: LossInputs, config: GrpoOptions) -> LossOutput:
     arXiv:2507.18071. Dual clip bounds the objective from below, max(., c A), hence the loss from above. The
     paper's 1/|o| and Dr. GRPO's constant length are ways to fill token_weight, not part of this function.
 
+    Tokens of a demonstration in the group (batch.is_demonstration) have, whatever ratio and objective are,
+
+        l_t = -f(pi(y_t)) A_t,    f(x) = x / (x + gamma), or x                       (arXiv:2504.14945)
+
+    which is the ratio to a policy that wrote them with probability 1, as LUFFY and its release take it, with
+    their policy shaping and no clip. The entropy term is theirs, too; w and the KL term, which are about
+    samples of the policy, are not.
+
     Log ratios are bounded at 20 nats. Metrics: `grpo/clip_low` and `grpo/clip_high` are the tokens that the
     lower and upper bound acted on (under clip the lower bound acts on negative advantages only, the upper on
     positive); `grpo/kl_old_*` estimates KL(old || policy), `grpo/kl_reference_*` KL(policy || reference);
-    `entropy` and `nll` are those of the distribution that is sampled from, at the temperature.
+    `entropy` and `nll` are those of the distribution that is sampled from, at the temperature. Where there
+    are demonstrations, `grpo/demonstration_share` is theirs of the weight; the averages of their pi
+    (`grpo/demonstration_ratio`) and f(pi) (`grpo/demonstration_shaped`) are over all tokens, 0 on others, and
+    the metrics above count them as tokens that have not moved.
     """
     batch = inputs.batch
     assert batch.advantages is not None and batch.old_logprobs is not None
@@ -107,7 +121,8 @@ def grpo(inputs: LossInputs, config: GrpoOptions) -> LossOutput:
     logprobs, *reference_logprobs = logprobs_together(distributions, batch.labels)
     logprobs = torch.where(batch.loss_mask, logprobs, 0.0)  # a masked label may be impossible: 0 * -inf
 
-    moved = log_ratio(logprobs, batch.old_logprobs, batch.loss_mask)
+    sampled = batch.loss_mask if batch.is_demonstration is None else batch.loss_mask & ~batch.is_demonstration
+    moved = log_ratio(logprobs, batch.old_logprobs, sampled)
     ratio = (sequence_log_ratio(moved, inputs.sequences) if config.ratio == "sequence" else moved).exp()
     advantages = torch.where(batch.loss_mask, batch.advantages, 0.0).to(ratio.dtype)
     token_loss = _policy_loss(logprobs, ratio, advantages, config)
@@ -120,20 +135,28 @@ def grpo(inputs: LossInputs, config: GrpoOptions) -> LossOutput:
         correction = correction_weight(
             batch.old_logprobs,
             batch.rollout_logprobs,
-            batch.loss_mask,
+            sampled,
             config.correction,
             config.correction_cap,
         )
         token_loss = correction.weight.to(ratio.dtype) * token_loss
-        metrics |= _correction_metrics(correction, batch, ratio.dtype)
+        metrics |= _correction_metrics(correction, batch, sampled, ratio.dtype)
+    if batch.is_demonstration is not None:
+        shaped = _shaped(logprobs, config.shaping)
+        token_loss = torch.where(batch.is_demonstration, -shaped * advantages, token_loss)
+        metrics |= _demonstration_metrics(logprobs.detach(), shaped.detach(), batch.is_demonstration)
     for reference in reference_logprobs:
-        apart = log_ratio(reference, logprobs, batch.loss_mask)
+        apart = log_ratio(reference, logprobs, sampled)
         token_loss = token_loss + config.kl_coefficient * kl_loss(apart, config.kl_estimator)
         estimates = kl_estimates(apart.detach())
         metrics |= {f"grpo/kl_reference_{name}": value for name, value in estimates.items()}
     if config.entropy_coefficient > 0:
         token_loss = token_loss - config.entropy_coefficient * entropy
     return LossOutput(token_loss=token_loss, metrics=metrics)
+
+
+OF_DEMONSTRATIONS = ("grpo/demonstration_ratio", "grpo/demonstration_shaped")
+"""Metrics that are 0 on other tokens: over grpo/demonstration_share they are averages over demonstrations."""
 
 
 def _at_temperature(distribution: TokenDistribution, temperature: float) -> TokenDistribution:
@@ -151,6 +174,20 @@ def _policy_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, config: Gr
         # Where A >= 0 the loss is at most 0 already.
         loss = torch.minimum(loss, config.dual_clip * advantages.abs())
     return loss
+
+
+def _shaped(logprobs: Tensor, gamma: float | None) -> Tensor:
+    """[T] f(pi), as a sigmoid: no quotient of numbers that are both near 0."""
+    return logprobs.exp() if gamma is None else torch.sigmoid(logprobs - math.log(gamma))
+
+
+def _demonstration_metrics(logprobs: Tensor, shaped: Tensor, is_demonstration: Tensor) -> dict[str, Tensor]:
+    share = is_demonstration.to(logprobs.dtype)
+    return {
+        "grpo/demonstration_share": share,
+        "grpo/demonstration_ratio": share * logprobs.exp(),
+        "grpo/demonstration_shaped": share * shaped,
+    }
 
 
 def _upper_bound(config: GrpoOptions) -> float:
@@ -174,11 +211,11 @@ def _clip_metrics(ratio: Tensor, advantages: Tensor, config: GrpoOptions) -> dic
 
 
 def _correction_metrics(
-    correction: CorrectionWeight, batch: TokenBatch, dtype: torch.dtype
+    correction: CorrectionWeight, batch: TokenBatch, sampled: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     assert batch.old_logprobs is not None and batch.rollout_logprobs is not None
     difference = (batch.old_logprobs - batch.rollout_logprobs).abs().nan_to_num(torch.inf, torch.inf)
-    difference = torch.where(batch.loss_mask, difference, 0.0)
+    difference = torch.where(sampled, difference, 0.0)
     return {
         "grpo/correction_weight": correction.weight.to(dtype),
         "grpo/correction_limited": correction.is_limited.to(dtype),

@@ -1,8 +1,8 @@
 """Losses on the demonstration and the policy alone.
 
 Supervised fine-tuning (sft), a bonus for entropy, labels mixed with the uniform distribution; the likelihood
-weighted by what the policy thinks of the label (dft, idft, trsft, aesl) or of the place (eaft); and pushing
-against the policy's own other choices (sed, gem).
+weighted by what the policy thinks of the label (dft, chord_phi, idft, trsft, aesl) or of the place (eaft);
+and pushing against the policy's own other choices (sed, gem).
 """
 
 from __future__ import annotations
@@ -30,6 +30,19 @@ def dft(inputs: LossInputs, config: LossOptions) -> LossOutput:
     logprobs = inputs.policy.logprobs(inputs.batch.labels)
     probs = logprobs.detach().exp()
     return LossOutput(token_loss=-probs * logprobs, metrics={"dft/label_prob": probs})
+
+
+@register_loss("chord_phi", token_local=True)
+def chord_phi(inputs: LossInputs, config: LossOptions) -> LossOutput:
+    """L_t = -sg(phi_t) log pi(y_t), phi_t = pi(y_t) (1 - pi(y_t)): most at 1/2, nothing where pi is sure.
+
+    (arXiv:2508.11408, the SFT term of CHORD-phi, with phi a constant for the gradient as in its release;
+    there it stands beside GRPO, here under `sft.loss`, or alone.)
+    """
+    logprobs = inputs.policy.logprobs(inputs.batch.labels)
+    fixed = logprobs.detach()
+    phi = -fixed.exp() * torch.expm1(fixed)
+    return LossOutput(token_loss=-phi * logprobs, metrics={"chord/phi": phi})
 
 
 class EntropyOptions(LossOptions):

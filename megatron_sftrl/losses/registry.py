@@ -35,6 +35,7 @@ class Loss:
     needs: tuple[str, ...]
     function: LossFunction
     is_token_local: bool = False
+    is_on_policy: bool = False
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """The loss of every token.
@@ -53,9 +54,10 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossEntry(Entry):
-    """A registered loss; `token_local` as in register_loss."""
+    """A registered loss; `token_local` and `on_policy` as in register_loss."""
 
     token_local: TokenLocal
+    on_policy: bool
 
     def is_token_local(self, config: LossOptions) -> bool:
         """With these options."""
@@ -78,6 +80,7 @@ def register_loss(
     config: type[LossOptions] = LossOptions,
     needs: tuple[str, ...] = (),
     token_local: TokenLocal = False,
+    on_policy: bool = False,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> Callable[[FunctionT], FunctionT]:
     """Decorate `function(inputs: LossInputs, config) -> LossOutput` to make it available under a name.
@@ -87,6 +90,8 @@ def register_loss(
         token_local: what it says of a token depends on that token alone: it asks for no `sequences` and
             combines no tokens. Its gradient is then formed while a chunk of logits is hot, and masked
             tokens are left out. A function of the options where they decide.
+        on_policy: it is about responses that the policy has sampled, as one that needs advantages is:
+            `sftrl grpo` trains with it, `sftrl sft` does not.
     Raises:
         UserError: the name is taken by another function, or a need is unknown.
     """
@@ -103,6 +108,7 @@ def register_loss(
                 needs=needs,
                 origin=origin_of(function),
                 token_local=token_local,
+                on_policy=on_policy or "advantages" in needs,
             )
         )
         return function
@@ -134,6 +140,7 @@ def build_loss(
         needs=needs,
         function=entry.function,
         is_token_local=entry.is_token_local(config),
+        is_on_policy=entry.on_policy,
     )
 
 

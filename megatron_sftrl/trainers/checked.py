@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import end_token_ids
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -87,13 +87,14 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRun(Generic[ConfigT]):
-    """A configuration that has passed its checks, and what was read to check it."""
+    """A configuration that has passed its checks, and what was read to check it; `sft_loss`: of sft.loss."""
 
     config: ConfigT
     architecture: Architecture
     loss: Loss
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
+    sft_loss: Loss | None = None
 
 
 def checked_run(config: ConfigT) -> CheckedRun[ConfigT]:
@@ -118,12 +119,15 @@ def checked_configuration(config: ConfigT, *, world_size: int | None = None) -> 
     say_notes(notes)
     loss = _loss(config)
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    check_run(config, architecture, world_size, loss_needs=loss.needs)
+    sft_loss = None if config.grpo is None else sft_term_loss(config.grpo)
+    loss_needs = loss.needs + (() if sft_loss is None else sft_loss.needs)
+    check_run(config, architecture, world_size, loss_needs=loss_needs)
     tokenizer = _tokenizer(config, architecture)
     return CheckedRun(
         config=config,
         architecture=architecture,
         loss=loss,
+        sft_loss=sft_loss,
         tokenizer=tokenizer,
         stop_ids=stop_ids(config, tokenizer, vocab_size=architecture.vocab_size),
     )
@@ -164,15 +168,62 @@ def _loss(config: TrainingConfig) -> Loss:
     if (grpo := config.grpo) is None:
         if "advantages" in loss.needs:
             raise UserError(f"loss '{loss.name}' needs advantages, which `sftrl grpo` makes of rewards")
+        if loss.is_on_policy:
+            raise UserError(f"loss '{loss.name}' is about the policy's own responses: use `sftrl grpo`")
         return loss
-    if "advantages" not in loss.needs:
+    if not loss.is_on_policy:
         raise UserError(f"loss '{loss.name}' does not use advantages: `sftrl sft` trains with it")
+    _check_loss_of_responses(loss, grpo)
     if "temperature" in config.loss.options:
         raise UserError("loss.temperature follows rollout.temperature: set that one, and remove this one")
     if "temperature" not in type(loss.config).model_fields:
         return loss
     options = {**config.loss.options, "temperature": grpo.rollout.temperature}
     return build_loss(config.loss.name, options, modules=config.loss.modules)
+
+
+def _check_loss_of_responses(loss: Loss, config: GrpoConfig) -> None:
+    """Raise UserError for settings that the loss does not look at."""
+    knows_demonstrations = "shaping" in type(loss.config).model_fields
+    if config.rollout.demonstrations and not knows_demonstrations:
+        raise UserError(
+            f"rollout.demonstrations: loss '{loss.name}' does not tell demonstrations from the policy's own "
+            "responses, as loss 'grpo' does: remove it, or take that loss"
+        )
+    if not config.rollout.demonstrations and "shaping" in config.loss.options and knows_demonstrations:
+        raise UserError(
+            "loss.shaping has no effect: rollout.demonstrations is 0, so that no group holds one; set it to "
+            "at least 1, or remove loss.shaping"
+        )
+    if "advantages" in loss.needs:
+        return
+    idle = {
+        "filters.dynamic_sampling": config.filters.dynamic_sampling,
+        "advantages.estimator": "estimator" in config.advantages.model_fields_set,
+    }
+    for key in (key for key, is_said in idle.items() if is_said):
+        raise UserError(
+            f"{key} has no effect: loss '{loss.name}' learns from every response, whatever its reward; "
+            "remove it"
+        )
+
+
+def sft_term_loss(config: GrpoConfig) -> Loss | None:
+    """The loss of the run's demonstrations (sft.loss); None without any.
+
+    Raises:
+        UserError: what build_loss refuses, or a loss of the policy's own responses.
+    """
+    if config.sft is None:
+        return None
+    named = config.sft.loss
+    try:
+        loss = build_loss(named.name, named.options, modules=config.loss.modules)
+    except UserError as error:
+        raise UserError(f"sft.loss: {error}") from error
+    if loss.is_on_policy:
+        raise UserError(f"sft.loss: loss '{loss.name}' is about the policy's own responses: take sft, say")
+    return loss
 
 
 def export_assets(checked: CheckedRun[ConfigT]) -> HfAssets:

@@ -11,6 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.config.data import Aggregation
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
@@ -18,7 +19,6 @@ from megatron_sftrl.data.packing import StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.engine.policy import Ask, PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
-from megatron_sftrl.losses.api import Aggregation
 from megatron_sftrl.rl.advantages import AdvantageEstimator, by_group, group_advantages
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.types import Rollout
@@ -31,7 +31,8 @@ class Response:
 
     Args:
         group: id of its prompt in the run.
-        rollout: tokens and the engine's log-probabilities.
+        rollout: tokens and the engine's log-probabilities; of a demonstration 0 nats each.
+        is_demonstration: the response that the row has, in place of one that was generated.
         advantage: against the responses of its group that have a reward; 0 without one.
         old_logprobs: nats, the trainer's own for each response token, before the first update.
         entropies: nats, of the policy at each of them, at the sampling temperature.
@@ -41,13 +42,20 @@ class Response:
     row: PromptRow
     rollout: Rollout
     scored: Scored
+    is_demonstration: bool = False
     advantage: float = 0.0
     old_logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
 
-    def carries_loss(self, *, mask_truncated: bool) -> bool:
-        """It has a reward, and its end token where those without one are masked."""
-        return self.scored.reward is not None and (self.rollout.is_finished or not mask_truncated)
+    def carries_loss(self, *, mask_truncated: bool, needs_reward: bool = True) -> bool:
+        """It has a reward, where it needs one, and its end token where those without one are masked."""
+        is_judged = self.scored.reward is not None or not needs_reward
+        return is_judged and (self.rollout.is_finished or not mask_truncated)
+
+
+def sampled(responses: Sequence[Response]) -> list[Response]:
+    """Those that the policy has sampled."""
+    return [each for each in responses if not each.is_demonstration]
 
 
 def grouped(responses: Sequence[Response]) -> dict[int, list[Response]]:
@@ -67,18 +75,18 @@ def first_rewards(responses: Sequence[Response]) -> dict[int, list[float]]:
 
 
 def as_example(response: Response, number: int, *, is_learned: bool) -> Example:
-    """The sequence that the trainer sees: where `is_learned`, every generated token carries loss, the end
-    too.
+    """The sequence that the trainer sees: where `is_learned`, every token of the response carries loss, the
+    end too.
 
     Token ids are taken as they were generated, never tokenized again; `number` is its place in the step.
     """
-    prompt, generated = response.rollout.prompt_tokens, response.rollout.response_tokens
-    mask = np.zeros(len(prompt) + len(generated), np.bool_)
+    prompt, said = response.rollout.prompt_tokens, response.rollout.response_tokens
+    mask = np.zeros(len(prompt) + len(said), np.bool_)
     mask[len(prompt) :] = is_learned
-    count = len(generated) if is_learned else 0
-    old = response.old_logprobs or (0.0,) * len(generated)
+    count = len(said) if is_learned else 0
+    old = response.old_logprobs or (0.0,) * len(said)
     return Example(
-        tokens=np.array([*prompt, *generated], np.int32),
+        tokens=np.array([*prompt, *said], np.int32),
         loss_mask=mask,
         behavior_logprobs=None,
         row=number,
@@ -86,6 +94,7 @@ def as_example(response: Response, number: int, *, is_learned: bool) -> Example:
         old_logprobs=np.array(old[:count], np.float32),
         rollout_logprobs=np.array(response.rollout.logprobs[:count], np.float32),
         advantages=np.full(count, response.advantage, np.float32),
+        is_demonstration=np.full(count, response.is_demonstration, np.bool_),
     )
 
 
@@ -96,6 +105,8 @@ class ExperienceBatches:
     Args:
         max_length: divisor of constant_length, tokens of the longest response.
         pad_id: any valid id.
+        needs_reward: the loss looks at advantages: a response without a reward carries none.
+        has_demonstrations: groups may hold some, and the loss is told which tokens are theirs.
     """
 
     batch: BatchSection
@@ -103,13 +114,17 @@ class ExperienceBatches:
     max_length: int
     pad_id: int
     mask_truncated: bool
+    needs_reward: bool = True
+    has_demonstrations: bool = False
 
     def has_signal(self, responses: Sequence[Response]) -> bool:
-        """A response that carries loss has an advantage."""
+        """A response that carries loss has an advantage, where the loss looks at advantages."""
         return any(
-            each.advantage != 0 and each.carries_loss(mask_truncated=self.mask_truncated)
-            for each in responses
+            (each.advantage != 0 or not self.needs_reward) and self._carries_loss(each) for each in responses
         )
+
+    def _carries_loss(self, response: Response) -> bool:
+        return response.carries_loss(mask_truncated=self.mask_truncated, needs_reward=self.needs_reward)
 
     def lay_out(self, responses: Sequence[Response], *, everything: bool = False) -> StepData | None:
         """This rank's micro-batches of one update; None when no response carries loss.
@@ -121,7 +136,7 @@ class ExperienceBatches:
             as_example(
                 response,
                 number,
-                is_learned=everything or response.carries_loss(mask_truncated=self.mask_truncated),
+                is_learned=everything or self._carries_loss(response),
             )
             for number, response in enumerate(responses)
         ]
@@ -141,7 +156,12 @@ class ExperienceBatches:
                 max_length=self.max_length,
             ),
             pad_id=self.pad_id,
-            carried=("old_logprobs", "rollout_logprobs", "advantages"),
+            carried=(
+                "old_logprobs",
+                "rollout_logprobs",
+                "advantages",
+                *(("is_demonstration",) if self.has_demonstrations else ()),
+            ),
         )
 
 

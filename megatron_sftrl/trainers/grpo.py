@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 import torch
 
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.data.loader import StepData
+from megatron_sftrl.data.packing import padded_batch
 from megatron_sftrl.data.prompts import PromptSet
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import run_context
+from megatron_sftrl.engine.policy import Part
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
+from megatron_sftrl.losses.grpo import OF_DEMONSTRATIONS
 from megatron_sftrl.observability.run_directory import open_run_directory
 from megatron_sftrl.rl.advantages import (
     logprob_mismatch,
@@ -36,6 +41,7 @@ from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
 from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
+from megatron_sftrl.trainers.demonstrations import SftTerm, open_sft_term
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import (
     ExperienceBatches,
@@ -44,6 +50,7 @@ from megatron_sftrl.trainers.experience import (
     grouped,
     known_rewards,
     look_at_responses,
+    sampled,
 )
 from megatron_sftrl.trainers.guards import named_step, stop_on_idle_streak, tell_skipped
 from megatron_sftrl.trainers.rollouts import (
@@ -58,7 +65,7 @@ from megatron_sftrl.trainers.rollouts import (
     try_own_answers,
 )
 from megatron_sftrl.trainers.run import Run, StopRequest, hold, shared_progress
-from megatron_sftrl.types import SamplingParams
+from megatron_sftrl.types import SamplingParams, TokenBatch
 
 LOGGER = logging.getLogger(__name__)
 
@@ -84,30 +91,40 @@ HELD_OUT = tuple(
 def response_metrics(collected: Collected) -> dict[str, float]:
     """Rewards, pass@k and lengths over everything that was generated, left-out groups included.
 
+    Demonstrations are no responses of the policy: they count in reward/zero_variance_groups, whose groups
+    they are members of, and their own mean reward is reward/demonstrations.
+
     A response without a reward is neither right nor wrong. It is left out of every number about rewards but
     its own, reward/unscored, and pass@k is over the groups of which k responses have one. A number that no
     response is left for is not there.
     """
-    responses = collected.generated
+    responses = sampled(collected.generated)
     lengths = [len(each.rollout.response_tokens) for each in responses]
     return {
-        **_reward_numbers(responses),
+        **_reward_numbers(collected.generated),
         **reward_metrics([each.scored for each in responses]),
         "rollout/prompts": len(grouped(responses)),
-        "rollout/trained_responses": sum(each.scored.reward is not None for each in collected.responses),
+        "rollout/trained_responses": sum(
+            each.scored.reward is not None for each in sampled(collected.responses)
+        ),
         "rollout/response_tokens": sum(lengths) / len(lengths),
         "rollout/longest_response": max(lengths),
         "rollout/truncated": sum(not each.rollout.is_finished for each in responses) / len(responses),
     }
 
 
-def _reward_numbers(responses: Sequence[Response]) -> dict[str, float]:
+def _reward_numbers(members: Sequence[Response]) -> dict[str, float]:
     """Spread of the rewards, and how often the first one says that a response is right."""
     numbers: dict[str, float] = {}
+    responses = sampled(members)
     if rewards := known_rewards(responses):
-        statistics = reward_statistics(rewards)
-        numbers["reward/std"] = statistics.std
-        numbers["reward/zero_variance_groups"] = statistics.num_zero_variance_groups / statistics.num_groups
+        numbers["reward/std"] = reward_statistics(rewards).std
+    if rewards := known_rewards(members):
+        whole = reward_statistics(rewards)
+        numbers["reward/zero_variance_groups"] = whole.num_zero_variance_groups / whole.num_groups
+    shown = [each.scored.reward for each in members if each.is_demonstration]
+    if known := [reward for reward in shown if reward is not None]:
+        numbers["reward/demonstrations"] = sum(known) / len(known)
     judged = [each.scored for each in responses if each.scored.first is not None]
     if judged:
         lenient = sum(each.parts[0].lenient >= SUCCESS for each in judged)
@@ -152,6 +169,7 @@ def uncertain_entropy(responses: Sequence[Response]) -> float:
 
 def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
     """How far the engine's log-probabilities are from old_logprobs, over all generated tokens."""
+    responses = sampled(responses)
     ours = torch.tensor([value for each in responses for value in each.old_logprobs])
     engine = torch.tensor([value for each in responses for value in each.rollout.logprobs])
     found = logprob_mismatch(ours, engine, torch.ones_like(ours, dtype=torch.bool))
@@ -161,6 +179,50 @@ def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
         "mismatch/p999": found.percentile_999,
         "mismatch/multiplicative_error": found.multiplicative_error,
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One update: what was measured on responses, on demonstrations beside them, or on both."""
+
+    optim: OptimStep
+    responses: StepReport | None
+    demonstrations: StepReport | None = None
+
+    @property
+    def loss(self) -> float:
+        """The weighted sum of both."""
+        return sum(each.loss for each in (self.responses, self.demonstrations) if each is not None)
+
+
+def weighted(batches: Sequence[TokenBatch], share: float) -> list[TokenBatch]:
+    """Micro-batches that count `share` of what they did in their update."""
+    return [replace(batch, token_weight=batch.token_weight * share) for batch in batches]
+
+
+def of_one_length(parts: Sequence[Part]) -> list[Part]:
+    """The parts with all micro-batches padded to the longest; those inside of a part are equal already."""
+    longest = max(part.batches[0].num_tokens for part in parts)
+    return [replace(part, batches=[padded_batch(batch, longest) for batch in part.batches]) for part in parts]
+
+
+def update_metrics(updates: Sequence[Update], *, loss_name: str) -> dict[str, float]:
+    """Averages over the updates of a step: the loss, and what losses measured, the SFT term's under sft/."""
+    if not updates:
+        return {}
+    numbers: dict[str, float] = {
+        "loss": sum(each.loss for each in updates) / len(updates),
+        "grad_norm": sum(each.optim.grad_norm for each in updates) / len(updates),
+        "lr": sum(each.optim.lr for each in updates) / len(updates),
+    }
+    if reports := [each.responses for each in updates if each.responses is not None]:
+        numbers |= combine_reports(reports, loss_name=loss_name).metrics
+        if share := numbers.get("grpo/demonstration_share"):
+            numbers |= {name: numbers[name] / share for name in OF_DEMONSTRATIONS}
+    if reports := [each.demonstrations for each in updates if each.demonstrations is not None]:
+        whole = combine_reports(reports, loss_name=loss_name)
+        numbers |= {f"sft/{name}": value for name, value in whole.metrics.items()}
+    return numbers
 
 
 _PHASES = ("reshard", "generate", "reward", "old_logprobs", "update")
@@ -195,25 +257,45 @@ def run_grpo(config: GrpoConfig) -> bool:
         on_rank_zero(lambda: try_own_answers(rewards, checked.tokenizer, *sets))
         on_rank_zero(lambda: note_unearned_marks(rewards, checked.tokenizer, prompts, config.run_dir))
         on_rank_zero(lambda: note_constant_answers(rewards, prompts))
+        sft_term = open_sft_term(checked, directory, parallel)
         run = Run(
             checked,
             directory,
             parallel,
             stop,
             num_steps=num_rollout_steps(config, prompts),
-            fingerprint=prompts.fingerprint,
-            columns="prompts, answers or weights",
+            fingerprint=_fingerprint(prompts, sft_term),
+            columns="prompts, answers, demonstrations or weights",
             held_out=HELD_OUT if valid else (),
-            # Of a step in which each group has a response that could not be judged.
-            sometimes=(f"reward/pass_at_{config.rollout.group_size}",),
+            sometimes=sometimes_there(config),
         )
         progress = shared_progress(parallel, run.watch, hang_minutes=config.train.hang_minutes)
         engine = build_engine(config, run.policy, checked.tokenizer.decode, progress)
         with contextlib.closing(engine):
             run.begin()
-            is_finished = GrpoTrainer(run, checked, engine, prompts, valid, rewards, progress).train()
+            is_finished = GrpoTrainer(
+                run, checked, engine, prompts, valid, rewards, progress, sft_term
+            ).train()
     run.tell_end()
     return is_finished
+
+
+def _fingerprint(prompts: PromptSet, sft_term: SftTerm | None) -> str:
+    if sft_term is None:
+        return prompts.fingerprint
+    return hashlib.sha256(f"{prompts.fingerprint} {sft_term.fingerprint}".encode()).hexdigest()
+
+
+def sometimes_there(config: GrpoConfig) -> tuple[str, ...]:
+    """Metrics, or families of them, that a step may lack."""
+    rollout = config.rollout
+    # Of a step in which each group has a response that could not be judged.
+    names = [f"reward/pass_at_{rollout.group_size}"]
+    if rollout.demonstrations:  # and of one whose prompts all have demonstrations, or none of them has
+        names += [f"reward/pass_at_{rollout.group_size - rollout.demonstrations}", "reward/demonstrations"]
+    if config.sft is not None and config.sft.mu.valley == 0:
+        names.append("sft/")
+    return tuple(names)
 
 
 def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:
@@ -233,9 +315,11 @@ class GrpoTrainer:
         valid: PromptSet | None,
         rewards: RewardPool,
         progress: SharedProgress,
+        sft_term: SftTerm | None = None,
     ) -> None:
         config, parallel, tokenizer = run.config, run.parallel, checked.tokenizer
         self.run, self.config, self.engine, self.valid, self.tokenizer = run, config, engine, valid, tokenizer
+        self.sft_term = sft_term
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         self.sampling = SamplingParams(
             temperature=config.rollout.temperature,
@@ -256,6 +340,8 @@ class GrpoTrainer:
             max_length=config.rollout.max_new_tokens,
             pad_id=tokenizer.pad_id,
             mask_truncated=config.filters.mask_truncated,
+            needs_reward="advantages" in run.loss.needs,
+            has_demonstrations=config.rollout.demonstrations > 0,
         )
         self.updates = EngineUpdates(config, engine, run.policy, prompts.rows, self.batches, self.sampling)
 
@@ -265,11 +351,12 @@ class GrpoTrainer:
         with run.recorded():
             self.samples = on_every_rank(self._open_samples)
             while run.goes_on:
-                collected, scored, reports = self._step()
+                collected, scored, updates = self._step()
                 held_out = self.evaluate() if run.is_evaluation_due else {}
-                numbers = {**self._step_numbers(collected, scored, reports), **held_out}
+                numbers = {**self._step_numbers(collected, scored, updates), **held_out}
                 on_rank_zero(partial(self._record, numbers, collected))
-                run.end_step(numbers, suspects=_sources(scored), is_whole=bool(reports))
+                is_whole = any(each.responses is not None for each in updates)
+                run.end_step(numbers, suspects=_sources(scored), is_whole=is_whole)
                 stop_on_idle_streak(
                     run.state.consecutive_idle_steps,
                     limit=self.config.filters.max_idle_steps,
@@ -278,7 +365,7 @@ class GrpoTrainer:
                 )
         return run.is_finished
 
-    def _step(self) -> tuple[Collected, list[Response], list[tuple[StepReport, OptimStep]]]:
+    def _step(self) -> tuple[Collected, list[Response], list[Update]]:
         """The responses of one step, those that were trained on, and the updates that they gave."""
         run = self.run
         num_skipped = run.state.skipped_steps
@@ -288,18 +375,18 @@ class GrpoTrainer:
             with run.timers("old_logprobs"):
                 scored = self._with_old_logprobs(collected.responses)
         with run.timers("update"):
-            reports = self._update(scored)
+            updates = self._update(scored)
         run.state = replace(
             run.state,
             step=run.state.step + 1,
             consumed_samples=run.state.consumed_samples + collected.num_prompts,
-            consecutive_idle_steps=0 if reports else run.state.consecutive_idle_steps + 1,
+            consecutive_idle_steps=0 if updates else run.state.consecutive_idle_steps + 1,
             drawn_prompts=collected.draws.drawn,
             useful_prompts=collected.draws.useful,
         )
         tell_skipped(run.state.skipped_steps - num_skipped, step=run.state.step, suspects=_sources(scored))
         run.follow(steps_done=run.state.step)
-        return collected, scored, reports
+        return collected, scored, updates
 
     def evaluate(self) -> dict[str, float]:
         """Greedy responses to every held-out prompt, under valid/."""
@@ -336,52 +423,76 @@ class GrpoTrainer:
             for each, (logprobs, entropies) in zip(responses, found, strict=True)
         ]
 
-    def _update(self, responses: Sequence[Response]) -> list[tuple[StepReport, OptimStep]]:
+    def _update(self, responses: Sequence[Response]) -> list[Update]:
         """Mini-batches of batch.global_size responses, rollout.passes times over all of them.
 
         A mini-batch in which no response that carries loss has an advantage teaches nothing; Adam's momentum
-        and weight decay must not move the weights for it, nor a KL or entropy term alone.
+        and weight decay must not move the weights for it, nor a KL or entropy term alone. Demonstrations
+        beside it are learned in any case.
         """
-        run, reports, size = self.run, [], self.config.batch.global_size
+        updates, size = [], self.config.batch.global_size
         for _ in range(self.config.rollout.passes):
             for start in range(0, len(responses), size):
                 part = responses[start : start + size]
                 data = self.batches.lay_out(part) if self.batches.has_signal(part) else None
-                if data is None:
-                    continue
-                report = run.policy.forward_backward(data.batches, run.loss, run.reference)
-                update = run.optimize(run.state.step, report)
-                reports.append((report, update))
-                run.check_learning(report, grad_norm=update.grad_norm, step=run.state.step + 1)
-        return reports
+                updates += self._one_update(data)
+        return updates
+
+    def _one_update(self, data: StepData | None) -> list[Update]:
+        """From (1 - mu) * the loss of responses + mu * that of demonstrations; none without any of them."""
+        run, term = self.run, self.sft_term
+        mu = term.section.mu.at(run.state.step) if term is not None else 0.0
+        parts = []
+        if data is not None:
+            batches = weighted(data.batches, 1.0 - mu) if mu else data.batches
+            parts.append(Part(batches=batches, loss=run.loss))
+        if term is not None and mu:
+            shown = term.draw(run.state.consumed_demonstrations)
+            parts.append(Part(batches=weighted(shown.batches, mu), loss=term.loss))
+            consumed = run.state.consumed_demonstrations + shown.num_sequences
+            run.state = replace(run.state, consumed_demonstrations=consumed)
+        if not parts:
+            return []
+        if run.parallel.pp_size > 1:
+            parts = of_one_length(parts)
+        reports = run.policy.forward_backward_parts(parts, run.reference)
+        whole = replace(
+            reports[0],
+            loss=sum(each.loss for each in reports),
+            is_trained=any(each.is_trained for each in reports),
+        )
+        optim = run.optimize(run.state.step, whole)
+        run.check_learning(whole, grad_norm=optim.grad_norm, step=run.state.step + 1)
+        return [
+            Update(
+                optim=optim,
+                responses=None if data is None else reports[0],
+                demonstrations=reports[-1] if mu else None,
+            )
+        ]
 
     def _step_numbers(
-        self,
-        collected: Collected,
-        trained: Sequence[Response],
-        reports: Sequence[tuple[StepReport, OptimStep]],
+        self, collected: Collected, trained: Sequence[Response], updates: Sequence[Update]
     ) -> dict[str, float]:
         seconds = self.run.timers.collect()
-        numbers: dict[str, float] = {}
-        if reports:
-            whole = combine_reports([report for report, _ in reports], loss_name=self.run.loss.name)
-            numbers |= {
-                "loss": whole.loss / len(reports),
-                "grad_norm": sum(update.grad_norm for _, update in reports) / len(reports),
-                "lr": sum(update.lr for _, update in reports) / len(reports),
-                **whole.metrics,
-            }
-        rollouts = [each.rollout for each in collected.generated]
+        numbers = update_metrics(updates, loss_name=self.run.loss.name)
+        if self.sft_term is not None:
+            # The step is counted already.
+            numbers["sft/mu"] = self.sft_term.section.mu.at(self.run.state.step - 1)
+        if shown := [each.demonstrations.loss for each in updates if each.demonstrations is not None]:
+            numbers["sft/loss"] = sum(shown) / len(shown) / numbers["sft/mu"]
+        drawn = sampled(trained)
+        rollouts = [each.rollout for each in sampled(collected.generated)]
         num_generated = sum(len(rollout.response_tokens) for rollout in rollouts)
         num_tokens = num_generated + sum(len(rollout.prompt_tokens) for rollout in rollouts)
         return {
             **numbers,
             **response_metrics(collected),
             **filling_metrics(collected, wanted=self.config.rollout.prompts_per_step),
-            **(mismatch_metrics(trained) if trained else {}),
-            **({"rollout/entropy_top_fifth": uncertain_entropy(trained)} if trained else {}),
+            **(mismatch_metrics(drawn) if drawn else {}),
+            **({"rollout/entropy_top_fifth": uncertain_entropy(drawn)} if drawn else {}),
             **self.updates.numbers(),
-            "updates": len(reports),
+            "updates": len(updates),
             "rollout/tokens_per_second": num_generated / seconds["generate"],
             "tokens_per_second": num_tokens / sum(seconds[phase] for phase in _PHASES),
             **self.run.numbers(seconds),

@@ -133,7 +133,7 @@ class Gates:
             after 1, 2, 4, 8, ... times their steps.
         held_out: metrics of an evaluation, which only some steps have; None where they are those of a step,
             under valid/.
-        sometimes: further metrics that a whole step may lack.
+        sometimes: further metrics, or families of them (with their slash), that a whole step may lack.
     Raises:
         UserError: a gate on a held-out metric that no evaluation has.
     """
@@ -149,7 +149,7 @@ class Gates:
         written = {gate.metric for gate in sections}
         self._sections = (*sections, *(gate for gate in defaults if gate.metric not in written))
         self._num_written = len(sections)
-        self._sometimes = frozenset(sometimes)
+        self._sometimes = tuple(sometimes)
         self._held_out = None if held_out is None else frozenset(held_out)
         for gate in self._sections:
             if held_out is None:
@@ -218,7 +218,7 @@ class Gates:
 
     def _may_come(self, name: str, metrics: Mapping[str, float]) -> bool:
         """A metric that this step lacks is one of an evaluation, or one that a step may lack."""
-        if name in self._sometimes:
+        if name in self._sometimes or f"{name.partition('/')[0]}/" in self._sometimes:
             return True
         if self._held_out is not None:
             return name in self._held_out

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -38,7 +38,7 @@ from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.trainers.checked import CheckedRun, response_text
 from megatron_sftrl.trainers.experience import Response, first_rewards, grouped, with_advantages
-from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
+from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 LOGGER = logging.getLogger(__name__)
 
@@ -207,10 +207,11 @@ class RolloutCollector:
         )
 
     def _draw(self, engine: RolloutEngine, start: int, count: int) -> tuple[Response, ...]:
-        """Responses to the next prompts of the run's order, whose ids are their places in it."""
+        """Groups for the next prompts of the run's order, whose ids are their places in it."""
         numbers = range(start, start + count)
         rows = [self._prompts.rows[row] for row in self._order.rows(start, count)]
-        return tuple(self.answer(engine, list(zip(numbers, rows, strict=True))))
+        copies = self._config.rollout.demonstrations
+        return tuple(self.answer(engine, list(zip(numbers, rows, strict=True)), copies=copies))
 
     def answer(
         self,
@@ -219,6 +220,7 @@ class RolloutCollector:
         sampling: SamplingParams | None = None,
         *,
         phases: tuple[str, str] = ("generate", "reward"),
+        copies: int = 0,
     ) -> list[Response]:
         """Generate with an awake engine, score and compare within each group.
 
@@ -226,22 +228,20 @@ class RolloutCollector:
             rows: (id of the prompt in the run, its row).
             sampling: the run's when not given.
             phases: what the time of both halves is counted for.
+            copies: of a group's responses, those that its row's demonstration takes the place of, where the
+                row has one.
         Raises:
             RuntimeError: the engine left a prompt or a response out.
             FloatingPointError: the policy's logits are NaN or infinite.
         """
-        prompts = [Prompt(id=number, tokens=row.tokens) for number, row in rows]
-        sampling = sampling or self._sampling
         with self._timers(phases[0]):
-            groups = engine.generate(prompts, sampling)
-        check_groups(groups, prompts, size=sampling.num_samples)
+            members = generate_groups(engine, rows, sampling or self._sampling, copies=copies)
         with self._timers(phases[1]):
-            responses = list(self._score(groups, dict(rows)))
+            responses = list(self._score(members, dict(rows)))
         return with_advantages(responses, self._config.advantages.estimator)
 
-    def _score(self, groups: Sequence[RolloutGroup], rows: dict[int, PromptRow]) -> Iterator[Response]:
+    def _score(self, members: Sequence[Member], rows: dict[int, PromptRow]) -> Iterator[Response]:
         """Each rank scores every world_size-th response; then all know all rewards."""
-        flat = [(group.prompt.id, rollout) for group in groups for rollout in group.rollouts]
         mine = [
             RewardInputs(
                 prompt=self._tokenizer.decode(rollout.prompt_tokens),
@@ -250,13 +250,19 @@ class RolloutCollector:
                 num_response_tokens=len(rollout.response_tokens),
                 is_finished=rollout.is_finished,
             )
-            for number, rollout in flat[self._parallel.rank :: self._parallel.world_size]
+            for number, rollout, _ in members[self._parallel.rank :: self._parallel.world_size]
         ]
         shares = [[]] * self._parallel.world_size
         dist.all_gather_object(shares, on_every_rank(lambda: self._rewarded(mine)))
-        for place, (number, rollout) in enumerate(flat):
+        for place, (number, rollout, is_demonstration) in enumerate(members):
             share, index = place % self._parallel.world_size, place // self._parallel.world_size
-            yield Response(group=number, row=rows[number], rollout=rollout, scored=shares[share][index])
+            yield Response(
+                group=number,
+                row=rows[number],
+                rollout=rollout,
+                scored=shares[share][index],
+                is_demonstration=is_demonstration,
+            )
 
     def _rewarded(self, samples: Sequence[RewardInputs]) -> list[Scored]:
         """Ranks are done at different times, and a slow verifier may take hours: all see it move."""
@@ -264,6 +270,48 @@ class RolloutCollector:
             return self._rewards.score(samples)
         moved = self._progress.moved
         return self._progress.together(lambda: self._rewards.score(samples, moved))
+
+
+Member = tuple[int, Rollout, bool]
+"""The id of a prompt, a response to it, and whether that is the row's demonstration."""
+
+
+def generate_groups(
+    engine: RolloutEngine, rows: Sequence[tuple[int, PromptRow]], sampling: SamplingParams, *, copies: int
+) -> list[Member]:
+    """Whole groups in the order of `rows`, demonstrations behind what was generated.
+
+    Args:
+        rows, copies: as for RolloutCollector.answer.
+        sampling: num_samples is the size of a whole group.
+    Raises:
+        RuntimeError, FloatingPointError: as check_groups.
+    """
+    shown = {number for number, row in rows if copies and row.demonstration is not None}
+    found: dict[int, list[Member]] = {}
+    for size, is_shown in ((sampling.num_samples, False), (sampling.num_samples - copies, True)):
+        prompts = [
+            Prompt(id=number, tokens=row.tokens) for number, row in rows if (number in shown) == is_shown
+        ]
+        if not prompts:
+            continue
+        groups = engine.generate(prompts, replace(sampling, num_samples=size))
+        check_groups(groups, prompts, size=size)
+        for group in groups:
+            found[group.prompt.id] = [(group.prompt.id, rollout, False) for rollout in group.rollouts]
+    for number, row in rows:
+        if number in shown:
+            found[number] += [(number, _demonstrated(row), True)] * copies
+    return [member for number, _ in rows for member in found[number]]
+
+
+def _demonstrated(row: PromptRow) -> Rollout:
+    """A row's own response, as if a policy had generated it that gives it probability 1."""
+    assert row.demonstration is not None
+    said = tuple(row.demonstration)
+    return Rollout(
+        prompt_tokens=row.tokens, response_tokens=said, logprobs=(0.0,) * len(said), is_finished=True
+    )
 
 
 def useful_groups(responses: Sequence[Response]) -> list[int]:
@@ -373,6 +421,7 @@ class SampleLog:
             },
             "outcomes": {part.name: part.outcome for part in response.scored.parts},
             "advantage": response.advantage,
+            "is_demonstration": response.is_demonstration,
             "is_finished": rollout.is_finished,
             "prompt_tokens": rollout.prompt_tokens,
             "response_tokens": rollout.response_tokens,
@@ -417,7 +466,11 @@ def open_prompts(checked: CheckedRun[GrpoConfig]) -> tuple[PromptSet, PromptSet 
         max_prompt_length=data.max_prompt_length,
         columns=data.columns,
     )
-    train = read(data.train_paths)
+    rollout = checked.config.rollout
+    train = read(
+        data.train_paths,
+        longest_demonstration=rollout.max_new_tokens if rollout.demonstrations else None,
+    )
     if data.train_weights is not None:
         train = train.with_weights(data.train_weights, data.train_paths)
     num_rollout_steps(checked.config, train)

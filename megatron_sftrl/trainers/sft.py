@@ -2,186 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.data.dataset import Dataset, RowsToTokenize, find_rows
-from megatron_sftrl.data.loader import StepData, StepLoader, num_training_steps
-from megatron_sftrl.data.mixture import Mixture, describe_mixture, plan_mixture, with_mixture
-from megatron_sftrl.data.rows import scorer_warnings
+from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
-from megatron_sftrl.engine.parallel import ParallelContext, run_context
-from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError
-from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
-from megatron_sftrl.observability.watch import HangWatch
-from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
+from megatron_sftrl.engine.parallel import run_context
+from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.observability.run_directory import open_run_directory
+from megatron_sftrl.trainers.checked import checked_run
+from megatron_sftrl.trainers.demonstrations import Demonstrations, open_demonstrations
 from megatron_sftrl.trainers.guards import tell_skipped
-from megatron_sftrl.trainers.run import Run, StopRequest, hold, shared_progress
-
-LOGGER = logging.getLogger(__name__)
-
-# The data of an SFT run: training and validation steps by number.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstrations:
-    """What the loop asks the data for.
-
-    Args:
-        train: steps of training data.
-        valid: steps that cover the held-out data once; None without data.valid.
-        num_steps: optimizer steps of the whole run.
-        mixture: what an epoch takes of each path of data.train; None where it takes all rows.
-    """
-
-    train: StepLoader
-    valid: StepLoader | None
-    num_steps: int
-    dataset: Dataset
-    mixture: Mixture | None
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of one epoch."""
-        return len(self.dataset) if self.mixture is None else self.mixture.num_rows
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal means that a run goes on with the same samples."""
-        return with_mixture(self.dataset.fingerprint, self.mixture)
-
-    def describe(self, row: int) -> str:
-        """Where a training row comes from."""
-        return self.dataset.describe(row)
-
-
-def open_demonstrations(
-    checked: CheckedRun[RunConfig], directory: RunDirectory, parallel: ParallelContext
-) -> Demonstrations:
-    """Tokenize everything once, into the run directory, and lay out the steps.
-
-    Raises:
-        UserError: a row that cannot be used, or a loss that needs scores the data has not.
-    """
-    config = checked.config
-    sets = (True, False) if config.data.valid else (True,)
-    rows = on_every_rank(lambda: [_rows(checked, directory, is_train=each) for each in sets])
-    tokenize_once(rows, parallel, hang_minutes=config.train.hang_minutes)
-    train, valid = (rows[0].load(), rows[1].load() if config.data.valid else None)
-    if "behavior_logprobs" in checked.loss.needs:
-        for name, dataset in (("train", train), ("valid", valid)):
-            if dataset is not None and not dataset.has_behavior_logprobs:
-                raise UserError(
-                    f"loss {checked.loss.name!r} needs behavior_logprobs, but data.{name} has none: "
-                    "score it with `sftrl score`"
-                )
-            for line in scorer_warnings(dataset.scorers if dataset else (), dtype=config.model.dtype):
-                if parallel.rank == 0:
-                    LOGGER.warning("data.%s: %s", name, line)
-    mixture = _mixture(config, train)
-    steps = num_training_steps(
-        steps=config.train.steps,
-        epochs=config.train.epochs,
-        num_rows=len(train) if mixture is None else mixture.num_rows,
-        global_size=config.batch.global_size,
-    )
-    return Demonstrations(
-        train=_loader(checked, train, parallel, is_train=True, mixture=mixture),
-        valid=_loader(checked, valid, parallel, is_train=False) if valid is not None else None,
-        num_steps=steps,
-        dataset=train,
-        mixture=mixture,
-    )
-
-
-def _mixture(config: RunConfig, train: Dataset) -> Mixture | None:
-    """What an epoch takes of each path of data.train, told in the log; None where it takes all rows."""
-    data = config.data
-    if data.train_weights is None:
-        return None
-    paths, sources = data.train_paths, train.sources
-    counts, unit = np.ones(len(train), np.int64), "rows"
-    if data.mix_by == "tokens":
-        counts, unit = train.num_loss_tokens, "learned tokens"
-    sizes = np.bincount(sources, minlength=len(paths))
-    amounts = np.bincount(sources, weights=counts, minlength=len(paths))
-    mixture = plan_mixture(data.train_weights, sizes=sizes.tolist(), amounts=amounts.tolist(), paths=paths)
-    first = np.concatenate(mixture.rows_of_sources(0, seed=config.seed, shuffle=data.shuffle))
-    LOGGER.info("data.train: %s", describe_mixture(mixture, counts[first], unit, paths))
-    return mixture
-
-
-def tokenize_once(rows: Sequence[RowsToTokenize], parallel: ParallelContext, *, hang_minutes: float) -> None:
-    """Fill the caches of `rows`, a share of the files on each node; every rank calls it.
-
-    Ranks that wait do so at the job's store, not in a collective: as long as a rank that tokenizes goes on,
-    nothing ends them. A set that is finished, or a node's share of one, is found by the next start.
-
-    Raises:
-        UserError, RuntimeError: on every rank, with the text of each rank that raised.
-    """
-    local_ranks = [0] * parallel.world_size
-    dist.all_gather_object(local_ranks, int(os.environ.get("LOCAL_RANK", "0")))
-    leaders = [rank for rank, local_rank in enumerate(local_ranks) if local_rank == 0]
-    with HangWatch(hang_minutes) as watch:
-        progress = shared_progress(parallel, watch, hang_minutes=hang_minutes)
-
-        def tokenize_share() -> None:
-            for each in rows if parallel.rank in leaders else ():
-                each.write_part(leaders.index(parallel.rank), len(leaders), progress.moved)
-
-        def join_shares() -> None:
-            for each in rows if parallel.rank == 0 else ():
-                each.load(num_parts=len(leaders), on_move=progress.moved)
-
-        on_every_rank(lambda: progress.together(tokenize_share))
-        on_every_rank(lambda: progress.together(join_shares))
-
-
-def _rows(checked: CheckedRun[RunConfig], directory: RunDirectory, *, is_train: bool) -> RowsToTokenize:
-    data = checked.config.data
-    return find_rows(
-        data.train_paths if is_train else data.valid,
-        checked.tokenizer,
-        max_length=data.max_length,
-        truncation=data.truncation,
-        columns=data.columns,
-        learning=data.learning,
-        cache_dir=directory.path / "tokens",
-        key="data.train" if is_train else "data.valid",
-    )
-
-
-def _loader(
-    checked: CheckedRun[RunConfig],
-    dataset: Dataset,
-    parallel: ParallelContext,
-    *,
-    is_train: bool,
-    mixture: Mixture | None = None,
-) -> StepLoader:
-    config = checked.config
-    return StepLoader(
-        dataset,
-        batch=config.batch,
-        layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
-        max_length=config.data.max_length,
-        pad_id=checked.tokenizer.pad_id,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        mode="train" if is_train else "evaluate",
-        mixture=mixture,
-    )
+from megatron_sftrl.trainers.run import Run, StopRequest, hold
 
 
 def run_sft(config: RunConfig) -> bool:

@@ -47,7 +47,7 @@ def tokenize(work: str, hang_minutes: float, notes: Path) -> str:
 
     from megatron_sftrl.config.schema import ParallelSection
     from megatron_sftrl.engine import parallel as parallel_module
-    from megatron_sftrl.trainers.sft import tokenize_once
+    from megatron_sftrl.trainers.demonstrations import tokenize_once
 
     original = parallel_module._SECONDS_BEHIND_THE_WATCH
     parallel_module._SECONDS_BEHIND_THE_WATCH = COLLECTIVES_WAIT - hang_minutes * 60  # type: ignore[assignment]
@@ -95,7 +95,7 @@ def tokenize_on_two_nodes(folder: Path, tokenizer_path: Path, paths: list[Path])
     from megatron_sftrl.data.tokenizer import load_tokenizer
     from megatron_sftrl.data.tokenizing import Tokenizing
     from megatron_sftrl.engine.parallel import parallel_context
-    from megatron_sftrl.trainers.sft import tokenize_once
+    from megatron_sftrl.trainers.demonstrations import tokenize_once
 
     os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % 2)
     tokenizer = load_tokenizer(TokenizerSection(path=tokenizer_path))

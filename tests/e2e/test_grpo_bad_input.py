@@ -14,6 +14,8 @@ from tests.e2e.product import sftrl_each
 from tests.e2e.project import Project, read_rows, write_rows
 from tests.e2e.test_bad_input import assert_one_message
 
+_SFT = "sft={data: {train: [x.jsonl], max_length: 8}, global_size: 4, mu: {peak: 0.1, valley: 0.1}"
+
 MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an unknown preset": (("preset=dappo",), ("unknown preset 'dappo' (did you mean 'dapo'?)",)),
     "a preset for another loss": (
@@ -65,6 +67,42 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "epochs that fill no step": (
         ("train={epochs: 1}", "rollout.prompts_per_step=16"),
         ("train.epochs = 1 over 10 rows", "rollout.prompts_per_step = 16"),
+    ),
+    "a group of demonstrations alone": (
+        ("rollout.demonstrations=4",),
+        ("rollout.demonstrations = 4 leaves none of the rollout.group_size = 4 responses",),
+    ),
+    "demonstrations that no row has": (
+        ("rollout.demonstrations=1",),
+        ("no row of data.train has a response", "data.columns.response", "rollout.demonstrations=0"),
+    ),
+    "shaping without demonstrations": (
+        ("loss.shaping=0.2",),
+        ("loss.shaping has no effect: rollout.demonstrations is 0",),
+    ),
+    "demonstrations for a loss without advantages": (
+        ("rollout.demonstrations=1", "loss={name: ts_opsd, tau: 2.0}", "reference={kind: frozen}"),
+        ("rollout.demonstrations: loss 'ts_opsd' does not tell demonstrations",),
+    ),
+    "useful groups for a loss without rewards": (
+        ("filters.dynamic_sampling=true", "loss={name: ts_opsd, tau: 2.0}", "reference={kind: frozen}"),
+        ("filters.dynamic_sampling has no effect: loss 'ts_opsd' learns from every response",),
+    ),
+    "self-distillation from nothing": (
+        ("loss={name: ts_opsd, tau: 2.0}",),
+        ("loss 'ts_opsd' needs a reference model",),
+    ),
+    "an SFT term on the policy's own responses": (
+        (f"{_SFT}, loss: {{name: grpo}}}}",),
+        ("sft.loss: loss 'grpo' is about the policy's own responses",),
+    ),
+    "an SFT term whose share rises": (
+        ("sft={data: {train: [x]}, global_size: 4, mu: {peak: 0.1, valley: 0.2}}",),
+        ("sft.mu: valley 0.2 is above peak 0.1",),
+    ),
+    "demonstrations longer than the model": (
+        (f"{_SFT.replace('max_length: 8', 'max_length: 65')}}}",),
+        ("sft.data.max_length = 65 is more than the model's max_position_embeddings = 64",),
     ),
     "two limits of a gate": (
         ("gates=[{metric: entropy, below: 1, above: 2}]",),

@@ -83,7 +83,7 @@ def distillation_terms(
     from megatron_sftrl.engine.reference import ReferenceModel
     from megatron_sftrl.observability.run_directory import open_run_directory
     from megatron_sftrl.trainers.checked import checked_run
-    from megatron_sftrl.trainers.sft import open_demonstrations
+    from megatron_sftrl.trainers.demonstrations import open_demonstrations
 
     os.environ["MASTER_PORT"] = str(port)
     config = load_config(run_dir / "resolved.yaml")

@@ -34,6 +34,7 @@ SMALL_FOR_A_REASON = {
     "apps/compare/command.py": "each command line is parsed with it: it imports nothing heavy",
     "apps/evaluate/command.py": "each command line is parsed with it: it imports nothing heavy",
     "losses/gift.py": "a loss, found by its name",
+    "losses/ts_opsd.py": "a loss, found by its name",
 }
 """Files that are shorter and have a single importer: plug-ins, optional imports, processes of their own."""
 

@@ -260,12 +260,12 @@ class StepPeak:
 def microbatch_of(config: TrainingConfig, grid: Grid, kernels: Kernels) -> Microbatch:
     """The largest micro-batch that the batch section allows."""
     multiple = 2 * grid.cp if grid.cp > 1 else 1
-    whole = config.batch.max_tokens or config.batch.micro_size * _round_up(config.max_length, multiple)
+    whole = config.batch.max_tokens or config.batch.micro_size * _round_up(config.longest_trained, multiple)
     tokens = _round_up(whole, multiple * grid.tp) // grid.cp
     return Microbatch(
         tokens=tokens,
         residual_tokens=tokens // grid.tp if grid.sequence_parallel else tokens,
-        longest=config.max_length,
+        longest=config.longest_trained,
         element=element_bytes(config),
         kernels=kernels,
     )

@@ -21,6 +21,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import build_loss
 from megatron_sftrl.models import architecture_of
 from megatron_sftrl.observability.run_directory import write_atomically
+from megatron_sftrl.trainers.checked import sft_term_loss
 
 # A plan as tables for people and as JSON for programs; estimates are called estimates in both.
 
@@ -259,6 +260,8 @@ class _Planner:
         config = self.config_with([])
         self._architecture = architecture_of(config.model)
         self._needs = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules).needs
+        sft_loss = None if config.grpo is None else sft_term_loss(config.grpo)
+        self._needs += () if sft_loss is None else sft_loss.needs
 
     def config_with(self, words: Sequence[str]) -> TrainingConfig:
         """The run's configuration; it generates as on GPUs with vLLM where it leaves the engine open."""

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_sftrl.config.schema import GrpoConfig, RunConfig, TrainingConfig
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.formats import FormattedRow, read_formatted
-from megatron_sftrl.data.prompts import check_prompt_length, tokenize_prompt
+from megatron_sftrl.data.prompts import check_prompt_length, tokenize_prompt, with_demonstration
 from megatron_sftrl.data.rows import OnRefused
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.data.tokenizing import cut_examples, whole_examples, with_scores
@@ -234,6 +234,8 @@ class DataReader:
             )
             found = replace(found, whole=(example,))
             check_prompt_length(prompt, config.data.max_prompt_length)
+            if config.rollout.demonstrations:
+                with_demonstration(self._tokenizer, row, prompt, config.rollout.max_new_tokens)
             for reward in self._rewards:
                 try:
                     reward.check_row(cast(dict[str, Json], prompt.values))

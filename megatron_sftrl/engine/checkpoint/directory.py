@@ -43,6 +43,7 @@ class TrainerState:
     Args:
         step: optimizer steps done, skipped ones included.
         consumed_samples: sequences taken from the training data since the run began.
+        consumed_demonstrations: sequences taken from sft.data, beside the prompts of a run of GRPO.
         skipped_steps: steps whose gradient was not finite.
         consecutive_skipped_steps: of them, the unbroken streak that ends at `step`.
         consecutive_idle_steps: steps of GRPO with nothing to learn from, the unbroken streak up to `step`.
@@ -53,6 +54,7 @@ class TrainerState:
 
     step: int = 0
     consumed_samples: int = 0
+    consumed_demonstrations: int = 0
     skipped_steps: int = 0
     consecutive_skipped_steps: int = 0
     consecutive_idle_steps: int = 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.data import MuSection
 from megatron_sftrl.models import architecture_of
 from tests.unit.config.example import example
 
@@ -257,3 +260,14 @@ def test_everything_that_does_not_fit_is_listed_at_once() -> None:
 def test_a_wrong_number_of_processes_names_the_nearest_right_ones() -> None:
     with pytest.raises(ValueError, match=r"start 8 \(dp = 1\) or 16 \(dp = 2\)"):
         check("parallel.tp=2", "parallel.pp=2", "parallel.cp=2", world_size=12)
+
+
+def test_mu_rises_in_a_line_and_falls_as_half_a_cosine() -> None:
+    mu = MuSection(peak=0.8, valley=0.2, warmup_steps=2, decay_steps=4)
+    bend = 0.3 * math.cos(math.pi / 4)
+    expected = [0.4, 0.8, 0.8, 0.5 + bend, 0.5, 0.5 - bend, 0.2, 0.2]
+    assert [mu.at(step) for step in range(8)] == pytest.approx(expected)
+    assert MuSection(peak=0.1, valley=0.1).at(10**6) == 0.1
+    for wrong in ({"decay_steps": 0}, {"valley": 0.8}, {"valley": 0.9}):
+        with pytest.raises(ValueError, match=r"sft\.mu"):
+            MuSection.model_validate({**mu.model_dump(), **wrong})

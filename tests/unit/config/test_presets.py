@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sftrl import build_loss
 from megatron_sftrl.config import load
+from megatron_sftrl.config.data import MuSection
 from megatron_sftrl.config.load import PRESETS, config_from_text, load_config, resolved_yaml, with_preset
 from megatron_sftrl.config.schema import GrpoConfig
 
@@ -72,7 +73,7 @@ def test_the_presets_themselves_cannot_be_changed_through_what_comes_out():
     [
         (
             {"preset": "dappo"},
-            r"unknown preset 'dappo' \(did you mean 'dapo'\?\); there are: curiosft_rl, dapo, d",
+            r"unknown preset 'dappo' \(did you mean 'dapo'\?\); there are: chord, curiosft_rl, dapo, d",
         ),
         ({"preset": 3}, "unknown preset 3; there are"),
         (
@@ -97,6 +98,7 @@ def test_the_loss_accepts_the_options_of_every_preset(name: str):
     ("name", "group_size", "lr", "kl", "clip"),
     [
         ("luffy", 8, 1e-6, 0, (1.0, None)),
+        ("chord", 8, None, 0, (0.2, 0.2)),
         ("srft", 8, 1e-6, 0, (0.2, 0.2)),
         ("dapo", 16, 1e-6, 0, (0.2, 0.28)),
         ("curiosft_rl", 8, 1e-6, 0, (0.2, 0.2)),
@@ -120,6 +122,7 @@ def test_presets_hold_the_published_numbers(
     ("name", "prompts", "responses_per_update", "estimator", "aggregation"),
     [
         ("luffy", 128, 64 * 8, "dr_grpo", "constant_length"),
+        ("chord", None, None, "group_normalized", "token_mean"),
         ("srft", None, None, "group_normalized", None),
         ("dapo", 512, 512, "group_normalized", "token_mean"),
         ("curiosft_rl", 128, 32 * 8, "group_normalized", "constant_length"),
@@ -139,6 +142,15 @@ def test_presets_hold_the_published_batches_and_normalisations(
         responses_per_update,
     )
     assert (preset["advantages"]["estimator"], batch.get("aggregation")) == (estimator, aggregation)
+
+
+def test_luffy_and_chord_alone_mix_demonstrations_in_as_published():
+    shown = {name: preset["rollout"].get("demonstrations", 0) for name, preset in PRESETS.items()}
+    assert shown == {name: 0 for name in PRESETS} | {"luffy": 1}
+    assert build_loss("grpo").config.model_dump()["shaping"] == 0.1
+    assert [name for name, preset in PRESETS.items() if "sft" in preset] == ["chord"]
+    mu = MuSection.model_validate(dict(PRESETS["chord"]["sft"]["mu"]))
+    assert [mu.at(step) for step in (0, 100, 200, 999)] == pytest.approx([0.9, 0.475, 0.05, 0.05])
 
 
 def test_only_luffy_has_an_entropy_bonus_and_only_dapo_a_warm_up_and_dynamic_sampling():
@@ -164,7 +176,9 @@ def test_the_upper_clip_of_a_preset_is_taken_back_by_a_number_or_a_null_of_the_r
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_run_with_a_preset_is_written_out_and_read_back_the_same(name: str):
     file = Path(__file__).resolve().parents[3] / "examples" / "grpo.yaml"
-    config = load_config(file, [f"preset={name}", "optim.lr=1e-6"], schema=GrpoConfig)
+    shown = ["sft.data={train: [demos.jsonl], max_length: 64}", "sft.global_size=8"]
+    more = shown if "sft" in PRESETS[name] else []
+    config = load_config(file, [f"preset={name}", "optim.lr=1e-6", *more], schema=GrpoConfig)
     assert config.loss.options["clip_high"] == PRESETS[name]["loss"]["clip_high"]
     text = resolved_yaml(config)
     assert resolved_yaml(config_from_text(text, source="resolved.yaml", schema=GrpoConfig)) == text

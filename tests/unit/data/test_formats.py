@@ -319,7 +319,7 @@ def test_a_column_that_is_not_there_is_refused_with_the_nearest_one_and_the_row(
         (DemonstrationColumns, {}, "give prompt and response, or messages alone"),
         (DemonstrationColumns, {"prompt": "a"}, "give prompt and response, or messages alone"),
         (DemonstrationColumns, {"prompt": "a", "response": "b", "messages": "c"}, "or messages alone"),
-        (PromptColumns, {}, "expected prompt, messages, answer or benchmark"),
+        (PromptColumns, {}, "expected prompt, messages, answer, response or benchmark"),
         (PromptColumns, {"prompt": "a", "messages": "b"}, "give one of them"),
     ],
 )

@@ -18,7 +18,7 @@ from megatron_sftrl.data.loader import BatchLayout, SampleOrder, StepLoader
 from megatron_sftrl.data.mixture import Mixture, plan_mixture, with_mixture
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_sftrl.trainers.sft import _mixture
+from megatron_sftrl.trainers.demonstrations import _mixture
 from tests.unit.config.example import example, message_of
 from tests.unit.data.tokenizers_for_tests import write_byte_level
 
@@ -94,7 +94,7 @@ def mixed(directory: Path, tokenizer: Tokenizer, mix_by: str) -> tuple[Dataset, 
     config = example(f"data.train=[{weighted}]", f"data.mix_by={mix_by}")
     assert config.data.train_paths == paths
     dataset = find_rows(paths, tokenizer, max_length=128, truncation="error").load()
-    mixture = _mixture(config, dataset)
+    mixture = _mixture(config.data, dataset, "data.train", seed=config.seed)
     assert mixture is not None
     return dataset, mixture
 

@@ -20,7 +20,7 @@ REGISTERED = [
     for name in DEFAULT_REGISTRY.names()
     if Path(DEFAULT_REGISTRY.get(name).origin).is_relative_to(PACKAGE)
 ]
-REQUIRED = {"sed": {"tau": 0.8}, "aesl": {"tau": 1.0}}
+REQUIRED = {"sed": {"tau": 0.8}, "aesl": {"tau": 1.0}, "ts_opsd": {"tau": 2.0}}
 VARIANTS = [
     ("gift", {"beta": 2.0, "smoothing": 0.05, "eps": 0.0}),
     ("pear", {"variant": "sequence", "base": "gift", "center": "sequence", "normalize": "mean_one"}),

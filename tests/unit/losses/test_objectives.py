@@ -86,6 +86,16 @@ def iw_sft(d: Dense, tau: float = 1.0, max_weight: float = 16.0) -> Tensor:
     return loss
 
 
+def ts_opsd(d: Dense, tau: float, direction: str = "reverse") -> Tensor:
+    q, p = (d.u / tau).softmax(1), d.z.softmax(1)
+    return kl(p, q) if direction == "reverse" else kl(q, p)
+
+
+def chord_phi(d: Dense) -> Tensor:
+    p = d.lp.exp().detach()
+    return -p * (1 - p) * d.lp
+
+
 def idft(
     d: Dense, lam: float = 1.0, beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0
 ) -> Tensor:
@@ -131,6 +141,9 @@ CASES: list[tuple[Equation, dict]] = [
     (kd, {"direction": "reverse", "temperature": 2.0}),
     (kd, {"top_k": 8, "temperature": 1.5, "alpha": 0.3}),
     (kd, {"top_k": 8, "direction": "reverse"}),
+    (ts_opsd, {"tau": 1.5}),
+    (ts_opsd, {"tau": 3.0, "direction": "forward"}),
+    (chord_phi, {}),
     (psft, {}),
     (psft, {"clip_high": 0.05}),
     (iw_sft, {}),

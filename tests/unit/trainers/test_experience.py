@@ -211,3 +211,27 @@ def test_a_response_without_a_reward_carries_no_loss_and_no_share_of_the_step(
     whole = batches().lay_out([FINISHED, unknown, ONE_TOKEN], everything=True)
     assert whole is not None
     assert whole.num_loss_tokens == 3 + 4 + 1
+
+
+def test_the_loss_is_told_which_tokens_are_a_demonstrations() -> None:
+    shown = replace(ONE_TOKEN, is_demonstration=True)
+    data = replace(batches(), has_demonstrations=True).lay_out([FINISHED, shown])
+    assert data is not None
+    (batch,) = data.batches
+    assert batch.is_demonstration is not None
+    assert batch.is_demonstration.dtype == torch.bool
+    marked = batch.is_demonstration.nonzero().flatten().tolist()
+    assert [(int(batch.tokens[t]), int(batch.labels[t])) for t in marked] == [(14, END)]
+    plain = batches().lay_out([FINISHED, shown])
+    assert plain is not None
+    assert plain.batches[0].is_demonstration is None
+
+
+def test_a_loss_that_looks_at_no_reward_learns_from_every_response() -> None:
+    unknown = replace(FINISHED, advantage=0.0, scored=Scored(reward=None, lenient=None, parts=()))
+    every = replace(batches(mask_truncated=True), needs_reward=False)
+    assert every.has_signal([unknown])
+    assert not every.has_signal([CUT_OFF])
+    data = every.lay_out([unknown, CUT_OFF])
+    assert data is not None
+    assert data.num_loss_tokens == 3

@@ -35,7 +35,7 @@ class Drawing(RolloutCollector):
 
     def __init__(self, share: float, *, wanted: int = WANTED, rounds: int = 4, num_rows: int = 17000) -> None:
         config: Any = SimpleNamespace(
-            rollout=SimpleNamespace(prompts_per_step=wanted),
+            rollout=SimpleNamespace(prompts_per_step=wanted, demonstrations=0),
             seed=0,
             filters=SimpleNamespace(dynamic_sampling=True, max_rounds=rounds),
             data=SimpleNamespace(shuffle=False),
@@ -51,7 +51,7 @@ class Drawing(RolloutCollector):
         return (0.0, float(self.draw.random() < self.share))
 
     def answer(
-        self, engine: Any, rows: Any, sampling: Any = None, *, phases: Any = ("", "")
+        self, engine: Any, rows: Any, sampling: Any = None, *, phases: Any = ("", ""), copies: int = 0
     ) -> list[Response]:
         self.asked.append(len(rows))
         return [response(number, row, reward) for number, row in rows for reward in self.rewards(number)]
@@ -142,7 +142,7 @@ def test_a_reward_that_judges_nothing_of_a_step_ends_the_run(consumed: int, erro
 
     class Broken(Drawing):
         def answer(
-            self, engine: Any, rows: Any, sampling: Any = None, *, phases: Any = ("", "")
+            self, engine: Any, rows: Any, sampling: Any = None, *, phases: Any = ("", ""), copies: int = 0
         ) -> list[Response]:
             return [response(number, row, 1.0, second=None) for number, row in rows]
 

@@ -142,3 +142,23 @@ def test_the_mismatch_is_over_the_tokens_of_all_responses() -> None:
             "mismatch/multiplicative_error": exponentials,
         }
     )
+
+
+def test_a_demonstration_is_no_response_but_a_member_of_its_group() -> None:
+    shown = [
+        replace(response(group, 1.0, lenient=1.0, length=20, is_finished=True), is_demonstration=True)
+        for group in (7, 9)
+    ]
+    plain = Collected(responses=RESPONSES, generated=RESPONSES, num_prompts=2)
+    found = response_metrics(
+        Collected(responses=(*RESPONSES, *shown), generated=(*shown, *RESPONSES), num_prompts=2)
+    )
+    # Group 9 is all wrong without its demonstration.
+    assert found.pop("reward/zero_variance_groups") == 0.0
+    assert found.pop("reward/demonstrations") == 1.0 - 0.75
+    expected = response_metrics(plain)
+    assert expected.pop("reward/zero_variance_groups") == 0.5
+    assert found == expected
+    apart = [replace(each, old_logprobs=(-5.0,) * 20) for each in shown]
+    own = [response(7, 1.0, lenient=1.0, length=1, is_finished=True, apart=(0.5,))]
+    assert mismatch_metrics([*apart, *own])["mismatch/max"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ import pytest
 from megatron_sftrl.data.prompts import PromptRow, PromptSet
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.trainers.guards import named_step
-from megatron_sftrl.trainers.rollouts import RolloutCollector, check_groups
+from megatron_sftrl.trainers.rollouts import RolloutCollector, check_groups, generate_groups
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 ROW = PromptRow(tokens=(1, 2), values={}, source="rows.jsonl:1")
@@ -71,3 +72,34 @@ def test_log_probabilities_that_are_not_finite_end_the_step_by_name(bad: float) 
     said = "step 3: the engine's log-probabilities of its responses to prompt 4 are NaN or infinite"
     with pytest.raises(RuntimeError, match=said), named_step(3):
         check_groups(groups, [prompt], size=2)
+
+
+def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> None:
+    shown, plain = replace(ROW, demonstration=array("i", (7, 8))), replace(ROW, tokens=(1, 3))
+    asked: list[tuple[list[int], int]] = []
+
+    def generate(prompts: list[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+        asked.append(([prompt.id for prompt in prompts], sampling.num_samples))
+        return [
+            RolloutGroup(
+                prompt=prompt, rollouts=tuple(map(rollout, [1 + prompt.id] * sampling.num_samples)), version=0
+            )
+            for prompt in prompts
+        ]
+
+    engine: Any = SimpleNamespace(generate=generate)
+    rows = [(4, shown), (5, plain), (6, shown)]
+    members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=1)
+    assert asked == [([5], 3), ([4, 6], 2)]
+    assert [(number, is_shown) for number, _, is_shown in members] == [
+        *((4, False), (4, False), (4, True)),
+        *((5, False), (5, False), (5, False)),
+        *((6, False), (6, False), (6, True)),
+    ]
+    for number, made, is_shown in members:
+        expected = (7, 8) if is_shown else (3,) * (1 + number)
+        assert (made.response_tokens, made.is_finished) == (expected, is_shown)
+    asked.clear()
+    plain_members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=0)
+    assert asked == [([4, 5, 6], 3)]
+    assert not any(is_shown for *_, is_shown in plain_members)
