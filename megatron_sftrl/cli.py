@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_eval(commands)
     _add_compare(commands)
+    _add_coupling(commands)
     _add_score(commands)
     directions = _add_convert(commands)
     _add_show_data(commands)
@@ -286,6 +287,14 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
     command.add_compare_arguments(
         _add_run_command(commands, "compare", command.compare_command, **command.COMPARE)
+    )
+
+
+def _add_coupling(commands: argparse._SubParsersAction) -> None:
+    from megatron_sftrl.apps.coupling import command
+
+    command.add_coupling_arguments(
+        _add_run_command(commands, "coupling", command.coupling_command, **command.COUPLING)
     )
 
 

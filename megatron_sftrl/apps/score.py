@@ -21,13 +21,13 @@ from megatron_sftrl.data.store import StoreWriter
 from megatron_sftrl.data.tokenizer import Tokenizer
 from megatron_sftrl.data.tokenizing import Tokenizing, processes_of_this_rank, tokenize_rows
 from megatron_sftrl.engine.parallel import run_context
-from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.policy import Ask, PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.checked import batch_layout, checked_model
-from megatron_sftrl.trainers.experience import ask_logprobs, ask_logprobs_and_kl, look_at_tokens
+from megatron_sftrl.trainers.experience import ask_logprobs, look_at_tokens
 from megatron_sftrl.trainers.weights import give_weights
 
 
@@ -51,7 +51,7 @@ def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: P
     with run_context(config) as parallel:
         policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
         by = scorer(give_weights(policy, checkpoint, config).text, config.model.dtype)
-        found = score_dataset(policy, config, dataset, pad_id=tokenizer.pad_id)
+        found = score_dataset(policy, config, dataset, ask_logprobs, pad_id=tokenizer.pad_id)
         scores = {number: logprobs for number, (logprobs,) in found.items()}
         on_rank_zero(lambda: _write(out, rows, dataset, scores, by))
 
@@ -85,14 +85,14 @@ def score_dataset(
     policy: PolicyEngine,
     config: TrainingConfig,
     dataset: Dataset,
+    ask: Ask,
     *,
     pad_id: int,
-    base: ReferenceModel | None = None,
+    reference: ReferenceModel | None = None,
 ) -> dict[int, list[list[float]]]:
-    """Log-probabilities of the learned tokens, by the number of the sequence, in nats.
+    """What `ask` answers of the learned tokens, by the number of the sequence.
 
-    With a base, behind them KL(policy || base) over the whole vocabulary at each of these tokens. Every rank
-    calls it and gets all of them.
+    Every rank calls it and gets all of them.
     """
     parallel = policy.parallel
     loader = StepLoader(
@@ -105,10 +105,9 @@ def score_dataset(
         shuffle=False,
         mode="evaluate",
     )
-    ask = ask_logprobs if base is None else ask_logprobs_and_kl
     found: dict[int, list[list[float]]] = {}
     for step in range(loader.num_evaluation_steps):
-        found |= look_at_tokens(policy, loader.step(step), ask, base)
+        found |= look_at_tokens(policy, loader.step(step), ask, reference)
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     ChainedOptimizer,
@@ -15,12 +16,14 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.config.schema import OptimSection, ParallelSection
 from megatron_sftrl.engine.megatron_config import ddp_config, optimizer_config
 from megatron_sftrl.engine.model import LanguageModel, WeightGathers
+from megatron_sftrl.engine.parallel import ParallelContext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +119,64 @@ def learning_rate(step: int, optim: OptimSection, *, num_steps: int) -> float:
     progress = min(1.0, (step - optim.warmup_steps) / span)
     shape = 1.0 - progress if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * shape)
+
+
+# The gradient of a step as one vector over all ranks, and what two of them have in common.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientProducts:
+    """a.a, a.b and b.b of two gradients of one model; every parameter counts once, whatever the layout."""
+
+    aa: float
+    ab: float
+    bb: float
+
+    @property
+    def cosine(self) -> float | None:
+        """None where one of the two is 0."""
+        length = math.sqrt(self.aa) * math.sqrt(self.bb)
+        return self.ab / length if length else None
+
+
+def gradient_parts(optimizer: MegatronOptimizer, parallel: ParallelContext) -> list[Tensor]:
+    """This rank's part of the gradients that were summed last, in the optimizer's own tensors.
+
+    Each element of the model is on one rank alone: left out are copies on other tensor- and data-parallel
+    ranks, and a tied embedding's second place.
+    """
+    optimizer.prepare_grads()
+    parts = []
+    for leaf in leaves(optimizer):
+        is_expert = all(group["is_expert_parallel"] for group in leaf.param_groups)
+        replicas = parallel.edp_group if is_expert else parallel.dp_cp_group
+        # The distributed optimizer cuts the gradient along its replicas, the others have all of it on each.
+        if isinstance(leaf, DistributedOptimizer) or replicas.rank() == 0:
+            parts += leaf.get_main_grads_for_grad_norm()
+    return parts
+
+
+_MULTIPLIED = 2**22
+"""Elements that are float64 at a time."""
+
+
+def gradient_products(
+    first: Sequence[Tensor], second: Sequence[Tensor], parallel: ParallelContext
+) -> GradientProducts:
+    """The products of two gradients of one model in one layout, summed in float64; every rank calls it.
+
+    Args:
+        first, second: from gradient_parts, or copies of that on any device.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)
+    for one, other in zip(first, second, strict=True):
+        pairs = zip(one.flatten().split(_MULTIPLIED), other.flatten().split(_MULTIPLIED), strict=True)
+        for pair in pairs:
+            a, b = (each.to(parallel.device, torch.float64) for each in pair)
+            sums += torch.stack([a @ a, a @ b, b @ b])
+    dist.all_reduce(sums)
+    aa, ab, bb = sums.tolist()
+    return GradientProducts(aa=aa, ab=ab, bb=bb)
 
 
 # What training needs between two steps, out of the device's memory while something else generates there.

@@ -37,6 +37,7 @@ from megatron_sftrl.engine.optimizer import (
     OptimStep,
     TrainingState,
     build_optimizer,
+    gradient_parts,
     learning_rate,
     step_if_finite,
     wrap_with_ddp,
@@ -260,6 +261,12 @@ class PolicyEngine:
         if reference is not None:
             reference.finish_step()
         return found
+
+    def gradient(self) -> list[Tensor]:
+        """A copy in CPU memory, fp32, of this rank's part of what forward_backward left (gradient_parts)."""
+        assert self.optimizer is not None
+        parts = gradient_parts(self.optimizer, self.parallel)
+        return [part.detach().to("cpu", torch.float32, copy=True) for part in parts]
 
     @named_operator()
     def optim_step(self, step: int, *, num_steps: int, loss: float = 0.0) -> OptimStep:

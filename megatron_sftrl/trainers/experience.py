@@ -281,5 +281,13 @@ def ask_logprobs_and_kl(
     return policy.logprobs(labels), policy.kl_to(reference)
 
 
+def ask_kl_from(
+    policy: TokenDistribution, reference: TokenDistribution | None, labels: Tensor
+) -> tuple[Tensor]:
+    """KL(reference || policy)."""
+    assert reference is not None
+    return (policy.kl_from(reference),)
+
+
 def _are_finite(numbers: list[list[float]]) -> bool:
     return all(math.isfinite(value) for values in numbers for value in values)

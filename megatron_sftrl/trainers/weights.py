@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.engine.checkpoint import load_weights
+from megatron_sftrl.engine.checkpoint import checkpoint_at, load_weights
+from megatron_sftrl.engine.checkpoint.directory import read_record
+from megatron_sftrl.engine.checkpoint.store import check_architecture
 from megatron_sftrl.engine.live_weights import load_hf_weights
+from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.policy import PolicyEngine
-from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
@@ -39,29 +43,56 @@ class GivenWeights:
 
 
 def give_weights(
-    policy: PolicyEngine, path: Path, config: TrainingConfig, *, into: ReferenceModel | None = None
+    policy: PolicyEngine, path: Path, config: TrainingConfig, *, into: Sequence[LanguageModel] | None = None
 ) -> GivenWeights:
-    """Fill a policy without an optimizer, or a second model of its shape; every rank calls it.
+    """Fill a policy that takes no optimizer step from here on; every rank calls it.
 
     Args:
         path: step directory, run directory, or Hugging Face directory.
+        into: chunks of a second model of the policy's layout, which are filled instead.
     Raises:
         UserError: on every rank: nothing there, files that are damaged, or a model of other sizes.
     """
-    architecture, parallel = policy.architecture, policy.parallel
-    chunks = policy.chunks if into is None else into.chunks
+    architecture, chunks = policy.architecture, policy.chunks if into is None else into
     if not is_hugging_face(path):
-        found = load_weights(chunks, path, architecture=architecture, parallel=parallel)
+        found = load_weights(chunks, path, architecture=architecture, parallel=policy.parallel)
         return GivenWeights(
             path=found.path, step=found.record.trainer.step, content=found.record.content_hash()
         )
-    _check_sizes(path, architecture)
+    check_sizes(path, architecture)
     with open_weights(path, allow_pickle=config.model.allow_pickle) as weights:
-        load_hf_weights(chunks, weights, architecture, parallel)
+        load_hf_weights(chunks, weights, architecture, policy.parallel)
         return GivenWeights(path=path, step=None, content=hash_of_weights(path, weights))
 
 
-def _check_sizes(path: Path, architecture: Architecture) -> None:
+def weights_at(path: Path, config: TrainingConfig) -> GivenWeights:
+    """What give_weights would give, no tensor read; every rank calls it.
+
+    Raises:
+        UserError: on every rank: nothing there.
+    """
+    if is_hugging_face(path):
+        with open_weights(path, allow_pickle=config.model.allow_pickle) as weights:
+            return GivenWeights(path=path, step=None, content=hash_of_weights(path, weights))
+
+    def look() -> GivenWeights:
+        found = checkpoint_at(path)
+        record = read_record(found)
+        return GivenWeights(path=found, step=record.trainer.step, content=record.content_hash())
+
+    return on_rank_zero(look)
+
+
+def check_sizes(path: Path, architecture: Architecture) -> None:
+    """Refuse weights of a model of other sizes, from its description alone.
+
+    Raises:
+        UserError: naming each difference; nothing there.
+    """
+    if not is_hugging_face(path):
+        found = checkpoint_at(path)
+        check_architecture(read_record(found), architecture, found)
+        return
     theirs, ours = asdict(from_hf_config(path)), asdict(architecture)
     different = [
         f"{name}: expected {ours[name]}, got {theirs[name]}" for name in ours if ours[name] != theirs[name]

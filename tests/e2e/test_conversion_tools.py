@@ -107,16 +107,16 @@ def test_dtypes_are_kept_or_chosen_on_both_ways(hf: Path, checkpoint: Path, tmp_
 
 def swap_gate_and_up() -> None:
     """An export that writes the gate's rows under the name of the other half, and these under the gate's."""
-    from megatron_sftrl.apps.convert import to_hf
+    from megatron_sftrl.engine.checkpoint import converted
 
-    right = to_hf.fill_whole
+    right = converted.fill_whole
 
     def wrong(whole, name, tensor, read_into):
         names = [run.name for run in tensor.rows]
         swapped = dict(zip(names, reversed(names), strict=True)) if len(names) == 2 else {}
         right(whole, swapped.get(name, name), tensor, read_into)
 
-    to_hf.fill_whole = wrong
+    converted.fill_whole = wrong
 
 
 def test_verify_finds_two_swapped_tensors(checkpoint: Path, tmp_path: Path) -> None:

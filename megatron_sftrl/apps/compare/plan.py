@@ -25,12 +25,11 @@ from megatron_sftrl.config.schema import GrpoConfig, ModelSection, RunConfig, Tr
 from megatron_sftrl.data.formats import Columns, FormattedRow, Kind, read_formatted
 from megatron_sftrl.data.sources import find_files
 from megatron_sftrl.engine.checkpoint import checkpoint_at
-from megatron_sftrl.engine.checkpoint.directory import read_record, step_name
-from megatron_sftrl.engine.checkpoint.store import check_architecture
+from megatron_sftrl.engine.checkpoint.directory import step_name
 from megatron_sftrl.errors import UserError, first_of
 from megatron_sftrl.models import architecture_of
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
+from megatron_sftrl.models.hf_config import is_hugging_face
 from megatron_sftrl.observability.run_directory import (
     RunDirectory,
     flat,
@@ -39,6 +38,7 @@ from megatron_sftrl.observability.run_directory import (
 )
 from megatron_sftrl.rollout.build import engine_here
 from megatron_sftrl.trainers.checked import checked_configuration
+from megatron_sftrl.trainers.weights import check_sizes
 
 RECORD = "compare.json"
 
@@ -341,12 +341,7 @@ class _told_as:
 def _check_weights(key: str, path: Path, architecture: Architecture) -> None:
     """Refuse weights of another architecture, before a run has to."""
     with _told_as(key):
-        if is_hugging_face(path):
-            if from_hf_config(path) != architecture:
-                raise UserError(f"{path} is a model of other sizes than the run's")
-        else:
-            found = checkpoint_at(path)
-            check_architecture(read_record(found), architecture, found)
+        check_sizes(path, architecture)
 
 
 def _check_what_is_there(

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.data.tokenizer_backends import PROBES, class_defaults
-from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint, stored_assets
+from megatron_sftrl.engine.checkpoint import StoredModel, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
-from megatron_sftrl.errors import UserError, first_of
 from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.models.hf_output import (
@@ -32,11 +31,10 @@ from megatron_sftrl.models.hf_output import (
     write_index,
 )
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
-from megatron_sftrl.models.hf_weights import fill_whole
-from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors
 
 # The exported tokenizer gives the ids that training saw, also to programs that load it by its class.
 
+_EMBEDDING = "model.embed_tokens.weight"
 _RULES, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _GENERIC = "PreTrainedTokenizerFast"
 
@@ -127,102 +125,58 @@ def convert_to_hf(
     """
     verification = find_checkpoint(checkpoint)
     path, architecture = verification.path, from_record(verification.record.architecture)
-    stored = on_every_rank(lambda: _stored(path, architecture))
-    sizes = _sizes(stored, architecture, dtype)
+    stored = on_every_rank(lambda: StoredModel(path, architecture))
+    sizes = _sizes(stored, dtype)
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
     with closing(stored), new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
         mine = files[dist.get_rank() :: dist.get_world_size()]
         try:
-            on_every_rank(lambda: _write_files(temporary, mine, stored, architecture, dtype, sizes, on_bytes))
+            on_every_rank(lambda: _write_files(temporary, mine, stored, dtype, sizes, on_bytes))
         finally:
             # A damaged file is named as such, whatever else went wrong with it before.
             verification.finish()
         on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
-        assets = _with_config(stored_assets(path), architecture, _main_dtype(stored, dtype))
+        kept = dtype or stored.dtypes[_EMBEDDING]
+        assets = _with_config(stored_assets(path), architecture, kept)
         on_rank_zero(lambda: write_assets(temporary, with_ids_of_tokenizer_json(assets)))
     return out
 
 
-def _stored(path: Path, architecture: Architecture) -> StoredTensors:
-    """The checkpoint's tensors: all of the table in their shapes; rows of vocabulary padding may follow."""
-    stored, problems = StoredTensors(path), []
-    for key, tensor in _by_key(architecture).items():
-        expected, found = (*tensor.stack, *tensor.shape), stored.shapes.get(f"policy.{key}")
-        if found is None:
-            problems.append(f"missing: {key}")
-        elif found != expected and not (
-            tensor.has_padding and found[0] >= expected[0] and found[1:] == expected[1:]
-        ):
-            problems.append(f"shape of {key}: expected {expected}, got {found}")
-    if problems:
-        heading = f"checkpoint {path} does not hold the model it describes:"
-        raise UserError("\n  ".join([heading, *first_of(problems)]))
-    return stored
-
-
-def _by_key(architecture: Architecture) -> dict[str, MegatronTensor]:
-    """One tensor of each key."""
-    return {tensor.key: tensor for tensor in megatron_tensors(architecture)}
-
-
-def _sizes(stored: StoredTensors, architecture: Architecture, dtype: torch.dtype | None) -> dict[str, int]:
+def _sizes(stored: StoredModel, dtype: torch.dtype | None) -> dict[str, int]:
     """Bytes of each Hugging Face tensor, in the order of the model."""
-    shapes, sizes = hf_shapes(architecture), {}
-    for tensor in megatron_tensors(architecture):
-        item = (dtype or stored.dtypes[f"policy.{tensor.key}"]).itemsize
-        for run in tensor.rows:
-            sizes[run.name] = torch.Size(shapes[run.name]).numel() * item
-    return sizes
-
-
-def _main_dtype(stored: StoredTensors, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or stored.dtypes["policy.embedding.word_embeddings.weight"]
+    return {
+        name: math.prod(shape) * (dtype or stored.dtypes[name]).itemsize
+        for name, shape in stored.shapes.items()
+    }
 
 
 def _write_files(
     directory: Path,
     files: list[HfFile],
-    stored: StoredTensors,
-    architecture: Architecture,
+    stored: StoredModel,
     dtype: torch.dtype | None,
     sizes: dict[str, int],
     on_bytes: Callable[[int, int], None],
 ) -> None:
     total, done = sum(sizes[name] for file in files for name in file.tensors), 0
-    sources = {run.name: tensor for tensor in megatron_tensors(architecture) for run in tensor.rows}
-    shapes = hf_shapes(architecture)
-
-    def stored_dtype(name: str) -> torch.dtype:
-        return stored.dtypes[f"policy.{sources[name].key}"]
-
+    shapes, dtypes = stored.shapes, stored.dtypes
     names = [name for file in files for name in file.tensors]
-    largest = max((math.prod(shapes[name]) * stored_dtype(name).itemsize for name in names), default=0)
+    largest = max((math.prod(shapes[name]) * dtypes[name].itemsize for name in names), default=0)
     # One piece of memory for all tensors, one after the other: fresh pages would cost as much as copying.
     memory = np.empty(largest, np.uint8)
 
     def tensor(name: str) -> Tensor:
         nonlocal done
         shape = shapes[name]
-        whole = torch.frombuffer(memory, dtype=stored_dtype(name), count=math.prod(shape)).view(shape)
-        _read(whole, name, sources[name], stored)
+        whole = torch.frombuffer(memory, dtype=dtypes[name], count=math.prod(shape)).view(shape)
+        stored.read_into(whole, name)
         done += sizes[name]
         on_bytes(done, total)
-        return whole.to(dtype or stored_dtype(name))
+        return whole.to(dtype or dtypes[name])
 
     for file in files:
-        kinds = {name: (dtype or stored_dtype(name), shapes[name]) for name in file.tensors}
+        kinds = {name: (dtype or dtypes[name], shapes[name]) for name in file.tensors}
         write_safetensors(directory / file.name, kinds, tensor)
-
-
-def _read(whole: Tensor, name: str, source: MegatronTensor, stored: StoredTensors) -> None:
-    """Fill a Hugging Face tensor from the checkpoint."""
-    stack = len(source.index)
-
-    def read_into(part: Tensor, offset: tuple[int, ...]) -> None:
-        stacked = part.view((1,) * stack + tuple(part.shape)) if stack else part
-        stored.read_into(stacked, f"policy.{source.key}", (*source.index, *offset))
-
-    fill_whole(whole, name, source, read_into)
 
 
 def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtype) -> HfAssets:

@@ -25,7 +25,7 @@ from megatron_sftrl.config.schema import GrpoConfig, ReferenceSection
 from megatron_sftrl.data.dataset import Dataset
 from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.parallel import run_context
+from megatron_sftrl.engine.parallel import ParallelContext, run_context
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
@@ -34,12 +34,20 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries
+from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
 from megatron_sftrl.trainers.checked import batch_layout, checked_model, response_text, stop_ids
-from megatron_sftrl.trainers.experience import ExperienceBatches, Response, grouped, look_at_responses
+from megatron_sftrl.trainers.experience import (
+    ExperienceBatches,
+    Response,
+    ask_logprobs,
+    ask_logprobs_and_kl,
+    grouped,
+    look_at_responses,
+)
 from megatron_sftrl.trainers.grpo import SUCCESS
 from megatron_sftrl.trainers.rollouts import RolloutCollector, check_rows, try_own_answers
-from megatron_sftrl.trainers.weights import give_weights
+from megatron_sftrl.trainers.weights import give_weights, weights_at
 from megatron_sftrl.types import SamplingParams
 
 
@@ -77,70 +85,32 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
         UserError: prompts or rows that cannot be used, no checkpoint, a k above the samples, an output of
             another evaluation.
     """
-    _check(config, request)
     config = engine_here(config)
-    architecture, tokenizer = checked_model(config)
-    prompts, shown = _read(config, request, tokenizer, architecture)
-    checkpoint = request.checkpoint or config.run_dir
-    ends = stop_ids(config, tokenizer, vocab_size=architecture.vocab_size, checkpoint=checkpoint)
-    with (
-        run_context(config) as parallel,
-        RewardPool(config.rewards, config.reward_workers) as rewards,
-    ):
-        check_engine(config, architecture, parallel.device, world_size=parallel.world_size)
-        check_rows(rewards.rewards, prompts)
-        on_every_rank(lambda: check_canaries(rewards))
-        on_rank_zero(lambda: try_own_answers(rewards, tokenizer, prompts))
-        policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
-        found = give_weights(policy, checkpoint, config)
-        base, base_weights = _base(policy, config, request)
-        settings = {
-            "checkpoint": str(found.path.resolve()),
-            "step": found.step,
-            "weights": found.content,
-            "prompts": prompts.fingerprint,
-            "demonstrations": None if shown is None else shown.fingerprint,
-            "base": base_weights,
-            "tokenizer": tokenizer.fingerprint,
-            **_asked_settings(config, request),
-        }
-        log = on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=parallel.rank == 0))
-        scores = {}
-        if shown is not None:
-            scores = score_dataset(policy, config, shown, pad_id=tokenizer.pad_id, base=base)
-        del base  # the engine needs its memory
-        with contextlib.closing(build_engine(config, policy, tokenizer.decode)) as engine:
-            engine.update(policy, version=found.step or 0)
-            arms = _arms(config, request, ends)
-            collector = RolloutCollector(
-                config, prompts, tokenizer, parallel, rewards, arms["greedy"], Timers()
-            )
-            batches = ExperienceBatches(
-                batch=config.batch,
-                layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
-                max_length=config.rollout.max_new_tokens,
-                pad_id=tokenizer.pad_id,
-                mask_truncated=False,
-            )
-            for arm, sampling in arms.items():
-                left = [place for place in range(len(prompts.rows)) if (arm, place) not in log.done]
-                for start in range(0, len(left), config.rollout.prompts_per_step):
-                    places = left[start : start + config.rollout.prompts_per_step]
-                    rows = [(place, prompts.rows[place]) for place in places]
-                    groups = grouped(collector.answer(engine, rows, sampling))
-                    nats = _entropies(policy, batches, groups, arm)
-                    lines = [
-                        _line(arm, place, groups[place], nats[place], sampling, tokenizer) for place in places
-                    ]
-                    on_rank_zero(partial(log.append, lines))
-        on_rank_zero(lambda: _finish(request, settings, list(scores.values())))
+    held_out = read_held_out(config, request)
+    with run_context(config) as parallel:
+        evaluate_all(config, [request], held_out, parallel)
+        on_rank_zero(lambda: _tell(request.out))
     return parallel.rank == 0
 
 
-def _read(
-    config: GrpoConfig, request: EvalRequest, tokenizer: Tokenizer, architecture: Architecture
-) -> tuple[PromptSet, Dataset | None]:
-    """The prompts, and the demonstrations where there are any."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """What every checkpoint of an evaluation is asked, and may have learned; None without demonstrations."""
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    shown: Dataset | None
+
+
+def read_held_out(config: GrpoConfig, request: EvalRequest) -> HeldOut:
+    """Read the prompts and, where there are any, the demonstrations.
+
+    Raises:
+        UserError: as run_evaluation, of settings and files other than checkpoints.
+    """
+    _check(config, request)
+    architecture, tokenizer = checked_model(config)
     prompts = read_prompt_set(
         request.prompts or config.data.valid,
         tokenizer,
@@ -148,22 +118,119 @@ def _read(
         columns=config.data.columns,
         key="--prompts" if request.prompts else "data.valid",
     )
-    if request.demonstrations is None:
-        return prompts, None
-    longest, key = architecture.max_position_embeddings, "--demonstrations"
-    _, shown = read_whole(request.demonstrations, tokenizer, None, max_length=longest, key=key)
-    return prompts, shown
+    shown = None
+    if request.demonstrations is not None:
+        longest, key = architecture.max_position_embeddings, "--demonstrations"
+        _, shown = read_whole(request.demonstrations, tokenizer, None, max_length=longest, key=key)
+    return HeldOut(architecture=architecture, tokenizer=tokenizer, prompts=prompts, shown=shown)
 
 
-def _base(
-    policy: PolicyEngine, config: GrpoConfig, request: EvalRequest
-) -> tuple[ReferenceModel | None, str | None]:
-    """The second model where one is asked for, and the hash of its weights."""
-    if request.base is None:
-        return None, None
-    section = ReferenceSection(kind="frozen")
-    base = ReferenceModel(policy.architecture, config, section, policy.parallel)
-    return base, give_weights(policy, request.base, config, into=base).content
+def evaluate_all(
+    config: GrpoConfig, requests: Sequence[EvalRequest], held_out: HeldOut, parallel: ParallelContext
+) -> None:
+    """run_evaluation of requests that differ in checkpoint and out alone, with one engine for all.
+
+    What is done is passed over: its weights are hashed, and not loaded.
+    """
+    ends = [
+        stop_ids(
+            config,
+            held_out.tokenizer,
+            vocab_size=held_out.architecture.vocab_size,
+            checkpoint=request.checkpoint or config.run_dir,
+        )
+        for request in requests
+    ]
+    check_engine(config, held_out.architecture, parallel.device, world_size=parallel.world_size)
+    with RewardPool(config.rewards, config.reward_workers) as rewards:
+        check_rows(rewards.rewards, held_out.prompts)
+        on_every_rank(lambda: check_canaries(rewards))
+        on_rank_zero(lambda: try_own_answers(rewards, held_out.tokenizer, held_out.prompts))
+        logs = [_open_log(config, request, held_out, is_writer=parallel.rank == 0) for request in requests]
+        if left := [place for place, log in enumerate(logs) if not log.is_done]:
+            policy = PolicyEngine(held_out.architecture, config, parallel, with_optimizer=False)
+            with contextlib.closing(_Answering(config, policy, held_out, rewards)) as answering:
+                for place in left:
+                    answering.answer(requests[place], logs[place], ends[place])
+    for request, log in zip(requests, logs, strict=True):
+        on_rank_zero(partial(_finish, request, log.settings))
+
+
+def _open_log(
+    config: GrpoConfig, request: EvalRequest, held_out: HeldOut, *, is_writer: bool
+) -> GenerationLog:
+    """The log of an evaluation that begins or goes on; every rank calls it."""
+    found, shown = weights_at(request.checkpoint or config.run_dir, config), held_out.shown
+    settings = {
+        "checkpoint": str(found.path.resolve()),
+        "step": found.step,
+        "weights": found.content,
+        "prompts": held_out.prompts.fingerprint,
+        "demonstrations": None if shown is None else shown.fingerprint,
+        "base": None if request.base is None else weights_at(request.base, config).content,
+        "tokenizer": held_out.tokenizer.fingerprint,
+        **_asked_settings(config, request),
+    }
+    return on_every_rank(lambda: GenerationLog(request.out, settings, is_writer=is_writer))
+
+
+class _Answering:
+    """A model that takes one checkpoint's weights after the other, and the engine that answers with them."""
+
+    def __init__(
+        self, config: GrpoConfig, policy: PolicyEngine, held_out: HeldOut, rewards: RewardPool
+    ) -> None:
+        self._config, self._policy, self._rewards = config, policy, rewards
+        self._prompts, self._shown, self._tokenizer = held_out.prompts, held_out.shown, held_out.tokenizer
+        self._engine: RolloutEngine | None = None
+
+    def answer(self, request: EvalRequest, log: GenerationLog, ends: frozenset[int]) -> None:
+        """Bring one evaluation to its end; every rank calls it."""
+        config, policy, rows = self._config, self._policy, self._prompts.rows
+        found = give_weights(policy, request.checkpoint or config.run_dir, config)
+        if self._shown is not None:
+            scores = self._scores(request, self._shown)
+            on_rank_zero(lambda: _write_demonstrations(request.out, [scores[row] for row in sorted(scores)]))
+        if self._engine is None:  # only now: it takes the memory that is left
+            self._engine = build_engine(config, policy, self._tokenizer.decode)
+        self._engine.update(policy, version=found.step or 0)
+        arms = _arms(config, request, ends)
+        collector = RolloutCollector(
+            config, self._prompts, self._tokenizer, policy.parallel, self._rewards, arms["greedy"], Timers()
+        )
+        batches = ExperienceBatches(
+            batch=config.batch,
+            layout=batch_layout(config, dp_rank=policy.parallel.dp_rank, dp_size=policy.parallel.dp_size),
+            max_length=config.rollout.max_new_tokens,
+            pad_id=self._tokenizer.pad_id,
+            mask_truncated=False,
+        )
+        for arm, sampling in arms.items():
+            left = [place for place in range(len(rows)) if (arm, place) not in log.done]
+            for start in range(0, len(left), config.rollout.prompts_per_step):
+                places = left[start : start + config.rollout.prompts_per_step]
+                asked = [(place, rows[place]) for place in places]
+                groups = grouped(collector.answer(self._engine, asked, sampling))
+                nats = _entropies(policy, batches, groups, arm)
+                lines = [
+                    _line(arm, place, groups[place], nats[place], sampling, self._tokenizer)
+                    for place in places
+                ]
+                on_rank_zero(partial(log.append, lines))
+        self._engine.sleep()
+
+    def _scores(self, request: EvalRequest, shown: Dataset) -> dict[int, list[list[float]]]:
+        """Of the learned tokens of each demonstration; a base is gone again behind it."""
+        config, policy, pad_id = self._config, self._policy, self._tokenizer.pad_id
+        if request.base is None:
+            return score_dataset(policy, config, shown, ask_logprobs, pad_id=pad_id)
+        base = ReferenceModel(policy.architecture, config, ReferenceSection(kind="frozen"), policy.parallel)
+        give_weights(policy, request.base, config, into=base.chunks)
+        return score_dataset(policy, config, shown, ask_logprobs_and_kl, pad_id=pad_id, reference=base)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
 
 
 def _asked_settings(config: GrpoConfig, request: EvalRequest) -> dict[str, Any]:
@@ -270,11 +337,12 @@ class GenerationLog:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, is_writer: bool) -> None:
+        self.settings = settings
         self._path = folder / "generations.jsonl"
         known = folder / "settings.json"
         try:
             if known.exists():
-                _same_settings(json.loads(known.read_text(encoding="utf-8")), settings, folder)
+                check_same_settings(json.loads(known.read_text(encoding="utf-8")), settings, folder)
             elif is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(known, json.dumps(settings, indent=1) + "\n")
@@ -285,6 +353,8 @@ class GenerationLog:
         except OSError as error:
             raise error_of(f"--out {folder} cannot be written: {error}", error) from error
         self.done = {(line["arm"], line["prompt"]) for line in lines}
+        is_scored = settings["demonstrations"] is None or (folder / _DEMONSTRATIONS).exists()
+        self.is_done = is_scored and (folder / "results.json").exists()
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Whole prompts: a kill between two calls loses none."""
@@ -312,7 +382,8 @@ class GenerationLog:
         return lines
 
 
-def _same_settings(known: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
+def check_same_settings(known: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on in a folder with other settings than those of what it holds."""
     asked = json.loads(json.dumps(asked))
     different = sorted(key for key in known.keys() | asked.keys() if known.get(key) != asked.get(key))
     if different:
@@ -325,35 +396,66 @@ def _same_settings(known: Mapping[str, Any], asked: Mapping[str, Any], folder: P
 
 def answers_of(folder: Path, arm: str) -> list[list[Answer]]:
     """The responses to each prompt that an evaluation has kept; empty without the arm (greedy or sampled)."""
+    return [[_answer(each) for each in line["responses"]] for line in logged_lines(folder, arm)]
+
+
+def logged_lines(folder: Path, arm: str) -> list[dict[str, Any]]:
+    """The lines of generations.jsonl of one arm, by the number of the prompt."""
     with (folder / "generations.jsonl").open(encoding="utf-8") as file:
         lines = [line for line in map(json.loads, file) if line["arm"] == arm]
-    lines.sort(key=lambda line: line["prompt"])
-    return [[_answer(each) for each in line["responses"]] for line in lines]
+    return sorted(lines, key=lambda line: line["prompt"])
 
 
-def _finish(
-    request: EvalRequest, settings: Mapping[str, Any], scores: Sequence[Sequence[list[float]]]
-) -> None:
-    """results.json, and a table on standard output."""
+_DEMONSTRATIONS = "demonstrations.jsonl"
+
+
+_MEASURED = ("logprobs", "kl_to_base")
+
+
+def _write_demonstrations(folder: Path, scores: Sequence[Sequence[list[float]]]) -> None:
+    lines = [json.dumps(dict(zip(_MEASURED, each, strict=False))) + "\n" for each in scores]
+    write_atomically(folder / _DEMONSTRATIONS, "".join(lines))
+
+
+def demonstrations_of(folder: Path) -> list[list[list[float]]]:
+    """Of each demonstration that was scored: nats of its learned tokens, with a base also KL(policy || base).
+
+    Empty where none was.
+    """
+    if not (folder / _DEMONSTRATIONS).exists():
+        return []
+    with (folder / _DEMONSTRATIONS).open(encoding="utf-8") as file:
+        return [list(json.loads(line).values()) for line in file]
+
+
+def _finish(request: EvalRequest, settings: Mapping[str, Any]) -> None:
+    """results.json, of everything that the log has."""
     results = {"greedy": measure(answers_of(request.out, "greedy"), ks=[], seed=request.seed)}
     if sampled := answers_of(request.out, "sampled"):
         results["sampled"] = measure(sampled, ks=request.ks, seed=request.seed)
-    if scores:
-        results["demonstrations"] = measure_demonstrations(*zip(*scores, strict=True), seed=request.seed)
+    if shown := demonstrations_of(request.out):
+        results["demonstrations"] = measure_demonstrations(*zip(*shown, strict=True), seed=request.seed)
     told = {arm: {name: asdict(each) for name, each in found.items()} for arm, found in results.items()}
     write_atomically(
         request.out / "results.json", json.dumps({"settings": settings, "results": told}, indent=1) + "\n"
     )
-    console = Console(file=sys.stdout)
+
+
+def _tell(folder: Path) -> None:
+    """What results.json says, as a table on standard output."""
+    told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    settings = told["settings"]
     step = "" if settings["step"] is None else f"step {settings['step']}, "
     title = f"{step}weights {settings['weights'][:12]}"
     table = Table("", "", "value", "95 % interval", "prompts", title=title)
-    for arm, found in results.items():
+    for arm, found in told["results"].items():
         for name, each in found.items():
-            interval = "" if each.low is None or each.high is None else f"{each.low:.4g} to {each.high:.4g}"
-            table.add_row(arm, name, f"{each.value:.4g}", interval, str(each.num_prompts))
+            low, high = each["low"], each["high"]
+            interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+            table.add_row(arm, name, f"{each['value']:.4g}", interval, str(each["num_prompts"]))
+    console = Console(file=sys.stdout)
     console.print(table)
-    console.print(f"every response and what the rewards said: {request.out / 'generations.jsonl'}")
+    console.print(f"every response and what the rewards said: {folder / 'generations.jsonl'}")
 
 
 def _answer(response: Mapping[str, Any]) -> Answer:

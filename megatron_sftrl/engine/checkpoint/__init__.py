@@ -2,10 +2,10 @@
 
 `store` saves and loads a run; behind it `tensors` names what a checkpoint holds, `format` writes and reads
 torch_dist files, `directory` makes a directory complete or refused, `background` writes beside the training.
-`converted` is for conversions: weights only.
+`converted` is for conversions: weights only, under either side's names.
 """
 
-from megatron_sftrl.engine.checkpoint.converted import save_converted, stored_assets
+from megatron_sftrl.engine.checkpoint.converted import StoredModel, save_converted, stored_assets
 from megatron_sftrl.engine.checkpoint.directory import (
     TrainerState,
     checkpoint_at,
@@ -23,6 +23,7 @@ from megatron_sftrl.engine.checkpoint.store import (
 __all__ = [
     "CheckpointStore",
     "FoundCheckpoint",
+    "StoredModel",
     "StoredPart",
     "StoredTensors",
     "TrainerState",

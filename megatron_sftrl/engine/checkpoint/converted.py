@@ -1,13 +1,14 @@
-"""Checkpoints of weights only, made by a conversion: training starts from them, no run resumes them."""
+"""Checkpoints and Hugging Face models: one made of the other's weights, and one seen as the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import megatron.core
 import torch
+from torch import Tensor
 
 from megatron_sftrl.engine.checkpoint.directory import (
     FILE_NAME,
@@ -15,10 +16,13 @@ from megatron_sftrl.engine.checkpoint.directory import (
     TrainerState,
     hashed_files,
 )
-from megatron_sftrl.engine.checkpoint.format import StoredPart, write_parts
+from megatron_sftrl.engine.checkpoint.format import StoredPart, StoredTensors, write_parts
 from megatron_sftrl.engine.together import new_directory_together, on_rank_zero, sum_over_ranks
+from megatron_sftrl.errors import UserError, first_of
 from megatron_sftrl.models.architecture import Architecture, to_record
 from megatron_sftrl.models.hf_output import HfAssets, write_assets
+from megatron_sftrl.models.hf_weights import fill_whole
+from megatron_sftrl.models.tensors import MegatronTensor, hf_shapes, megatron_tensors
 
 _ASSETS = "hf"
 """Folder of a checkpoint with what travels beside weights: config.json, tokenizer, chat template."""
@@ -67,3 +71,58 @@ def stored_assets(checkpoint: Path) -> HfAssets:
     folder = checkpoint / _ASSETS
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return HfAssets(files={str(path.relative_to(folder)): path.read_bytes() for path in files})
+
+
+class StoredModel:
+    """The policy in a checkpoint under the names of a Hugging Face model, tensor by tensor; close it.
+
+    Raises:
+        UserError: the checkpoint does not hold the model of this architecture.
+    """
+
+    def __init__(self, checkpoint: Path, architecture: Architecture) -> None:
+        self._stored = StoredTensors(checkpoint)
+        tensors = list(megatron_tensors(architecture))
+        _check_stored(checkpoint, self._stored, {tensor.key: tensor for tensor in tensors})
+        self._sources = {run.name: tensor for tensor in tensors for run in tensor.rows}
+        self.shapes: Mapping[str, tuple[int, ...]] = hf_shapes(architecture)
+        """Of each tensor, in the order of the model."""
+        self.dtypes: Mapping[str, torch.dtype] = {
+            name: self._stored.dtypes[f"policy.{source.key}"] for name, source in self._sources.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor as it is stored, on the CPU."""
+        whole = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        self.read_into(whole, name)
+        return whole
+
+    def read_into(self, whole: Tensor, name: str) -> None:
+        """The same, into contiguous memory of its shape and dtype."""
+        source = self._sources[name]
+        stack = len(source.index)
+
+        def read_into(part: Tensor, offset: tuple[int, ...]) -> None:
+            stacked = part.view((1,) * stack + tuple(part.shape)) if stack else part
+            self._stored.read_into(stacked, f"policy.{source.key}", (*source.index, *offset))
+
+        fill_whole(whole, name, source, read_into)
+
+    def close(self) -> None:
+        self._stored.close()
+
+
+def _check_stored(path: Path, stored: StoredTensors, by_key: Mapping[str, MegatronTensor]) -> None:
+    """All tensors of the table in their shapes; rows of vocabulary padding may follow."""
+    problems = []
+    for key, tensor in by_key.items():
+        expected, found = (*tensor.stack, *tensor.shape), stored.shapes.get(f"policy.{key}")
+        if found is None:
+            problems.append(f"missing: {key}")
+        elif found != expected and not (
+            tensor.has_padding and found[0] >= expected[0] and found[1:] == expected[1:]
+        ):
+            problems.append(f"shape of {key}: expected {expected}, got {found}")
+    if problems:
+        heading = f"checkpoint {path} does not hold the model it describes:"
+        raise UserError("\n  ".join([heading, *first_of(problems)]))
