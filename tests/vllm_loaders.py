@@ -29,6 +29,8 @@ def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp:
     if last in ("o_proj", "down_proj", "w2"):
         shard_size = weight.shape[1] // tp
         return weight.narrow(1, tp_rank * shard_size, shard_size)
+    if last in ("qkv_proj", "gate_up_proj"):
+        return weight  # it narrows each of the parts inside
     assert last.endswith("norm") or last.endswith("gate") or "layernorm" in last, name
     return weight
 

@@ -9,6 +9,7 @@ engines compares both.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,9 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor_from_config,
-)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -26,8 +24,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
+from megatron_sftrl.engine.blocks import query_factors
 from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
 from megatron_sftrl.engine.local_layers import layer_window, rms_norm
+from megatron_sftrl.models.architecture import Architecture, Rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +61,36 @@ _NORM_WEIGHTS = {
 """By TransformerConfig.transformer_impl."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """Positions of the new tokens in layers of one rope.
+
+    Args:
+        rope: the layers'.
+        cos, sin: [T, 1, 1, turning dimensions]; the sine has the sign with which the other dimension of a
+            pair is added.
+        query: [T, 1, 1, 1] factors on queries, None for 1.
+    """
+
+    rope: Rope
+    cos: Tensor
+    sin: Tensor
+    query: Tensor | None
+
+
 @torch.no_grad()
 def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Tensor:
     """Hidden states behind this stage's layers, as the model's forward gives them; fills the cache.
 
     Args:
-        model: this stage's chunk; kv_cache.why_no_cache finds nothing against it.
+        model: this stage's chunk, a LanguageModel; kv_cache.why_no_cache finds nothing against it.
         tokens: [T] int64.
         places: with a span.
     Returns:
         [T, 1, H]; [T/tp, 1, H] under sequence parallelism.
     """
     modules: Any = model
+    architecture: Architecture = modules.architecture
     config: TransformerConfig = modules.config
     group: dist.ProcessGroup = modules.pg_collection.tp
     is_split = config.sequence_parallel
@@ -87,23 +105,43 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
         hidden = hidden[:, 0]  # [T, H]
         if is_split:
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
-        turn = _cos_sin(modules, places, hidden.dtype)
+        ropes = [architecture.rope_of(layer.layer_number - 1) for layer in layers]
+        # The kernel rounds its result alone.
+        dtype = torch.float32 if config.apply_rope_fusion else hidden.dtype
+        turns = {rope: _turn(rope, modules.frequencies, places, dtype) for rope in set(ropes)}
         windows = [layer_window(config, layer.layer_number) for layer in layers]
         masks = {window: seen_positions(places, window=window) for window in set(windows)}
-        for layer, window in zip(layers, windows, strict=True):
-            normed = _norm(hidden, attrgetter(names.attention)(layer), config)
-            hidden = hidden + _attention(layer.self_attention, normed, group, places, turn, masks[window])
+        for layer, rope, window in zip(layers, ropes, windows, strict=True):
+            attention = layer.self_attention
+            normed = _before(hidden, names.attention, layer, architecture)
+            output = _attention(attention, architecture, normed, group, places, turns[rope], masks[window])
+            hidden = _added(hidden, output, "post_self_attn_layernorm", layer, architecture)
             if isinstance(layer.mlp, MoELayer):
-                normed = _norm(hidden, attrgetter(names.experts)(layer), config)
-                hidden = hidden + _experts(layer.mlp, normed, group, is_split=is_split)
+                normed = _before(hidden, names.experts, layer, architecture)
+                output = _experts(layer.mlp, normed, group, is_split=is_split)
             else:
-                normed = _norm(hidden, attrgetter(names.mlp)(layer), config)
-                hidden = hidden + _mlp(layer.mlp, normed, group)
+                normed = _before(hidden, names.mlp, layer, architecture)
+                output = _mlp(layer.mlp, normed, group)
+            hidden = _added(hidden, output, "post_mlp_layernorm", layer, architecture)
         if modules.decoder.final_layernorm is not None:
             hidden = _norm(hidden, modules.decoder.final_layernorm.weight, config)
         if is_split:
             hidden = _own_share(hidden, group)
         return hidden[:, None]
+
+
+def _before(x: Tensor, name: str, layer: Any, architecture: Architecture) -> Tensor:
+    """What attention or the MLP is given: its norm of the residual stream, where it has one."""
+    return x if architecture.norms == "behind" else _norm(x, attrgetter(name)(layer), layer.config)
+
+
+def _added(residual: Tensor, output: Tensor, name: str, layer: Any, architecture: Architecture) -> Tensor:
+    """The residual stream behind attention or the MLP, with the norm and the factor of blocks.py."""
+    if architecture.norms != "before":
+        output = _norm(output, getattr(layer, name).weight, layer.config)
+    if architecture.residual_multiplier != 1:
+        output = output * architecture.residual_multiplier
+    return residual + output
 
 
 def _norm(x: Tensor, weight: Tensor, config: TransformerConfig) -> Tensor:
@@ -116,23 +154,40 @@ def _divided_by_rms(x: Tensor, config: TransformerConfig) -> Tensor:
     return rms_norm(x if rounds_twice else x.float(), config.layernorm_epsilon)
 
 
-def _cos_sin(modules: Any, places: CacheSlots, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[T, 1, 1, head_dim] each; the sine has the sign with which the other half of a head is added."""
-    if modules.config.apply_rope_fusion:
-        dtype = torch.float32  # the kernel rounds its result alone
-    angles = torch.outer(places.positions.float(), modules.rotary_pos_emb.inv_freq)
-    factor = _yarn_get_concentration_factor_from_config(modules.config)
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    cos, sin = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-    return cos[:, None, None], sin[:, None, None]
+def _turn(
+    rope: Rope | None, frequencies: Mapping[Rope, Tensor], places: CacheSlots, dtype: torch.dtype
+) -> _Turn | None:
+    """None where the layers have no positions."""
+    if rope is None:
+        return None
+    positions = places.positions.float()
+    angles = torch.outer(positions, frequencies[rope])
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    if rope.interleaved:
+        cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    else:
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    query = query_factors(rope, positions)[:, None, None, None].to(dtype) if rope.query_beta else None
+    return _Turn(rope=rope, cos=cos.to(dtype)[:, None, None], sin=sin.to(dtype)[:, None, None], query=query)
+
+
+def _turned(x: Tensor, turn: _Turn) -> Tensor:
+    """Queries and keys, [..., head_dim], turned to their positions."""
+    if (num := turn.cos.shape[-1]) < x.shape[-1]:
+        still = x[..., num:]
+        return torch.cat((_turned(x[..., :num], turn), still), dim=-1)
+    is_interleaved = turn.rope.interleaved
+    other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if is_interleaved else x.roll(num // 2, -1)
+    return (x * turn.cos).add_(other * turn.sin).to(x.dtype)
 
 
 def _attention(
     attention: Any,
+    architecture: Architecture,
     x: Tensor,  # [T, H]
     group: dist.ProcessGroup,
     places: CacheSlots,
-    turn: tuple[Tensor, Tensor],
+    turn: _Turn | None,
     mask: Tensor | None,
 ) -> Tensor:
     config: TransformerConfig = attention.config
@@ -143,19 +198,26 @@ def _attention(
     # [T, groups/tp, heads per group + 2, head_dim]: the query heads of a group, its key, its value.
     mixed = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
     turned, value = mixed[:, :, :-1], mixed[:, :, -1]
-    if config.qk_layernorm:
+    if architecture.qk_norm_spans_heads:
+        query, key = turned[:, :, :-1], turned[:, :, -1]
+        query = attention.q_layernorm(query.flatten(1, 2)).view(query.shape)
+        turned = torch.cat((query, attention.k_layernorm(key)[:, :, None]), dim=2)
+    elif architecture.qk_norm:
         turned = _divided_by_rms(turned, config)
         turned[:, :, :-1].mul_(attention.q_layernorm.weight)
         turned[:, :, -1].mul_(attention.k_layernorm.weight)
         turned = turned.to(x.dtype)
-    cos, sin = turn
-    turned = (turned * cos).add_(turned.roll(head_dim // 2, -1) * sin).to(x.dtype)
-    places.cache.write(attention.layer_number, places, turned[:, :, -1], value)
+    if turn is not None:
+        turned = _turned(turned, turn)
+    query, key = turned[:, :, :-1], turned[:, :, -1]
+    if turn is not None and turn.query is not None:
+        query = query * turn.query.to(x.dtype)
+    places.cache.write(attention.layer_number, places, key, value)
     keys, values = places.cache.read(attention.layer_number, places)
     num = len(keys)
     # The query heads of a group stand where other tokens would: the group's keys are read once for all.
     attended = F.scaled_dot_product_attention(
-        turned[:num, :, :-1], keys, values, attn_mask=mask, scale=config.softmax_scale
+        query[:num], keys, values, attn_mask=mask, scale=config.softmax_scale
     ).flatten(1)
     if num < len(x):
         attended = F.pad(attended, (0, 0, 0, len(x) - num))

@@ -54,7 +54,7 @@ def transformer_config(
         **megatron_fields(parallel.megatron).transformer,
     }
     config = TransformerConfig(**settings)
-    _scale_cos_and_sin(config, architecture.rope.attention_factor)
+    scale_cos_and_sin(config, architecture.rope.attention_factor)
     return config
 
 
@@ -75,13 +75,21 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        # False for norms over all heads: Megatron would sum the gradient of a weight that ranks share out.
+        qk_layernorm=architecture.qk_norm and not architecture.qk_norm_spans_heads,
+        softmax_scale=architecture.attention_multiplier,
+        rotary_interleaved=architecture.rope.interleaved,
+        no_rope_freq=[int(i in architecture.no_rope_layers) for i in range(architecture.num_layers)]
+        if architecture.no_rope_layers
+        else None,
         # (left, right) positions beside the token itself; the list is indexed by the layer over all stages.
         window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
         window_attn_skip_freq=[int(i in architecture.window_layers) for i in range(architecture.num_layers)],
         num_moe_experts=mixture.num_experts if mixture else None,
         moe_ffn_hidden_size=architecture.ffn_hidden_size if mixture else None,
         moe_router_topk=mixture.experts_per_token if mixture else 2,
+        moe_shared_expert_intermediate_size=(mixture.shared_width or None) if mixture else None,
+        moe_shared_expert_gate=bool(mixture and mixture.shared_width),
         # The softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
         moe_router_pre_softmax=mixture is not None and not mixture.normalizes_weights,
         # As in transformers: logits in the model's dtype, softmax in fp32, every token reaches its experts.
@@ -135,9 +143,11 @@ def _of_the_kernels(
     architecture: Architecture, parallel: ParallelSection, *, is_cuda: bool, with_te: bool
 ) -> dict[str, Any]:
     """Fusions: CUDA extensions, and functions that torch.compile makes kernels of; none on the CPU."""
+    rope = architecture.rope
     return dict(
-        # Transformer Engine's fused rope knows no factor on cos and sin, and would leave it out silently.
-        apply_rope_fusion=with_te and architecture.rope.attention_factor == 1.0,
+        # Transformer Engine's fused rope of packed sequences knows no factor on cos and sin and no
+        # neighbours that turn together, and would leave both out silently.
+        apply_rope_fusion=with_te and rope.attention_factor == 1.0 and not rope.interleaved,
         bias_dropout_fusion=is_cuda,
         # SwiGLU, of dense blocks and of experts, of Transformer Engine's layers and of torch's.
         bias_activation_fusion=is_cuda,
@@ -324,7 +334,7 @@ def _idle_fields(run: TrainingConfig, *, with_te: bool, is_mixture: bool) -> Ite
             yield f"parallel.megatron.{name} has no effect: {reason}; remove it"
 
 
-def _scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:
+def scale_cos_and_sin(config: TransformerConfig, factor: float) -> None:
     """Make Megatron's attention multiply cos and sin by `factor`.
 
     It knows only yarn's formula, (0.1 mscale ln(scaling) + 1) / (0.1 mscale_all_dim ln(scaling) + 1), read

@@ -28,7 +28,9 @@ _SET_HERE = {
         num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
         layernorm_epsilon gated_linear_unit activation_func add_bias_linear add_qkv_bias qk_layernorm
         window_size window_attn_skip_freq num_moe_experts moe_ffn_hidden_size moe_router_topk
-        moe_router_pre_softmax moe_router_score_function hidden_dropout attention_dropout""",
+        moe_router_pre_softmax moe_router_score_function moe_shared_expert_intermediate_size
+        moe_shared_expert_gate softmax_scale no_rope_freq rotary_interleaved hidden_dropout
+        attention_dropout""",
     "model.layers decides": "transformer_impl moe_grouped_gemm",
     "set model.dtype": "params_dtype pipeline_dtype bf16",
     "set model.moe_aux_loss_coeff": "moe_aux_loss_coeff moe_router_load_balancing_type",
@@ -88,9 +90,8 @@ _TURNED_OFF_ONLY = frozenset(
 _REFUSED = {
     "the model would not be the one that its files describe": """
         multi_latent_attention apply_residual_connection_post_layernorm layernorm_zero_centered_gamma
-        rotary_interleaved attention_output_gate softmax_type softmax_scale glu_linear_offset
-        activation_func_clamp_value qk_l2_norm no_rope_freq experimental_attention_variant mrope_section
-        moe_shared_expert_intermediate_size moe_shared_expert_gate moe_shared_expert_overlap moe_layer_freq
+        attention_output_gate softmax_type glu_linear_offset activation_func_clamp_value qk_l2_norm
+        experimental_attention_variant mrope_section moe_shared_expert_overlap moe_layer_freq
         moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk moe_latent_size
         moe_router_topk_limited_devices moe_apply_probs_on_input is_hybrid_model heterogeneous_block_specs
         hetereogenous_dist_checkpoint fp32_residual_connection use_mamba_mem_eff_path use_mup""",

@@ -117,10 +117,13 @@ class ExpertBalance:
 def balance_experts(layer: ModuleSpec, config: TransformerConfig) -> None:
     """Give a block's mixture the router that balances, where a coefficient asks for it."""
     if config.moe_aux_loss_coeff:
-        mlp: Any = layer.submodules.mlp  # type: ignore[union-attr]
-        # A ModuleSpec (megatron-core 0.16.1), or the class with its arguments bound (0.19.2).
-        submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-        submodules.router = BalancedRouter
+        submodules_of_mlp(layer).router = BalancedRouter
+
+
+def submodules_of_mlp(layer: ModuleSpec) -> Any:
+    """Of a block's MLP or mixture: in a ModuleSpec (megatron-core 0.16.1), or bound to its class (0.19.2)."""
+    mlp: Any = layer.submodules.mlp  # type: ignore[union-attr]
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
 
 
 def mark_expert_parameters(chunk: torch.nn.Module) -> None:

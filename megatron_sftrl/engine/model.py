@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -28,6 +29,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -36,13 +38,14 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_sftrl.engine.blocks import SpanningNorm, complete_blocks
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
-from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters
+from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters, submodules_of_mlp
 from megatron_sftrl.engine.packed_sequences import PackedSequences, places_of
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.models.architecture import Architecture, inverse_frequencies, padded_vocab_size
+from megatron_sftrl.models.architecture import Architecture, Rope, inverse_frequencies, padded_vocab_size
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer
 
@@ -86,6 +89,9 @@ class LanguageModel(GPTModel):
     The loss then decides when logits exist, and a reference model can keep [T, H] instead of [T, V].
     """
 
+    architecture: Architecture
+    frequencies: Mapping[Rope, Tensor]
+    """Of each rope that its layers have, on the device."""
     gathers: WeightGathers | None = None
     """Of a chunk whose weights arrive during the forward."""
 
@@ -104,10 +110,12 @@ class LanguageModel(GPTModel):
     def new_token_states(self, tokens: Tensor, places: CacheSlots) -> Tensor:
         """decode_step's of this stage, once its weights are here."""
         self.wait_for_weights()
-        return new_token_states(self, tokens, places)
+        return self._postprocess(new_token_states(self, tokens, places))
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
-        return hidden_states
+        """Nothing of Megatron's last step, but logits_divisor: it is the same here, and spares [T, V]."""
+        divisor = self.architecture.logits_divisor if self.post_process else 1.0
+        return hidden_states if divisor == 1 else hidden_states / divisor
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Output layer on the last stage: [T, 1, H] (or its sequence-parallel share) -> [T, V_padded/tp]."""
@@ -153,6 +161,11 @@ def build_model_chunks(
 ) -> list[LanguageModel]:
     """This rank's model chunks (one, or vp of them), parameters allocated but not initialised."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    frequencies = {
+        rope: inverse_frequencies(rope, architecture.head_dim).to(parallel.device)
+        for rope in (architecture.rope, architecture.window_rope)
+        if rope is not None
+    }
     chunks = []
     for chunk in range(parallel.vp_size):
         is_first = parallel.pp_rank == 0 and chunk == 0
@@ -164,7 +177,7 @@ def build_model_chunks(
             chunks.append(
                 LanguageModel(
                     config=config,
-                    transformer_layer_spec=_block_spec(config, vp_stage, parallel.pp_rank),  # type: ignore[arg-type]
+                    transformer_layer_spec=_block_spec(architecture, config, vp_stage, parallel.pp_rank),  # type: ignore[arg-type]
                     vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tp_size),
                     max_sequence_length=architecture.max_position_embeddings,
                     pre_process=is_first,
@@ -172,18 +185,21 @@ def build_model_chunks(
                     parallel_output=True,
                     share_embeddings_and_output_weights=architecture.tie_embeddings,
                     position_embedding_type="rope",
+                    rotary_percent=architecture.rope.fraction,
                     rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
                     pg_collection=groups,
                     vp_stage=vp_stage,
-                ).to(parallel.device)
+                )
             )
+        chunks[-1].architecture, chunks[-1].frequencies = architecture, frequencies
+        complete_blocks(chunks[-1], architecture, frequencies, _norm(config))
+        chunks[-1].to(parallel.device)
         _add_gradients_in_layers(chunks[-1], config)
         _mark_tensor_parallel_parameters(chunks[-1])
         mark_expert_parameters(chunks[-1])
         _remember_prompts(chunks[-1])
         # Megatron's own scaling knows one fixed form of llama3 and no linear one.
-        frequencies = inverse_frequencies(architecture.rope, architecture.head_dim)
-        chunks[-1].rotary_pos_emb.inv_freq = frequencies.to(parallel.device)
+        chunks[-1].rotary_pos_emb.inv_freq = frequencies[architecture.rope]
     return chunks
 
 
@@ -260,8 +276,13 @@ def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
                     set_tensor_model_parallel_attributes(parameter, True, sharded_dim, 1)
 
 
+def _norm(config: TransformerConfig) -> Any:
+    """The class of a norm that stands alone."""
+    return TESpecProvider().layer_norm() if config.transformer_impl == "transformer_engine" else RMSNorm
+
+
 def _block_spec(
-    config: TransformerConfig, vp_stage: int | None, pp_rank: int
+    architecture: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     qk_norm = bool(config.qk_layernorm)
     if config.transformer_impl == "transformer_engine":
@@ -271,6 +292,7 @@ def _block_spec(
             qk_layernorm=qk_norm,
         )
         balance_experts(fused, config)
+        _change_norms(fused, architecture, linear=TESpecProvider().column_parallel_linear())
         if config.window_size is not None and config.context_parallel_size > 1:
             # Its attention refuses a window under context parallelism on packed sequences.
             fused.submodules.self_attention.submodules.core_attention = PackedAttention  # type: ignore[union-attr]
@@ -290,11 +312,32 @@ def _block_spec(
         attention.linear_qkv = BiasedColumnParallelLinear
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    _change_norms(layer, architecture, linear=None)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * num_layers,
         layer_norm=RMSNorm,  # type: ignore[arg-type]
     )
+
+
+def _change_norms(layer: ModuleSpec, architecture: Architecture, *, linear: Any) -> None:
+    """Leave out the norms before attention and MLP, and let those of q and k span the heads, if asked for.
+
+    Args:
+        linear: takes the place of projections that have the norm in them; None where none has.
+    """
+    submodules: Any = layer.submodules
+    attention = submodules.self_attention.submodules
+    if architecture.norms == "behind":
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
+        if linear is not None:
+            attention.linear_qkv = submodules_of_mlp(layer).linear_fc1 = linear
+    if architecture.qk_norm_spans_heads:
+        for name, heads in (
+            ("q_layernorm", architecture.num_attention_heads),
+            ("k_layernorm", architecture.num_query_groups),
+        ):
+            setattr(attention, name, ModuleSpec(module=SpanningNorm, params={"num_heads": heads}))
 
 
 # Random initial weights that depend on the seed and the parameter's name, never on the layout.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -28,6 +29,7 @@ class PackedSequences(PackedSeqParams):
     lengths: tuple[int, ...] = ()
     places: CacheSlots | None = None
     _plans: dict[int | None, AttentionPlan] = field(default_factory=dict, repr=False)
+    _positions: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -57,6 +59,14 @@ class PackedSequences(PackedSeqParams):
                 self.lengths, cp_rank=cp_rank, cp_size=cp_size, window=window, device=device
             )
         return self._plans[window]
+
+    def positions_of(self, cp_group: dist.ProcessGroup, device: torch.device) -> Tensor:
+        """[T/cp] int64 place of each of this rank's tokens in its sequence; made once."""
+        if self._positions is None:
+            cut = (cp_group.size(), cp_group.rank())
+            parts = [zigzag_positions(length, *cut) for length in self.lengths]
+            self._positions = torch.cat(parts).to(device, non_blocking=True)
+        return self._positions
 
 
 def places_of(params: PackedSeqParams | None) -> CacheSlots | None:

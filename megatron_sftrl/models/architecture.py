@@ -31,6 +31,9 @@ class Rope:
         beta_fast, beta_slow: rotations over original_length that bound yarn's ramp.
         truncate: yarn's ramp begins and ends at whole dimensions.
         attention_factor: multiplies cos and sin (yarn), 1 otherwise.
+        fraction: of each head's dimensions that turn, the first ones.
+        interleaved: neighbours turn together; otherwise dimensions that are half of the turning ones apart.
+        query_beta: b > 0 multiplies a query at position p by 1 + b ln(1 + floor(p / original_length)).
     """
 
     kind: Literal["default", "linear", "llama3", "yarn"]
@@ -43,10 +46,18 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    fraction: float = 1.0
+    interleaved: bool = False
+    query_beta: float = 0.0
+
+    def turning(self, head_dim: int) -> int:
+        """Dimensions of a head that turn."""
+        return int(head_dim * self.fraction)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """[head_dim / 2] fp32 radians per position, the same fp32 numbers as transformers computes."""
+    """[turning dimensions / 2] fp32 radians per position, the same fp32 numbers as transformers computes."""
+    head_dim = rope.turning(head_dim)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
@@ -65,7 +76,7 @@ def _llama3(plain: Tensor, rope: Rope) -> Tensor:
     shortest_divided = rope.original_length / rope.low_freq_factor
     between = rope.high_freq_factor - rope.low_freq_factor
     kept = (rope.original_length / wavelengths - rope.low_freq_factor) / between
-    interpolated = (1 - kept) * (plain / rope.factor) + kept * plain
+    interpolated = (1 - kept) * plain / rope.factor + kept * plain
     scaled = torch.where(wavelengths > shortest_divided, plain / rope.factor, plain)
     is_between = ~(wavelengths < longest_kept) & ~(wavelengths > shortest_divided)
     return torch.where(is_between, interpolated, scaled)
@@ -100,8 +111,24 @@ def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: f
     return concentration(1.0)
 
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
-MIXTURE_FAMILIES = ("mixtral", "qwen3_moe")
+Family = Literal[
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe",
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "phi3",
+    "ministral3",
+    "qwen2_moe",
+    "glm4",
+]
+Norms = Literal["before", "behind", "both"]
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +139,13 @@ class Mixture:
         num_experts: E, gated MLPs in each block.
         experts_per_token: of them, those that a token visits: the ones with the largest router logits.
         normalizes_weights: their softmax weights are divided by their sum.
+        shared_width: of one more MLP that every token visits, times the sigmoid of a gate; 0 for none.
     """
 
     num_experts: int
     experts_per_token: int
     normalizes_weights: bool
+    shared_width: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
@@ -128,7 +157,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+    """A transformer with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
 
     Args:
         family: block layout; names the table of parameter names.
@@ -146,6 +175,15 @@ class Architecture:
         qk_norm: RMSNorm over each head of q and k.
         mixture: None for a dense model.
         init_std: standard deviation of random weights.
+        norms: where each block's attention and MLP have theirs: before them, behind them (on what is added
+            to the residual stream) or both.
+        qk_norm_spans_heads: the norms of q and k are over all heads together.
+        window_rope: positions in window_layers, where they are not those of the other layers.
+        no_rope_layers: the layers, counted from 0, without positions.
+        embedding_multiplier: of the embedding's output.
+        attention_multiplier: of queries times keys; None for 1 / sqrt(head_dim).
+        residual_multiplier: of what attention and MLP add to the residual stream.
+        logits_divisor: of the logits.
     Raises:
         UserError: sizes that cannot form a network.
     """
@@ -168,6 +206,15 @@ class Architecture:
     qk_norm: bool
     mixture: Mixture | None
     init_std: float
+    # What records of older checkpoints do not have.
+    norms: Norms = "before"
+    qk_norm_spans_heads: bool = False
+    window_rope: Rope | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -175,8 +222,9 @@ class Architecture:
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups = {self.num_query_groups}: every group serves as many query heads"
             )
-        if self.head_dim % 2:
-            raise UserError(f"head_dim = {self.head_dim}: rotary positions need an even number")
+        if self.rope.turning(self.head_dim) % 2:
+            part = "" if self.rope.fraction == 1 else f", of which {self.rope.fraction:g} turn"
+            raise UserError(f"head_dim = {self.head_dim}{part}: rotary positions need an even number")
         if self.family == "llama" and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
@@ -184,6 +232,12 @@ class Architecture:
                 "use family mistral, which has the same blocks"
             )
         assert (self.sliding_window is None) == (not self.window_layers)
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """Positions in a layer, counted from 0; None where there are none."""
+        if layer in self.no_rope_layers:
+            return None
+        return self.window_rope if self.window_rope and layer in self.window_layers else self.rope
 
 
 def from_section(section: ArchitectureSection) -> Architecture:
@@ -230,9 +284,11 @@ def from_record(record: Mapping[str, Any]) -> Architecture:
     """
     fields = dict(record)
     try:
-        fields["rope"] = Rope(**fields["rope"])
-        fields["mixture"] = None if fields["mixture"] is None else Mixture(**fields["mixture"])
+        for name, kind in (("rope", Rope), ("window_rope", Rope), ("mixture", Mixture)):
+            if fields.get(name) is not None:
+                fields[name] = kind(**fields[name])
         fields["window_layers"] = tuple(fields["window_layers"])
+        fields["no_rope_layers"] = tuple(fields.get("no_rope_layers", ()))
         return Architecture(**fields)
     except (KeyError, TypeError) as error:
         raise UserError(f"the record of an architecture is damaged: {error}") from error
@@ -251,13 +307,13 @@ def _mixture(section: ArchitectureSection) -> Mixture | None:
 
 
 def has_qkv_bias(family: Family) -> bool:
-    """Qwen2 is the family with biases on q, k and v."""
-    return family == "qwen2"
+    """Families with biases on q, k and v, those of HfFamily.bias_key where a config.json is silent."""
+    return family in ("qwen2", "qwen2_moe", "glm4")
 
 
 def has_qk_norm(family: Family) -> bool:
-    """Qwen3 is the family that normalises each head of q and k, also as a mixture."""
-    return family in ("qwen3", "qwen3_moe")
+    """Families that normalise q and k."""
+    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3")
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
@@ -288,10 +344,13 @@ def num_parameters(architecture: Architecture) -> int:
     query_width, key_width = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     attention = a.hidden_size * (2 * query_width + 2 * key_width)
     attention += (query_width + 2 * key_width) if a.qkv_bias else 0
-    attention += 2 * a.head_dim if a.qk_norm else 0
+    if a.qk_norm:
+        attention += (query_width + key_width) if a.qk_norm_spans_heads else 2 * a.head_dim
     mlp = 3 * a.hidden_size * a.ffn_hidden_size
     if a.mixture is not None:
         mlp = a.mixture.num_experts * (mlp + a.hidden_size)
-    norms = 2 * a.hidden_size
+        if a.mixture.shared_width:
+            mlp += a.hidden_size * (3 * a.mixture.shared_width + 1)
+    norms = (4 if a.norms == "both" else 2) * a.hidden_size
     ends = embedding * (1 if a.tie_embeddings else 2) + a.hidden_size
     return a.num_layers * (attention + mlp + norms) + ends

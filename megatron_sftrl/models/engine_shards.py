@@ -10,6 +10,7 @@ one region for each rank.
     o_proj, down                an equal run of columns
     embedding, output layer     the vocabulary padded to a multiple of 64 is cut evenly, padding is not read
     norms, routers              everything
+    fused q/k/v and gate/up     everything: of each part an equal run of rows, which are no one region
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, Region, megatron_tensors
 
+_WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight")
 VOCAB_MULTIPLE = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE, whatever the tensor parallel size."""
 
@@ -86,6 +88,8 @@ def check_cut(architecture: Architecture, tp: int) -> None:
         problems.append(f"num_query_groups = {a.num_query_groups} is neither a multiple nor a divisor of it")
     if a.ffn_hidden_size % tp:
         problems.append(f"ffn_hidden_size = {a.ffn_hidden_size} is not a multiple of it")
+    if a.mixture and a.mixture.shared_width % tp:
+        problems.append(f"the width of the shared expert, {a.mixture.shared_width}, is not a multiple of it")
     padded = padded_vocab_size(a.vocab_size, 1, multiple=VOCAB_MULTIPLE)
     if padded % tp:
         problems.append(f"the vocabulary padded to {padded} is not a multiple of it")
@@ -107,7 +111,7 @@ def _region(
     tensor: MegatronTensor, name: str, whole: Region, architecture: Architecture, tp: int, tp_rank: int
 ) -> Region:
     rows = whole.stop[0]
-    if tensor.shard is None:
+    if tensor.shard is None or name.endswith(_WHOLE):
         return whole
     if tensor.shard == "columns":
         return whole.along(1, *_run(whole.stop[1], tp, tp_rank))

@@ -15,13 +15,18 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import (
     Architecture,
     Mixture,
-    Rope,
     divided_head_dim,
     has_qk_norm,
     has_qkv_bias,
 )
-from megatron_sftrl.models.hf_families import HfFamily, asked_family, hf_family, judge_other_keys
-from megatron_sftrl.models.hf_positions import read_rope, read_window
+from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, asked_family, hf_family, judge_other_keys
+from megatron_sftrl.models.hf_positions import (
+    read_no_rope_layers,
+    read_ropes,
+    read_window,
+    rope_values,
+    window_values,
+)
 from megatron_sftrl.models.json_reader import JsonReader, read_json_object
 
 _READ_KEYS = frozenset(
@@ -76,6 +81,9 @@ _MIXTURE_KEYS = frozenset(
     }
 )
 
+_SHARED = "shared_expert_intermediate_size"
+_DROPOUTS = frozenset({"embd_pdrop", "resid_pdrop"})
+
 # They concern storage, generation, labels or caches, never the logits of a forward with the full context;
 # pretraining_tp only split the same products into slices.
 _KEYS_WITHOUT_EFFECT = frozenset(
@@ -119,17 +127,26 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     heads, vocab_size = reader.whole("num_attention_heads"), reader.whole("vocab_size")
     groups, head_dim = _num_query_groups(reader, line, heads), _head_dim(reader, line)
     max_positions = reader.whole("max_position_embeddings", line.max_position_embeddings)
-    rope = read_rope(reader, default_theta=line.rope_theta, max_position_embeddings=max_positions)
+    rope, window_rope = read_ropes(reader, line, max_position_embeddings=max_positions)
     if rope.kind == "yarn" and line.family == "mixtral" and head_dim is None:
         reader.problems.append("head_dim is missing: transformers fails on yarn in a Mixtral without it")
+    no_rope_layers = read_no_rope_layers(reader, line, num_layers)
     window, window_layers = read_window(
-        reader, line, num_layers=num_layers, max_position_embeddings=max_positions
+        reader,
+        line,
+        num_layers=num_layers,
+        max_position_embeddings=max_positions,
+        no_rope_layers=no_rope_layers,
     )
     width = _ffn_hidden_size(reader, line)
     norm_eps = reader.number("rms_norm_eps", line.norm_eps)
     init_std = reader.number("initializer_range", 0.02)
-    tie_embeddings = reader.flag("tie_word_embeddings")
+    tie_embeddings = reader.flag("tie_word_embeddings", line.tie_word_embeddings)
     mixture = _mixture_values(reader, line)
+    qkv_bias = has_qkv_bias(line.family)
+    if line.bias_key is not None:
+        qkv_bias = reader.flag(line.bias_key, qkv_bias)
+    multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
     reader.raise_problems()
     try:
         architecture = Architecture(
@@ -147,10 +164,15 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
             window_layers=window_layers,
             norm_eps=norm_eps,
             tie_embeddings=tie_embeddings,
-            qkv_bias=has_qkv_bias(line.family),
+            qkv_bias=qkv_bias,
             qk_norm=has_qk_norm(line.family),
             mixture=mixture,
             init_std=init_std,
+            norms=line.norms,
+            qk_norm_spans_heads=line.qk_norm_spans_heads,
+            window_rope=window_rope,
+            no_rope_layers=no_rope_layers,
+            **multipliers,
         )
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
@@ -194,8 +216,16 @@ def _mixture_values(reader: JsonReader, line: HfFamily) -> Mixture | None:
     per_token = reader.whole("num_experts_per_tok", line.mixture.experts_per_token)
     normalizes = True if line.family == "mixtral" else reader.flag("norm_topk_prob")
     num_experts = min(counts, default=line.mixture.num_experts)
+    shared_width = 0
+    if line.mixture.shared_width is not None:
+        shared_width = reader.whole(_SHARED, line.mixture.shared_width)
     try:
-        return Mixture(num_experts=num_experts, experts_per_token=per_token, normalizes_weights=normalizes)
+        return Mixture(
+            num_experts=num_experts,
+            experts_per_token=per_token,
+            normalizes_weights=normalizes,
+            shared_width=shared_width,
+        )
     except ValueError as error:
         reader.problems.append(str(error))
         return None
@@ -213,18 +243,23 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     if activation != "silu":
         say(f"hidden_act {activation!r}: only silu (SwiGLU) is supported")
     # Qwen2 does not read attention_bias: its q, k and v always carry biases and its output never does.
-    if reader.get("attention_bias") and line.family != "qwen2":
+    if reader.get("attention_bias") and not has_qkv_bias(line.family):
         say("attention_bias: biases on all four projections are not supported")
     if reader.get("mlp_bias"):
         say("mlp_bias: biases in the MLP are not supported")
-    if reader.get("attention_dropout"):
-        say(f"attention_dropout {reader.get('attention_dropout')}: dropout is not supported, set 0.0")
+    for key in ("attention_dropout", *sorted(line.keys & _DROPOUTS)):
+        if reader.get(key):
+            say(f"{key} {reader.get(key)}: dropout is not supported, set 0.0")
+    for key, reason in line.refuses.items():
+        if reader.has(key):
+            reader.say(key, f": {reason}")
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if reader.get(key) is not None:
             say(f"{key} {reader.get(key)!r}: a soft-cap on logits is not supported")
-    known = _READ_KEYS | _KEYS_WITHOUT_EFFECT
+    known = _READ_KEYS | _KEYS_WITHOUT_EFFECT | line.keys | line.refuses.keys()
+    known |= {line.bias_key} if line.bias_key else set()
     if line.mixture is not None:
-        known |= _MIXTURE_KEYS
+        known |= _MIXTURE_KEYS | ({_SHARED} if line.mixture.shared_width is not None else set())
         _refuse_other_mixtures(reader, line)
     judge_other_keys(reader, line, reader.values.keys() - known)
 
@@ -238,10 +273,6 @@ def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:
         )
     if reader.get("router_jitter_noise"):
         reader.say("router_jitter_noise", f" {reader.get('router_jitter_noise')!r}: not supported, set 0.0")
-    if line.family == "mixtral":
-        for key in ("norm_topk_prob", "moe_intermediate_size"):
-            if reader.has(key):
-                reader.say(key, ": MixtralForCausalLM does not read it, remove it")
 
 
 # Writes an architecture as the JSON object of a Hugging Face config.json, the inverse of from_hf_config.
@@ -281,69 +312,18 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         "tie_word_embeddings": a.tie_embeddings,
         "use_cache": True,
         "vocab_size": a.vocab_size,
-        **_rope_values(a.rope),
-        **_window_values(a, line),
+        **rope_values(a, line),
+        **window_values(a, line),
         **_keys_of_mixture(a, line),
+        **{key: getattr(a, field) for key, field in MULTIPLIERS.items() if key in line.keys},
+        **dict.fromkeys(line.states, False),
+        **dict.fromkeys(line.keys & _DROPOUTS, 0.0),
     }
-    if a.family in ("llama", "qwen3", "qwen3_moe"):
-        values["attention_bias"] = False
-    if a.family == "llama":
-        values["mlp_bias"] = False
+    if line.bias_key is not None:
+        values[line.bias_key] = a.qkv_bias
     if dtype is not None:
         values["dtype"] = str(dtype).removeprefix("torch.")
     return dict(sorted(values.items()))
-
-
-def _rope_values(rope: Rope) -> dict[str, Any]:
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
-        scaling["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_length
-    if rope.kind == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.kind == "yarn":
-        scaling |= {
-            "attention_factor": rope.attention_factor,
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "truncate": rope.truncate,
-        }
-    values: dict[str, Any] = {
-        "rope_parameters": {**scaling, "rope_theta": rope.theta},
-        "rope_theta": rope.theta,
-    }
-    if rope.kind != "default":
-        values["rope_scaling"] = scaling
-    return values
-
-
-def _window_values(a: Architecture, line: HfFamily) -> dict[str, Any]:
-    if line.window != "layers" and len(a.window_layers) not in (0, a.num_layers):
-        raise UserError(
-            f"window_layers {list(a.window_layers)}: {line.architecture} has a sliding window in all of its "
-            f"{a.num_layers} layers or in none; use family qwen2 or qwen3 for a window in some"
-        )
-    if line.window == "none":
-        if a.sliding_window is not None:
-            raise UserError(
-                f"sliding_window {a.sliding_window}: {line.architecture} has none; use family mistral"
-            )
-        return {}
-    values: dict[str, Any] = {"sliding_window": a.sliding_window}
-    if line.window != "always":
-        values["use_sliding_window"] = a.sliding_window is not None
-    if line.window == "layers":
-        in_window = set(a.window_layers)
-        values["layer_types"] = [
-            "sliding_attention" if layer in in_window else "full_attention" for layer in range(a.num_layers)
-        ]
-        # Read only by those who do not know layer_types: the first layer from which all have the window.
-        values["max_window_layers"] = next(
-            (first for first in range(a.num_layers) if in_window >= set(range(first, a.num_layers))),
-            a.num_layers,
-        )
-    return values
 
 
 def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
@@ -352,9 +332,10 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
     assert line.mixture is not None
     values: dict[str, Any] = {
         "num_experts_per_tok": a.mixture.experts_per_token,
-        "num_local_experts": a.mixture.num_experts,
         "output_router_logits": False,
     }
+    if "num_local_experts" not in line.refuses:
+        values["num_local_experts"] = a.mixture.num_experts
     if a.family == "mixtral":
         if not a.mixture.normalizes_weights:
             raise UserError("normalizes_weights = False: a Mixtral always divides the weights by their sum")
@@ -366,4 +347,5 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
         "moe_intermediate_size": a.ffn_hidden_size,
         "norm_topk_prob": a.mixture.normalizes_weights,
         "num_experts": a.mixture.num_experts,
+        **({_SHARED: a.mixture.shared_width} if line.mixture.shared_width is not None else {}),
     }

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Family, has_qk_norm, has_qkv_bias
+from megatron_sftrl.models.architecture import Family, Norms, has_qk_norm, has_qkv_bias
 from megatron_sftrl.models.json_reader import JsonReader, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureDefaults:
-    """Experts that transformers assumes; `width` of one, under `width_key`, is None if it must be given."""
+    """Experts that transformers assumes; `width` of one, under `width_key`, is None if it must be given.
+
+    `shared_width` is that of a shared expert; None for a family that has none.
+    """
 
     num_experts: int
     experts_per_token: int
     width_key: str
     width: int | None
+    shared_width: int | None = None
+
+
+MULTIPLIERS = {
+    "attention_multiplier": "attention_multiplier",
+    "embedding_multiplier": "embedding_multiplier",
+    "logits_scaling": "logits_divisor",
+    "residual_multiplier": "residual_multiplier",
+}
+"""Granite's factors: by key, the field of an Architecture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +45,26 @@ class HfFamily:
         null_key_value_heads: a null there means num_attention_heads; otherwise transformers fails on it.
         head_dim: when absent; None for hidden_size / num_attention_heads.
         null_head_dim: a null there means that quotient; otherwise transformers fails on it.
-        max_position_embeddings, norm_eps, rope_theta: when absent.
+        max_position_embeddings, norm_eps, rope_theta, tie_word_embeddings: when absent.
         window: what decides about a sliding window. none: nothing, every layer attends to all. always:
             `sliding_window` alone. switch: `use_sliding_window` for all layers. layers: `use_sliding_window`
-            with `layer_types` or `max_window_layers`.
+            with `layer_types` or `max_window_layers`. pattern: `sliding_window` with `layer_types`. off:
+            `use_sliding_window`, which must be false.
         sliding_window: when absent, tokens.
+        full_every: with window `layers` and without `layer_types`, every so manieth layer attends to all.
         mixture: None for a dense family.
+        norms, qk_norm_spans_heads: as in an Architecture.
+        fused: what the files hold as one tensor: q, k and v, or gate and up.
+        bias_key: says whether q, k and v have biases; None for a family that always or never has them.
+        rope_kinds: that transformers and vLLM read alike in this family.
+        rope: the set that stands for an absent one.
+        partial_rotary: when absent, the fraction of a head that turns; None where it is always the whole.
+        interleaved: of positions.
+        rope_by_layer_type: rope_parameters has a set for each of `layer_types`.
+        no_rope_every: when no_rope_layers is absent, every so manieth layer is without positions.
+        keys: that only this family reads.
+        states: keys of transformers' class that can only be false here, which an export writes.
+        refuses: why, for keys whose presence is refused.
     """
 
     family: Family
@@ -49,9 +76,24 @@ class HfFamily:
     max_position_embeddings: int
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    window: Literal["none", "always", "switch", "layers"]
+    tie_word_embeddings: bool = False
+    window: Literal["none", "always", "switch", "layers", "pattern", "off"]
     sliding_window: int | None = None
+    full_every: int | None = None
     mixture: MixtureDefaults | None = None
+    norms: Norms = "before"
+    qk_norm_spans_heads: bool = False
+    fused: frozenset[Literal["qkv", "gate_up"]] = frozenset()
+    bias_key: str | None = None
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope: Mapping[str, Any] | None = None
+    partial_rotary: float | None = None
+    interleaved: bool = False
+    rope_by_layer_type: bool = False
+    no_rope_every: int | None = None
+    keys: frozenset[str] = frozenset()
+    states: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
 
 HF_FAMILIES: tuple[HfFamily, ...] = (
@@ -61,6 +103,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         null_key_value_heads=True,
         max_position_embeddings=2048,
         window="none",
+        states=("attention_bias", "mlp_bias"),
     ),
     HfFamily(
         family="mistral",
@@ -69,6 +112,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         max_position_embeddings=131072,
         window="always",
         sliding_window=4096,
+        refuses={"layer_types": "transformers builds a Ministral, not a Mistral, with it; remove it"},
     ),
     HfFamily(
         family="qwen2",
@@ -90,6 +134,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         max_position_embeddings=32768,
         window="layers",
         sliding_window=4096,
+        states=("attention_bias",),
     ),
     HfFamily(
         family="mixtral",
@@ -101,6 +146,10 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         window="always",
         mixture=MixtureDefaults(
             num_experts=8, experts_per_token=2, width_key="intermediate_size", width=None
+        ),
+        refuses=dict.fromkeys(
+            ("norm_topk_prob", "moe_intermediate_size"),
+            "MixtralForCausalLM does not read it, remove it",
         ),
     ),
     HfFamily(
@@ -114,6 +163,132 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         mixture=MixtureDefaults(
             num_experts=128, experts_per_token=8, width_key="moe_intermediate_size", width=768
         ),
+        states=("attention_bias",),
+    ),
+    HfFamily(
+        family="smollm3",
+        architecture="SmolLM3ForCausalLM",
+        num_key_value_heads=4,
+        null_key_value_heads=True,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        rope_theta=2000000.0,
+        tie_word_embeddings=True,
+        window="layers",
+        no_rope_every=4,
+        keys=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
+        states=("attention_bias", "mlp_bias"),
+    ),
+    HfFamily(
+        family="olmo2",
+        architecture="Olmo2ForCausalLM",
+        null_key_value_heads=True,
+        null_head_dim=False,
+        max_position_embeddings=2048,
+        norm_eps=1e-5,
+        window="none",
+        norms="behind",
+        qk_norm_spans_heads=True,
+        states=("attention_bias",),
+    ),
+    HfFamily(
+        family="olmo3",
+        architecture="Olmo3ForCausalLM",
+        null_key_value_heads=True,
+        null_head_dim=False,
+        max_position_embeddings=2048,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        window="pattern",
+        sliding_window=4096,
+        full_every=4,
+        norms="behind",
+        qk_norm_spans_heads=True,
+        rope_by_layer_type=True,
+        states=("attention_bias",),
+        refuses={"original_max_position_embeddings": "transformers reads it inside rope_parameters alone"},
+    ),
+    HfFamily(
+        family="granite",
+        architecture="GraniteForCausalLM",
+        null_key_value_heads=True,
+        null_head_dim=False,
+        max_position_embeddings=2048,
+        window="none",
+        keys=frozenset(MULTIPLIERS),
+        states=("attention_bias", "mlp_bias"),
+        refuses={"layer_types": "vLLM builds attention sinks with it, transformers does not; remove it"},
+    ),
+    HfFamily(
+        family="phi3",
+        architecture="Phi3ForCausalLM",
+        null_key_value_heads=True,
+        max_position_embeddings=4096,
+        norm_eps=1e-5,
+        window="always",
+        fused=frozenset({"qkv", "gate_up"}),
+        rope_kinds=("default",),
+        partial_rotary=1.0,
+        keys=frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"}),
+        refuses={"layer_types": "Phi3ForCausalLM does not read it and vLLM does, remove it"},
+    ),
+    HfFamily(
+        family="ministral3",
+        architecture="Ministral3ForCausalLM",
+        num_key_value_heads=8,
+        null_key_value_heads=True,
+        head_dim=128,
+        max_position_embeddings=262144,
+        norm_eps=1e-5,
+        window="always",
+        rope_kinds=("yarn",),
+        rope={
+            "type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        keys=frozenset({"llama_4_scaling"}),
+        refuses={"layer_types": "Ministral3ForCausalLM does not read it and vLLM does, remove it"},
+    ),
+    HfFamily(
+        family="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        num_key_value_heads=16,
+        null_key_value_heads=True,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="off",
+        mixture=MixtureDefaults(
+            num_experts=60,
+            experts_per_token=4,
+            width_key="moe_intermediate_size",
+            width=1408,
+            shared_width=5632,
+        ),
+        bias_key="qkv_bias",
+        refuses={"num_local_experts": "Qwen2MoeForCausalLM does not read it, give num_experts"},
+    ),
+    HfFamily(
+        family="glm4",
+        architecture="Glm4ForCausalLM",
+        num_key_value_heads=2,
+        head_dim=128,
+        null_head_dim=False,
+        max_position_embeddings=131072,
+        norm_eps=0.00000015625,
+        window="none",
+        norms="both",
+        fused=frozenset({"gate_up"}),
+        bias_key="attention_bias",
+        rope_kinds=("default",),
+        partial_rotary=0.5,
+        interleaved=True,
     ),
 )
 
@@ -138,8 +313,7 @@ def asked_family(reader: JsonReader) -> HfFamily:
     if model_type in _GEMMA or any(str(name) in _GEMMA_ARCHITECTURES for name in names):
         raise UserError(
             f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}): Gemma 2 and 3 cannot be "
-            "built, megatron-core 0.16.1 has no norms after attention and MLP (sandwich norms) in its "
-            "TransformerLayer and no logit soft-cap in its attention"
+            "built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight are not supported"
         )
     if asked is None:
         chosen = [line for line in HF_FAMILIES if line.family == model_type]
@@ -166,7 +340,7 @@ _NETWORK = "vLLM builds another network with it, transformers does not"
 _ATTENTION = "it changes which positions are attended to"
 _NESTED = "it holds the configuration of another model, whose sizes are not read here"
 _QUANTISED = "quantised weights cannot be trained; use the unquantised model"
-_MIXTURE = "only the experts of MixtralForCausalLM and Qwen3MoeForCausalLM are supported"
+_MIXTURE = "only the experts of MixtralForCausalLM, Qwen3MoeForCausalLM and Qwen2MoeForCausalLM are supported"
 _ROPE = "give the positions as rope_theta and rope_parameters"
 
 _OBEYED_ELSEWHERE: Mapping[str, str] = {
@@ -175,6 +349,7 @@ _OBEYED_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("block_configs", "per_layer_config", "is_heterogeneous", "layers_block_type"), _NETWORK),
     **dict.fromkeys(("attribute_map", "fusion_config", "target_layer_count", "canvas_length"), _NETWORK),
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "num_kv_shared_layers"), _NETWORK),
+    **dict.fromkeys(("attention_sinks", "layer_rope_theta", "llama_4_scaling"), _NETWORK),
     **dict.fromkeys(("is_causal", "use_bidirectional_attention", "attention_chunk_size"), _ATTENTION),
     **dict.fromkeys(("dual_chunk_attention_config", "use_dual_chunk_attention"), _ATTENTION),
     **dict.fromkeys(("sparse_attention_config", "rswa_window", "index_topk", "attn_type_list"), _ATTENTION),

@@ -6,12 +6,17 @@ transformers lets one of them win without a word; here they are refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from megatron_sftrl.models.architecture import Rope, yarn_attention_factor
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture, Rope, yarn_attention_factor
 from megatron_sftrl.models.hf_families import HfFamily
 from megatron_sftrl.models.json_reader import JsonReader, shown
 
+_KINDS = ("full_attention", "sliding_attention")
+_BETA = "llama_4_scaling_beta"
 _COMMON_KEYS = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 _OWN_KEYS = {
     "default": frozenset[str](),
@@ -53,42 +58,90 @@ _READ_SOMEWHERE = frozenset.union(*_OWN_KEYS.values()) | {
 }
 
 
-def read_rope(reader: JsonReader, *, default_theta: float, max_position_embeddings: int) -> Rope:
-    """The rotary positions that a config.json asks for; problems are added to the reader.
+def read_ropes(
+    reader: JsonReader, family: HfFamily, *, max_position_embeddings: int
+) -> tuple[Rope, Rope | None]:
+    """The rotary positions that a config.json asks for, and those of window layers if they are others.
+
+    Problems are added to the reader.
 
     Args:
-        default_theta: base when no key gives it.
         max_position_embeddings: tokens; the original length when no key gives it.
     """
-    _refuse_partial_rotary(reader)
+    read = partial(_read_set, reader, family=family, max_position_embeddings=max_position_embeddings)
+    if family.rope_by_layer_type:
+        full, window = (read(values) for values in _sets_by_layer_type(reader, family))
+        return full, (None if window == full else window)
     sets: list[dict[str, Any]] = []
     for name in ("rope_scaling", "rope_parameters"):
         value = reader.get(name)
         if not value:
             continue
-        if not isinstance(value, dict) or any(isinstance(item, dict) for item in value.values()):
+        if not _is_flat(value):
             reader.say(name, f": expected one flat set of values for all layers, got {shown(value)}")
-            return Rope(kind="default", theta=default_theta)
+            return Rope(kind="default", theta=family.rope_theta), None
         sets.append(value)
-    ropes = [_read_set(reader, values, default_theta, max_position_embeddings) for values in sets or [{}]]
+    if not sets:
+        sets.append(dict(family.rope or {}))
+    ropes = [read(values) for values in sets]
     if any(rope != ropes[0] for rope in ropes):
         reader.problems.append("rope_scaling and rope_parameters contradict each other: remove one of them")
-    return ropes[0]
+    return ropes[0], None
+
+
+def _is_flat(value: object) -> bool:
+    return isinstance(value, dict) and not any(isinstance(item, dict) for item in value.values())
+
+
+def _sets_by_layer_type(reader: JsonReader, family: HfFamily) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For layers of full attention and of a window: one of each, or the older keys, which scale the first.
+
+    transformers gives the second its default base then, whatever rope_theta says.
+    """
+    nested, scaling = reader.get("rope_parameters"), reader.get("rope_scaling")
+    if nested is None:
+        if scaling is not None and not _is_flat(scaling):
+            reader.say("rope_scaling", f": expected one flat set of values, got {shown(scaling)}")
+            return {}, {}
+        if reader.get("rope_theta") not in (None, family.rope_theta):
+            reader.say(
+                "rope_theta",
+                f" {reader.get('rope_theta')!r}: transformers gives layers with a window "
+                f"{family.rope_theta:g} all the same; give rope_parameters with both of {_KINDS}",
+            )
+        if scaling and "rope_type" not in scaling:
+            reader.say("rope_scaling", ": rope_type is missing: transformers scales nothing without it")
+        return scaling or {}, {}
+    if scaling is not None or not isinstance(nested, dict) or nested.keys() != set(_KINDS):
+        reader.say("rope_parameters", f": expected a set for each of {_KINDS} and no rope_scaling")
+        return {}, {}
+    if not all(_is_flat(values) for values in nested.values()):
+        reader.say("rope_parameters", f": expected two flat sets of values, got {shown(nested)}")
+        return {}, {}
+    return nested[_KINDS[0]], nested[_KINDS[1]]
 
 
 def _read_set(
-    reader: JsonReader, values: dict[str, Any], default_theta: float, max_position_embeddings: int
+    reader: JsonReader, values: dict[str, Any], *, family: HfFamily, max_position_embeddings: int
 ) -> Rope:
     rope = reader.part(values, "rope ")
-    theta = _theta(reader, rope, default_theta)
+    theta = _theta(reader, rope, family.rope_theta)
     kind = values.get("rope_type", values.get("type", "default"))
     if values.get("type", kind) != kind:
         rope.problems.append(f"rope_type {kind!r} and type {values['type']!r} contradict each other")
-    if not isinstance(kind, str) or kind not in _OWN_KEYS:
-        reader.problems.append(f"rope_type {kind!r}: only {', '.join(_OWN_KEYS)} are supported")
+    if not isinstance(kind, str) or kind not in family.rope_kinds:
+        reader.problems.append(f"rope_type {kind!r}: only {', '.join(family.rope_kinds)} are supported")
         return Rope(kind="default", theta=theta)
-    _refuse_partial_rotary(rope)
-    for key in sorted(values.keys() - _COMMON_KEYS - _OWN_KEYS[kind]):
+    plain = Rope(
+        kind="default",
+        theta=theta,
+        fraction=_fraction(reader, rope, family),
+        interleaved=family.interleaved,
+    )
+    if family.rope_by_layer_type and values.get("truncate") is False:
+        rope.say("truncate", " False: transformers does not read it in a set for one kind of layers")
+    own = family.rope.keys() if family.rope else set()
+    for key in sorted(values.keys() - _COMMON_KEYS - _OWN_KEYS[kind] - own):
         if values[key] is None:
             continue
         if key in _READ_SOMEWHERE:
@@ -96,15 +149,46 @@ def _read_set(
         else:
             rope.note(key, ": neither transformers nor vLLM reads it; it changes no number")
     if kind in ("default", "linear"):
-        if reader.get("original_max_position_embeddings") is not None:
-            reader.say("original_max_position_embeddings", f": rope_type {kind!r} does not use it, remove it")
+        key = "original_max_position_embeddings"
+        if reader.get(key) is not None and key not in family.keys:
+            reader.say(key, f": rope_type {kind!r} does not use it, remove it")
         if kind == "default":
-            return Rope(kind="default", theta=theta)
-        return Rope(kind="linear", theta=theta, factor=rope.number("factor", at_least=1))
+            return plain
+        return replace(plain, kind="linear", factor=rope.number("factor", at_least=1))
     original_length = _original_length(reader, rope, max_position_embeddings)
     if kind == "llama3":
-        return _llama3(rope, theta, original_length)
-    return _yarn(rope, theta, original_length, max_position_embeddings)
+        return replace(plain, kind=kind, original_length=original_length, **_llama3(rope))
+    yarn = replace(
+        plain,
+        kind="yarn",
+        original_length=original_length,
+        **_yarn(rope, theta, original_length, max_position_embeddings),
+    )
+    return replace(yarn, query_beta=_query_beta(reader, rope, yarn)) if _BETA in own else yarn
+
+
+def _query_beta(reader: JsonReader, rope: JsonReader, yarn: Rope) -> float:
+    """Of a Ministral 3, whose attention reads both keys inside the set and the longest length beside it.
+
+    vLLM reads them from a set of its own, llama_4_scaling, which an export has and which must agree.
+    """
+    beta = rope.number(_BETA, at_least=0)
+    if not rope.has("original_max_position_embeddings"):
+        rope.say("original_max_position_embeddings", " is missing")
+    inside = rope.get("max_position_embeddings")
+    if inside not in (None, reader.get("max_position_embeddings")):
+        rope.say("max_position_embeddings", f" {inside!r} differs from the one beside the set")
+    if reader.has("llama_4_scaling") and reader.get("llama_4_scaling") != scaling_for_vllm(yarn, beta):
+        reader.say(
+            "llama_4_scaling",
+            f" {shown(reader.get('llama_4_scaling'))}: transformers reads {scaling_for_vllm(yarn, beta)}",
+        )
+    return beta
+
+
+def scaling_for_vllm(rope: Rope, beta: float) -> dict[str, Any]:
+    """vLLM's llama_4_scaling."""
+    return {"original_max_position_embeddings": rope.original_length, "beta": beta}
 
 
 def _theta(reader: JsonReader, rope: JsonReader, default: float) -> float:
@@ -126,22 +210,17 @@ def _original_length(reader: JsonReader, rope: JsonReader, max_position_embeddin
     return min(lengths, default=max_position_embeddings)
 
 
-def _llama3(rope: JsonReader, theta: float, original_length: int) -> Rope:
+def _llama3(rope: JsonReader) -> dict[str, Any]:
     factor = rope.number("factor", at_least=1)
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if rope.has("low_freq_factor") and rope.has("high_freq_factor") and not low < high:
         rope.say("high_freq_factor", f" {high:g} must be greater than low_freq_factor {low:g}")
-    return Rope(
-        kind="llama3",
-        theta=theta,
-        factor=factor,
-        original_length=original_length,
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
+    return {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
 
 
-def _yarn(rope: JsonReader, theta: float, original_length: int, max_position_embeddings: int) -> Rope:
+def _yarn(
+    rope: JsonReader, theta: float, original_length: int, max_position_embeddings: int
+) -> dict[str, Any]:
     if not theta > 1:
         rope.problems.append(f"rope_theta {theta:g}: yarn needs a base above 1")
     if rope.has("factor") and rope.get("factor") is None:
@@ -156,16 +235,13 @@ def _yarn(rope: JsonReader, theta: float, original_length: int, max_position_emb
     beta_fast, beta_slow = _or_default(rope, "beta_fast", 32.0), _or_default(rope, "beta_slow", 1.0)
     if beta_fast < beta_slow:
         rope.say("beta_fast", f" {beta_fast:g} must not be below beta_slow {beta_slow:g}")
-    return Rope(
-        kind="yarn",
-        theta=theta,
-        factor=factor,
-        original_length=original_length,
-        beta_fast=beta_fast,
-        beta_slow=beta_slow,
-        truncate=rope.flag("truncate", default=True),
-        attention_factor=_attention_factor(rope, factor),
-    )
+    return {
+        "factor": factor,
+        "beta_fast": beta_fast,
+        "beta_slow": beta_slow,
+        "truncate": rope.flag("truncate", default=True),
+        "attention_factor": _attention_factor(rope, factor),
+    }
 
 
 def _attention_factor(rope: JsonReader, factor: float) -> float:
@@ -183,12 +259,26 @@ def _or_default(rope: JsonReader, key: str, default: float) -> float:
     return default if rope.get(key) is None else rope.number(key)
 
 
-def _refuse_partial_rotary(reader: JsonReader) -> None:
-    """Transformers ignores it in these families without scaling and fails with scaling; vLLM obeys it."""
+def _fraction(reader: JsonReader, rope: JsonReader, family: HfFamily) -> float:
+    """Of a head's dimensions that turn.
+
+    Where it is always the whole, transformers ignores the key without scaling and fails with scaling; vLLM
+    obeys it.
+    """
     key = "partial_rotary_factor"
-    value = reader.values.get(key, 1.0)
-    if isinstance(value, bool) or value != 1.0:
-        reader.say(key, f" {value!r}: only 1.0 is supported, rotary positions on whole heads")
+    if family.partial_rotary is None:
+        for part in (reader, rope):
+            value = part.values.get(key, 1.0)
+            if isinstance(value, bool) or value != 1.0:
+                part.say(key, f" {value!r}: only 1.0 is supported, rotary positions on whole heads")
+        return 1.0
+    given = {part.number(key) for part in (reader, rope) if part.has(key)}
+    if len(given) > 1:
+        reader.problems.append(f"{key} is given twice with different values")
+    fraction = max(given, default=family.partial_rotary)
+    if fraction > 1:
+        reader.say(key, f" {fraction:g}: at most 1, a whole head")
+    return fraction
 
 
 # Reads which layers of a config.json attend over a sliding window, as transformers 5 decides it.
@@ -197,29 +287,25 @@ def _refuse_partial_rotary(reader: JsonReader) -> None:
 # sliding_window_overlay together with the causal mask).
 
 
-_KINDS = ("full_attention", "sliding_attention")
-
-
 def read_window(
-    reader: JsonReader, family: HfFamily, *, num_layers: int, max_position_embeddings: int
+    reader: JsonReader,
+    family: HfFamily,
+    *,
+    num_layers: int,
+    max_position_embeddings: int,
+    no_rope_layers: tuple[int, ...],
 ) -> tuple[int | None, tuple[int, ...]]:
     """(window in tokens or None, layers that use it); problems are added to the reader.
 
     A window of max_position_embeddings or more excludes nothing and counts as none.
     """
     window = _size(reader, family)
-    if family.family == "mistral" and reader.has("layer_types"):
-        reader.say("layer_types", ": transformers builds a Ministral, not a Mistral, with it; remove it")
-        return None, ()
-    given = _given_layers(reader, num_layers)
-    if family.window == "layers":
+    given = None if "layer_types" in family.refuses else _given_layers(reader, num_layers)
+    if family.window in ("layers", "pattern"):
         layers = given
         if layers is None:
-            first = reader.values.get("max_window_layers", 28)
-            if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-                reader.say("max_window_layers", f": expected a whole number >= 0, got {first!r}")
-                first = 0
-            layers = () if window is None else tuple(range(first, num_layers))
+            layers = _layers_by_rule(reader, family, num_layers, no_rope_layers)
+            layers = layers if window is not None or family.window == "pattern" else ()
         if layers and window is None:
             reader.say("layer_types", " has sliding_attention, but no sliding_window is in use")
     else:
@@ -230,6 +316,21 @@ def read_window(
     return window, layers
 
 
+def _layers_by_rule(
+    reader: JsonReader, family: HfFamily, num_layers: int, no_rope_layers: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The layers with a window where layer_types does not say it."""
+    if family.no_rope_every is not None:
+        return no_rope_layers
+    if family.full_every is not None:
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % family.full_every)
+    first = reader.values.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        reader.say("max_window_layers", f": expected a whole number >= 0, got {first!r}")
+        first = 0
+    return tuple(range(first, num_layers))
+
+
 def _size(reader: JsonReader, family: HfFamily) -> int | None:
     """The window in tokens, None if the family's switch is off or the size null."""
     if family.window == "none":
@@ -238,11 +339,15 @@ def _size(reader: JsonReader, family: HfFamily) -> int | None:
         if (reader.get("sliding_window") is not None and not is_off) or reader.get("use_sliding_window"):
             reader.say("sliding_window", f": {family.architecture} has none in transformers, remove it")
         return None
-    if family.window != "always" and not reader.flag("use_sliding_window"):
+    if family.window == "off":
+        if reader.flag("use_sliding_window"):
+            reader.say("use_sliding_window", f": a window in {family.architecture} is not supported")
+        return None
+    if family.window in ("switch", "layers") and not reader.flag("use_sliding_window"):
         return None
     if family.sliding_window is None and not reader.has("sliding_window"):
         return None
-    if reader.has("sliding_window") and reader.get("sliding_window") is None:
+    if reader.has("sliding_window") and reader.get("sliding_window") is None and family.window != "pattern":
         return None
     return reader.whole("sliding_window", family.sliding_window)
 
@@ -277,3 +382,92 @@ def _refuse_other_layers(
             f" {reader.get('max_window_layers')!r}: transformers uses the window in all layers of "
             f"{family.architecture}; only 0 is supported",
         )
+
+
+def read_no_rope_layers(reader: JsonReader, family: HfFamily, num_layers: int) -> tuple[int, ...]:
+    """The layers without positions: where no_rope_layers has a 0."""
+    if family.no_rope_every is None:
+        return ()
+    turns = reader.get("no_rope_layers")
+    if turns is None:
+        every = reader.whole("no_rope_layer_interval", family.no_rope_every)
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % every == 0)
+    if not isinstance(turns, list) or len(turns) != num_layers or any(turn not in (0, 1) for turn in turns):
+        reader.say("no_rope_layers", f": expected a list of 0 or 1 for each of {num_layers} layers")
+        return ()
+    return tuple(layer for layer, turn in enumerate(turns) if not turn)
+
+
+# Writes positions and windows of an architecture as keys of a config.json.
+
+
+def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
+    """What read_ropes and read_no_rope_layers read back, under newer and older names."""
+    values: dict[str, Any] = {}
+    if family.no_rope_every is not None:
+        values["no_rope_layers"] = [int(layer not in a.no_rope_layers) for layer in range(a.num_layers)]
+        values["no_rope_layer_interval"] = family.no_rope_every
+    if family.rope_by_layer_type:
+        sets = (_rope_set(rope, family) for rope in (a.rope, a.window_rope or a.rope))
+        return {**values, "rope_parameters": dict(zip(_KINDS, sets, strict=True))}
+    scaling = _rope_set(a.rope, family)
+    values |= {"rope_parameters": scaling, "rope_theta": a.rope.theta}
+    if a.rope.kind != "default":
+        values["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
+    if family.partial_rotary is not None:
+        values["partial_rotary_factor"] = a.rope.fraction
+    if _BETA in scaling:
+        values["llama_4_scaling"] = scaling_for_vllm(a.rope, a.rope.query_beta)
+    return values
+
+
+def _rope_set(rope: Rope, family: HfFamily) -> dict[str, Any]:
+    values: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        values["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = rope.original_length
+    if rope.kind == "llama3":
+        values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind == "yarn":
+        values |= {
+            "attention_factor": rope.attention_factor,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "truncate": rope.truncate,
+        }
+    if family.partial_rotary is not None:
+        values["partial_rotary_factor"] = rope.fraction
+    if family.rope is not None:
+        values[_BETA] = rope.query_beta
+    return values
+
+
+def window_values(a: Architecture, line: HfFamily) -> dict[str, Any]:
+    """What read_window reads back."""
+    if line.window not in ("layers", "pattern") and len(a.window_layers) not in (0, a.num_layers):
+        raise UserError(
+            f"window_layers {list(a.window_layers)}: {line.architecture} has a sliding window in all of its "
+            f"{a.num_layers} layers or in none; use family qwen2 or qwen3 for a window in some"
+        )
+    if line.window in ("none", "off") and a.sliding_window is not None:
+        raise UserError(
+            f"sliding_window {a.sliding_window}: {line.architecture} has none; use family mistral"
+        )
+    if line.window == "none":
+        return {}
+    values: dict[str, Any] = {"sliding_window": 0 if line.window == "off" else a.sliding_window}
+    if line.window == "pattern":
+        # transformers fails on null, also where no layer has a window.
+        values["sliding_window"] = a.sliding_window or a.max_position_embeddings
+    elif line.window != "always":
+        values["use_sliding_window"] = a.sliding_window is not None
+    if line.window in ("layers", "pattern", "off"):
+        values["layer_types"] = [_KINDS[layer in a.window_layers] for layer in range(a.num_layers)]
+    if line.window in ("layers", "off") and line.no_rope_every is None:
+        # Read only by those who do not know layer_types: the first layer from which all have the window.
+        values["max_window_layers"] = next(
+            (first for first in range(a.num_layers) if {*a.window_layers} >= {*range(first, a.num_layers)}),
+            a.num_layers,
+        )
+    return values

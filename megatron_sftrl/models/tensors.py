@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.architecture import Architecture, Norms
+from megatron_sftrl.models.hf_families import hf_family
 
 Shard = Literal["rows", "columns"]
 
@@ -77,7 +78,8 @@ class _Rule:
         megatron: key, below "decoder.layers." for a tensor of every layer.
         hf: the tensors it is made of, below "model.layers.{layer}." for a tensor of every layer.
         rows: order of their rows. one: a single tensor. halves: one tensor below the other. groups: for each
-            key/value head its query heads, the key head, the value head.
+            key/value head its query heads, the key head, the value head. Of halves and groups the files may
+            hold all parts one below the other in a single tensor.
         shard: the dimension that tensor parallelism cuts; of `halves` each half is cut. None: every rank has
             all of it.
     """
@@ -94,15 +96,11 @@ _EMBEDDING = _Rule(
 _FINAL_NORM = _Rule(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",))
 _OUTPUT = _Rule(megatron="output_layer.weight", hf=("lm_head.weight",), shard="rows")
 
-_ATTENTION = (
-    _Rule(megatron="self_attention.linear_qkv.layer_norm_weight", hf=("input_layernorm.weight",)),
-    _Rule(
-        megatron="self_attention.linear_qkv.weight",
-        hf=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        rows="groups",
-        shard="rows",
-    ),
-    _Rule(megatron="self_attention.linear_proj.weight", hf=("self_attn.o_proj.weight",), shard="columns"),
+_QKV = _Rule(
+    megatron="self_attention.linear_qkv.weight",
+    hf=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    rows="groups",
+    shard="rows",
 )
 _QKV_BIAS = _Rule(
     megatron="self_attention.linear_qkv.bias",
@@ -114,28 +112,54 @@ _QK_NORM = (
     _Rule(megatron="self_attention.q_layernorm.weight", hf=("self_attn.q_norm.weight",)),
     _Rule(megatron="self_attention.k_layernorm.weight", hf=("self_attn.k_norm.weight",)),
 )
-_DENSE_MLP = (
-    _Rule(megatron="mlp.linear_fc1.layer_norm_weight", hf=("post_attention_layernorm.weight",)),
-    _Rule(
-        megatron="mlp.linear_fc1.weight",
-        hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        rows="halves",
-        shard="rows",
-    ),
-    _Rule(megatron="mlp.linear_fc2.weight", hf=("mlp.down_proj.weight",), shard="columns"),
+_SPANNING_QK_NORM = tuple(replace(rule, shard="rows") for rule in _QK_NORM)
+_PROJECTION = _Rule(
+    megatron="self_attention.linear_proj.weight", hf=("self_attn.o_proj.weight",), shard="columns"
 )
+_FC1 = _Rule(
+    megatron="mlp.linear_fc1.weight",
+    hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    rows="halves",
+    shard="rows",
+)
+_FC2 = _Rule(megatron="mlp.linear_fc2.weight", hf=("mlp.down_proj.weight",), shard="columns")
+_FUSED_QKV = replace(_QKV, hf=("self_attn.qkv_proj.weight",))
+_FUSED_FC1 = replace(_FC1, hf=("mlp.gate_up_proj.weight",))
+
+_NORMS: dict[Norms, dict[str, str]] = {
+    "before": {"before attention": "input_layernorm", "before mlp": "post_attention_layernorm"},
+    "behind": {"behind attention": "post_attention_layernorm", "behind mlp": "post_feedforward_layernorm"},
+    "both": {
+        "before attention": "input_layernorm",
+        "behind attention": "post_self_attn_layernorm",
+        "before mlp": "post_attention_layernorm",
+        "behind mlp": "post_mlp_layernorm",
+    },
+}
+"""Names in the files, by place."""
+
+
+def _norm(architecture: Architecture, place: str, megatron: str) -> Iterator[_Rule]:
+    """The norm at that place, if the blocks have one there."""
+    if (name := _NORMS[architecture.norms].get(place)) is not None:
+        yield _Rule(megatron=megatron, hf=(f"{name}.weight",))
 
 
 def _mixture(router: str, gate: str, up: str, down: str) -> tuple[_Rule, ...]:
     experts = "mlp.experts.experts."
     return (
-        _Rule(megatron="pre_mlp_layernorm.weight", hf=("post_attention_layernorm.weight",)),
         _Rule(megatron="mlp.router.weight", hf=(router,)),
         _Rule(megatron=f"{experts}linear_fc1.weight", hf=(gate, up), rows="halves", shard="rows"),
         _Rule(megatron=f"{experts}linear_fc2.weight", hf=(down,), shard="columns"),
     )
 
 
+_QWEN_MIXTURE = _mixture(
+    "mlp.gate.weight",
+    "mlp.experts.{expert}.gate_proj.weight",
+    "mlp.experts.{expert}.up_proj.weight",
+    "mlp.experts.{expert}.down_proj.weight",
+)
 _MIXTURE_MLP = {
     "mixtral": _mixture(
         "block_sparse_moe.gate.weight",
@@ -143,13 +167,23 @@ _MIXTURE_MLP = {
         "block_sparse_moe.experts.{expert}.w3.weight",
         "block_sparse_moe.experts.{expert}.w2.weight",
     ),
-    "qwen3_moe": _mixture(
-        "mlp.gate.weight",
-        "mlp.experts.{expert}.gate_proj.weight",
-        "mlp.experts.{expert}.up_proj.weight",
-        "mlp.experts.{expert}.down_proj.weight",
-    ),
+    "qwen3_moe": _QWEN_MIXTURE,
+    "qwen2_moe": _QWEN_MIXTURE,
 }
+_SHARED_EXPERT = (
+    _Rule(megatron="mlp.shared_experts.gate_weight", hf=("mlp.shared_expert_gate.weight",)),
+    _Rule(
+        megatron="mlp.shared_experts.linear_fc1.weight",
+        hf=("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+        rows="halves",
+        shard="rows",
+    ),
+    _Rule(
+        megatron="mlp.shared_experts.linear_fc2.weight",
+        hf=("mlp.shared_expert.down_proj.weight",),
+        shard="columns",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,13 +271,24 @@ def hf_regions(tensor: MegatronTensor, region: Region) -> Iterator[HfRegion]:
         first += run.num_rows
 
 
-def _layer_rules(architecture: Architecture) -> tuple[_Rule, ...]:
-    return (
-        *_ATTENTION,
-        *((_QKV_BIAS,) if architecture.qkv_bias else ()),
-        *(_QK_NORM if architecture.qk_norm else ()),
-        *(_DENSE_MLP if architecture.mixture is None else _MIXTURE_MLP[architecture.family]),
-    )
+def _layer_rules(architecture: Architecture) -> Iterator[_Rule]:
+    a, fused = architecture, hf_family(architecture.family).fused
+    yield from _norm(a, "before attention", "self_attention.linear_qkv.layer_norm_weight")
+    yield _FUSED_QKV if "qkv" in fused else _QKV
+    if a.qkv_bias:
+        yield _QKV_BIAS
+    if a.qk_norm:
+        yield from _SPANNING_QK_NORM if a.qk_norm_spans_heads else _QK_NORM
+    yield _PROJECTION
+    yield from _norm(a, "behind attention", "post_self_attn_layernorm.weight")
+    if a.mixture is None:
+        yield from _norm(a, "before mlp", "mlp.linear_fc1.layer_norm_weight")
+        yield from (_FUSED_FC1 if "gate_up" in fused else _FC1, _FC2)
+    else:
+        yield from _norm(a, "before mlp", "pre_mlp_layernorm.weight")
+        yield from _MIXTURE_MLP[a.family]
+        yield from _SHARED_EXPERT if a.mixture.shared_width else ()
+    yield from _norm(a, "behind mlp", "post_mlp_layernorm.weight")
 
 
 def _tensor(
@@ -271,25 +316,39 @@ def _tensor(
 
 def _rows(rule: _Rule, names: list[str], a: Architecture) -> Iterator[HfRows]:
     if rule.rows == "groups":
-        query_rows = a.num_attention_heads // a.num_query_groups * a.head_dim
+        heads = (a.num_attention_heads // a.num_query_groups, 1, 1)
+        firsts = (0, a.num_attention_heads, a.num_attention_heads + a.num_query_groups)
+        if len(names) > 1:
+            firsts = (0, 0, 0)
+        else:
+            names = names * 3
         for group in range(a.num_query_groups):
-            for name, size in zip(names, (query_rows, a.head_dim, a.head_dim), strict=True):
-                yield HfRows(name=name, start=group * size, num_rows=size)
+            for name, num, first in zip(names, heads, firsts, strict=True):
+                start = (first + group * num) * a.head_dim
+                yield HfRows(name=name, start=start, num_rows=num * a.head_dim)
+        return
+    num_rows = _num_rows(rule, a)
+    if rule.rows == "halves" and len(names) == 1:
+        yield from (HfRows(name=names[0], start=half * num_rows, num_rows=num_rows) for half in (0, 1))
     else:
-        for name in names:
-            yield HfRows(name=name, start=0, num_rows=_num_rows(rule, a))
+        yield from (HfRows(name=name, start=0, num_rows=num_rows) for name in names)
 
 
 def _num_rows(rule: _Rule, a: Architecture) -> int:
-    """Rows of each Hugging Face tensor of a rule that is not `groups`."""
+    """Rows of each part of a rule that is not `groups`."""
     if rule in (_EMBEDDING, _OUTPUT):
         return a.vocab_size
     if rule in _QK_NORM:
         return a.head_dim
+    if rule in _SPANNING_QK_NORM:
+        heads = a.num_attention_heads if rule is _SPANNING_QK_NORM[0] else a.num_query_groups
+        return heads * a.head_dim
     if rule.megatron.endswith("router.weight"):
         assert a.mixture is not None
         return a.mixture.num_experts
-    return a.ffn_hidden_size if rule.rows == "halves" else a.hidden_size
+    if rule is _SHARED_EXPERT[0]:
+        return 1
+    return _ffn_width(rule, a) if rule.rows == "halves" else a.hidden_size
 
 
 def _num_columns(rule: _Rule, a: Architecture) -> int | None:
@@ -298,4 +357,8 @@ def _num_columns(rule: _Rule, a: Architecture) -> int | None:
         return None
     if rule.megatron.endswith("linear_proj.weight"):
         return a.num_attention_heads * a.head_dim
-    return a.ffn_hidden_size if rule.megatron.endswith("linear_fc2.weight") else a.hidden_size
+    return _ffn_width(rule, a) if rule.megatron.endswith("linear_fc2.weight") else a.hidden_size
+
+
+def _ffn_width(rule: _Rule, a: Architecture) -> int:
+    return a.mixture.shared_width if a.mixture and rule in _SHARED_EXPERT else a.ffn_hidden_size

@@ -18,6 +18,9 @@ _OLDEST_VLLM = (0, 32)
 _CPU_BLOCK = 128
 """Tokens of a cache block on the CPU."""
 
+_RUN_BY_TRANSFORMERS = ("smollm3", "olmo2", "olmo3")
+"""Families that vLLM 0.32 has no code of its own for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmSettings:
@@ -76,10 +79,15 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             f"max_model_len = {settings.max_model_len} passes the model's {a.max_position_embeddings} "
             "positions: lower it, or train a model with more"
         )
-    if a.family == "qwen2" and a.head_dim * a.num_attention_heads != a.hidden_size:
+    if a.family in _RUN_BY_TRANSFORMERS and settings.tp > 1:
+        raise UserError(
+            f"rollout.vllm.tp = {settings.tp}: vLLM runs a {a.family} with transformers' code, which is "
+            "known to give the trainer's numbers at tp 1 alone: set it, or use rollout.engine: in_process"
+        )
+    if a.family in ("qwen2", "qwen2_moe") and a.head_dim * a.num_attention_heads != a.hidden_size:
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
-            f"the width of a qwen2's heads, whatever head_dim says, which is {a.head_dim} here: use "
+            f"the width of a {a.family}'s heads, whatever head_dim says, which is {a.head_dim} here: use "
             "rollout.engine: in_process"
         )
 

@@ -22,6 +22,11 @@ SIZES = {
 }
 VOCAB_SIZE = 101
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
+EXPERTS: dict[str, dict[str, int]] = {
+    "qwen3_moe": {"moe_intermediate_size": 64},
+    "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ def save_versions(name: str, root: Path, *, num_versions: int, has_large_logits:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    changes = {**SIZES, "moe_intermediate_size": 64} if name == "qwen3_moe" else SIZES
+    changes = {**SIZES, **EXPERTS.get(name, {})}
     end_std = 0.13 if has_large_logits else 0.02
     directories = []
     for seed in range(num_versions):

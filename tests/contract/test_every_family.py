@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.contract.models import NAMES, Versions, greedy_tokens, save_versions
+from tests.contract.models import NAMES, OTHER_NAMES, Versions, greedy_tokens, save_versions
 from tests.contract.rollout_contract import GREEDY, PLAIN, PROMPTS, load, whole_logits
 from tests.contract.test_in_process_engine import make_engine as make_in_process
 from tests.contract.test_vllm_engine import make_engine as make_vllm
 from tests.contract.test_vllm_engine import needs_vllm
 from tests.distributed.engine_outputs import engine_config
+from tests.grid import is_full
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -29,16 +30,21 @@ if TYPE_CHECKING:
     from megatron_sftrl.rollout.api import RolloutEngine
     from megatron_sftrl.types import RolloutGroup
 
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
+    **({"sp2": (2, {"tp": 2, "sequence_parallel": True})} if is_full() else {}),
 }
 SOME, OTHERS = ("llama", "llama_tied", "qwen3_moe"), ("qwen2", "qwen3", "mixtral")
 # Half of the pairs: which box of which tensor goes where is tested for all of them, bit for bit, in
 # tests/distributed/test_reshard.py.
 VLLM = {("tp2", 1): SOME, ("tp2", 2): OTHERS, ("pp2", 1): OTHERS, ("pp2", 2): SOME}
+if is_full():
+    NAMES += OTHER_NAMES
+    # vLLM runs the first three with transformers' code, at tp 1 only.
+    VLLM |= {("one process", 1): OTHER_NAMES, ("sp2", 2): OTHER_NAMES[3:]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from megatron_sftrl.apps.convert.from_hf import Layout
+from tests.contract.models import EXPERTS
 from tests.distributed.hf_models import ORIGINAL_LENGTH
 from tests.distributed.test_conversion import convert_there_and_back
+from tests.grid import is_full
 from tests.hf_models import write_model
 from tests.ranks import run_ranks
 
@@ -41,6 +43,17 @@ MODELS: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {"intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 64}),
 }
+if is_full():
+    MODELS |= {
+        "granite": ("granite", {}),
+        "phi3": ("phi3", {}),
+        "ministral3": ("ministral3", {}),
+        "glm4": ("glm4", {}),
+        "olmo3": ("olmo3", {}),
+        "smollm3": ("smollm3", {}),
+        "olmo2": ("olmo2", {}),
+        "qwen2_moe": ("qwen2_moe", EXPERTS["qwen2_moe"]),
+    }
 # One shorter than a block of vLLM's cache, others of several; the last beyond the ropes' original length.
 LENGTHS = (5, 40, 2 * ORIGINAL_LENGTH)
 NUM_NEW = 12

@@ -23,8 +23,12 @@ _BASE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "bos_token_id": None,
     "tie_word_embeddings": False,
 }
+_DEEP = {**_BASE, "num_hidden_layers": 4}
 _LLAMA = {"model_type": "llama", **_BASE}
 _YARN = {
     "rope_type": "yarn",
@@ -79,6 +83,62 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral_window": {**_MIXTRAL, "sliding_window": WINDOW},
     "qwen3_moe": {**_QWEN3_MOE, "norm_topk_prob": True},
     "qwen3_moe_unnormalized": {**_QWEN3_MOE, "norm_topk_prob": False},
+    # Every second layer without positions, and under a window.
+    "smollm3": {
+        "model_type": "smollm3",
+        **_DEEP,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {"model_type": "olmo2", **_DEEP},
+    # One layer in four attends to all, and has positions of its own.
+    "olmo3": {
+        "model_type": "olmo3",
+        **_DEEP,
+        "sliding_window": WINDOW,
+        "rope_parameters": {
+            "full_attention": {**_YARN, "attention_factor": 1.2},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "granite": {
+        "model_type": "granite",
+        **_DEEP,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        **_DEEP,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_window": WINDOW,
+    },
+    # With four layers transformers' own fp32 gradients of a GLM-4 are 2e-5 away from float64 (measured).
+    "ministral3": {
+        "model_type": "ministral3",
+        **_BASE,
+        "head_dim": 16,
+        # A query at position 24, 48, ... is longer than the one before.
+        "rope_parameters": {**_YARN, "original_max_position_embeddings": 24, "llama_4_scaling_beta": 0.3},
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_BASE,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "glm4": {"model_type": "glm4", **_BASE, "head_dim": 16, "attention_bias": True},
 }
 
 

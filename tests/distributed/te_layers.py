@@ -59,6 +59,21 @@ def layers_like_transformer_engines() -> Iterator[None]:
                 normed = gather_from_sequence_parallel_region(normed, group=options["tp_group"])
             return F.linear(normed, weight, options["bias"] if self.bias.numel() else None)
 
+    class Linear(BiasedColumnParallelLinear):
+        def __init__(
+            self, input_size: int, output_size: int, *, config: Any, bias: bool, **rest: Any
+        ) -> None:
+            super().__init__(input_size, output_size, config=config, bias=bias, **rest)
+            if not bias:
+                del self._parameters["bias"]
+                self.bias = torch.empty(0, dtype=config.params_dtype)  # type: ignore[assignment]
+
+        def forward(self, input_: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+            return super().forward(input_)[0], None
+
+        def _forward_impl(self, input: Tensor, weight: Tensor, *_: object, **options: Any) -> Tensor:
+            return super()._forward_impl(input, weight, **{**options, "bias": self._parameters.get("bias")})
+
     class GroupedLinear(torch.nn.Module):
         cut_dim = 0
 
@@ -91,6 +106,7 @@ def layers_like_transformer_engines() -> Iterator[None]:
         for name, layer in {
             "TENorm": Norm,
             "TELayerNormColumnParallelLinear": NormAndLinear,
+            "TEColumnParallelLinear": Linear,
             "TERowParallelLinear": RowParallelLinear,
             "TEColumnParallelGroupedLinear": GroupedLinear,
             "TERowParallelGroupedLinear": GroupedRowLinear,
@@ -133,6 +149,7 @@ def _fused_rope(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *, cp_size: int, c
     assert (cp_size, cp_rank) == (1, 0)
     lengths = cu_seqlens.diff().tolist()
     angles = freqs[torch.cat([torch.arange(length) for length in lengths]), 0].float()  # [T, 1, head_dim]
-    first, second = t.float().chunk(2, dim=-1)
-    turned = t.float() * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
-    return turned.to(t.dtype)
+    part, still = t.float().tensor_split([angles.shape[-1]], dim=-1)
+    first, second = part.chunk(2, dim=-1)
+    turned = part * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+    return torch.cat((turned, still), dim=-1).to(t.dtype)

@@ -38,6 +38,10 @@ class Generated:
     num_cached_steps: int
 
 
+OTHERS = ("olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
+"""Of blocks that Transformer Engine's specification is changed for."""
+
+
 def prompts() -> list[Prompt]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -105,7 +109,7 @@ def assert_same(ours: list[RolloutGroup], theirs: list[RolloutGroup], what: str)
 @pytest.mark.parametrize(
     ("world_size", "parallel", "models"),
     [
-        (1, {}, (*MODELS, "mixtral", "qwen3_moe")),
+        (1, {}, (*MODELS, "mixtral", "qwen3_moe", *OTHERS)),
         (2, {"tp": 2, "sequence_parallel": True}, ("qwen2_window", "qwen3", "mixtral")),
         (2, {"pp": 2}, ("qwen2_window", "qwen3", "mixtral")),
     ],

@@ -153,8 +153,11 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     t, e = batch.tokens, batch.element
     query = t * (a.num_attention_heads // grid.tp) * a.head_dim * e
     keys = t * (a.num_query_groups // grid.tp) * a.head_dim * e
-    total = _norm_bytes(a.hidden_size, batch)
-    if a.qk_norm:
+    total = _num_norms(a) * _norm_bytes(a.hidden_size, batch)
+    if a.qk_norm and a.qk_norm_spans_heads:
+        width = (a.num_attention_heads + a.num_query_groups) // grid.tp * a.head_dim
+        total += _norm_bytes(width, batch, tokens=t, out=False)
+    elif a.qk_norm:
         for heads in (a.num_attention_heads, a.num_query_groups):
             total += _norm_bytes(a.head_dim, batch, tokens=t * (heads // grid.tp), out=False)
     total += t * (a.num_attention_heads // grid.tp) * _FP32  # log-sum-exp
@@ -179,7 +182,13 @@ _SWIGLU = {"torch": (5, 6), "transformer_engine": (3, 3)}
 
 def _mlp_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     """Norm, fc1 and SwiGLU."""
-    return _norm_bytes(a.hidden_size, batch) + _SWIGLU[batch.kernels][0] * _widest(a, grid, batch)
+    norms = _num_norms(a) * _norm_bytes(a.hidden_size, batch)
+    return norms + _SWIGLU[batch.kernels][0] * _widest(a, grid, batch)
+
+
+def _num_norms(a: Architecture) -> int:
+    """Of attention, and of the MLP."""
+    return 2 if a.norms == "both" else 1
 
 
 def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
@@ -190,7 +199,10 @@ def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
         a.mixture.experts_per_token * (2 * _INT64 + _FP32) + a.mixture.num_experts * (1 + batch.element)
     )
     swiglu = _SWIGLU[batch.kernels][1] * _widest(a, grid, batch)
-    return _norm_bytes(a.hidden_size, batch) + router + tokens * a.hidden_size * batch.element + swiglu
+    shared = batch.tokens * (a.mixture.shared_width // grid.tp) * batch.element
+    swiglu += _SWIGLU[batch.kernels][0] * shared
+    norms = _num_norms(a) * _norm_bytes(a.hidden_size, batch)
+    return norms + router + tokens * a.hidden_size * batch.element + swiglu
 
 
 def _freed_bytes(a: Architecture, grid: Grid, batch: Microbatch, modules: tuple[str, ...]) -> tuple[int, int]:
@@ -198,7 +210,7 @@ def _freed_bytes(a: Architecture, grid: Grid, batch: Microbatch, modules: tuple[
     norm = _norm_bytes(a.hidden_size, batch)
     stream = batch.residual_tokens * a.hidden_size * batch.element
     attention = mlp = 0
-    if "layernorm" in modules:  # only its input is left
+    if "layernorm" in modules and a.norms != "behind":  # only its input is left
         is_alone = batch.kernels == "torch"
         attention += (norm - stream) * is_alone
         mlp += norm - stream

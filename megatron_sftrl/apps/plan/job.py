@@ -70,7 +70,10 @@ def mlp_flops(architecture: Architecture, *, tokens: int) -> float:
     """Of the MLP, or of the router and the experts that a token visits."""
     a = architecture
     visits, router = (a.mixture.experts_per_token, a.mixture.num_experts) if a.mixture else (1, 0)
-    return tokens * 2.0 * a.hidden_size * (visits * 3 * a.ffn_hidden_size + router)
+    width = visits * 3 * a.ffn_hidden_size + router
+    if a.mixture and a.mixture.shared_width:
+        width += 3 * a.mixture.shared_width + 1
+    return tokens * 2.0 * a.hidden_size * width
 
 
 def head_flops(architecture: Architecture, *, tokens: int) -> float:

@@ -86,8 +86,11 @@ _ORDER = (
     "linear_fc1.layer_norm_weight",
     "pre_mlp_layernorm.weight",
     "router.weight",
+    "shared_experts.gate_weight",
     "linear_fc1.weight",
     "linear_fc2.weight",
+    "post_self_attn_layernorm.weight",
+    "post_mlp_layernorm.weight",
 )
 
 
@@ -132,7 +135,9 @@ def chunk_parameters(
 def _block(architecture: Architecture, *, tp: int, ep: int, etp: int) -> tuple[Parameter, ...]:
     """The parameters of one block on any rank."""
     # One block tells for all: the table of a large mixture has tens of thousands of lines.
-    one = replace(architecture, num_layers=1, sliding_window=None, window_layers=())
+    one = replace(
+        architecture, num_layers=1, sliding_window=None, window_layers=(), window_rope=None, no_rope_layers=()
+    )
     tensors = [tensor for tensor in megatron_tensors(one) if tensor.index]
     num_experts = architecture.mixture.num_experts // ep if architecture.mixture else 0
     mine = [tensor for tensor in tensors if not tensor.is_expert or tensor.index[1] < num_experts]
@@ -152,10 +157,13 @@ def _cuts(tensor: MegatronTensor, *, tp: int, etp: int) -> int:
     return etp if tensor.is_expert else tp
 
 
-def _place(tensor: MegatronTensor) -> tuple[int, int]:
-    """Experts follow each other, each with both of its matrices."""
+def _place(tensor: MegatronTensor) -> tuple[float, int]:
+    """Experts follow each other, each with both of its matrices; then a shared one and norms behind."""
     within = next(place for place, name in enumerate(_ORDER) if tensor.key.endswith(name))
-    return (len(_ORDER) + tensor.index[1], within) if tensor.is_expert else (within, 0)
+    if tensor.is_expert:
+        return len(_ORDER) + tensor.index[1], within
+    is_last = ".shared_experts." in tensor.key or ".post_" in tensor.key
+    return (math.inf if is_last else within), within
 
 
 _FP32 = 4

@@ -62,7 +62,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import on_rank_zero, sum_over_ranks
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture, to_record
+from megatron_sftrl.models.architecture import Architecture, from_record, to_record
 from megatron_sftrl.models.hf_output import HfAssets
 
 LOGGER = logging.getLogger(__name__)
@@ -140,7 +140,9 @@ def _architecture_differences(record: CheckpointRecord, architecture: Architectu
     def relevant(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if name not in _FREE_ARCHITECTURE_FIELDS}
 
-    return differences(relevant(record.architecture), relevant(to_record(architecture)))
+    # Read and written again, a record of an older version has today's fields.
+    recorded = to_record(from_record(record.architecture))
+    return differences(relevant(recorded), relevant(to_record(architecture)))
 
 
 def _raise_if_different(problems: list[str], path: Path) -> None:

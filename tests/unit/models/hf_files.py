@@ -19,6 +19,14 @@ CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
+    "smollm3": "SmolLM3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "granite": "Granite",
+    "phi3": "Phi3",
+    "ministral3": "Ministral3",
+    "qwen2_moe": "Qwen2Moe",
+    "glm4": "Glm4",
 }
 
 
@@ -32,6 +40,7 @@ def values(model_type: str = "llama", **changes: object) -> dict[str, object]:
         "num_hidden_layers": 4,
         "num_attention_heads": 32,
         "vocab_size": 1000,
+        "pad_token_id": None,
         **changes,
     }
 
@@ -44,12 +53,21 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
     return from_hf_config(file)
 
 
-def transformers_rotary(config: Any) -> tuple[Tensor, float]:
-    """(frequencies, factor on cos and sin) of the rotary module of a transformers configuration's model."""
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
+OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4")
+"""Families that do not read every rope, in the one spelling of the others."""
+
+
+def transformers_rotary(config: Any, layers: str = "") -> tuple[Tensor, float]:
+    """(frequencies, factor on cos and sin) of the rotary module of a transformers configuration's model.
+
+    Args:
+        layers: "full_attention_" or "sliding_attention_" in a family with positions for each.
+    """
     name = config.model_type
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     rotary = getattr(module, f"{CLASSES[name]}RotaryEmbedding")(config)
-    return rotary.inv_freq, rotary.attention_scaling
+    return getattr(rotary, f"{layers}inv_freq"), getattr(rotary, f"{layers}attention_scaling")
 
 
 def window_layers_of(config: Any) -> tuple[int | None, tuple[int, ...]]:
@@ -61,8 +79,8 @@ def window_layers_of(config: Any) -> tuple[int | None, tuple[int, ...]]:
         model = AutoModelForCausalLM.from_config(config)
     windows = []
     for layer in model.model.layers:
-        # Mistral and Mixtral read it from the configuration at each forward.
-        reads_config = config.model_type in ("mistral", "mixtral")
+        # These read it from the configuration at each forward.
+        reads_config = config.model_type in ("mistral", "mixtral", "phi3", "ministral3")
         owner = config if reads_config else layer.self_attn
         windows.append(getattr(owner, "sliding_window", None))
     layers = tuple(number for number, window in enumerate(windows) if window is not None)

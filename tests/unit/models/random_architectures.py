@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 from megatron_sftrl.models.architecture import (
@@ -14,6 +16,7 @@ from megatron_sftrl.models.architecture import (
     has_qk_norm,
     has_qkv_bias,
 )
+from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, hf_family
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -23,7 +26,9 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
     groups, num_layers = rng.randint(1, 4), rng.randint(1, 4)
     heads = groups * rng.randint(1, 4)
     max_positions = rng.randint(8, 9000)
-    window, window_layers = _window(rng, family, num_layers, max_positions)
+    line, head_dim = hf_family(family), 2 * rng.randint(1, 8)
+    window, window_layers = _window(rng, line, num_layers, max_positions)
+    rope = _rope(rng, line, head_dim)
     return Architecture(
         family=family,
         num_layers=num_layers,
@@ -31,24 +36,42 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
         ffn_hidden_size=rng.randint(1, 24),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=2 * rng.randint(1, 8),
+        head_dim=head_dim,
         vocab_size=rng.randint(3, 40),
         max_position_embeddings=max_positions,
-        rope=random_rope(rng),
+        rope=rope,
         sliding_window=window,
         window_layers=window_layers,
         norm_eps=10 ** rng.uniform(-7, -3),
         tie_embeddings=rng.random() < 0.5,
-        qkv_bias=has_qkv_bias(family),
+        qkv_bias=has_qkv_bias(family) if line.bias_key is None else rng.random() < 0.5,
         qk_norm=has_qk_norm(family),
         mixture=_mixture(rng, family),
         init_std=rng.uniform(0.001, 0.5),
+        norms=line.norms,
+        qk_norm_spans_heads=line.qk_norm_spans_heads,
+        window_rope=_rope(rng, line, head_dim) if line.rope_by_layer_type and window_layers else None,
+        no_rope_layers=_some(rng, num_layers) if line.no_rope_every else (),
+        **{field: rng.uniform(0.1, 9) for key, field in MULTIPLIERS.items() if key in line.keys},
     )
 
 
-def random_rope(rng: random.Random) -> Rope:
+def _rope(rng: random.Random, line: HfFamily, head_dim: int) -> Rope:
+    rope = random_rope(rng, line.rope_kinds)
+    if line.rope_by_layer_type:
+        rope = replace(rope, truncate=True)
+    if line.rope is not None:
+        rope = replace(rope, query_beta=rng.choice([0.0, rng.uniform(0.1, 2)]))
+    if line.partial_rotary is not None:
+        turning = 2 * rng.randint(1, head_dim // 2)
+        fraction = turning / head_dim if int(head_dim * (turning / head_dim)) == turning else 1.0
+        rope = replace(rope, fraction=fraction)
+    return replace(rope, interleaved=line.interleaved)
+
+
+def random_rope(rng: random.Random, kinds: Sequence[str] = ("default", "linear", "llama3", "yarn")) -> Rope:
     theta = 10 ** rng.uniform(2, 7)
-    kind = rng.choice(["default", "linear", "llama3", "yarn"])
+    kind = rng.choice(kinds)
     if kind == "default":
         return Rope(kind="default", theta=theta)
     factor = rng.choice([1.0, 2.0, rng.uniform(1, 40)])
@@ -79,14 +102,18 @@ def random_rope(rng: random.Random) -> Rope:
 
 
 def _window(
-    rng: random.Random, family: Family, num_layers: int, max_positions: int
+    rng: random.Random, line: HfFamily, num_layers: int, max_positions: int
 ) -> tuple[int | None, tuple[int, ...]]:
-    if family == "llama" or rng.random() < 0.4:
+    if line.window in ("none", "off") or rng.random() < 0.4:
         return None, ()
-    layers = tuple(range(num_layers))
-    if family in ("qwen2", "qwen3"):
-        layers = tuple(layer for layer in layers if rng.random() < 0.6) or layers
+    some = line.window in ("layers", "pattern")
+    layers = _some(rng, num_layers) if some else tuple(range(num_layers))
     return rng.randint(1, max_positions - 1), layers
+
+
+def _some(rng: random.Random, num_layers: int) -> tuple[int, ...]:
+    layers = tuple(range(num_layers))
+    return tuple(layer for layer in layers if rng.random() < 0.6) or layers
 
 
 def _mixture(rng: random.Random, family: Family) -> Mixture | None:
@@ -97,4 +124,5 @@ def _mixture(rng: random.Random, family: Family) -> Mixture | None:
         num_experts=num_experts,
         experts_per_token=rng.randint(1, num_experts),
         normalizes_weights=family == "mixtral" or rng.random() < 0.5,
+        shared_width=rng.randint(1, 24) if family == "qwen2_moe" else 0,
     )

@@ -20,8 +20,11 @@ def cuttable(rng: random.Random, family, tp: int) -> Architecture:
     architecture = random_architecture(rng, family)
     groups = rng.choice([size for size in (1, 2, 4, 8) if size % tp == 0 or tp % size == 0])
     heads = groups * tp * rng.randint(1, 2)
+    if (mixture := architecture.mixture) and mixture.shared_width:
+        mixture = replace(mixture, shared_width=tp * rng.randint(1, 5))
     return replace(
         architecture,
+        mixture=mixture,
         num_attention_heads=heads,
         num_query_groups=groups,
         hidden_size=heads * rng.randint(1, 2),

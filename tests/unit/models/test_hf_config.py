@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sftrl.models.hf_config import from_hf_config
-from tests.unit.models.hf_files import CLASSES, read, values, window_layers_of
+from tests.unit.models.hf_files import CLASSES, MIXTURES, read, values, window_layers_of
 from tests.unit.models.random_architectures import FAMILIES
 
 LLAMA3 = {
@@ -18,6 +18,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+MINISTRAL = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4096,
+    "llama_4_scaling_beta": 0.3,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
@@ -41,17 +48,21 @@ def test_every_size_is_what_transformers_reads(
     transformers = pytest.importorskip("transformers")
     not_read = {
         "qwen3_moe": (),
+        "qwen2_moe": ("num_local_experts",),
         "mixtral": ("moe_intermediate_size", "norm_topk_prob"),
     }.get(family, tuple(changes) if "num_experts_per_tok" in changes else ())
+    if family in ("olmo3", "ministral3"):
+        not_read = (*not_read, "rope_theta", "rope_parameters", "rope_scaling")
     ours = read(tmp_path, values(family, **{k: v for k, v in changes.items() if k not in not_read}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.num_layers, ours.hidden_size) == (theirs.num_hidden_layers, theirs.hidden_size)
-    width = theirs.moe_intermediate_size if family == "qwen3_moe" else theirs.intermediate_size
+    width = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert (ours.ffn_hidden_size, ours.num_query_groups) == (width, theirs.num_key_value_heads)
     assert (ours.head_dim, ours.vocab_size) == (head_dim, theirs.vocab_size)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    rope = theirs.rope_parameters
+    assert ours.rope.theta == rope.get("full_attention", rope)["rope_theta"]
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.init_std == theirs.initializer_range
@@ -63,9 +74,10 @@ def test_every_size_is_what_transformers_reads(
         (None, ()) if size is None or size >= theirs.max_position_embeddings else (size, layers)
     )
     if ours.mixture is None:
-        assert family not in ("mixtral", "qwen3_moe")
+        assert family not in MIXTURES
     else:
-        assert ours.mixture.num_experts == theirs.num_local_experts
+        assert ours.mixture.num_experts == theirs.num_experts
+        assert ours.mixture.shared_width == getattr(theirs, "shared_expert_intermediate_size", 0)
         assert ours.mixture.experts_per_token == theirs.num_experts_per_tok
         assert ours.mixture.normalizes_weights == getattr(theirs, "norm_topk_prob", True)
 
@@ -158,6 +170,21 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
         ("qwen2", {"rope_scaling": {**YARN, "truncate": False}}, {"rope.truncate": False}),
         ("qwen2", {"rope_scaling": {**YARN, "attention_factor": 0.5}}, {"rope.attention_factor": 0.5}),
         ("qwen2", {"rope_scaling": {**YARN, "factor": None}}, {"rope.factor": 8.0}),
+        ("smollm3", {"no_rope_layer_interval": 3}, {"no_rope_layers": (2,)}),
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}, {"no_rope_layers": (0, 3)}),
+        ("smollm3", {"tie_word_embeddings": False}, {"tie_embeddings": False}),
+        ("olmo3", {"sliding_window": 99}, {"sliding_window": 99}),
+        ("olmo3", {"rope_scaling": YARN}, {"rope.kind": "yarn", "window_rope.kind": "default"}),
+        ("granite", {"embedding_multiplier": 12}, {"embedding_multiplier": 12.0}),
+        ("granite", {"attention_multiplier": 0.5}, {"attention_multiplier": 0.5}),
+        ("granite", {"residual_multiplier": 0.22}, {"residual_multiplier": 0.22}),
+        ("granite", {"logits_scaling": 8.0}, {"logits_divisor": 8.0}),
+        ("phi3", {"partial_rotary_factor": 0.75}, {"rope.fraction": 0.75}),
+        ("glm4", {"partial_rotary_factor": 0.75}, {"rope.fraction": 0.75}),
+        ("glm4", {"attention_bias": False}, {"qkv_bias": False}),
+        ("ministral3", {"rope_parameters": MINISTRAL}, {"rope.query_beta": 0.3, "rope.factor": 4.0}),
+        ("qwen2_moe", {"qkv_bias": False}, {"qkv_bias": False}),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 7}, {"mixture.shared_width": 7}),
         ("mixtral", {"num_local_experts": 3}, {"mixture.num_experts": 3}),
         ("mixtral", {"num_experts_per_tok": 5}, {"mixture.experts_per_token": 5}),
         ("qwen3_moe", {"num_experts": 9}, {"mixture.num_experts": 9}),
@@ -170,7 +197,7 @@ def test_every_key_that_is_honoured_changes_the_architecture(
 ) -> None:
     def field(record: dict[str, Any], path: str) -> object:
         for name in path.split("."):
-            record = record[name]
+            record = (record or {}).get(name)
         return record
 
     plain, changed = (asdict(read(tmp_path, values(family, **more))) for more in ({}, changes))

@@ -11,13 +11,16 @@ from tests.unit.models.hf_files import read, values
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+WINDOWS = ["sliding_attention"] * 4
 SUPPORTED = (
     "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
-    "MixtralForCausalLM, Qwen3MoeForCausalLM"
+    "MixtralForCausalLM, Qwen3MoeForCausalLM, SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, "
+    "GraniteForCausalLM, Phi3ForCausalLM, Ministral3ForCausalLM, Qwen2MoeForCausalLM, Glm4ForCausalLM"
 )
 GEMMA = (
-    "Gemma 2 and 3 cannot be built, megatron-core 0.16.1 has no norms after attention and MLP "
-    "(sandwich norms) in its TransformerLayer and no logit soft-cap in its attention"
+    "Gemma 2 and 3 cannot be built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight "
+    "are not supported"
 )
 
 
@@ -184,6 +187,59 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2: only 1"),
         ("qwen3_moe", {"norm_topk_prob": "no"}, "norm_topk_prob: expected true or false, got 'no'"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size 8: only the"),
+        ("smollm3", {"attention_bias": True}, "attention_bias"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "no_rope_layers: expected a list of 0 or 1 for each of 4"),
+        ("smollm3", {"no_rope_layers": [0, 1, 2, 1]}, "no_rope_layers: expected a list of 0 or 1"),
+        ("smollm3", {"use_sliding_window": True, "layer_types": WINDOWS}, "no sliding_window is in use"),
+        ("olmo2", {"attention_bias": True}, "attention_bias"),
+        ("olmo2", {"sliding_window": 8}, "sliding_window: Olmo2ForCausalLM has none in transformers"),
+        ("olmo3", {"sliding_window": None}, "sliding_window: expected a whole number >= 1, got None"),
+        ("olmo3", {"rope_theta": 1e4}, "transformers gives layers with a window 500000 all the same"),
+        ("olmo3", {"rope_scaling": {**YARN, "type": "yarn"} | {"rope_type": "linear"}}, "contradict"),
+        ("olmo3", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is missing"),
+        ("olmo3", {"rope_scaling": {**YARN, "truncate": False}}, "rope truncate False: transformers does"),
+        ("olmo3", {"rope_parameters": YARN}, "rope_parameters: expected a set for each of"),
+        ("olmo3", {"rope_parameters": {"full_attention": YARN}}, "rope_parameters: expected a set for each"),
+        ("olmo3", {"original_max_position_embeddings": 9}, "transformers reads it inside rope_parameters"),
+        ("granite", {"mlp_bias": True}, "mlp_bias"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling: expected a number > 0, got 0"),
+        ("granite", {"embedding_multiplier": None}, "embedding_multiplier: expected a number > 0, got None"),
+        ("granite", {"layer_types": ["full_attention"] * 4}, "layer_types: vLLM builds attention sinks"),
+        ("granite", {"attention_sinks": True}, "attention_sinks True: vLLM builds another network"),
+        ("phi3", {"rope_scaling": LONGROPE}, "rope_type 'longrope': only default are supported"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "type": "su"}}, "contradict each other"),
+        ("phi3", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop 0.1: dropout is not supported"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5: at most 1"),
+        (
+            "phi3",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.75}},
+            "partial_rotary_factor is given twice with different values",
+        ),
+        ("phi3", {"partial_rotary_factor": 0.55}, "of which 0.55 turn: rotary positions need an even"),
+        ("ministral3", {"rope_parameters": {"rope_theta": 1.0}}, "rope_type 'default': only yarn"),
+        ("ministral3", {"rope_parameters": YARN}, "rope llama_4_scaling_beta is missing"),
+        (
+            "ministral3",
+            {"rope_parameters": {**YARN, "llama_4_scaling_beta": -1}},
+            "rope llama_4_scaling_beta: expected a number >= 0, got -1",
+        ),
+        (
+            "ministral3",
+            {
+                "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1},
+                "llama_4_scaling": {"original_max_position_embeddings": 512, "beta": 0.2},
+            },
+            "transformers reads {'original_max_position_embeddings': 512, 'beta': 0.1}",
+        ),
+        ("mistral", {"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling {'beta': 0.1}: vLLM builds another"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window: a window in Qwen2MoeForCausalLM"),
+        ("qwen2_moe", {"num_local_experts": 8}, "num_local_experts: Qwen2MoeForCausalLM does not read it"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: expected a"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]: only a mixture in every layer"),
+        ("glm4", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
+        ("glm4", {"attention_bias": None}, "attention_bias: expected true or false, got None"),
         ("qwen3", {"num_local_experts": 8}, "num_local_experts 8: only the experts of"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"qk_norm": False, "qkv_bias": True}, "qkv_bias True: vLLM builds another network"),

@@ -12,6 +12,7 @@ import torch
 
 from megatron_sftrl.models.architecture import Architecture, Family, inverse_frequencies
 from megatron_sftrl.models.hf_config import from_hf_config, hf_config_values
+from megatron_sftrl.models.hf_families import MULTIPLIERS, hf_family
 from tests.unit.models.hf_files import transformers_rotary, window_layers_of
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
@@ -43,15 +44,30 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
         assert (theirs.rms_norm_eps, theirs.initializer_range) == (ours.norm_eps, ours.init_std)
         assert theirs.max_position_embeddings == ours.max_position_embeddings
         assert window_layers_of(theirs) == (ours.sliding_window, ours.window_layers)
-        frequencies, factor = transformers_rotary(theirs)
-        assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), frequencies)
-        assert ours.rope.attention_factor == factor
+        ropes = {"": ours.rope}
+        if family == "olmo3":
+            kinds = {f"{kind}_" for kind in theirs.layer_types}
+            ropes = {"full_attention_": ours.rope, "sliding_attention_": ours.window_rope or ours.rope}
+            ropes = {kind: rope for kind, rope in ropes.items() if kind in kinds}
+        for kind, rope in ropes.items():
+            frequencies, factor = transformers_rotary(theirs, kind)
+            assert torch.equal(inverse_frequencies(rope, ours.head_dim), frequencies)
+            assert rope.attention_factor == factor
         if ours.mixture is not None:
-            assert theirs.num_experts == theirs.num_local_experts == ours.mixture.num_experts
+            assert theirs.num_experts == ours.mixture.num_experts
             assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
-        if family == "qwen3_moe":
-            assert ours.mixture is not None
+        if ours.mixture is not None and family != "mixtral":
             assert theirs.norm_topk_prob == ours.mixture.normalizes_weights
+            assert getattr(theirs, "shared_expert_intermediate_size", 0) == ours.mixture.shared_width
+        for key, field in MULTIPLIERS.items():
+            if hf_family(family).keys & {key}:
+                assert getattr(theirs, key) == getattr(ours, field)
+        if hf_family(family).no_rope_every:
+            assert (
+                tuple(i for i, turns in enumerate(theirs.no_rope_layers) if not turns) == ours.no_rope_layers
+            )
+        if (bias_key := hf_family(family).bias_key) is not None:
+            assert getattr(theirs, bias_key) == ours.qkv_bias
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,21 +80,27 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
     (tmp_path / "config.json").write_text(json.dumps(written))
     # The older names, which transformers 5 reads and replaces by the newer ones.
     older = {"rope_theta", "rope_scaling", *({"num_experts"} if family == "qwen3_moe" else ())}
+    older |= {"partial_rotary_factor"} if family == "phi3" else set()
     newer = {key: value for key, value in written.items() if key not in older}
 
     (tmp_path / "own").mkdir()
     own = transformers.AutoConfig.for_model(family, dtype="float32", architectures=["X"])
     own.save_pretrained(tmp_path / "own")
     own_keys = json.loads((tmp_path / "own" / "config.json").read_text()).keys()
-    # Its version, a slicing of the same products, and the weight of a loss that transformers computes.
+    # Its version, a slicing of the same products, the weight of a loss that transformers computes, and what
+    # only a rope asks for that is refused.
     left_out = {"transformers_version", "pretraining_tp", "router_aux_loss_coef"}
-    # Two of its classes have no field for head_dim, but their attention reads it.
-    added = {"head_dim"} if family in ("qwen2", "qwen3_moe") else set()
+    left_out |= {"original_max_position_embeddings"}
+    # Most of its classes have no field for head_dim, but their attention reads it; vLLM has its own key for
+    # the factors on queries.
+    added = {"llama_4_scaling"} if family == "ministral3" else {"head_dim"} - own_keys
     assert newer.keys() == (own_keys - left_out) | added
 
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert newer == {key: saved[key] for key in newer}
+    # For a null its class puts the ids of the published tokenizer; a caller that knows one writes them over.
+    kept = newer.keys() - ({"eos_token_id"} if family == "glm4" else set())
+    assert {key: newer[key] for key in kept} == {key: saved[key] for key in kept}
 
 
 def test_an_older_reader_finds_the_same_positions_under_the_older_names() -> None:

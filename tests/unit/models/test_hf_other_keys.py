@@ -18,7 +18,7 @@ from megatron_sftrl.models.hf_config import (
     _READ_KEYS,
     read_hf_config,
 )
-from megatron_sftrl.models.hf_families import _OBEYED_ELSEWHERE
+from megatron_sftrl.models.hf_families import _OBEYED_ELSEWHERE, hf_family
 from megatron_sftrl.trainers.checked import say_notes
 from tests.unit.models.hf_files import read, values
 from tests.unit.models.random_architectures import FAMILIES
@@ -84,6 +84,8 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
     more = {"use_qk_norm": family != "qwen3", "rope_interleaved": True, "is_llama_config": True}
     more |= {"max_sequence_length": 3, "axolotl_config": "run.yml", "embedding_multiplier": 12.0}
     more |= {"residual_multiplier": 0.2, "hidden_dropout": 0.5, "resid_pdrop": 0.5, "is_decoder": True}
+    more = {key: value for key, value in more.items() if key not in hf_family(family).keys}
+    sizes |= {"shared_expert_intermediate_size": 8, "pad_token_id": None, "bos_token_id": None}
     tokens = torch.arange(12)[None] * 5 % 31
     logits = []
     for extra, factor in (
@@ -91,6 +93,12 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
         (more, {"attn_factor": 0.5, "extrapolation_factor": 3.0, "finetuned": True}),
     ):
         rope = {**YARN, "original_max_position_embeddings": 8, "rope_theta": 1e4, **factor}
+        if family == "phi3":
+            rope = {"rope_type": "default", **factor}
+        elif family == "olmo3":
+            rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", **factor}}
+        elif family == "ministral3":
+            rope["llama_4_scaling_beta"] = 0.1
         config = transformers.AutoConfig.for_model(family, **sizes, rope_parameters=rope, **extra)
         torch.manual_seed(0)
         logits.append(transformers.AutoModelForCausalLM.from_config(config).train()(tokens).logits)
@@ -104,11 +112,14 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(famil
     if found is None or found.submodule_search_locations is None:
         pytest.skip(f"{package} is not installed")
     root = Path(found.submodule_search_locations[0])
-    file = {
-        "transformers": f"models/{family}/modeling_{family}.py",
-        "vllm": f"model_executor/models/{family}.py",
-    }
-    source = (root / file[package]).read_text()
+    if package == "transformers":
+        file = f"models/{family}/modeling_{family}.py"
+    elif family in ("smollm3", "olmo2", "olmo3"):
+        pytest.skip("vLLM runs transformers' own code for it")
+    else:
+        name = {"phi3": "llama", "ministral3": "mistral"}.get(family, family)
+        file = f"model_executor/models/{name}.py"
+    source = (root / file).read_text()
     read_there = {*re.findall(r"\bconfig\.([a-z_]+)", source)}
     read_there |= {*re.findall(r"(?:get|has)attr\(\s*(?:self\.)?config, \"([a-z_]+)\"", source)}
     settings_of_vllm = {"get_text_config", "enable_eplb", "eplb_config", "num_redundant_experts"}
@@ -116,7 +127,9 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(famil
     settings_of_vllm |= {f"{name}_config" for name in ("cache", "model", "quant", "parallel")} | {
         "quant_config"
     }
-    known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys()
+    line = hf_family(family)
+    known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
+    known |= {line.bias_key, "rope_parameters"}
     assert len(read_there) > 5
     assert read_there - known - settings_of_vllm == set()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.models.hf_files import read, values, window_layers_of
+from tests.unit.models.hf_files import MIXTURES, read, values, window_layers_of
 
 ALL = (0, 1, 2, 3)
 MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -39,6 +39,24 @@ MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_atten
         ("qwen3_moe", {"sliding_window": 16}, None, ()),
         ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}, 16, ALL),
         ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 0}, 4096, ALL),
+        ("smollm3", {}, None, ()),
+        ("smollm3", {"sliding_window": 16, "use_sliding_window": True}, 16, (3,)),
+        ("smollm3", {"sliding_window": 16, "use_sliding_window": True, "layer_types": MIXED}, 16, (1, 3)),
+        (
+            "smollm3",
+            {"sliding_window": 16, "use_sliding_window": True, "no_rope_layer_interval": 2},
+            16,
+            (1, 3),
+        ),
+        ("olmo2", {}, None, ()),
+        ("olmo3", {"sliding_window": 16}, 16, (0, 1, 2)),
+        ("olmo3", {"sliding_window": 16, "layer_types": MIXED}, 16, (1, 3)),
+        ("granite", {}, None, ()),
+        ("phi3", {}, None, ()),
+        ("phi3", {"sliding_window": 16}, 16, ALL),
+        ("ministral3", {"sliding_window": 16}, 16, ALL),
+        ("qwen2_moe", {"sliding_window": 16}, None, ()),
+        ("glm4", {}, None, ()),
     ],
 )
 def test_window_and_layers_are_those_of_transformers_model(
@@ -46,7 +64,9 @@ def test_window_and_layers_are_those_of_transformers_model(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 64, "intermediate_size": 8, "num_experts_per_tok": 1, "num_local_experts": 2}
-    if family not in ("mixtral", "qwen3_moe"):
+    if family == "qwen2_moe":
+        small = {"hidden_size": 64, "num_experts_per_tok": 1, "num_experts": 2}
+    elif family not in MIXTURES:
         small = {"hidden_size": 64, "intermediate_size": 8}
     ours = read(tmp_path, values(family, **small, **changes))
     assert (ours.sliding_window, ours.window_layers) == (window, layers)
@@ -62,7 +82,9 @@ def test_a_window_that_excludes_no_token_of_the_longest_sequence_is_none(
     assert ours.window_layers == (() if expected is None else ALL)
 
 
-@pytest.mark.parametrize("family", ["mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmo3", "phi3", "ministral3"]
+)
 def test_a_window_counts_the_token_itself(tmp_path: Path, family: str) -> None:
     transformers = pytest.importorskip("transformers")
     import torch

@@ -122,6 +122,85 @@ QWEN3_30B_A3B = config(
     use_sliding_window=False,
     **QWEN3,
 )
+SMOLLM3_3B = config(
+    "smollm3",
+    (2048, 11008, 36, 16, 4, 128256),
+    max_position_embeddings=65536,
+    no_rope_layer_interval=4,
+    no_rope_layers=[1, 1, 1, 0] * 9,
+    rope_scaling=None,
+    rope_theta=5000000.0,
+    sliding_window=None,
+    tie_word_embeddings=True,
+    use_sliding_window=False,
+)
+OLMO_2_7B = config(
+    "olmo2", (4096, 11008, 32, 32, 32, 100352), max_position_embeddings=4096, rope_theta=500000
+)
+OLMO_3_7B = config(
+    "olmo3",
+    (4096, 11008, 32, 32, 32, 100278),
+    layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 8,
+    max_position_embeddings=65536,
+    rope_scaling={
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    rope_theta=500000,
+    sliding_window=4096,
+)
+GRANITE_3_1_8B = config(
+    "granite",
+    (4096, 12800, 40, 32, 8, 49155),
+    attention_bias=False,
+    attention_multiplier=0.0078125,
+    embedding_multiplier=12.0,
+    logits_scaling=16.0,
+    max_position_embeddings=131072,
+    residual_multiplier=0.22,
+    rope_theta=10000000.0,
+    tie_word_embeddings=True,
+)
+PHI_4 = config(
+    "phi3",
+    (5120, 17920, 40, 40, 10, 100352),
+    embd_pdrop=0.0,
+    max_position_embeddings=16384,
+    original_max_position_embeddings=16384,
+    resid_pdrop=0.0,
+    rope_scaling=None,
+    rope_theta=250000,
+    sliding_window=None,
+)
+QWEN1_5_MOE = config(
+    "qwen2_moe",
+    (2048, 5632, 24, 16, 16, 151936),
+    decoder_sparse_step=1,
+    max_position_embeddings=8192,
+    max_window_layers=21,
+    moe_intermediate_size=1408,
+    norm_topk_prob=False,
+    num_experts=60,
+    num_experts_per_tok=4,
+    rope_theta=1000000.0,
+    shared_expert_intermediate_size=5632,
+    sliding_window=32768,
+    use_sliding_window=False,
+)
+GLM_4_9B = config(
+    "glm4",
+    (4096, 13696, 40, 32, 2, 151552),
+    attention_bias=True,
+    head_dim=128,
+    max_position_embeddings=32768,
+    partial_rotary_factor=0.5,
+    rms_norm_eps=1e-05,
+    rope_theta=10000.0,
+)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +216,13 @@ QWEN3_30B_A3B = config(
         (QWEN3_8B, 8_190_735_360),
         (MIXTRAL_8X7B, 46_702_792_704),
         (QWEN3_30B_A3B, 30_532_122_624),
+        (SMOLLM3_3B, 3_075_098_624),
+        (OLMO_2_7B, 7_298_617_344),
+        (OLMO_3_7B, 7_298_011_136),
+        (GRANITE_3_1_8B, 8_170_848_256),
+        (PHI_4, 14_659_507_200),
+        (QWEN1_5_MOE, 14_315_784_192),
+        (GLM_4_9B, 9_400_279_040),
     ],
 )
 def test_a_published_model_has_its_published_number_of_parameters(
@@ -165,6 +251,10 @@ def test_published_positions_are_read_with_every_parameter(tmp_path: Path) -> No
     assert read(tmp_path, QWEN2_5_05B_YARN).rope == Rope(
         kind="yarn", theta=1e6, factor=4.0, original_length=32768, attention_factor=1.1386294361119891
     )
+    olmo, plain = read(tmp_path, OLMO_3_7B), Rope(kind="default", theta=500000.0)
+    assert (olmo.sliding_window, olmo.rope.kind, olmo.rope.factor) == (4096, "yarn", 8.0)
+    assert (olmo.window_rope, olmo.rope_of(2), olmo.rope_of(3)) == (plain, plain, olmo.rope)
+    assert read(tmp_path, SMOLLM3_3B).rope_of(3) is None
     assert read(tmp_path, MIXTRAL_8X7B).rope == Rope(kind="default", theta=1e6)
 
 

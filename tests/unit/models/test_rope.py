@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from megatron_sftrl.models.architecture import inverse_frequencies
-from tests.unit.models.hf_files import read, transformers_rotary, values
+from tests.unit.models.hf_files import OWN_ROPES, read, transformers_rotary, values
 from tests.unit.models.random_architectures import FAMILIES
+
+COMMON = [family for family in FAMILIES if family not in OWN_ROPES]
 
 
 def random_request(rng: random.Random, kind: str) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def test_frequencies_and_attention_factor_are_bit_equal_to_transformers(tmp_path
     transformers = pytest.importorskip("transformers")
     rng = random.Random(30)
     for number in range(60):
-        family = FAMILIES[number % len(FAMILIES)]
+        family = COMMON[number % len(COMMON)]
         head_dim = rng.choice([6, 16, 64, 80, 128])
         asked = values(family, head_dim=head_dim, **random_request(rng, kind))
         ours = read(tmp_path, asked)
@@ -62,8 +64,47 @@ def test_without_a_request_the_family_s_default_base_is_used(tmp_path: Path) -> 
     transformers = pytest.importorskip("transformers")
     for family in FAMILIES:
         ours = read(tmp_path, values(family))
-        frequencies, _ = transformers_rotary(transformers.AutoConfig.from_pretrained(tmp_path))
+        layers = "full_attention_" if family == "olmo3" else ""
+        frequencies, factor = transformers_rotary(transformers.AutoConfig.from_pretrained(tmp_path), layers)
         assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), frequencies), family
+        assert ours.rope.attention_factor == factor
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("place", ["", "rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("family", ["phi3", "glm4"])
+def test_a_part_of_each_head_turns_as_in_transformers(
+    tmp_path: Path, family: str, place: str, factor: float
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    part: dict[str, Any] = {"partial_rotary_factor": factor}
+    ours = read(tmp_path, values(family, **({place: {**part, "rope_theta": 7.0}} if place else part)))
+    frequencies, _ = transformers_rotary(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), frequencies)
+    assert len(frequencies) == factor * ours.head_dim / 2
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_layers_with_a_window_have_positions_of_their_own(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(31)
+    for number in range(10):
+        sets = {}
+        for layers in ("full_attention", "sliding_attention"):
+            asked = random_request(rng, kind if layers[0] == "f" or number % 2 else "default")
+            rope = asked.get("rope_scaling") or asked.get("rope_parameters")
+            sets[layers] = {"rope_theta": 7.5e4, **rope}
+            sets[layers].pop("truncate", None)
+        # Older keys scale the layers with full attention, and only them.
+        older = {"rope_scaling": {"rope_type": kind, **sets["full_attention"]}}
+        older["rope_scaling"]["rope_type"] = older["rope_scaling"].pop("type", kind)
+        for positions in ({"rope_parameters": sets}, older):
+            ours = read(tmp_path, values("olmo3", max_position_embeddings=200000, **positions))
+            config = transformers.AutoConfig.from_pretrained(tmp_path)
+            for layers, rope in (("full", ours.rope), ("sliding", ours.window_rope or ours.rope)):
+                frequencies, factor = transformers_rotary(config, f"{layers}_attention_")
+                assert torch.equal(inverse_frequencies(rope, ours.head_dim), frequencies), positions
+                assert rope.attention_factor == factor
 
 
 @pytest.mark.parametrize("kind", ["llama3", "yarn"])

@@ -15,9 +15,10 @@ from torch import Tensor
 from megatron_sftrl.models.architecture import Architecture, Family, num_parameters
 from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf_shapes, megatron_tensors
+from tests.unit.models.hf_files import MIXTURES
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
-NUM_CASES = 50
+NUM_CASES = 70
 
 
 def cases(num_cases: int = NUM_CASES) -> Iterator[Architecture]:
@@ -50,7 +51,13 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
     name = tensor.key.removeprefix("decoder.layers.")
     if name.startswith("self_attention.linear_qkv.") and "layer_norm" not in name:
         kind = name.rsplit(".", 1)[1]
-        heads = [hf[f"{block}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+        if a.family == "phi3":
+            keys = a.num_query_groups * a.head_dim
+            heads = hf[f"{block}self_attn.qkv_proj.{kind}"].split(
+                [a.num_attention_heads * a.head_dim, keys, keys]
+            )
+        else:
+            heads = [hf[f"{block}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
         # [groups, heads of the group * head_dim, ...] each: Attention.get_query_key_value_tensors splits
         # dimension 1 into queries, key and value of the group.
         per_group = [part.view(a.num_query_groups, -1, *part.shape[1:]) for part in heads]
@@ -63,7 +70,17 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+        "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
+        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
+        "post_self_attn_layernorm.weight": (
+            "post_self_attn_layernorm.weight" if a.family == "glm4" else "post_attention_layernorm.weight"
+        ),
+        "post_mlp_layernorm.weight": (
+            "post_mlp_layernorm.weight" if a.family == "glm4" else "post_feedforward_layernorm.weight"
+        ),
     }
+    if a.family in ("phi3", "glm4"):
+        simple["mlp.linear_fc1.weight"] = "mlp.gate_up_proj.weight"
     if name in simple:
         return hf[block + simple[name]]
     if a.family == "mixtral":
@@ -72,6 +89,8 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         mlp, gate, up, down = f"{block}mlp.", "gate_proj", "up_proj", "down_proj"
     if name == "mlp.router.weight":
         return hf[f"{mlp}gate.weight"]
+    if name.startswith("mlp.shared_experts."):
+        mlp = f"{mlp}shared_expert."
     if tensor.is_expert:
         mlp = f"{mlp}experts.{tensor.index[1]}."
     if name.endswith("linear_fc2.weight"):
@@ -199,7 +218,7 @@ def test_parameters_are_the_sum_of_the_shapes() -> None:
         assert num_parameters(architecture) == total, architecture
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXTURES])
 def test_names_and_shapes_are_those_of_transformers_model(tmp_path: Path, family: Family) -> None:
     transformers = pytest.importorskip("transformers")
     rng = random.Random(23)
@@ -215,7 +234,7 @@ def test_names_and_shapes_are_those_of_transformers_model(tmp_path: Path, family
         assert hf_shapes(architecture) == theirs
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_names_and_shapes_are_those_that_transformers_saves_a_mixture_with(
     tmp_path: Path, family: Family
 ) -> None:

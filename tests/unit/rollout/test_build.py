@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,9 @@ from megatron_sftrl.config.load import config_from_text, parse_yaml, resolved_ya
 from megatron_sftrl.config.schema import GrpoConfig, RolloutSection
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import from_section
+from megatron_sftrl.models.architecture import Family, from_section
+from megatron_sftrl.rollout import vllm_settings
+from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
 SIZES = {
     "family": "qwen3",
@@ -185,6 +188,20 @@ def test_a_qwen2_whose_heads_vllm_would_take_for_others_is_refused(monkeypatch: 
     assert "which is 32 here: use rollout.engine: in_process" in said
     assert refusal(VLLM, monkeypatch, family="qwen2", head_dim=16) == ""
     assert refusal(VLLM, monkeypatch, family="qwen3", head_dim=32) == ""
+
+
+@pytest.mark.parametrize("family", ["smollm3", "olmo2", "olmo3"])
+def test_a_family_that_vllm_has_no_code_for_is_not_cut(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = config_of(VLLM).model.architecture
+    assert section is not None
+    architecture = replace(from_section(section), family=family)
+    monkeypatch.setattr(vllm_settings, "check_version", lambda: None)
+    one, two = (VllmSettings(tp=tp, max_model_len=64) for tp in (1, 2))
+    vllm_settings.check_vllm(one, architecture, world_size=2)
+    with pytest.raises(UserError, match=rf"vllm\.tp = 2: vLLM runs a {family} with transformers' code"):
+        vllm_settings.check_vllm(two, architecture, world_size=2)
 
 
 def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

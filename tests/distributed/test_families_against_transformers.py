@@ -1,0 +1,153 @@
+"""Families beside Llama's: logits, gradients, weights and generated tokens are those of transformers.
+
+Each family runs in one strong layout of each kind; with SFTRL_TEST_FULL=1 in all of them. Families share the
+processes of a layout: what costs is the start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sftrl.apps.plan.model_state import chunk_parameters, grid_of
+from megatron_sftrl.models import architecture_of
+from tests.distributed.engine_outputs import Case, Numbers, engine_config, engine_numbers
+from tests.distributed.hf_models import CONFIGS, VOCAB_SIZE, WINDOW, save_model, transformers_logits
+from tests.grid import is_full
+from tests.hf_models import read_tensors
+from tests.ranks import run_ranks
+
+NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
+LENGTHS = [12, 100, 4, 72]  # multiples of 4 for cp 2; below and several times as long as a window
+PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 83))]
+NUM_NEW = 3 * WINDOW
+SEQUENCE = {"tp": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "sp2": (2, SEQUENCE),
+    "pp2": (2, {"pp": 2}),
+    "vp2": (2, {"pp": 2, "vp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2 cp2": (4, {**SEQUENCE, "cp": 2}),
+}
+# Two ranks cost most of the time: of those that are a part of another only one in the everyday run.
+ALWAYS = ("one process", "sp2", "vp2", "cp2", "ep2")
+
+
+def random_tokens(seed: int) -> Tensor:
+    return torch.randint(0, VOCAB_SIZE, (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed))
+
+
+class Truth:
+    """A model of transformers, its logits and the gradients of its mean nll."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.directory = directory
+        self.model = save_model(name, directory)
+        self.tensors = read_tensors(directory)
+        self.logits = transformers_logits(self.model, random_tokens(1), LENGTHS)
+        logits = [self.model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
+        torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
+        # Through transformers' own writer: a mixture's experts are one tensor in the model, many in a file.
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.data, parameter.grad = parameter.grad, parameter.data
+        self.model.save_pretrained(directory / "gradients")
+        self.gradients = read_tensors(directory / "gradients")
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.data, parameter.grad = parameter.grad, None
+
+
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: Truth(name, root / name) for name in NAMES}
+
+
+def case(truth: Truth, parallel: dict[str, Any]) -> Case:
+    config = engine_config(truth.directory, parallel, "fp32")
+    return Case(
+        config=config,
+        architecture=architecture_of(config.model),
+        tokens=random_tokens(1),
+        labels=random_tokens(2),
+        lengths=LENGTHS,
+        prompts=[] if "cp" in parallel else PROMPTS,
+        num_new=NUM_NEW,
+    )
+
+
+def largest_difference(ranks: list[dict], expected: dict[str, Tensor]) -> float:
+    """Over all ranks' parts, which are all of it, over the largest |value| of each tensor."""
+    seen = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in expected.items()}
+    largest = 0.0
+    for parts in ranks:
+        for name, regions in parts.items():
+            scale = float(expected[name].abs().max())
+            for region, values in regions:
+                seen[name][region.slices] = True
+                difference = float((values - expected[name][region.slices]).abs().max())
+                largest = max(largest, difference / scale)
+    assert all(bool(mask.all()) for mask in seen.values())
+    return largest
+
+
+def assert_is(truth: Truth, ranks: list[Numbers], name: str) -> None:
+    scale = truth.logits.abs().max()
+    logits = [rank.logits for rank in ranks if rank.logits is not None]
+    error = max(float((each - truth.logits).abs().max() / scale) for each in logits)
+    weights = largest_difference([rank.weights for rank in ranks], truth.tensors)
+    gradients = largest_difference([rank.gradients for rank in ranks], truth.gradients)
+    print(f"{name}: logits {error:.1e}, gradients {gradients:.1e}")
+    assert weights == 0, name
+    assert error <= 1e-5, name
+    assert gradients <= 1e-5, name
+    for number, prompt in enumerate(PROMPTS if ranks[0].responses else ()):
+        (response,) = {rank.responses[number] for rank in ranks}
+        whole = torch.tensor([*prompt, *response])
+        likeliest = transformers_logits(truth.model, whole, [len(whole)]).argmax(dim=1)
+        assert response == tuple(likeliest[len(prompt) - 1 : -1].tolist()), (name, number)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if is_full() or name in ALWAYS])
+def test_every_number_of_a_family_is_that_of_transformers(layout: str, truths: dict[str, Truth]) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    names = [name for name in NAMES if is_possible(name, parallel)]
+    ranks = run_ranks(world_size, engine_numbers, [case(truths[name], parallel) for name in names])
+    for number, name in enumerate(names):
+        assert_is(truths[name], [rank[number] for rank in ranks], f"{layout}, {name}")
+        one = case(truths[name], parallel)
+        assert [rank[number].sizes for rank in ranks] == planned_sizes(one, world_size), name
+
+
+def planned_sizes(case: Case, world_size: int) -> list[list[list[int]]]:
+    """Elements of each parameter of each chunk, by rank, as the planner counts them."""
+    grid = grid_of(case.config.parallel, world_size)
+    found = []
+    for rank in range(world_size):
+        stage = rank // (world_size // grid.pp)
+        layers = grid.chunk_layers(case.architecture, stage=stage)
+        ends = [(stage == 0 and c == 0, stage == grid.pp - 1 and c == grid.vp - 1) for c in range(grid.vp)]
+        chunks = [
+            chunk_parameters(case.architecture, grid, num_layers=layers, has_embedding=first, has_output=last)
+            for first, last in ends
+        ]
+        found.append([[parameter.num_elements for parameter in chunk] for chunk in chunks])
+    return found
+
+
+def is_possible(name: str, parallel: dict[str, Any]) -> bool:
+    """Only experts spread over ep; Megatron's want sequence parallelism beside tensor parallelism."""
+    config = CONFIGS[name]
+    if "vp" in parallel and config["num_hidden_layers"] < 4:
+        return False
+    if "num_experts" in config:
+        return "tp" not in parallel or "sequence_parallel" in parallel
+    return "ep" not in parallel
