@@ -33,7 +33,6 @@ SMALLEST_WITH_ONE_DOOR = 100
 SMALL_FOR_A_REASON = {
     "apps/compare/command.py": "each command line is parsed with it: it imports nothing heavy",
     "apps/coupling/command.py": "each command line is parsed with it: it imports nothing heavy",
-    "apps/evaluate/command.py": "each command line is parsed with it: it imports nothing heavy",
     "losses/gift.py": "a loss, found by its name",
     "losses/ts_opsd.py": "a loss, found by its name",
 }
