@@ -109,8 +109,9 @@ def assert_is(truth: Truth, ranks: list[Numbers], name: str) -> None:
     assert weights == 0, name
     assert error <= 1e-5, name
     assert gradients <= 1e-5, name
-    for number, prompt in enumerate(PROMPTS if ranks[0].responses else ()):
-        (response,) = {rank.responses[number] for rank in ranks}
+    for number, prompt in enumerate(PROMPTS[: len(ranks[0].responses)]):
+        response = ranks[0].responses[number]
+        assert all(rank.responses[number] == response for rank in ranks), (name, number)
         whole = torch.tensor([*prompt, *response])
         likeliest = transformers_logits(truth.model, whole, [len(whole)]).argmax(dim=1)
         assert response == tuple(likeliest[len(prompt) - 1 : -1].tolist()), (name, number)

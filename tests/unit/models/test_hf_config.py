@@ -195,7 +195,7 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
 def test_every_key_that_is_honoured_changes_the_architecture(
     tmp_path: Path, family: str, changes: dict[str, object], expected: dict[str, object]
 ) -> None:
-    def field(record: dict[str, Any], path: str) -> object:
+    def field(record: Any, path: str) -> object:
         for name in path.split("."):
             record = (record or {}).get(name)
         return record
@@ -244,7 +244,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_all_problems_of_a_file_are_listed_at_once_and_each_once(tmp_path: Path) -> None:
-    twice = {"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": {"rope_type": "dynamic"}}
+    twice: dict[str, Any] = {
+        "rope_scaling": {"rope_type": "dynamic"},
+        "rope_parameters": {"rope_type": "dynamic"},
+    }
     with pytest.raises(ValueError, match="cannot be used") as raised:
         read(tmp_path, values(hidden_act="gelu", mlp_bias=True, **twice) | {"vocab_size": None})
     lines = str(raised.value).split("\n  ")[1:]

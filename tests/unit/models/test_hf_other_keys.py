@@ -12,6 +12,7 @@ import torch
 from megatron_sftrl.cli import start_logging
 from megatron_sftrl.config.schema import ModelSection
 from megatron_sftrl.models import notes_on
+from megatron_sftrl.models.architecture import Family
 from megatron_sftrl.models.hf_config import (
     _KEYS_WITHOUT_EFFECT,
     _MIXTURE_KEYS,
@@ -76,7 +77,7 @@ def test_a_factor_that_nobody_reads_is_no_obstacle_in_a_yarn(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family: str) -> None:
+def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family: Family) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "vocab_size": 31, "head_dim": 8, "moe_intermediate_size": 8}
@@ -107,7 +108,9 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
 
 @pytest.mark.parametrize("package", ["transformers", "vllm"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(family: str, package: str) -> None:
+def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
+    family: Family, package: str
+) -> None:
     found = importlib.util.find_spec(package)
     if found is None or found.submodule_search_locations is None:
         pytest.skip(f"{package} is not installed")

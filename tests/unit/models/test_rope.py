@@ -92,7 +92,7 @@ def test_layers_with_a_window_have_positions_of_their_own(tmp_path: Path, kind: 
         sets = {}
         for layers in ("full_attention", "sliding_attention"):
             asked = random_request(rng, kind if layers[0] == "f" or number % 2 else "default")
-            rope = asked.get("rope_scaling") or asked.get("rope_parameters")
+            rope: dict[str, Any] = asked.get("rope_scaling") or asked["rope_parameters"]
             sets[layers] = {"rope_theta": 7.5e4, **rope}
             sets[layers].pop("truncate", None)
         # Older keys scale the layers with full attention, and only them.
