@@ -362,6 +362,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse._SubParsersAc
     add = to_hf.add_argument
     add("--checkpoint", type=Path, required=True, help="checkpoint or run directory")
     add("--out", type=Path, required=True, help="Hugging Face directory to make")
+    add("--base", type=Path, metavar="DIR", help="of LoRA: the model under the adapters, where it is now")
+    add("--adapters", action="store_true", help="of LoRA: the adapters alone, as a directory of PEFT's")
     add("--max-file-gb", type=float, default=5.0, help="size of a safetensors file (5)")
     add("--verify-pp", type=int, default=1, metavar="PP", help="processes that hold the model to verify (1)")
     to_hf.set_defaults(command=_to_hf)
@@ -397,6 +399,8 @@ def _to_hf(parsed: argparse.Namespace) -> None:
         max_file_gb=parsed.max_file_gb,
         with_verify=parsed.verify,
         verify_pp=parsed.verify_pp,
+        base=parsed.base,
+        adapters=parsed.adapters,
     )
 
 
@@ -587,8 +591,7 @@ def _report(error: UserError | ValidationError) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank != 0:
         time.sleep(_SECONDS_FOR_RANK_0)
-    where = f" (rank {rank})" if rank else ""
-    text = f"error{where}: {error}\n(--traceback shows where it was raised)"
+    text = f"error{f' (rank {rank})' if rank else ''}: {error}\n(--traceback shows where it was raised)"
     print(text, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun prints a page of its own behind this, which ends with what it finds here.

@@ -179,6 +179,7 @@ def check_run(
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
+        *_lora_problems(config, architecture),
         *_rollout_problems(config, loss_needs),
         *_idle_problems(config),
     ]
@@ -494,6 +495,37 @@ def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
             f"optim.schedule_steps = {end} leaves nothing after optim.warmup_steps = "
             f"{config.optim.warmup_steps}: it counts the warm-up, too; raise it"
         )
+
+
+def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
+    if (lora := config.lora) is None:
+        return
+    if architecture.mixture is not None:
+        yield "lora does not know mixtures of experts yet: train all weights, or a dense model"
+        return
+    if config.model.hf is None:
+        yield (
+            "lora trains adapters over the weights of a Hugging Face directory: give it as model.hf (a "
+            "checkpoint becomes one with sftrl convert to-hf)"
+        )
+    if config.model.layers == "te":
+        yield "lora does not know Transformer Engine's layers yet: set model.layers = torch"
+    if (reference := config.reference) is not None:
+        if reference.kind != "frozen":
+            yield "lora has no moving average of adapters yet: set reference.kind = frozen"
+        if reference.placement == "offload":
+            yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"
+        if reference.checkpoint is not None:
+            yield "reference.checkpoint: with lora the reference is the weights of model.hf; remove it"
+    if config.grpo is not None and config.grpo.rollout.engine == "vllm":
+        yield "lora does not reach vLLM yet: set rollout.engine = in_process"
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_query_groups * architecture.head_dim
+    other_side = {"q_proj": queries, "o_proj": queries, "k_proj": keys, "v_proj": keys}
+    for name in lora.names:
+        side = min(architecture.hidden_size, other_side.get(name, architecture.ffn_hidden_size))
+        if lora.rank > side:
+            yield f"lora.rank = {lora.rank} is larger than {name}, whose smaller side is {side}: lower it"
 
 
 def _rollout_problems(config: TrainingConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from megatron_sftrl.config.data import (
     SftTermSection,
 )
 from megatron_sftrl.config.gates import GateSection
+from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.config.paths import ExpandedPath, ModuleName
 from megatron_sftrl.config.rewards import RewardList, RewardWorkersSection
 from megatron_sftrl.errors import UserError
@@ -384,6 +385,7 @@ class TrainingConfig(Section, ABC):
     batch: BatchSection
     loss: LossSection
     reference: ReferenceSection | None = None
+    lora: LoraSection | None = None
     optim: OptimSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()

@@ -195,6 +195,7 @@ def _attention(
     head_dim = attention.hidden_size_per_attention_head
     # Transformer Engine has an empty tensor where there is no bias.
     mixed = F.linear(x, projection.weight, projection.bias if config.add_qkv_bias else None)
+    mixed = _adapted(projection, x, mixed)
     # [T, groups/tp, heads per group + 2, head_dim]: the query heads of a group, its key, its value.
     mixed = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
     turned, value = mixed[:, :, :-1], mixed[:, :, -1]
@@ -225,7 +226,8 @@ def _attention(
 
 
 def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    gate, up = F.linear(x, mlp.linear_fc1.weight).chunk(2, dim=-1)
+    both = _adapted(mlp.linear_fc1, x, F.linear(x, mlp.linear_fc1.weight))
+    gate, up = both.chunk(2, dim=-1)
     if mlp.config.bias_activation_fusion:
         gate = gate.float()  # the kernel rounds its result alone
     return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up).to(x.dtype), group)
@@ -242,7 +244,14 @@ def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tenso
     partial = F.linear(x, projection.weight)
     if group.size() > 1:
         dist.all_reduce(partial, group=group)
-    return partial
+    return _adapted(projection, x, partial)
+
+
+def _adapted(projection: Any, x: Tensor, output: Tensor) -> Tensor:
+    """With what the layer's adapters add (engine/lora.py)."""
+    for adapter in getattr(projection, "adapters", ()):
+        output = output + adapter(x, is_split=False)
+    return output
 
 
 def _own_share(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.determinism import named_operator
+from megatron_sftrl.engine.lora import add_adapters
 from megatron_sftrl.engine.megatron_config import check_fp8, transformer_config
 from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
 from megatron_sftrl.engine.model import (
@@ -94,6 +95,14 @@ def _seconds(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) ->
     return stop - start
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A Hugging Face directory, and the SHA-256 over the names and contents of its weight files."""
+
+    path: str
+    weights: str
+
+
 Ask = Callable[[TokenDistribution, TokenDistribution | None, Tensor], Sequence[Tensor]]
 """[T] nats, one or several, from the policy, the reference where there is one, and the labels [T] int64."""
 
@@ -131,6 +140,9 @@ class PolicyEngine:
         """Called when a micro-batch begins, of training, evaluation and scoring."""
         self.clock = GradientClock(parallel.device)
         self.optim = run.optim
+        self.lora = run.lora
+        self.base: Base | None = None
+        """Where the frozen weights under the adapters of LoRA came from, set by what loads them."""
         self.token_multiple = run.train.fp8.multiple if run.train.fp8 else 1
         """Of the tokens of a micro-batch on each rank, where train.fp8 asks for one."""
         check_fp8(run.train, parallel.device)
@@ -151,6 +163,8 @@ class PolicyEngine:
         else:
             # Real weights follow; drawing a large model's random ones would cost minutes.
             zero_weights(self.chunks)
+        if run.lora is not None:
+            add_adapters(self.chunks, architecture, run.lora, parallel, seed=run.seed)
         self._balance: ExpertBalance | None = None
         if run.model.moe_aux_loss_coeff:
             self._balance = ExpertBalance(self.chunks, architecture.num_layers, parallel)
@@ -171,6 +185,19 @@ class PolicyEngine:
             self.config.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]  # type: ignore[assignment]
         self.optimizer = build_optimizer(wrapped, run.optim, run.parallel, is_bf16=run.model.dtype == "bf16")
         self.training_state = TrainingState(wrapped, self.optimizer, self.parallel.device)
+
+    def adapters_record(self) -> dict[str, Any] | None:
+        """What checkpoint.json says about the adapters and their base; None without LoRA."""
+        if self.lora is None:
+            return None
+        return {
+            "rank": self.lora.rank,
+            "alpha": self.lora.alpha,
+            "targets": list(self.lora.names),
+            "rslora": self.lora.rslora,
+            "base": self.base.weights if self.base else None,
+            "base_path": self.base.path if self.base else None,
+        }
 
     @contextlib.contextmanager
     def lent_memory(self, *, offload: bool) -> Iterator[None]:

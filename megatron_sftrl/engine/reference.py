@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
+from megatron_sftrl.engine.lora import adapters_off
 from megatron_sftrl.engine.megatron_config import transformer_config
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
 from megatron_sftrl.engine.objective import OutputHead
@@ -94,6 +96,9 @@ class ReferenceModel:
     [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path of its
     own and no [T, V] tensor outlives its micro-batch. A moving average of bf16 weights is kept in fp32 beside
     them, where the weights are between two steps.
+
+    Args:
+        shared: the policy's chunks, whose adapters are off while they are the reference: no second copy.
     """
 
     def __init__(
@@ -102,9 +107,17 @@ class ReferenceModel:
         run: TrainingConfig,
         section: ReferenceSection,
         parallel: ParallelContext,
+        *,
+        shared: Sequence[LanguageModel] = (),
     ) -> None:
         self.section = section
         self.parallel = parallel
+        self._is_shared = bool(shared)
+        self._host: HostWeights | None = None
+        self._averages: list[dict[str, Tensor]] = []
+        if shared:
+            self.chunks = list(shared)
+            return
         config = transformer_config(
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
         )
@@ -112,10 +125,9 @@ class ReferenceModel:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
-        self._host: HostWeights | None = None
         if section.placement == "offload" and parallel.device.type != "cpu":
             self._host = HostWeights(self.chunks, parallel.device)
-        self._averages: list[dict[str, Tensor]] = [
+        self._averages = [
             {
                 name: weight.detach().to(torch.float32)
                 for name, weight in chunk.named_parameters()
@@ -165,7 +177,8 @@ class ReferenceModel:
 
         if self._host is not None:
             self._host.bring_in()
-        states = run_schedule(self.chunks, batches, keep, self.parallel, forward_only=True)
+        with adapters_off(self.chunks) if self._is_shared else contextlib.nullcontext():
+            states = run_schedule(self.chunks, batches, keep, self.parallel, forward_only=True)
         if self._host is not None:
             self._host.leave(but=self._head_weights())
         return states

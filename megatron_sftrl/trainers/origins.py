@@ -84,13 +84,17 @@ class Origins:
         origin = Origin(place=place, step=found.record.trainer.step, weights=found.record.content_hash())
         self._take(key, path, origin)
 
-    def take_hf(self, key: str, path: Path, weights: HfWeights) -> None:
+    def take_hf(self, key: str, path: Path, weights: HfWeights) -> str:
         """The same for a Hugging Face directory, whose weight files are hashed, each rank its share.
 
+        Returns:
+            hash_of_weights.
         Raises:
             UserError: on every rank: their content is another one.
         """
-        self._take(key, path, Origin(place=".", step=None, weights=hash_of_weights(path, weights)))
+        content = hash_of_weights(path, weights)
+        self._take(key, path, Origin(place=".", step=None, weights=content))
+        return content
 
     def write(self) -> None:
         """Keep them in the run's directory; rank 0 only."""

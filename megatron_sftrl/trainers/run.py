@@ -30,7 +30,7 @@ from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.policy import Base, PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
@@ -357,11 +357,10 @@ def next_commands(
         label, more = "go on from here in a new run", ["grpo", resolved, *_as_new_run(config, checkpoint)]
     else:
         label, more = "go on with GRPO", ["grpo", "GRPO.yaml", f"model.init_checkpoint={checkpoint}"]
-    return [
-        f"export: sftrl {shlex.join(export)}",
-        f"try it: {one_copy} {shlex.join(generate)}",
-        f"{label}: {_program(world_size, per_node)} {shlex.join(more)}",
-    ]
+    commands = [f"export: sftrl {shlex.join(export)}", f"try it: {one_copy} {shlex.join(generate)}"]
+    if config.lora is None:  # adapters are merged by the export before a run starts from them
+        commands.append(f"{label}: {_program(world_size, per_node)} {shlex.join(more)}")
+    return commands
 
 
 def _program(processes: int, per_node: int) -> str:
@@ -426,10 +425,13 @@ def build_models(
     )
     section = config.reference
     is_derived = section is not None and section.kind == "frozen" and section.checkpoint is None
-    if is_derived or not is_resumed:
+    if is_derived or not is_resumed or config.lora is not None:
         _load_start(checked, policy, origins)
     if config.reference is None:
         return policy, None
+    if config.lora is not None:
+        shared = policy.chunks
+        return policy, ReferenceModel(architecture, config, config.reference, parallel, shared=shared)
     reference = ReferenceModel(checked.architecture, config, config.reference, parallel)
     if config.reference.checkpoint is not None:
         _load_checkpoint(
@@ -451,7 +453,8 @@ def _load_start(checked: CheckedRun[ConfigT], policy: PolicyEngine, origins: Ori
     if model.hf is not None:
         with open_weights(model.hf, allow_pickle=model.allow_pickle) as weights:
             load_hf_weights(policy.chunks, weights, checked.architecture, policy.parallel)
-            origins.take_hf("model.hf", model.hf, weights)
+            content = origins.take_hf("model.hf", model.hf, weights)
+            policy.base = Base(path=str(model.hf.resolve()), weights=content)
             LOGGER.info("weights from model.hf: %s", model.hf)
     if model.init_checkpoint is not None:
         key = "model.init_checkpoint"

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.engine.checkpoint import checkpoint_at, load_weights
+from megatron_sftrl.engine.checkpoint import FoundCheckpoint, checkpoint_at, load_adapters, load_weights
 from megatron_sftrl.engine.checkpoint.directory import read_record
 from megatron_sftrl.engine.checkpoint.store import check_architecture
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.model import LanguageModel
-from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.policy import Base, PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
@@ -55,7 +55,10 @@ def give_weights(
     """
     architecture, chunks = policy.architecture, policy.chunks if into is None else into
     if not is_hugging_face(path):
-        found = load_weights(chunks, path, architecture=architecture, parallel=policy.parallel)
+        if policy.lora is not None and into is None:
+            found = _load_with_base(policy, path, config)
+        else:
+            found = load_weights(chunks, path, architecture=architecture, parallel=policy.parallel)
         return GivenWeights(
             path=found.path, step=found.record.trainer.step, content=found.record.content_hash()
         )
@@ -63,6 +66,16 @@ def give_weights(
     with open_weights(path, allow_pickle=config.model.allow_pickle) as weights:
         load_hf_weights(chunks, weights, architecture, policy.parallel)
         return GivenWeights(path=path, step=None, content=hash_of_weights(path, weights))
+
+
+def _load_with_base(policy: PolicyEngine, path: Path, config: TrainingConfig) -> FoundCheckpoint:
+    """A checkpoint of adapters, over the weights that they were trained on."""
+    base = config.model.hf
+    assert base is not None, "check_run refuses adapters without model.hf"
+    with open_weights(base, allow_pickle=config.model.allow_pickle) as weights:
+        load_hf_weights(policy.chunks, weights, policy.architecture, policy.parallel)
+        policy.base = Base(path=str(base.resolve()), weights=hash_of_weights(base, weights))
+    return load_adapters(policy, path)
 
 
 def weights_at(path: Path, config: TrainingConfig) -> GivenWeights:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
+from megatron_sftrl.apps.convert.adapters import convert_to_peft
 from megatron_sftrl.apps.convert.from_hf import Layout, check_layout, convert_from_hf
 from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
@@ -62,7 +63,15 @@ def run_to_megatron(
 
 
 def run_to_hf(
-    checkpoint: Path, out: Path, *, dtype: str | None, max_file_gb: float, with_verify: bool, verify_pp: int
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None,
+    max_file_gb: float,
+    with_verify: bool,
+    verify_pp: int,
+    base: Path | None = None,
+    adapters: bool = False,
 ) -> None:
     """`sftrl convert to-hf`: a checkpoint becomes a Hugging Face directory; every rank calls it.
 
@@ -71,6 +80,8 @@ def run_to_hf(
         dtype: a name of --dtype; kept when None.
         max_file_gb: size of a file of weights.
         with_verify: compare the logits of both sides, with the model on `verify_pp` processes.
+        base: of a checkpoint of adapters, the model that they are merged into.
+        adapters: write those alone, as PEFT does.
     Raises:
         UserError: a checkpoint that cannot be read, an output that exists, sides that differ.
     """
@@ -80,7 +91,17 @@ def run_to_hf(
     if verify_pp != 1 and not with_verify:
         raise UserError("--verify-pp has no effect without --verify")
     section = ParallelSection(pp=verify_pp)
+    if adapters:
+        if base is not None or with_verify or dtype is not None:
+            raise UserError(
+                "--adapters writes the adapters as they are: --base, --dtype, --verify go without"
+            )
+        with parallel_context(section):
+            convert_to_peft(checkpoint, out)
+        return
     with parallel_context(section) as parallel:
+        if with_verify and find_checkpoint(checkpoint).finish().lora is not None:
+            raise UserError("--verify does not know adapters yet: leave it out")
         with ByteProgress("exporting") as progress:
             convert_to_hf(
                 checkpoint,
@@ -88,6 +109,7 @@ def run_to_hf(
                 dtype=_dtype_named(dtype),
                 max_file_bytes=int(max_file_gb * 1e9),
                 on_bytes=progress.show,
+                base=base,
             )
         _report_assets(path.name for path in out.iterdir())
         if with_verify:

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.apps.convert.adapters import open_base, write_merged
 from megatron_sftrl.data.tokenizer_backends import PROBES, class_defaults
-from megatron_sftrl.engine.checkpoint import StoredModel, find_checkpoint, stored_assets
+from megatron_sftrl.engine.checkpoint import CheckpointRecord, StoredModel, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.models.hf_output import (
@@ -31,6 +33,7 @@ from megatron_sftrl.models.hf_output import (
     write_index,
 )
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
+from megatron_sftrl.models.tensors import hf_shapes
 
 # The exported tokenizer gives the ids that training saw, also to programs that load it by its class.
 
@@ -108,6 +111,7 @@ def convert_to_hf(
     dtype: torch.dtype | None,
     max_file_bytes: int,
     on_bytes: Callable[[int, int], None],
+    base: Path | None = None,
 ) -> Path:
     """Write the directory `out`, which transformers and vLLM load; every rank calls it.
 
@@ -120,11 +124,19 @@ def convert_to_hf(
         dtype: of the exported weights; None keeps the stored one of each tensor.
         max_file_bytes: size of a safetensors file; a tensor larger than that has a file of its own.
         on_bytes: told (bytes written by this process so far, bytes it will write).
+        base: of a checkpoint of adapters, where the model is that they are merged into; None for the place
+            that the run read it from.
     Raises:
-        UserError: on every rank: no or a damaged checkpoint, an output that exists, a full disk.
+        UserError: on every rank: no or a damaged checkpoint, another base, an output that exists, full disk.
     """
     verification = find_checkpoint(checkpoint)
     path, architecture = verification.path, from_record(verification.record.architecture)
+    if verification.record.lora is not None:
+        verification.finish()
+        _convert_merged(path, verification.record, out, dtype, max_file_bytes, on_bytes, base)
+        return out
+    if base is not None:
+        raise UserError(f"--base has no effect: {path} holds a whole model and no adapters")
     stored = on_every_rank(lambda: StoredModel(path, architecture))
     sizes = _sizes(stored, dtype)
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
@@ -140,6 +152,38 @@ def convert_to_hf(
         assets = _with_config(stored_assets(path), architecture, kept)
         on_rank_zero(lambda: write_assets(temporary, with_ids_of_tokenizer_json(assets)))
     return out
+
+
+def _convert_merged(
+    path: Path,
+    record: CheckpointRecord,
+    out: Path,
+    dtype: torch.dtype | None,
+    max_file_bytes: int,
+    on_bytes: Callable[[int, int], None],
+    base: Path | None,
+) -> None:
+    """convert_to_hf of a checkpoint of adapters, merged in fp32 and rounded once."""
+    assert record.lora is not None
+    architecture = from_record(record.architecture)
+    chosen = dtype or {"bf16": torch.bfloat16, "fp32": torch.float32}[record.dtype]
+    num_bytes = sum(math.prod(shape) for shape in hf_shapes(architecture).values()) * chosen.itemsize
+    with (
+        open_base(path, record.lora, architecture, base) as weights,
+        new_directory_together(out, num_bytes=num_bytes) as temporary,
+    ):
+        write_merged(
+            path,
+            record.lora,
+            architecture,
+            temporary,
+            weights,
+            dtype=chosen,
+            max_file_bytes=max_file_bytes,
+            on_bytes=on_bytes,
+        )
+        assets = _with_config(stored_assets(path), architecture, chosen)
+        on_rank_zero(lambda: write_assets(temporary, with_ids_of_tokenizer_json(assets)))
 
 
 def _sizes(stored: StoredModel, dtype: torch.dtype | None) -> dict[str, int]:

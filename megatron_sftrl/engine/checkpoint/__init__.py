@@ -7,6 +7,7 @@ torch_dist files, `directory` makes a directory complete or refused, `background
 
 from megatron_sftrl.engine.checkpoint.converted import StoredModel, save_converted, stored_assets
 from megatron_sftrl.engine.checkpoint.directory import (
+    CheckpointRecord,
     TrainerState,
     checkpoint_at,
     complete_checkpoints,
@@ -17,10 +18,12 @@ from megatron_sftrl.engine.checkpoint.store import (
     CheckpointStore,
     FoundCheckpoint,
     find_checkpoint,
+    load_adapters,
     load_weights,
 )
 
 __all__ = [
+    "CheckpointRecord",
     "CheckpointStore",
     "FoundCheckpoint",
     "StoredModel",
@@ -31,6 +34,7 @@ __all__ = [
     "complete_checkpoints",
     "find_checkpoint",
     "hashed_files",
+    "load_adapters",
     "load_weights",
     "save_converted",
     "stored_assets",

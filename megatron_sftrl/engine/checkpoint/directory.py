@@ -85,6 +85,7 @@ class CheckpointRecord:
         layout: sizes of the parallel axes and the kind of device, for the random generators.
         versions: of the packages that wrote it.
         files: by path below the directory, checkpoint.json itself left out.
+        lora: where only adapters are stored, what they are and the fingerprint of the weights under them.
     """
 
     trainer: TrainerState
@@ -96,9 +97,13 @@ class CheckpointRecord:
     layout: Mapping[str, str | int]
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    lora: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.lora is None:
+            del values["lora"]  # as older versions write and read it
+        return json.dumps(values, indent=2) + "\n"
 
     def content_hash(self) -> str:
         """SHA-256 over the names and hashes of all files, in hexadecimal."""

@@ -88,6 +88,7 @@ def describe_run(
         layout=layout_of(policy.parallel),
         versions={"torch": torch.__version__, "megatron-core": megatron.core.__version__},
         files={},
+        lora=policy.adapters_record(),
     )
 
 
@@ -108,6 +109,7 @@ def check_record(
             "moving reference": stored_reference(reference),
         },
     )
+    problems += _adapter_differences(record, policy)
     _raise_if_different(problems, path)
 
 
@@ -143,6 +145,15 @@ def _architecture_differences(record: CheckpointRecord, architecture: Architectu
     # Read and written again, a record of an older version has today's fields.
     recorded = to_record(from_record(record.architecture))
     return differences(relevant(recorded), relevant(to_record(architecture)))
+
+
+def _adapter_differences(record: CheckpointRecord, policy: PolicyEngine) -> list[str]:
+    """Of the adapters and the weights under them, wherever those lie."""
+    ours = policy.adapters_record()
+    if record.lora is None or ours is None:
+        return differences({"lora": record.lora}, {"lora": ours})
+    stored, current = ({**each, "base_path": None} for each in (record.lora, ours))
+    return [f"lora.{each}" for each in differences(stored, current)]
 
 
 def _raise_if_different(problems: list[str], path: Path) -> None:
@@ -387,7 +398,9 @@ class CheckpointStore:
         if record.layout == layout_of(self.parallel):
             mine += rng_tensors(states, self.parallel)
         read_tensors(mine, path)
-        held = weights_of(policy.chunks) + replicated_shares(optimizer_shares(policy.optimizer))
+        held = weights_of(policy.chunks, adapters=policy.lora is not None) + replicated_shares(
+            optimizer_shares(policy.optimizer)
+        )
         if reference is not None and stored_reference(reference) is not None:
             held += weights_of(reference.chunks, reference.averages())
         send_to_replicas(held, self.parallel)
@@ -435,6 +448,11 @@ def load_weights(
     verification = find_checkpoint(path)
     found, record = verification.path, verification.finish()
     check_architecture(record, architecture, found)
+    if record.lora is not None:
+        raise UserError(
+            f"checkpoint {found} holds adapters alone (LoRA over {record.lora['base_path']}), not a model's "
+            f"weights: merge them with sftrl convert to-hf --checkpoint {found} --out DIR, and give DIR"
+        )
     tensors = model_tensors(chunks, prefix="policy")
     stored = stored_shapes(found)
     check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)
@@ -443,10 +461,29 @@ def load_weights(
     return FoundCheckpoint(path=found, record=record)
 
 
+def load_adapters(policy: PolicyEngine, path: Path) -> FoundCheckpoint:
+    """Fill a policy's adapters from a LoRA checkpoint of any layout; its base has been loaded before.
+
+    Raises:
+        UserError: on every rank and before anything is changed: a damaged checkpoint, other sizes, other
+            adapters, or adapters of another base.
+    """
+    verification = find_checkpoint(path)
+    found, record = verification.path, verification.finish()
+    check_architecture(record, policy.architecture, found)
+    _raise_if_different(_adapter_differences(record, policy), found)
+    tensors = model_tensors(policy.chunks, prefix="policy", adapters=True)
+    stored = stored_shapes(found)
+    check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)
+    read_tensors(first_replicas(tensors), found)
+    send_to_replicas(weights_of(policy.chunks, adapters=True), policy.parallel)
+    return FoundCheckpoint(path=found, record=record)
+
+
 def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> list[ShardedTensor]:
     """Everything but the random generators."""
     assert policy.optimizer is not None
-    tensors = model_tensors(policy.chunks, prefix="policy")
+    tensors = model_tensors(policy.chunks, prefix="policy", adapters=policy.lora is not None)
     tensors += optimizer_tensors(policy.chunks, optimizer_shares(policy.optimizer))
     if reference is not None and stored_reference(reference) is not None:
         tensors += model_tensors(reference.chunks, prefix="reference", instead=reference.averages())

@@ -1,6 +1,6 @@
 """Every tensor of a checkpoint, named and placed in coordinates that no layout changes.
 
-    policy.<name>                weights, dtype of the model
+    policy.<name>                weights, dtype of the model; with LoRA adapters alone, policy.lora.<name>
     optimizer.exp_avg.<name>     and exp_avg_sq, momentum_buffer: fp32 unless optim says bf16, shaped like it
     optimizer.main_param.<name>  fp32 weights behind bf16 ones
     reference.<name>             a moving-average reference, fp32
@@ -33,6 +33,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
+from megatron_sftrl.engine.lora import PREFIX, adapter_parameters
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.optimizer import inner_optimizers, leaves
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -228,23 +229,33 @@ class _Piece:
     place: ShardedTensor
 
     @property
+    def is_adapter(self) -> bool:
+        return self.place.key.startswith(PREFIX)
+
+    @property
     def stop(self) -> int:
         assert self.place.data is not None
         return self.start + self.place.data.numel()
 
 
 def model_tensors(
-    chunks: Sequence[LanguageModel], *, prefix: str, instead: Mapping[int, Tensor] | None = None
+    chunks: Sequence[LanguageModel],
+    *,
+    prefix: str,
+    instead: Mapping[int, Tensor] | None = None,
+    adapters: bool = False,
 ) -> list[ShardedTensor]:
     """Weights of this rank's chunks as `<prefix>.<name>`.
 
     Args:
         instead: by the id() of a weight, a tensor of its shape that takes its place.
+        adapters: those of LoRA, in place of the model's own weights.
     """
     values = instead or {}
     return [
         tensor
         for piece in _pieces(chunks)
+        if piece.is_adapter == adapters
         for tensor in _placed(
             piece,
             values.get(id(piece.parameter), piece.parameter),
@@ -373,14 +384,18 @@ def first_replicas(tensors: Sequence[ShardedTensor]) -> list[ShardedTensor]:
 
 
 def weights_of(
-    chunks: Sequence[LanguageModel], instead: Mapping[int, Tensor] | None = None
+    chunks: Sequence[LanguageModel],
+    instead: Mapping[int, Tensor] | None = None,
+    *,
+    adapters: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter and what is read for it: itself, or what stands in its place (see model_tensors)."""
-    values = instead or {}
+    """Each parameter of model_tensors and what is read for it: itself, or what stands in its place."""
+    values, theirs = instead or {}, {id(parameter) for parameter in adapter_parameters(chunks)}
     return [
         (parameter, values.get(id(parameter), parameter))
         for chunk in chunks
         for parameter in chunk.parameters()
+        if (id(parameter) in theirs) == adapters
     ]
 
 

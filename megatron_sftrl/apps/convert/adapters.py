@@ -1,0 +1,183 @@
+"""A checkpoint of adapters (LoRA) becomes a Hugging Face directory with them merged, or PEFT's directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint
+from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_output import HfFile, plan_files, write_index
+from megatron_sftrl.models.hf_tensor_file import write_safetensors
+from megatron_sftrl.models.hf_weights import HfWeights, open_weights
+from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.trainers.origins import hash_of_weights
+
+_STORED = "policy.lora."
+
+
+class StoredAdapters:
+    """The adapters of a checkpoint; close them (contextlib.closing).
+
+    Args:
+        lora: of the checkpoint's record.
+    """
+
+    def __init__(self, path: Path, lora: Mapping[str, Any]) -> None:
+        self.lora = lora
+        self._stored = StoredTensors(path)
+        rank = lora["rank"]
+        self.scale: float = lora["alpha"] / (math.sqrt(rank) if lora["rslora"] else rank)
+        self.kinds = {
+            key.removeprefix(_STORED): (self._stored.dtypes[key], shape)
+            for key, shape in self._stored.shapes.items()
+            if key.startswith(_STORED)
+        }
+        """Dtype and shape of A and B of each matrix, by PEFT's names inside the model."""
+
+    def read(self, name: str) -> Tensor:
+        dtype, shape = self.kinds[name]
+        whole = torch.empty(shape, dtype=dtype)
+        self._stored.read_into(whole, _STORED + name, (0, 0))
+        return whole
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """W + scale B A in fp32 of the Hugging Face weight `name`; the weight itself without an adapter."""
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" not in self.kinds:
+            return weight
+        down, up = (self.read(f"{module}.lora_{letter}.weight").float() for letter in "AB")
+        return weight.float() + self.scale * (up @ down)
+
+    def close(self) -> None:
+        self._stored.close()
+
+
+def write_merged(
+    path: Path,
+    lora: Mapping[str, Any],
+    architecture: Architecture,
+    temporary: Path,
+    weights: HfWeights,
+    *,
+    dtype: torch.dtype,
+    max_file_bytes: int,
+    on_bytes: Callable[[int, int], None],
+) -> None:
+    """The weight files and their index of a merged model; each rank writes whole files."""
+    shapes = hf_shapes(architecture)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
+    mine = files[dist.get_rank() :: dist.get_world_size()]
+
+    def write() -> None:
+        with closing(StoredAdapters(path, lora)) as adapters:
+            _write_files(temporary, mine, adapters, weights, sizes, shapes, dtype, on_bytes)
+
+    on_every_rank(write)
+    on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
+
+
+def _write_files(
+    directory: Path,
+    files: Sequence[HfFile],
+    adapters: StoredAdapters,
+    weights: HfWeights,
+    sizes: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    on_bytes: Callable[[int, int], None],
+) -> None:
+    total, done = sum(sizes[name] for file in files for name in file.tensors), 0
+
+    def tensor(name: str) -> Tensor:
+        nonlocal done
+        done += sizes[name]
+        on_bytes(done, total)
+        return adapters.merged(name, weights.read(name)).to(dtype)
+
+    for file in files:
+        write_safetensors(
+            directory / file.name, {name: (dtype, shapes[name]) for name in file.tensors}, tensor
+        )
+
+
+def open_base(
+    path: Path, lora: Mapping[str, Any], architecture: Architecture, base: Path | None
+) -> HfWeights:
+    """The weights that the adapters were trained over; every rank calls it.
+
+    Args:
+        path: of the checkpoint, for messages.
+        base: where they are now; None for the place that the run read them from.
+    Raises:
+        UserError: on every rank: nothing there, or other weights.
+    """
+    directory = Path(lora["base_path"]) if base is None else base
+    if not directory.is_dir():
+        raise UserError(
+            f"{path} holds adapters over the weights of {directory}, which is not there: give that model's "
+            "directory as --base"
+        )
+    # Pickled files are read as tensors only, and the run has been told to.
+    weights = open_weights(directory, allow_pickle=True)
+    weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+    found = hash_of_weights(directory, weights)
+    if found != lora["base"]:
+        raise UserError(
+            f"{path} holds adapters over other weights than those of {directory}: expected files with hash "
+            f"{lora['base'][:12]}, got {found[:12]}; give the directory that they were trained over as --base"
+        )
+    return weights
+
+
+def convert_to_peft(checkpoint: Path, out: Path) -> Path:
+    """Write the directory `out` with the adapters of a checkpoint, which PEFT loads; every rank calls it.
+
+    Raises:
+        UserError: on every rank: no checkpoint of adapters, a damaged one, or an output that exists.
+    """
+    verification = find_checkpoint(checkpoint)
+    path, record = verification.path, verification.finish()
+    lora = record.lora
+    if lora is None:
+        raise UserError(f"{path} holds a whole model and no adapters: export it without --adapters")
+    with closing(StoredAdapters(path, lora)) as adapters:
+        num_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in adapters.kinds.values())
+        with new_directory_together(out, num_bytes=num_bytes) as temporary:
+            on_rank_zero(lambda: _write_peft(temporary, adapters))
+    return out
+
+
+def _write_peft(directory: Path, adapters: StoredAdapters) -> None:
+    outer = "base_model.model."
+    write_safetensors(
+        directory / "adapter_model.safetensors",
+        {outer + name: kind for name, kind in adapters.kinds.items()},
+        lambda name: adapters.read(name.removeprefix(outer)),
+    )
+    lora = adapters.lora
+    config = {
+        "base_model_name_or_path": lora["base_path"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": int(lora["alpha"]) if float(lora["alpha"]).is_integer() else lora["alpha"],
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": lora["rank"],
+        "target_modules": lora["targets"],
+        "task_type": "CAUSAL_LM",
+        "use_rslora": lora["rslora"],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

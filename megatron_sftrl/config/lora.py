@@ -1,0 +1,37 @@
+"""The section `lora`: low-rank adapters are trained, and the model under them stays as it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from megatron_sftrl.config.data import Section
+
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_ALL: tuple[LoraTarget, ...] = get_args(LoraTarget)
+
+
+class LoraSection(Section):
+    """Low-rank adapters beside frozen matrices: W x + scale B A x, as PEFT trains them."""
+
+    rank: int = Field(ge=1)
+    """r, rows of A and columns of B; at most the smaller side of each matrix."""
+    alpha: float = Field(gt=0, allow_inf_nan=False)
+    """scale = alpha / rank, with rslora alpha / sqrt(rank)."""
+    targets: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
+    """The matrices that get an adapter, by their Hugging Face names: [q_proj, v_proj]. all-linear: all of
+    attention and MLP."""
+    rslora: bool = False
+    """Divide alpha by the root of the rank (arXiv:2312.03732)."""
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def names(self) -> tuple[LoraTarget, ...]:
+        """The matrices that get an adapter, in the order of a block."""
+        return _ALL if self.targets == "all-linear" else tuple(each for each in _ALL if each in self.targets)

@@ -1,0 +1,236 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on Megatron's shards of a frozen model.
+
+Megatron keeps q, k and v in one matrix, and gate and up. Each Hugging Face matrix has an adapter of its own,
+under its Hugging Face name, so that what is trained is what PEFT trains. Of a matrix whose rows are split
+over tp every rank has all of A and its rows of B; of one whose columns are split, its columns of A and all of
+B. What travels between ranks has r columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor
+
+from megatron_sftrl.config.lora import LoraSection
+from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
+
+PREFIX = "lora."
+"""Of the names of adapters in a checkpoint; a name of PEFT's follows, as in its files."""
+
+
+class Adapter(torch.nn.Module):
+    """The adapters of one of Megatron's linear layers, one for each Hugging Face matrix in it.
+
+    Args:
+        tensor: the layer's weight, whole.
+        dtype: of the layer's weight.
+    """
+
+    def __init__(
+        self, tensor: MegatronTensor, section: LoraSection, parallel: ParallelContext, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.is_on = True
+        self.scale = section.scale
+        self._parallel, self._tensor = parallel, tensor
+        self._sums_input = tensor.shard == "columns"
+        tp = parallel.tp_size
+        sizes: dict[str, int] = {}
+        for run in tensor.rows:
+            sizes[run.name] = sizes.get(run.name, 0) + run.num_rows
+        # q, k and v alternate, one run of rows of each for every key/value head.
+        self._num_runs = max(1, len(tensor.rows) // len(sizes) // tp)
+        self._num_rows = {name: size if self._sums_input else size // tp for name, size in sizes.items()}
+        self.names = [name for name in sizes if _short(name) in section.names]
+        columns = tensor.shape[1] // (tp if self._sums_input else 1)
+        for name in self.names:
+            # Of this module itself: with overlap_param_gather calling it waits for its own parameters.
+            for letter, shape in (
+                ("A", (section.rank, columns)),
+                ("B", (self._num_rows[name], section.rank)),
+            ):
+                empty = torch.empty(shape, dtype=dtype, device=parallel.device)
+                self.register_parameter(f"{_short(name)}_{letter}", torch.nn.Parameter(empty))
+        shards, copies = (self.down, self.up) if self._sums_input else (self.up, self.down)
+        for parameter in shards:
+            set_tensor_model_parallel_attributes(parameter, True, 1 if self._sums_input else 0, 1)
+        for parameter in copies:
+            # finalize_model_grads sums the gradient over tp where this is set: each rank saw its own tokens.
+            parameter.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
+
+    @property
+    def down(self) -> list[torch.nn.Parameter]:
+        """A of each matrix: [r, in], of a row-parallel layer [r, in/tp]."""
+        return [getattr(self, f"{_short(name)}_A") for name in self.names]
+
+    @property
+    def up(self) -> list[torch.nn.Parameter]:
+        """B of each matrix: [out/tp, r], of a row-parallel layer [out, r]."""
+        return [getattr(self, f"{_short(name)}_B") for name in self.names]
+
+    def forward(self, x: Tensor, *, is_split: bool) -> Tensor:
+        """scale B A x, [.., out/tp] of a column-parallel layer's input and [.., out] of a row-parallel one's.
+
+        Args:
+            x: what the layer is given.
+            is_split: tokens are split over tp between the layers (sequence parallelism).
+        """
+        group = self._parallel.tp_group
+        inner = F.linear(x, torch.cat(self.down))
+        if self._sums_input:
+            sums = (
+                reduce_scatter_to_sequence_parallel_region
+                if is_split
+                else (reduce_from_tensor_model_parallel_region)
+            )
+            inner = sums(inner, group=group)
+        elif is_split:
+            inner = gather_from_sequence_parallel_region(inner, group=group)
+        else:
+            inner = copy_to_tensor_model_parallel_region(inner, group=group)
+        parts = dict(zip(self.names, inner.chunk(len(self.names), dim=-1), strict=True))
+        ups = dict(zip(self.names, self.up, strict=True))
+        outputs = [
+            F.linear(parts[name], ups[name]) if name in ups else inner.new_zeros(*inner.shape[:-1], rows)
+            for name, rows in self._num_rows.items()
+        ]
+        # [.., runs, rows of a run]: the runs of one matrix side by side with those of the others.
+        runs = [output.unflatten(-1, (self._num_runs, -1)) for output in outputs]
+        return torch.cat(runs, dim=-1).flatten(-2) * self.scale
+
+    def attach(self, linear: Any) -> None:
+        """Add to the output of Megatron's layer; engine/decode_step.py, which calls no layer, looks here."""
+        linear.adapters = (self,)  # in a tuple, in which torch does not look for parameters
+        linear.register_forward_hook(self._add)
+
+    def _add(self, _: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> Any:
+        if not self.is_on:
+            return None
+        output, bias = outputs
+        return output + self(inputs[0], is_split=self._parallel.sequence_parallel), bias
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """PEFT's start: A uniform in +-1/sqrt(in), B zero; drawn by seed and name, alike in every layout."""
+        for place in self.places():
+            assert place.data is not None
+            if ".lora_B." in place.key:
+                place.data.zero_()
+                continue
+            digest = hashlib.sha256(f"{seed}:{place.key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            whole = torch.rand(place.global_shape, generator=generator) * 2 - 1
+            start, size = place.global_offset[1], place.local_shape[1]
+            place.data.copy_(whole[:, start : start + size] / math.sqrt(place.global_shape[1]))
+
+    def places(self) -> Iterator[ShardedTensor]:
+        """A and B of each matrix as parts of PEFT's tensors."""
+        parallel, tp = self._parallel, (self._parallel.tp_rank, self._parallel.tp_size)
+        replica = torch.distributed.get_rank(parallel.dp_cp_group)
+        for letter, parameters, axis in (("A", self.down, 1), ("B", self.up, 0)):
+            is_cut = self._sums_input == (letter == "A")
+            for name, parameter in zip(self.names, parameters, strict=True):
+                yield ShardedTensor.from_rank_offsets(
+                    f"{PREFIX}{name.removesuffix('.weight')}.lora_{letter}.weight",
+                    parameter,
+                    *([(axis, *tp)] if is_cut else []),
+                    replica_id=(0, 0 if is_cut else parallel.tp_rank, replica),
+                )
+
+
+class Adapters(torch.nn.ModuleList):
+    """All adapters of a model chunk."""
+
+    def sharded_state_dict(self, *_: object, **__: object) -> dict[str, ShardedTensor]:
+        """By name; Megatron's of a chunk asks each module for its own."""
+        return {place.key: place for adapter in self for place in adapter.places()}  # type: ignore[operator]
+
+
+def add_adapters(
+    chunks: Sequence[LanguageModel],
+    architecture: Architecture,
+    section: LoraSection,
+    parallel: ParallelContext,
+    *,
+    seed: int,
+) -> None:
+    """Freeze the chunks and give them adapters, which alone are trained from now on."""
+    table = {
+        (tensor.key, tensor.index[0]): tensor
+        for tensor in megatron_tensors(architecture)
+        if tensor.index and len(tensor.shape) == 2
+    }
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        layers: Any = chunk.decoder.layers
+        adapters = Adapters()
+        for layer in layers:
+            for (key, index), tensor in table.items():
+                if index != layer.layer_number - 1:
+                    continue
+                path = key.removeprefix("decoder.layers.").removesuffix(".weight")
+                linear = attrgetter(path)(layer)
+                adapter = Adapter(tensor, section, parallel, linear.weight.dtype)
+                if adapter.names:
+                    adapter.initialize(seed)
+                    adapter.attach(linear)
+                    adapters.append(adapter)
+        chunk.add_module("lora", adapters)
+        if chunk.pre_process and chunk.config.recompute_granularity is not None:
+            # What is computed again must have an input with a gradient, or it has none.
+            chunk.embedding.register_forward_hook(_with_gradient)
+
+
+def adapters_of(chunks: Sequence[torch.nn.Module]) -> list[Adapter]:
+    """Every adapter of the chunks, wrapped by DDP or not; none without LoRA."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]
+
+
+def adapter_parameters(chunks: Sequence[torch.nn.Module]) -> list[Tensor]:
+    """Every A and B of the chunks."""
+    return [parameter for adapter in adapters_of(chunks) for parameter in adapter.parameters()]
+
+
+@contextlib.contextmanager
+def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """For the block the chunks are the frozen model, in evaluation mode."""
+    adapters, before = adapters_of(chunks), [chunk.training for chunk in chunks]
+    for adapter in adapters:
+        adapter.is_on = False
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
+        for chunk, was_training in zip(chunks, before, strict=True):
+            chunk.train(was_training)
+
+
+def _short(name: str) -> str:
+    """q_proj of model.layers.0.self_attn.q_proj.weight."""
+    return name.split(".")[-2]
+
+
+def _with_gradient(_: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output

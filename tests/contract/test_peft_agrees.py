@@ -1,0 +1,197 @@
+"""PEFT over transformers is the truth for LoRA: the same adapters, losses, gradients and weights after steps."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.engine_outputs import engine_config
+from tests.distributed.hf_models import save_model
+from tests.distributed.test_layouts import step_batches
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None, reason="peft is not here: bash tests/oracles.sh installs it"
+)
+
+NUM_STEPS = 20
+OPTIM = {"lr": 0.003, "eps": 1e-4, "weight_decay": 0.1, "clip_grad": 1.0}
+MODEL = "qwen2_window"  # four layers, biases, a window, tied embeddings
+RANK, ALPHA = 4, 6.0
+LAYOUTS = {
+    "one process": (1, {}, {}),
+    "rslora, two matrices": (1, {}, {"rslora": True, "targets": ["q_proj", "down_proj"]}),
+    "tp2": (2, {"tp": 2}, {}),
+    "tp2, q v gate": (2, {"tp": 2}, {"targets": ["q_proj", "v_proj", "gate_proj"]}),
+    "sp2": (2, {"tp": 2, "sequence_parallel": True}, {}),
+    "pp2": (2, {"pp": 2}, {}),
+    "vp2": (2, {"pp": 2, "vp": 2}, {}),
+    "cp2": (2, {"cp": 2}, {}),
+    "dp2, distributed optimizer": (
+        2,
+        {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+        {},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Losses and gradient norms of all steps, gradients of the first one, weights after the last one."""
+
+    curve: list[tuple[float, float]]
+    gradients: dict[tuple[str, tuple[int, ...]], Tensor]
+    weights: dict[tuple[str, tuple[int, ...]], Tensor]
+
+
+def peft_model(directory: Path, lora: dict) -> Any:
+    """fp32, with B that is not zero, or A would have no gradient."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = {"targets": "all-linear", "rslora": False, **lora}
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,  # type: ignore[arg-type]
+        target_modules=settings["targets"],
+        use_rslora=settings["rslora"],
+        task_type="CAUSAL_LM",
+    )
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.05, generator=generator)
+    return model
+
+
+def adapters_of(model: Any) -> dict[str, torch.nn.Parameter]:
+    """By the names of PEFT's files, inside of the model."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def train_peft(model: Any) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """The curve, and the gradients of the first step; the model is trained in place."""
+    parameters = adapters_of(model)
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=OPTIM["lr"],
+        betas=(0.9, 0.95),
+        eps=OPTIM["eps"],
+        weight_decay=OPTIM["weight_decay"],
+    )
+    curve, first = [], {}
+    for step in range(NUM_STEPS):
+        total = 0.0
+        for batch in step_batches(step, num_groups=1, group=0, multiple=1, num_microbatches=8):
+            ends = batch.cu_seqlens.tolist()
+            for start, stop in zip(ends[:-1], ends[1:], strict=True):
+                logits = model(batch.tokens[None, start:stop]).logits[0].float()
+                logprobs = logits.log_softmax(-1).gather(1, batch.labels[start:stop, None])[:, 0]
+                loss = -(logprobs * batch.token_weight[start:stop]).sum()
+                loss.backward()
+                total += float(loss)
+        if not first:
+            first = {name: parameter.grad.clone() for name, parameter in parameters.items()}  # type: ignore[union-attr]
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), OPTIM["clip_grad"])
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((total, float(norm)))
+    return curve, first
+
+
+def train_engine(directory: Path, parallel: dict, lora: dict, start: dict[str, Tensor]) -> Trained:
+    """Runs on every rank."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.live_weights import load_hf_weights
+    from megatron_sftrl.engine.lora import adapters_of
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.losses.registry import build_loss
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.models.hf_weights import open_weights
+
+    values = engine_config(directory, parallel, "fp32").model_dump()
+    values["lora"] = {"rank": RANK, "alpha": ALPHA, **lora}
+    values["optim"] = OPTIM
+    config = type(engine_config(directory, parallel, "fp32")).model_validate(values)
+    architecture = architecture_of(config.model)
+    context = initialize_parallel(config.parallel)
+    policy = PolicyEngine(architecture, config, context)
+    with open_weights(directory) as weights:
+        load_hf_weights(policy.chunks, weights, architecture, context)
+    places = [place for adapter in adapters_of(policy.chunks) for place in adapter.places()]
+    with torch.no_grad():
+        for place in places:
+            place.data.copy_(start[place.key.removeprefix("lora.")][place.global_slice()])
+    policy.reload_optimizer_weights()
+    curve, gradients = [], {}
+    for step in range(NUM_STEPS):
+        batches = step_batches(
+            step,
+            num_groups=context.dp_size,
+            group=context.dp_rank,
+            multiple=2 * context.cp_size * context.tp_size,
+            num_microbatches=4 if context.pp_size > 1 else 2,
+        )
+        report = policy.forward_backward(batches, build_loss("sft", {}))
+        if step == 0 and not config.parallel.distributed_optimizer:
+            gradients = {name(place): place.data.main_grad.clone() for place in places}
+        update = policy.optim_step(step, num_steps=NUM_STEPS)
+        curve.append((report.loss, update.grad_norm))
+    policy.gather_parameters()
+    frozen = [weight for chunk in policy.chunks for weight in chunk.parameters() if not weight.requires_grad]
+    assert frozen and all(weight.grad is None and not hasattr(weight, "main_grad") for weight in frozen)
+    parallel_state.destroy_model_parallel()
+    trained = {name(place): place.data.detach().clone() for place in places}
+    return Trained(curve=curve, gradients=gradients, weights=trained)
+
+
+def name(place: Any) -> tuple[str, tuple[int, ...]]:
+    return place.key.removeprefix("lora."), place.global_offset
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base")
+    save_model(MODEL, path)
+    return path
+
+
+def assert_parts(found: dict[tuple[str, tuple[int, ...]], Tensor], whole: dict[str, Tensor], bound: float) -> None:
+    """Each part is that of the whole tensor of its name, to `bound` of the largest value in that."""
+    for (key, offset), part in found.items():
+        slices = tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))
+        scale = float(whole[key].abs().max())
+        torch.testing.assert_close(part, whole[key][slices], rtol=0, atol=bound * scale, msg=key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_what_peft_trains(directory: Path, layout: str) -> None:
+    world_size, parallel, lora = LAYOUTS[layout]
+    model = peft_model(directory, lora)
+    start = {key: value.detach().clone() for key, value in adapters_of(model).items()}
+    curve, gradients = train_peft(model)
+    ranks = run_ranks(world_size, train_engine, directory, parallel, lora, start)
+    for trained in ranks:
+        ours, truth = torch.tensor(trained.curve), torch.tensor(curve)
+        print((ours-truth).abs().max(0), truth[0], truth[-1])
+        torch.testing.assert_close(ours[:, 0], truth[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[0], truth[0], rtol=1e-5, atol=1e-5)
+        assert_parts(trained.gradients, gradients, 1e-5)
+        assert_parts(trained.weights, {key: value.detach() for key, value in adapters_of(model).items()}, 1e-3)
+    assert {key for trained in ranks for key, _ in trained.weights} == start.keys()
+    assert curve[-1][0] < curve[0][0] - 0.01, "nothing was learned: the test is blind"
