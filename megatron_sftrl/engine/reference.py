@@ -114,7 +114,7 @@ class ReferenceModel:
         self.parallel = parallel
         self._is_shared = bool(shared)
         self._host: HostWeights | None = None
-        self._averages: list[dict[str, Tensor]] = []
+        self._averages: list[dict[str, Tensor]] = [{} for _ in shared]
         if shared:
             self.chunks = list(shared)
             return

@@ -1,0 +1,126 @@
+"""`lora:` from the YAML to an export: what a user types, in processes of several layouts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.grpo_project import GrpoProject
+from tests.e2e.once import once
+from tests.e2e.product import sftrl, sftrl_each
+from tests.e2e.project import NUM_STEPS, VOCAB_SIZE, Project, make_tokenizer, metrics_of, read_rows
+from tests.hf_models import read_tensors, write_model
+
+LAST = f"checkpoints/step-{NUM_STEPS:08d}"
+SCALE = 2.0
+LORA = "lora={rank: 4, alpha: 8, targets: [q_proj, v_proj, o_proj, gate_proj, down_proj]}"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model under the adapters."""
+
+    def write(folder: Path) -> Path:
+        directory = write_model(folder / "base", "qwen2", vocab_size=VOCAB_SIZE)
+        make_tokenizer(directory)
+        return directory
+
+    return once(tmp_path_factory, "lora_base", write)
+
+
+@pytest.fixture(scope="session")
+def trained(project: Project, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of GIFT with a frozen reference on tp = 2 with sequence parallelism: never written."""
+
+    def run(folder: Path) -> Path:
+        layout = "parallel={tp: 2, sequence_parallel: true}"
+        sftrl(*sft(project, base, folder / "run"), layout, ranks=2)
+        return folder / "run"
+
+    return once(tmp_path_factory, "lora_run", run)
+
+
+def sft(project: Project, base: Path, run_dir: Path, *overrides: str) -> list[str]:
+    model = ("model.architecture=null", f"model.hf={base}")
+    return ["sft", str(project.yaml), f"run_dir={run_dir}", *model, LORA, *overrides]
+
+
+def test_a_checkpoint_of_adapters_goes_on_in_another_layout(
+    project: Project, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    shutil.rmtree(run_dir / LAST)
+    before = metrics_of(run_dir)
+    sftrl(*sft(project, base, run_dir, "parallel.distributed_optimizer=true", "train.recompute=full"))
+    after = metrics_of(run_dir)
+    assert after[:4] == before[:4]
+    assert after[4:] != before[4:], "nothing was computed again: the comparison is blind"
+    # The reference is the model without adapters: with those of the checkpoint it would be off by tenths.
+    for name in ("loss", "grad_norm", "nll"):
+        ours, truth = ([row[name] for row in rows] for rows in (after, before))
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(truth), rtol=1e-5, atol=1e-5)
+    assert after[-1]["loss"] != pytest.approx(after[0]["loss"], abs=1e-3), "nothing was learned"
+
+
+def test_both_exports_are_the_base_and_its_adapters(base: Path, trained: Path, tmp_path: Path) -> None:
+    export = ["convert", "to-hf", "--checkpoint", str(trained)]
+    moved = shutil.copytree(base, tmp_path / "moved")
+    merged, peft = tmp_path / "merged", tmp_path / "peft"
+    sftrl(*export, "--out", str(merged), "--base", str(moved))
+    sftrl(*export, "--out", str(peft), "--adapters")
+    weights, adapters = read_tensors(merged), read_tensors(peft)
+    changed = 0
+    for name, weight in read_tensors(base).items():
+        inside = f"base_model.model.{name.removesuffix('.weight')}"
+        if (down := adapters.get(f"{inside}.lora_A.weight")) is not None:
+            weight = weight + SCALE * adapters[f"{inside}.lora_B.weight"] @ down
+            changed += 1
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6, msg=name)
+    assert changed == 2 * 5 == len(adapters) / 2
+    (moved / "model.safetensors").unlink()
+    write_model(moved, "qwen2", vocab_size=VOCAB_SIZE, seed=1)
+    (ended,) = sftrl_each([[*export, "--out", str(tmp_path / "other"), "--base", str(moved)]])
+    assert "holds adapters over other weights" in ended.expect(2).stderr
+
+
+def test_an_answer_is_that_of_the_merged_model(project: Project, trained: Path, tmp_path: Path) -> None:
+    """The cached decode of single tokens reads the weights without their modules."""
+    merged = tmp_path / "merged"
+    sftrl("convert", "to-hf", "--checkpoint", str(trained), "--out", str(merged))
+    config, one = str(trained / "resolved.yaml"), ("parallel.tp=1", "parallel.sequence_parallel=false")
+    ask = ["--prompts", str(project.valid), "--max-new-tokens", "12", "--temperature", "0"]
+    answers = {}
+    for name, more in {
+        "adapters": [*one, "--checkpoint", str(trained)],
+        "merged": [*one, "lora=null", f"model.hf={merged}", "--checkpoint", str(merged)],
+        "base": [*one, "--checkpoint", str(base)],
+    }.items():
+        sftrl("generate", config, *more, *ask, "--out", str(tmp_path / f"of {name}"))
+        answers[name] = [row["responses"] for row in read_rows(tmp_path / f"of {name}")]
+    assert answers["adapters"] == answers["merged"] != answers["base"]
+
+
+def test_grpo_samples_from_the_adapters_that_it_trains(grpo: GrpoProject, base: Path, tmp_path: Path) -> None:
+    model = ("model.architecture=null", f"model.hf={base}", LORA, "optim.lr=0.02")
+    kl = ("loss.kl_coefficient=0.1", "reference={kind: frozen}")
+    sftrl(*grpo.command(tmp_path / "run", *model, *kl), ranks=1)
+    metrics = metrics_of(tmp_path / "run")
+    assert all(row["mismatch/max"] < 1e-4 for row in metrics)
+
+
+def test_what_does_not_fit_adapters_is_refused_by_name(
+    project: Project, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    full = sft(project, base, trained)
+    full.remove(LORA)
+    start = [*full[:2], f"run_dir={tmp_path / 'new'}", f"model.init_checkpoint={trained}"]
+    start += ["model.architecture=null", f"model.hf_config={base}"]
+    other = sft(project, base, trained, "lora.rank=2", "parallel={tp: 1}")
+    ended = sftrl_each([start, full, other])
+    said = [each.expect(2).stderr for each in ended]
+    assert "holds adapters alone (LoRA over" in said[0]
+    print(said[1], said[2])

@@ -1,0 +1,70 @@
+"""The section `lora`: what it means, and what does not go with it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.lora import LoraSection
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models import architecture_of
+from tests.unit.config.example import example, message_of
+
+LORA = ("lora={rank: 2, alpha: 4}", "model.architecture=null", "model.hf=BASE")
+
+
+def check(*overrides: str, sizes: tuple[str, ...] = ()) -> None:
+    """`sizes` are those of the model, which BASE stands for."""
+    architecture = architecture_of(example(*sizes).model)
+    check_run(example(*LORA, *overrides), architecture, 1, loss_needs=("reference",))
+
+
+def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
+    assert check("lora.targets=[q_proj, down_proj]", "model.layers=torch") is None  # it raises otherwise
+    assert check("lora.rank=32", "lora.targets=[k_proj]") is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["lora.rank=33"], "lora.rank = 33 is larger than k_proj, whose smaller side is 32"),
+        (["lora.rank=65", "lora.targets=[up_proj]"], "larger than up_proj, whose smaller side is 64"),
+        (["model.hf=null", "model.hf_config=BASE"], "give it as model.hf"),
+        (["model.layers=te"], "set model.layers = torch"),
+        (["reference.kind=moving_average"], "no moving average of adapters yet"),
+        (["reference.placement=offload"], "reference.placement = offload"),
+        (["reference.checkpoint=run"], "reference.checkpoint: with lora"),
+    ],
+)
+def test_what_does_not_go_with_adapters_is_refused(overrides: list[str], part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(*overrides)
+    assert part in str(caught.value)
+
+
+def test_a_mixture_is_refused() -> None:
+    sizes = ("family=qwen3_moe", "num_experts=4", "experts_per_token=2")
+    with pytest.raises(UserError, match="lora does not know mixtures of experts yet"):
+        check(sizes=tuple(f"model.architecture.{each}" for each in sizes))
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("lora.rank=0", ["lora.rank"]),
+        ("lora.targets=[q_prj]", ["lora.targets", "q_proj", "down_proj"]),
+        ("lora.targets=[]", ["lora.targets"]),
+        ("lora.dropout=0.1", ["lora.dropout"]),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_there_is(override: str, parts: list[str]) -> None:
+    said = message_of(*LORA, override)
+    assert all(part in said for part in parts)
+
+
+def test_the_scale_is_that_of_peft() -> None:
+    assert LoraSection(rank=16, alpha=32).scale == 2.0
+    assert LoraSection(rank=16, alpha=32, rslora=True).scale == 32 / math.sqrt(16)
+    assert LoraSection(rank=1, alpha=1, targets=["down_proj", "q_proj"]).names == ("q_proj", "down_proj")
