@@ -87,7 +87,9 @@ def test_both_exports_are_the_base_and_its_adapters(base: Path, trained: Path, t
     assert "holds adapters over other weights" in ended.expect(2).stderr
 
 
-def test_an_answer_is_that_of_the_merged_model(project: Project, trained: Path, tmp_path: Path) -> None:
+def test_an_answer_is_that_of_the_merged_model(
+    project: Project, base: Path, trained: Path, tmp_path: Path
+) -> None:
     """The cached decode of single tokens reads the weights without their modules."""
     merged = tmp_path / "merged"
     sftrl("convert", "to-hf", "--checkpoint", str(trained), "--out", str(merged))
@@ -123,4 +125,4 @@ def test_what_does_not_fit_adapters_is_refused_by_name(
     ended = sftrl_each([start, full, other])
     said = [each.expect(2).stderr for each in ended]
     assert "holds adapters alone (LoRA over" in said[0]
-    print(said[1], said[2])
+    assert all("choose another run_dir" in each and "lora" in each for each in said[1:]), said[1:]
