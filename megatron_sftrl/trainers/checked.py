@@ -27,7 +27,7 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import hf_config_values, is_hugging_face
 from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
 from megatron_sftrl.models.hf_weights import open_weights
-from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors
 from megatron_sftrl.observability.trackers import check_trackers
 from megatron_sftrl.types import SamplingParams
 
@@ -122,6 +122,7 @@ def checked_configuration(config: ConfigT, *, world_size: int | None = None) -> 
     sft_loss = None if config.grpo is None else sft_term_loss(config.grpo)
     loss_needs = loss.needs + (() if sft_loss is None else sft_loss.needs)
     check_run(config, architecture, world_size, loss_needs=loss_needs)
+    check_targets(config, architecture)
     tokenizer = _tokenizer(config, architecture)
     return CheckedRun(
         config=config,
@@ -140,9 +141,27 @@ def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     say_notes(notes_on(config.model))
     needs = ("reference",) if config.reference is not None else ()
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=needs)
+    check_targets(config, architecture)
     check_megatron(config, architecture, is_cuda=torch.cuda.is_available())
     tokenizer = _tokenizer(config, architecture)
     return architecture, tokenizer
+
+
+def check_targets(config: TrainingConfig, architecture: Architecture) -> None:
+    """Refuse adapters for matrices that the model's files have in one with others.
+
+    Raises:
+        UserError: naming the targets, and what there is instead.
+    """
+    if config.lora is None:
+        return
+    matrices = [each for each in megatron_tensors(architecture) if each.index and len(each.shape) == 2]
+    there = list(dict.fromkeys(run.name.split(".")[-2] for each in matrices for run in each.rows))
+    if missing := [name for name in config.lora.names if name not in there]:
+        raise UserError(
+            f"lora.targets: {', '.join(missing)} are no matrices of a {architecture.family}, which has "
+            f"{', '.join(there)}, and an adapter for several in one is not built: choose among the others"
+        )
 
 
 def _tokenizer(config: TrainingConfig, architecture: Architecture) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
+from megatron_sftrl.trainers.checked import check_targets
 from tests.unit.config.example import example, message_of
 
 LORA = ("lora={rank: 2, alpha: 4}", "model.architecture=null", "model.hf=BASE")
@@ -42,6 +44,15 @@ def test_what_does_not_go_with_adapters_is_refused(overrides: list[str], part: s
     with pytest.raises(UserError) as caught:
         check(*overrides)
     assert part in str(caught.value)
+
+
+def test_matrices_that_the_files_have_in_one_with_others_are_refused() -> None:
+    architecture = replace(architecture_of(example().model), family="phi3")
+    with pytest.raises(
+        UserError, match="q_proj, k_proj, v_proj, gate_proj, up_proj are no matrices"
+    ):
+        check_targets(example(*LORA), architecture)
+    check_targets(example(*LORA, "lora.targets=[o_proj, down_proj]"), architecture)
 
 
 def test_a_mixture_is_refused() -> None:
