@@ -48,9 +48,7 @@ def test_what_does_not_go_with_adapters_is_refused(overrides: list[str], part: s
 
 def test_matrices_that_the_files_have_in_one_with_others_are_refused() -> None:
     architecture = replace(architecture_of(example().model), family="phi3")
-    with pytest.raises(
-        UserError, match="q_proj, k_proj, v_proj, gate_proj, up_proj are no matrices"
-    ):
+    with pytest.raises(UserError, match="q_proj, k_proj, v_proj, gate_proj, up_proj are no matrices"):
         check_targets(example(*LORA), architecture)
     check_targets(example(*LORA, "lora.targets=[o_proj, down_proj]"), architecture)
 
