@@ -28,7 +28,6 @@ from megatron_sftrl.engine.megatron_fields import DTYPES, megatron_fields
 from megatron_sftrl.engine.recompute import own_modules
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.tensors import megatron_tensors
 
 
 def uses_transformer_engine(model: ModelSection, *, is_cuda: bool) -> bool:
@@ -234,7 +233,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
     with_te = uses_transformer_engine(run.model, is_cuda=is_cuda)
     problems = [
         *_missing_packages(run, is_cuda=is_cuda, with_te=with_te),
-        *_adapter_problems(run, architecture, with_te=with_te),
+        *_adapter_problems(run, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:
@@ -254,17 +253,8 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
         ) from error
 
 
-def _adapter_problems(run: TrainingConfig, architecture: Architecture, *, with_te: bool) -> Iterator[str]:
-    if run.lora is None:
-        return
-    rows = [run for tensor in megatron_tensors(architecture) if len(tensor.shape) == 2 for run in tensor.rows]
-    there = dict.fromkeys(run.name.split(".")[-2] for run in rows if run.name.startswith("model.layers.0."))
-    if lost := [name for name in run.lora.names if name not in there]:
-        yield (
-            f"lora.targets: {', '.join(lost)} name nothing in this model, whose blocks have "
-            f"{', '.join(there)}; choose among them, where lora knows them"
-        )
-    if with_te and run.model.layers == "auto":
+def _adapter_problems(run: TrainingConfig, *, with_te: bool) -> Iterator[str]:
+    if run.lora is not None and with_te and run.model.layers == "auto":
         yield (
             "lora does not know Transformer Engine's layers yet, which model.layers = auto takes here: set "
             "model.layers = torch"
