@@ -43,11 +43,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = [0, 1, 2, 3, 5, 6]  # of `whole_logits`, without the one whose cross-entropies are infinite
 Errors = dict[str, tuple[float, float]]
 
-# These ask nothing of the kernels that another one does not.
-ALIKE = {"aesl", "asft", "eaft", "idft", "iw_sft", "kd", "psft", "sed", "trsft"}
+# These ask nothing of the kernels that another one does not; ts_opsd has no default temperature.
+ALIKE = {"aesl", "asft", "chord_phi", "eaft", "idft", "iw_sft", "kd", "psft", "sed", "trsft", "ts_opsd"}
 LOSSES = [
     *((name, {}) for name in DEFAULT_REGISTRY.names() if name not in ALIKE),
     ("kd", {"direction": "reverse", "temperature": 2.0, "top_k": 8, "alpha": 0.3}),
+    ("ts_opsd", {"tau": 2.0}),
     ("gift", {"beta": 2.0, "smoothing": 0.05}),
     ("curiosft", {"divergence": "forward_kl"}),
     ("curiosft", {"divergence": "reverse_kl"}),
