@@ -106,7 +106,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "two limits of a gate": (
         ("gates=[{metric: entropy, below: 1, above: 2}]",),
-        ("gate on entropy: give exactly one of below and above",),
+        ("gate on entropy: give exactly one of below, above and falls_by",),
     ),
     "rounds of a search that is off": (
         ("filters.max_rounds=2",),
