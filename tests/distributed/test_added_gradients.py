@@ -41,7 +41,7 @@ def built(fused: bool) -> dict[str, Any]:
     architecture, context = from_section(run.model.architecture), initialize_parallel(run.parallel)
     config = transformer_config(architecture, run.model, run.parallel, run.train, is_cuda=False)
     config.gradient_accumulation_fusion = fused
-    layers = block(config, None, 0)
+    layers = block(architecture, config, None, 0)
     config.transformer_impl = "transformer_engine"
     with mock.patch.object(engine_model, "_block_spec", return_value=layers):
         (chunk,) = engine_model.build_model_chunks(architecture, config, context)
