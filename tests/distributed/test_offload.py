@@ -110,6 +110,10 @@ def logprobs_of(policy: Any, batches: list) -> list[list[float]]:
 
 def storage_bytes() -> int:
     """Memory of all tensors that Python knows, what several share counted once."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    # Tables of the last 32 lengths, those of other tests among them.
+    RotaryEmbedding.forward.cache_clear()
     gc.collect()
     storages = (each.untyped_storage() for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
