@@ -9,7 +9,6 @@ B. What travels between ranks has r columns.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
@@ -28,7 +27,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_sftrl.config.lora import LoraSection
-from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.model import LanguageModel, named_generator
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
@@ -97,12 +96,10 @@ class Adapter(torch.nn.Module):
         group = self._parallel.tp_group
         inner = F.linear(x, torch.cat(self.down))
         if self._sums_input:
-            sums = (
-                reduce_scatter_to_sequence_parallel_region
-                if is_split
-                else (reduce_from_tensor_model_parallel_region)
-            )
-            inner = sums(inner, group=group)
+            if is_split:
+                inner = reduce_scatter_to_sequence_parallel_region(inner, group=group)
+            else:
+                inner = reduce_from_tensor_model_parallel_region(inner, group=group)
         elif is_split:
             inner = gather_from_sequence_parallel_region(inner, group=group)
         else:
@@ -136,9 +133,7 @@ class Adapter(torch.nn.Module):
             if ".lora_B." in place.key:
                 place.data.zero_()
                 continue
-            digest = hashlib.sha256(f"{seed}:{place.key}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            whole = torch.rand(place.global_shape, generator=generator) * 2 - 1
+            whole = torch.rand(place.global_shape, generator=named_generator(f"{seed}:{place.key}")) * 2 - 1
             start, size = place.global_offset[1], place.local_shape[1]
             place.data.copy_(whole[:, start : start + size] / math.sqrt(place.global_shape[1]))
 

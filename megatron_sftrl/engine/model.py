@@ -397,8 +397,13 @@ def _draw(
     rows = architecture.vocab_size if is_vocabulary else shape[0]
     is_output_projection = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
     std = architecture.init_std / (math.sqrt(2 * architecture.num_layers) if is_output_projection else 1.0)
-    digest = hashlib.sha256(f"{seed}:{key}:{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = named_generator(f"{seed}:{key}:{layer}")
     drawn = torch.zeros(shape)
     drawn[:rows] = torch.randn((rows, *shape[1:]), generator=generator) * std
     return drawn
+
+
+def named_generator(name: str) -> torch.Generator:
+    """Random numbers that depend on a name alone, the same on every rank."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -120,10 +120,11 @@ class ExperienceBatches:
     def has_signal(self, responses: Sequence[Response]) -> bool:
         """A response that carries loss has an advantage, where the loss looks at advantages."""
         return any(
-            (each.advantage != 0 or not self.needs_reward) and self._carries_loss(each) for each in responses
+            (each.advantage != 0 or not self.needs_reward) and self.carries_loss(each) for each in responses
         )
 
-    def _carries_loss(self, response: Response) -> bool:
+    def carries_loss(self, response: Response) -> bool:
+        """Its tokens count in the loss."""
         return response.carries_loss(mask_truncated=self.mask_truncated, needs_reward=self.needs_reward)
 
     def lay_out(self, responses: Sequence[Response], *, everything: bool = False) -> StepData | None:
@@ -136,7 +137,7 @@ class ExperienceBatches:
             as_example(
                 response,
                 number,
-                is_learned=everything or self._carries_loss(response),
+                is_learned=everything or self.carries_loss(response),
             )
             for number, response in enumerate(responses)
         ]

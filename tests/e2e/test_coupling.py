@@ -106,6 +106,24 @@ def test_tensor_parallel_ranks_measure_the_same_and_a_kl_term_pulls_to_its_refer
         assert divergence == pytest.approx(changes["kl/token"]["value"], abs=1e-5)
 
 
+def test_a_loss_without_advantages_has_a_gradient_where_all_responses_are_equally_good(
+    measured: Measured, tmp_path: Path
+) -> None:
+    start = measured.run / "checkpoints" / "step-00000001"
+    loss = ("loss={name: ts_opsd, tau: 2.0}", f"reference={{kind: frozen, checkpoint: {start}}}")
+    out = tmp_path / "out"
+    shutil.copytree(measured.out, out, ignore=shutil.ignore_patterns("gradients.json"))
+    for log in out.glob("*/generations.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for part in (part for line in lines for each in line["responses"] for part in each["rewards"]):
+            part["reward"] = 0.0
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sftrl(*measured.command(out, *loss))
+    for each in measured.found(out)["gradients"].values():
+        assert each["rl"] > 0
+        assert each["num_responses"] == SAMPLES * len({row["prompt"] for row in read_rows(measured.shown)})
+
+
 def test_a_killed_measurement_goes_on_and_ends_with_the_same(measured: Measured, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(measured.out, out)
@@ -154,6 +172,9 @@ def test_what_cannot_be_compared_is_refused_by_name(
             f"a={run}", f"b={hf}", more=("--samples", "3", "--k", "4")
         ),
         "--samples: expected 2 or more, got 1": command(f"a={run}", f"b={hf}", more=("--samples", "1")),
+        "coupling does not know adapters yet": command(
+            f"a={run}", f"b={hf}", more=("lora={rank: 2, alpha: 4}",)
+        ),
         f"{empty} holds no row": command(f"a={run}", f"b={hf}", more=("--demonstrations", str(empty))),
         "the loss grpo looks at a reference, whose weights are known where": command(
             f"a={run}", f"b={hf}", more=("loss.kl_coefficient=0.1", "reference={kind: frozen}")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
@@ -36,8 +37,7 @@ class StoredAdapters:
     def __init__(self, path: Path, lora: Mapping[str, Any]) -> None:
         self.lora = lora
         self._stored = StoredTensors(path)
-        rank = lora["rank"]
-        self.scale: float = lora["alpha"] / (math.sqrt(rank) if lora["rslora"] else rank)
+        self.scale = LoraSection.model_validate({key: lora[key] for key in LoraSection.model_fields}).scale
         self.kinds = {
             key.removeprefix(_STORED): (self._stored.dtypes[key], shape)
             for key, shape in self._stored.shapes.items()

@@ -33,7 +33,7 @@ from megatron_sftrl.trainers.experience import (
     ExperienceBatches,
     Response,
     ask_kl_from,
-    score_responses,
+    look_at_responses,
     with_advantages,
 )
 from megatron_sftrl.trainers.weights import give_weights
@@ -215,6 +215,7 @@ class Measures:
             max_length=config.rollout.max_new_tokens,
             pad_id=self._checked.tokenizer.pad_id,
             mask_truncated=config.filters.mask_truncated,
+            needs_reward="advantages" in self._checked.loss.needs,
         )
         responses = drawn_responses(self._request.out / stage.name, config, self._prompts)
         responses = _with_old_logprobs(policy, batches, responses, config.rollout.temperature)
@@ -224,8 +225,7 @@ class Measures:
         else:
             reference = None if self._prior is None else self._reference_at(self._prior)
             policy.forward_backward(data.batches, self._checked.loss, reference)
-        masked = config.filters.mask_truncated
-        count = sum(each.carries_loss(mask_truncated=masked) for each in responses) if data else 0
+        count = sum(map(batches.carries_loss, responses)) if data else 0
         return gradient_products(of_sft, policy.gradient(), parallel), count
 
 
@@ -274,7 +274,8 @@ def _with_old_logprobs(
     policy: PolicyEngine, batches: ExperienceBatches, responses: Sequence[Response], temperature: float
 ) -> list[Response]:
     """The ratio of the loss is 1: the responses are those of the very weights whose gradient is taken."""
-    data = batches.lay_out(responses, everything=True)
-    assert data is not None, "an engine generates at least one token"
-    scores = score_responses(policy, data, temperature=temperature)
-    return [replace(each, old_logprobs=tuple(scores[place])) for place, each in enumerate(responses)]
+    found = look_at_responses(policy, batches, responses, temperature=temperature)
+    return [
+        replace(each, old_logprobs=tuple(logprobs))
+        for each, (logprobs, _) in zip(responses, found, strict=True)
+    ]

@@ -45,6 +45,8 @@ def run_coupling(config: GrpoConfig, request: CouplingRequest) -> None:
         raise UserError(f"--samples: expected 2 or more, got {request.num_samples}: RL compares responses")
     if request.rank < 0:
         raise UserError(f"--rank: expected 0 or more, got {request.rank}")
+    if config.lora is not None:
+        raise UserError("coupling does not know adapters yet: export each stage (sftrl convert to-hf)")
     check_matplotlib()
     config = engine_here(config)
     checked = checked_run(config)
