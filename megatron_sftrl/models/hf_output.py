@@ -95,6 +95,15 @@ def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
     return HfAssets(files={**assets.files, CONFIG: edited.encode("utf-8")})
 
 
+def with_keys(assets: HfAssets, added: Mapping[str, object]) -> HfAssets:
+    """New assets with these keys in their config.json where it has none of the name."""
+    values = _json_object(assets.files[CONFIG], CONFIG)
+    if added.keys() <= values.keys():
+        return assets
+    text = json.dumps({**added, **values}, indent=2, ensure_ascii=False) + "\n"
+    return HfAssets(files={**assets.files, CONFIG: text.encode("utf-8")})
+
+
 def end_ids(assets: HfAssets) -> tuple[int, ...]:
     """The ids at which transformers and vLLM end a response of these files' model, in their order.
 

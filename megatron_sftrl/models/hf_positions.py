@@ -186,6 +186,11 @@ def _query_beta(reader: JsonReader, rope: JsonReader, yarn: Rope) -> float:
     return beta
 
 
+FOR_VLLM = ("llama_4_scaling",)
+"""Keys of a config.json that transformers never writes or reads, and without which vLLM computes another
+model."""
+
+
 def scaling_for_vllm(rope: Rope, beta: float) -> dict[str, Any]:
     """vLLM's llama_4_scaling."""
     return {"original_max_position_embeddings": rope.original_length, "beta": beta}

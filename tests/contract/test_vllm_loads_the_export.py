@@ -40,6 +40,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama tied": ("llama_tied", {}),
     "llama with llama3 rope": ("llama_llama3", {}),
     "llama with yarn rope": ("llama_yarn", {}),
+    "ministral3": ("ministral3", {}),  # vLLM reads a key that transformers does not write
     "mixtral": ("mixtral", {"intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 64}),
 }
@@ -47,7 +48,6 @@ if is_full():
     MODELS |= {
         "granite": ("granite", {}),
         "phi3": ("phi3", {}),
-        "ministral3": ("ministral3", {}),
         "glm4": ("glm4", {}),
         "olmo3": ("olmo3", {}),
         "smollm3": ("smollm3", {}),

@@ -29,9 +29,11 @@ from megatron_sftrl.models.hf_output import (
     HfFile,
     plan_files,
     with_dtype,
+    with_keys,
     write_assets,
     write_index,
 )
+from megatron_sftrl.models.hf_positions import FOR_VLLM
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.tensors import hf_shapes
 
@@ -224,8 +226,9 @@ def _write_files(
 
 
 def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtype) -> HfAssets:
-    """The config.json that came with the weights, or one that describes the architecture."""
+    """The config.json that came with the weights and what vLLM needs in it, or the architecture's."""
+    values = hf_config_values(architecture, dtype=dtype)
     if "config.json" in assets.files:
-        return with_dtype(assets, dtype)
-    text = json.dumps(hf_config_values(architecture, dtype=dtype), indent=2) + "\n"
+        return with_keys(with_dtype(assets, dtype), {key: values[key] for key in FOR_VLLM if key in values})
+    text = json.dumps(values, indent=2) + "\n"
     return HfAssets(files={**assets.files, "config.json": text.encode()})

@@ -15,6 +15,7 @@ from megatron_sftrl.models.hf_output import (
     read_assets,
     with_dtype,
     with_end_ids,
+    with_keys,
     write_assets,
 )
 from megatron_sftrl.models.tokenizer_files import has_tokenizer
@@ -129,6 +130,14 @@ def test_only_the_dtype_of_the_config_changes(config: str, dtype: torch.dtype, c
     assets = HfAssets(files={"config.json": config.encode(), "tokenizer.json": b"{}"})
     assert with_dtype(assets, dtype).files == {"config.json": changed.encode(), "tokenizer.json": b"{}"}
     assert assets.files["config.json"] == config.encode()
+
+
+def test_a_key_that_is_there_already_is_left_as_it_is() -> None:
+    assets = HfAssets(files={"config.json": b'{"x":  1}', "tokenizer.json": b"{}"})
+    assert with_keys(assets, {"x": 2}) == with_keys(assets, {}) == assets
+    changed = with_keys(assets, {"x": 2, "y": {"z": 3}}).files
+    assert json.loads(changed["config.json"]) == {"x": 1, "y": {"z": 3}}
+    assert changed["tokenizer.json"] == b"{}"
 
 
 @pytest.mark.parametrize(
