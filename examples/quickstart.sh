@@ -2,8 +2,8 @@
 # From nothing to a model trained with rewards on two CPU cores: a base model, GIFT under tensor parallelism,
 # GRPO from there with the same task's verifier, and the result in transformers.
 # Usage: bash examples/quickstart.sh                        QUICKSTART_SEED=1 for other problems and other weights,
-#                                                           QUICKSTART_STEPS=20 to see the stages with a base model
-#                                                           that has learned too little for rewards to rise
+#                                                           QUICKSTART_STEPS=20 to see the stages with so few steps of
+#                                                           SFT that rewards do not rise
 #        bash examples/quickstart.sh grpo optim.lr=3e-4     GRPO again and what follows, with changed keys
 # Everything it makes is in .venv and runs/quickstart; the latter is emptied first, or what GRPO made of it.
 set -euo pipefail
@@ -13,12 +13,13 @@ out=runs/quickstart
 seed="${QUICKSTART_SEED:-0}"
 what="${1:-all}"
 changes=("${@:2}")
+few=(${QUICKSTART_STEPS:+train.steps="$QUICKSTART_STEPS"})
 
 prepare_for_rewards() {
   stage "data and tokenizer"  python $here/prepare.py $out/data --seed "$seed"
-  stage "base model, dp 2"    train sft base ${QUICKSTART_STEPS:+train.steps="$QUICKSTART_STEPS"}
+  stage "base model, dp 2"    train sft base "${few[@]}"
   stage "answers of base"     answer base
-  stage "GIFT, tp 2"          train sft gift
+  stage "GIFT, tp 2"          train sft gift "${few[@]}"
   stage "answers of GIFT"     answer gift
 }
 

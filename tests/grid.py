@@ -30,6 +30,13 @@ def grid(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
     ]
 
 
+def often(values: dict[str, Any], *, rarely: Collection[str]) -> dict[str, Any]:
+    """As `cases`, where a fixture makes all of them at once."""
+    if unknown := set(rarely) - values.keys():
+        raise ValueError(f"{sorted(unknown)} are none of {list(values)}")
+    return {name: value for name, value in values.items() if is_full() or name not in rarely}
+
+
 def cases(names: Iterable[str], *, rarely: Collection[str]) -> list[Any]:
     """Every name; those of `rarely` only when all is asked for. They ask what others of the list ask, too."""
     names, wanted = list(names), is_full()

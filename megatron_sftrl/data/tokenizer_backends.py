@@ -190,12 +190,18 @@ def load_hugging_face(path: Path) -> LoadedTokenizer:
     )
 
 
-def class_defaults(path: Path, named: Collection[str], vocabulary: Mapping[str, int]) -> dict[str, str]:
+def class_defaults(
+    path: Path, config: Mapping[str, object], named: Collection[str], vocabulary: Mapping[str, int]
+) -> dict[str, str]:
     """Special tokens by name that no file names and transformers takes from the class of the tokenizer.
 
     What the files name, also as null, is left alone. A default that the vocabulary does not know belongs to
     another tokenizer.
     """
+    # AutoTokenizer, a second of imports, is not asked where no config.json can name another class than this.
+    is_generic = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if is_generic and not (path / "config.json").exists():
+        return {}
     missing = [name for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name not in named]
     if "bos_token" not in missing and "eos_token" not in missing:
         return {}
@@ -232,7 +238,7 @@ def _read_tokenizer_json(path: Path, notes: list[str]) -> Any:
         ) from error
     config = _optional_object(path / "tokenizer_config.json")
     named = {*config, *(name for name, token in tokenizer.special_tokens_map.items() if token)}
-    for name, token in class_defaults(path, named, tokenizer.get_vocab()).items():
+    for name, token in class_defaults(path, config, named, tokenizer.get_vocab()).items():
         setattr(tokenizer, name, token)
     # A chat template writes its special tokens out. transformers sets the second from the first in each call.
     tokenizer.split_special_tokens = False

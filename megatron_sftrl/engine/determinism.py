@@ -31,8 +31,10 @@ def choose_kernels(*, deterministic: bool) -> None:
     Raises:
         UserError: the environment asks for the opposite.
     """
-    # A process that runs several runs, one after the other, is asked by each.
-    torch.use_deterministic_algorithms(deterministic)
+    # A process that runs several runs, one after the other, is asked by each. To ask torch for what it does
+    # already would load its compilers, which takes a second.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
     if not deterministic:
         return
     for name, allowed in _ENVIRONMENT.items():

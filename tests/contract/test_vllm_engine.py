@@ -31,6 +31,7 @@ from tests.contract.rollout_contract import (
     observe,
 )
 from tests.distributed.engine_outputs import engine_config
+from tests.grid import cases
 from tests.ranks import close_ranks, run_ranks
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ SCENARIOS = {
     "tp2_pp2_to_two_of_tp2": Scenario("llama_tied", {"tp": 2, "pp": 2}, engine_tp=2, world_size=4),
     "ep2_to_tp2": Scenario("mixtral", {"ep": 2}, engine_tp=2),
 }
+SELDOM = ["tp2_to_tp2", "dp2_to_two_replicas"]  # the same on four ranks: tp2_pp2_to_two_of_tp2
 
 
 def make_engine(policy: PolicyEngine, *, tp: int) -> VllmEngine:
@@ -74,7 +76,7 @@ def make_engine(policy: PolicyEngine, *, tp: int) -> VllmEngine:
     return VllmEngine(policy, settings, decode)
 
 
-@pytest.fixture(scope="module", params=SCENARIOS)
+@pytest.fixture(scope="module", params=cases(SCENARIOS, rarely=SELDOM))
 def observed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     scenario = SCENARIOS[request.param]
     versions = save_versions(
@@ -254,7 +256,7 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     )
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3_moe", "llama_tied"])
+@pytest.fixture(scope="module", params=cases(["qwen2", "qwen3_moe", "llama_tied"], rarely=["qwen2"]))
 def rules(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mistreated:
     (directory,) = save_versions(request.param, tmp_path_factory.mktemp("rules"), num_versions=1).directories
     (found,) = run_ranks(1, own_rules, request.param, directory, timeout_s=300)

@@ -17,6 +17,7 @@ from tests.e2e.compare_runs import CompareProject, make_compare_project
 from tests.e2e.once import once
 from tests.e2e.product import TIMEOUT_S, Started, run_product, sftrl_each, start_product
 from tests.e2e.project import read_rows
+from tests.grid import is_full
 
 FORKING = ("-m", "tests.e2e.compare_runs")
 ARMS, SEEDS = ("sft", "pear"), (0, 1)
@@ -94,6 +95,8 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
         "sft/seed-1/sft/resolved.yaml": "asked",
         "sft/seed-1/grpo/checkpoints/step-00000001": "all",
     }
+    if not is_full():  # each of the three once
+        moments = dict(list(moments.items())[-3:])
     for number, (moment, whom) in enumerate(moments.items()):
         with start(comparison, out, tmp_path / f"log-{number}") as started:
             deadline = time.monotonic() + TIMEOUT_S

@@ -12,6 +12,7 @@ from tests.e2e.product import sftrl, sftrl_each
 from tests.e2e.project import metrics_of, read_rows, write_rows
 from tests.e2e.test_grpo_layouts import assert_same_run
 from tests.e2e.test_grpo_resume import assert_same
+from tests.grid import often
 
 SHOWN = "aeiou"
 """A demonstration: the reward is the share of vowels."""
@@ -66,12 +67,12 @@ def one(grpo: GrpoProject, mixed: tuple[str, ...], tmp_path_factory: pytest.Temp
 def test_two_processes_follow_one(
     grpo: GrpoProject, mixed: tuple[str, ...], one: Path, tmp_path: Path
 ) -> None:
-    runs = {name: tmp_path / str(number) for number, name in enumerate(LAYOUTS)}
-    lines = [grpo.command(runs[name], *mixed, *LAYOUTS[name], "train.steps=4") for name in LAYOUTS]
+    runs = {name: tmp_path / str(number) for number, name in enumerate(often(LAYOUTS, rarely=["cp2"]))}
+    lines = [grpo.command(run, *mixed, *LAYOUTS[name], "train.steps=4") for name, run in runs.items()]
     for done in sftrl_each(lines, ranks=2):
         done.expect(0)
-    for name in LAYOUTS:
-        assert_same_run(runs[name], one)
+    for run in runs.values():
+        assert_same_run(run, one)
 
 
 def test_groups_hold_their_rows_demonstration_and_all_others_are_generated(one: Path) -> None:

@@ -15,6 +15,7 @@ from tests.e2e.product import sftrl, sftrl_each, start_product
 from tests.e2e.project import Metrics, metrics_of, without_timing
 from tests.e2e.test_bad_input import assert_one_message
 from tests.e2e.test_resume import wait_for_step
+from tests.grid import HOW_TO_RUN_ALL, is_full
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it"
@@ -102,7 +103,7 @@ def test_what_vllm_cannot_do_ends_the_run_before_anything_is_built(
 
 @dataclass(frozen=True)
 class Killed:
-    """A run on two ranks that was killed and started again: its directory, and its metrics at the kill."""
+    """A run on two ranks, killed and started again if all is asked for: its directory, its metrics then."""
 
     run_dir: Path
     metrics: Metrics
@@ -114,6 +115,9 @@ def killed(grpo: GrpoProject, tmp_path_factory: pytest.TempPathFactory) -> Kille
     root = tmp_path_factory.mktemp("killed")
     run_dir = root / "run"
     both = command(grpo, run_dir, "parallel.tp=2", "rollout.vllm.tp=2", "checkpoint.every=4")
+    if not is_full():
+        sftrl(*both, ranks=2)
+        return Killed(run_dir, [])
     with start_product(*both, log=root / "log", ranks=2) as started:
         wait_for_step(1, run_dir, started)
         maps = {each.path for process in started.processes() for each in process.memory_maps()}
@@ -129,6 +133,7 @@ def killed(grpo: GrpoProject, tmp_path_factory: pytest.TempPathFactory) -> Kille
     return Killed(run_dir, metrics)
 
 
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
 def test_a_killed_run_repeats_its_lost_steps_and_writes_each_once(killed: Killed) -> None:
     metrics = metrics_of(killed.run_dir)
     assert [row["step"] for row in metrics] == list(range(1, NUM_STEPS + 1))

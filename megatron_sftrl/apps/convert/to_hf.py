@@ -61,7 +61,7 @@ def with_ids_of_tokenizer_json(assets: HfAssets) -> HfAssets:
             return assets
         config: dict[str, Any] = json.loads(assets.files.get(_CONFIG, b"{}"))
         before = config.get("tokenizer_class")
-        config |= class_defaults(directory, config, _own(directory).get_vocab())
+        config |= class_defaults(directory, config, config, _own(directory).get_vocab())
         config["tokenizer_class"] = _GENERIC
         content = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         changed = replace(assets, files={**assets.files, _CONFIG: content})

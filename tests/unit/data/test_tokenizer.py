@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -291,3 +292,17 @@ def test_characters_that_a_sentencepiece_model_does_not_know_are_said() -> None:
     (note,) = load(SENTENCEPIECE_MODEL).notes
     assert "only the unknown token for: " in note
     assert "Greek" in note
+
+
+def test_a_generic_class_has_no_defaults_and_the_import_of_autotokenizer_is_spared(tmp_path) -> None:
+    path = change_config(write_byte_level(tmp_path), bos_token=None)
+    look = (
+        "import sys; from megatron_sftrl.config.schema import TokenizerSection;"
+        "from megatron_sftrl.data.tokenizer import load_tokenizer;"
+        f"load_tokenizer(TokenizerSection(path={str(path)!r}));"
+        "print('transformers.models.auto.tokenization_auto' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", look], capture_output=True, text=True, timeout=300
+    )
+    assert ended.stdout.splitlines() == ["False"], ended.stderr

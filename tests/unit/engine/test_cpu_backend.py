@@ -73,6 +73,7 @@ def test_transformers_still_computes_its_rotary_frequencies_under_the_redirectio
 def test_importing_megatron_loads_neither_wandb_nor_torch_s_compilers() -> None:
     look = (
         "import sys, torch; compiler = torch.compile; import megatron_sftrl.engine.model;"
+        "from megatron_sftrl.engine.determinism import choose_kernels; choose_kernels(deterministic=False);"
         "print([name for name in ('wandb', 'torch._dynamo', 'torch._inductor') if name in sys.modules]);"
         "from megatron.core.jit import jit_fuser;"
         "print(torch.compile is compiler, jit_fuser(look := lambda: 1) is look);"

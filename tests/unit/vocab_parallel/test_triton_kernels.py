@@ -17,6 +17,7 @@ import torch
 
 from megatron_sftrl import LossInputs, TokenDistribution, build_loss
 from megatron_sftrl.vocab_parallel.one_pass import weighted_sum
+from tests.grid import cases
 from tests.ranks import ROOT
 from tests.unit.vocab_parallel import kernel_checks
 
@@ -44,7 +45,7 @@ def interpreted() -> dict[str, dict[str, list[float]]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", cases(["bf16", "fp32"], rarely=["fp32"]))  # fp32: the golden file below
 def test_every_loss_has_the_value_and_gradient_of_pytorch_and_of_float64(interpreted, dtype: str) -> None:
     found = interpreted[f"losses {dtype}"]
     assert len(found) == 2 * len(kernel_checks.LOSSES)
