@@ -31,7 +31,8 @@ class TokenBatch:
         cu_seqlens: [S + 1] int32, cumulative sequence lengths, first 0 and last T.
         token_weight: [T] fp32, sums to 1 over one optimizer step and all ranks; 0 where masked.
         behavior_logprobs: [T] fp32 nats, log-probability of the label under the model that wrote the data.
-        old_logprobs: [T] fp32 nats, under the policy before this rollout's first update.
+        old_logprobs: [T] fp32 nats, under the policy before this rollout's first update. A loss always finds
+            them: in the first update they are the policy's own in the same forward, as constants.
         rollout_logprobs: [T] fp32 nats, as the rollout engine reported them (see Rollout.logprobs).
         advantages: [T] fp32.
         is_demonstration: [T] bool, True where a demonstration stands in a group of the policy's responses;

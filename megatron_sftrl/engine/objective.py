@@ -10,6 +10,7 @@ All three call the same loss function and give the same numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,7 @@ class Objective:
         *,
         longest: int,
         weighted: Tensor | None = None,
+        sampled_at: float | None = None,
     ) -> TokenValues:
         """The loss of this rank's context-parallel share of a micro-batch, ready for its backward.
 
@@ -118,6 +120,7 @@ class Objective:
             reference: the second model, without gradient.
             longest: as found by longest().
             weighted: as for one_pass.
+            sampled_at: as in engine.policy.Part; SEEN are then among the metrics.
         """
         if loss.is_token_local and self._is_fused(longest):
 
@@ -125,7 +128,7 @@ class Objective:
                 policy: TokenDistribution, reference: TokenDistribution | None, batch: TokenBatch
             ) -> tuple[Tensor, dict[str, Tensor]]:
                 inputs = LossInputs(policy=policy, reference=reference, batch=batch, is_part=True)
-                return _loss_and_metrics(loss, inputs)
+                return _loss_and_metrics(loss, inputs, sampled_at)
 
             size = self._chunk_bytes
             prior = None if reference is None else reference.layer(chunk_bytes=size)
@@ -139,7 +142,7 @@ class Objective:
             batch=batch,
             cp_group=self._parallel.cp_group if self._parallel.cp_size > 1 else None,
         )
-        token_loss, metrics = _loss_and_metrics(loss, inputs)
+        token_loss, metrics = _loss_and_metrics(loss, inputs, sampled_at)
         total = weighted_sum(token_loss, batch.token_weight)
         return TokenValues(
             total=total,
@@ -172,20 +175,45 @@ class Objective:
         )
 
 
-def _loss_and_metrics(loss: Loss, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+SEEN = ("rollout/old_logprobs", "rollout/entropies")
+"""What is seen of each token at the sampling temperature, in nats; no loss has metrics of these names."""
+
+
+def _loss_and_metrics(
+    loss: Loss, inputs: LossInputs, sampled_at: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """What the loss says, and the two metrics that every loss has.
 
     entropy and nll are the policy's at temperature 1, in nats, unless the loss gives its own (at another
     temperature, say).
     """
+    seen: dict[str, Tensor] = {}
+    if sampled_at is not None:
+        inputs, seen = _with_own_old_logprobs(inputs, sampled_at)
     output = loss(inputs)
-    metrics = dict(output.metrics)
+    metrics = {**output.metrics, **seen}
     # Both came along with the loss's own questions: no collective of their own.
     if "entropy" not in metrics:
         metrics["entropy"] = inputs.policy.entropy().detach()
     if "nll" not in metrics:
         metrics["nll"] = -inputs.policy.logprobs(inputs.batch.labels).detach()
     return output.token_loss, metrics
+
+
+def _with_own_old_logprobs(inputs: LossInputs, temperature: float) -> tuple[LossInputs, dict[str, Tensor]]:
+    """The inputs with the policy's own log-probabilities as the old ones, and what was SEEN.
+
+    They are constants for the gradient. The loss asks the same distribution next: it is evaluated once.
+    """
+    batch, policy = inputs.batch, inputs.policy
+    if temperature != 1.0:
+        policy = policy.tempered(temperature)
+        policy.anticipate(batch.labels)
+    found = (policy.logprobs(batch.labels).detach(), policy.entropy().detach())
+    # A masked label may be impossible; masked positions hold finite values.
+    old, entropies = (torch.where(batch.loss_mask, each, 0.0) for each in found)
+    inputs = dataclasses.replace(inputs, batch=dataclasses.replace(batch, old_logprobs=old))
+    return inputs, dict(zip(SEEN, (old, entropies), strict=True))
 
 
 # Per-token numbers of the micro-batches, summed to one number each for the whole step.
@@ -200,6 +228,7 @@ class MicrobatchReport:
         has_nonfinite_loss: [] bool, a trained token's loss is NaN or infinite.
         is_trained: False where a gradient was asked for and the loss has none.
         missing: of the names, those that some of the micro-batch's tokens lack.
+        seen: [2, T/cp] fp32, SEEN of each token that has a weight, where that was asked for.
     """
 
     names: tuple[str, ...]
@@ -207,11 +236,12 @@ class MicrobatchReport:
     has_nonfinite_loss: Tensor
     is_trained: bool
     missing: tuple[str, ...]
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One step over all ranks, the same on every rank.
+    """One step over all ranks, the same on every rank but for `seen`.
 
     Args:
         weight: sum of token_weight.
@@ -219,6 +249,8 @@ class StepReport:
         metrics: averages over loss tokens with token_weight.
         nonfinite_microbatches: (dp_rank, micro-batch) whose loss was NaN or infinite.
         is_trained: False where gradients were asked for and no micro-batch's loss has one.
+        seen: of each micro-batch of this rank, [2, T] fp32: SEEN of the tokens that have a weight. Of a part
+            with `sampled_at`, on the last stage; empty otherwise.
     """
 
     weight: float
@@ -226,11 +258,13 @@ class StepReport:
     metrics: Mapping[str, float]
     nonfinite_microbatches: tuple[tuple[int, int], ...]
     is_trained: bool = True
+    seen: tuple[Tensor, ...] = ()
 
 
 def microbatch_report(values: TokenValues, token_weight: Tensor) -> MicrobatchReport:
     """Weigh [T] vectors into sums; positions of weight 0 count for nothing, whatever they hold."""
-    token_loss, metrics = values.token_loss, values.metrics
+    token_loss, metrics = values.token_loss, dict(values.metrics)
+    seen = [metrics.pop(name).detach().float() for name in SEEN if name in metrics]
     names = tuple(sorted(metrics))
     rows = torch.stack([torch.ones_like(token_weight), token_loss, *(metrics[name] for name in names)])
     is_counted = token_weight > 0
@@ -242,6 +276,7 @@ def microbatch_report(values: TokenValues, token_weight: Tensor) -> MicrobatchRe
         has_nonfinite_loss=is_nonfinite,
         is_trained=values.is_trained,
         missing=tuple(sorted(values.missing)),
+        seen=torch.stack(seen) if seen else None,
     )
 
 

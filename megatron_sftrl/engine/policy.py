@@ -28,6 +28,7 @@ from megatron_sftrl.engine.model import (
     zero_weights,
 )
 from megatron_sftrl.engine.objective import (
+    MicrobatchReport,
     Objective,
     OutputHead,
     StepReport,
@@ -113,10 +114,16 @@ class Part:
 
     What the part counts in the step is in its token_weight. All parts have one length where stages of a
     pipeline exchange tensors of one size.
+
+    Args:
+        sampled_at: the temperature at which these very weights have sampled the tokens. Their old_logprobs
+            are then the policy's own in this forward, whatever the batches carry, and the report says what
+            was seen of each token. None where earlier weights have sampled them, or nothing has.
     """
 
     batches: Sequence[TokenBatch]
     loss: Loss
+    sampled_at: float | None = None
 
 
 class PolicyEngine:
@@ -213,13 +220,20 @@ class PolicyEngine:
             state.come_back()
 
     def forward_backward(
-        self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
+        self,
+        batches: Sequence[TokenBatch],
+        loss: Loss,
+        reference: ReferenceModel | None = None,
+        *,
+        sampled_at: float | None = None,
     ) -> StepReport:
         """Gradients of sum(token_loss * token_weight) over the step and all ranks, ready for optim_step.
 
         model.moe_aux_loss_coeff adds the routers' load-balancing loss to the gradients, not to the loss.
+        `sampled_at` as in Part.
         """
-        return self.forward_backward_parts([Part(batches=batches, loss=loss)], reference)[0]
+        part = Part(batches=batches, loss=loss, sampled_at=sampled_at)
+        return self.forward_backward_parts([part], reference)[0]
 
     def forward_backward_parts(
         self, parts: Sequence[Part], reference: ReferenceModel | None = None
@@ -345,14 +359,19 @@ class PolicyEngine:
         self, parts: Sequence[Part], reference: ReferenceModel | None, *, longest: int, forward_only: bool
     ) -> list[StepReport]:
         batches = [batch for part in parts for batch in part.batches]
-        losses = [part.loss for part in parts for _ in part.batches]
-        reference_states = reference.hidden_states(batches) if reference is not None else []
+        owners = [part for part in parts for _ in part.batches]
+        reference_states = _reference_states(parts, reference)
 
         def last_stage(stage: LastStageInput) -> tuple[Tensor, Tensor, object]:
-            policy = OutputHead(model=stage.model, hidden_states=stage.hidden_states)
-            prior = None if reference is None else reference.head(reference_states[stage.index])
+            part, states = owners[stage.index], reference_states.get(stage.index)
             values = self._objective.values(
-                losses[stage.index], policy, prior, stage.batch, longest=longest, weighted=stage.weighted
+                part.loss,
+                OutputHead(model=stage.model, hidden_states=stage.hidden_states),
+                reference.head(states) if reference is not None and states is not None else None,
+                stage.batch,
+                longest=longest,
+                weighted=stage.weighted,
+                sampled_at=part.sampled_at,
             )
             report = microbatch_report(values, stage.batch.token_weight)
             return as_megatron_loss(values.total, report)  # type: ignore[arg-type]
@@ -370,9 +389,17 @@ class PolicyEngine:
         found, first = [], 0
         for part in parts:
             mine = reports[first : first + len(part.batches)]
-            found.append(reduce_reports(mine, self.parallel, loss_name=part.loss.name))
+            whole = reduce_reports(mine, self.parallel, loss_name=part.loss.name)
+            found.append(dataclasses.replace(whole, seen=tuple(self._seen(part.batches, mine))))
             first += len(part.batches)
         return found
+
+    def _seen(self, batches: Sequence[TokenBatch], reports: Sequence[MicrobatchReport]) -> Iterator[Tensor]:
+        """[2, T] of each whole micro-batch, where it was asked for; `reports` are the last stage's."""
+        for batch, report in zip(batches, reports, strict=False):
+            if report.seen is not None:
+                lengths = batch.lengths()
+                yield torch.stack([gather_whole(row, lengths, self.parallel) for row in report.seen])
 
     def _forget_added_gradients(self) -> None:
         """Take back the fused layer's mark for Megatron's DDP: this gradient is in main_grad already."""
@@ -380,6 +407,20 @@ class PolicyEngine:
             assert isinstance(chunk, DistributedDataParallel)
             for parameter in chunk.params_with_grad:
                 parameter.grad_added_to_main_grad = False
+
+
+def _reference_states(parts: Sequence[Part], reference: ReferenceModel | None) -> dict[int, Tensor]:
+    """By the number of the micro-batch in the step, of the parts whose loss looks at the reference.
+
+    Empty without any, and on all but the last stage.
+    """
+    if reference is None:
+        return {}
+    needs = ["reference" in part.loss.needs for part in parts for _ in part.batches]
+    batches = [batch for part in parts for batch in part.batches]
+    numbers = [number for number, is_needed in enumerate(needs) if is_needed]
+    states = reference.hidden_states([batches[number] for number in numbers]) if numbers else []
+    return dict(zip(numbers, states, strict=False))
 
 
 def _finalize_after(clock: GradientClock) -> Callable[..., None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +17,7 @@ from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
 from megatron_sftrl.data.packing import StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
+from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import Ask, PolicyEngine
 from megatron_sftrl.engine.reference import ReferenceModel
 from megatron_sftrl.rl.advantages import AdvantageEstimator, by_group, group_advantages
@@ -34,7 +35,8 @@ class Response:
         rollout: tokens and the engine's log-probabilities; of a demonstration 0 nats each.
         is_demonstration: the response that the row has, in place of one that was generated.
         advantage: against the responses of its group that have a reward; 0 without one.
-        old_logprobs: nats, the trainer's own for each response token, before the first update.
+        old_logprobs: nats, the trainer's own for each response token, before the first update; empty where
+            nothing is learned from the response, and until they are known.
         entropies: nats, of the policy at each of them, at the sampling temperature.
     """
 
@@ -206,11 +208,19 @@ def look_at_tokens(
     Raises:
         FloatingPointError: on every rank: some that are NaN or infinite.
     """
-    parallel = policy.parallel
-    mine: dict[int, list[list[float]]] = {}
     with policy.evaluation():
         numbers = policy.token_numbers(data.batches, ask, reference)
-    # Empty on all but the last pipeline stage.
+    return by_row(numbers, data, policy.parallel)
+
+
+def by_row(
+    numbers: Sequence[Tensor], data: StepData, parallel: ParallelContext
+) -> dict[int, list[list[float]]]:
+    """Numbers of each learned token, [k, T] of each micro-batch, as look_at_tokens gives them; it raises so.
+
+    `numbers` are empty on all but the last pipeline stage; T may be longer than the micro-batch, by padding.
+    """
+    mine: dict[int, list[list[float]]] = {}
     if numbers:
         for values, batch, rows in zip(
             numbers, data.batches, data.microbatch_rows[parallel.dp_rank], strict=True
@@ -227,6 +237,16 @@ def look_at_tokens(
             f"log-probabilities under the policy are NaN or infinite, on rank {', '.join(map(str, bad))}"
         )
     return {row: values for share in shares if share for row, values in share.items()}
+
+
+def with_seen(
+    responses: Sequence[Response], found: Mapping[int, Sequence[Sequence[float]]]
+) -> list[Response]:
+    """The responses with old_logprobs and entropies, which `found` has by their places (see by_row)."""
+    return [
+        replace(each, old_logprobs=tuple(found[place][0]), entropies=tuple(found[place][1]))
+        for place, each in enumerate(responses)
+    ]
 
 
 def look_at_responses(

@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -46,11 +46,14 @@ from megatron_sftrl.trainers.engine_updates import EngineUpdates
 from megatron_sftrl.trainers.experience import (
     ExperienceBatches,
     Response,
+    ask_logprobs_and_entropies,
+    by_row,
     first_rewards,
     grouped,
     known_rewards,
-    look_at_responses,
+    look_at_tokens,
     sampled,
+    with_seen,
 )
 from megatron_sftrl.trainers.guards import named_step, stop_on_idle_streak, tell_skipped
 from megatron_sftrl.trainers.rollouts import (
@@ -161,14 +164,14 @@ def filling_metrics(collected: Collected, *, wanted: int) -> dict[str, float]:
 def uncertain_entropy(responses: Sequence[Response]) -> float:
     """rollout/entropy_top_fifth: mean over the fifth of a step's tokens with the highest entropy, in nats.
 
-    Of the responses that are trained on, before the first update, at the sampling temperature.
+    Of the tokens that are learned, before the first update, at the sampling temperature.
     arXiv:2606.18487 speaks of worst-token entropy; that these tokens are meant is our reading.
     """
     return mean_of_top_fifth([value for each in responses for value in each.entropies])
 
 
 def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
-    """How far the engine's log-probabilities are from old_logprobs, over all generated tokens."""
+    """How far the engine's log-probabilities are from old_logprobs, over the tokens of these responses."""
     responses = sampled(responses)
     ours = torch.tensor([value for each in responses for value in each.old_logprobs])
     engine = torch.tensor([value for each in responses for value in each.rollout.logprobs])
@@ -183,11 +186,16 @@ def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """One update: what was measured on responses, on demonstrations beside them, or on both."""
+    """One update: what was measured on responses, on demonstrations beside them, or on both.
+
+    `seen` has old_logprobs and entropies by the place of the response, where the update's own forward is the
+    first that needs them.
+    """
 
     optim: OptimStep
     responses: StepReport | None
     demonstrations: StepReport | None = None
+    seen: Mapping[int, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -306,6 +314,13 @@ def note_constant_answers(rewards: RewardPool, prompts: PromptSet) -> None:
 
 
 class GrpoTrainer:
+    """The loop of a run, one step after the other.
+
+    Args:
+        looks_ahead: a forward of its own finds the old log-probabilities of the first mini-batch, too, which
+            its first update would know without; the numbers are the same.
+    """
+
     def __init__(
         self,
         run: Run[GrpoConfig],
@@ -316,10 +331,12 @@ class GrpoTrainer:
         rewards: RewardPool,
         progress: SharedProgress,
         sft_term: SftTerm | None = None,
+        *,
+        looks_ahead: bool = False,
     ) -> None:
         config, parallel, tokenizer = run.config, run.parallel, checked.tokenizer
         self.run, self.config, self.engine, self.valid, self.tokenizer = run, config, engine, valid, tokenizer
-        self.sft_term = sft_term
+        self.sft_term, self._looks_ahead = sft_term, looks_ahead
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         self.sampling = SamplingParams(
             temperature=config.rollout.temperature,
@@ -373,9 +390,9 @@ class GrpoTrainer:
             with self.updates.engine_turn(run.state.step, timed=run.timers("reshard")):
                 collected = self._collect()
             with run.timers("old_logprobs"):
-                scored = self._with_old_logprobs(collected.responses)
-        with run.timers("update"):
-            updates = self._update(scored)
+                mini_batches = self._with_old_logprobs(self._mini_batches(collected.responses))
+            with run.timers("update"):
+                scored, updates = self._update(mini_batches)
         run.state = replace(
             run.state,
             step=run.state.step + 1,
@@ -413,39 +430,65 @@ class GrpoTrainer:
             multiple_of=math.lcm(size, group_size) // group_size,
         )
 
-    def _with_old_logprobs(self, responses: Sequence[Response]) -> list[Response]:
-        """The trainer's own log-probabilities and entropies at the sampling temperature, before an update."""
-        found = look_at_responses(
-            self.run.policy, self.batches, responses, temperature=self.sampling.temperature
-        )
-        return [
-            replace(each, old_logprobs=tuple(logprobs), entropies=tuple(entropies))
-            for each, (logprobs, entropies) in zip(responses, found, strict=True)
-        ]
+    @property
+    def _mu(self) -> float:
+        """The share of the SFT term in the step."""
+        return 0.0 if self.sft_term is None else self.sft_term.section.mu.at(self.run.state.step)
 
-    def _update(self, responses: Sequence[Response]) -> list[Update]:
-        """Mini-batches of batch.global_size responses, rollout.passes times over all of them.
+    def _mini_batches(self, responses: Sequence[Response]) -> list[Sequence[Response]]:
+        """batch.global_size responses each."""
+        size = self.config.batch.global_size
+        return [responses[start : start + size] for start in range(0, len(responses), size)]
+
+    def _with_old_logprobs(self, mini_batches: Sequence[Sequence[Response]]) -> list[Sequence[Response]]:
+        """What later updates ask of the policy that sampled: old_logprobs, and entropies with them.
+
+        Those of the first update are found by its own forward: no weight has moved before it.
+        """
+        learned = [place for place, part in enumerate(mini_batches) if self.batches.has_signal(part)]
+        # A mini-batch without a signal moves the weights where demonstrations stand beside it.
+        is_first = learned[:1] == [0] or not self._mu
+        ahead = learned[1:] if is_first and not self._looks_ahead else learned
+        ask = partial(ask_logprobs_and_entropies, temperature=self.sampling.temperature)
+        asked = [*mini_batches]
+        for place in ahead:
+            data = self.batches.lay_out(asked[place])
+            assert data is not None, "what has a signal has tokens that are learned"
+            asked[place] = with_seen(asked[place], look_at_tokens(self.run.policy, data, ask))
+        return asked
+
+    def _update(self, mini_batches: Sequence[Sequence[Response]]) -> tuple[list[Response], list[Update]]:
+        """All responses with what was seen of them, and the updates: rollout.passes times the mini-batches.
 
         A mini-batch in which no response that carries loss has an advantage teaches nothing; Adam's momentum
         and weight decay must not move the weights for it, nor a KL or entropy term alone. Demonstrations
         beside it are learned in any case.
         """
-        updates, size = [], self.config.batch.global_size
+        updates: list[Update] = []
+        seen = [*mini_batches]
         for _ in range(self.config.rollout.passes):
-            for start in range(0, len(responses), size):
-                part = responses[start : start + size]
+            for place, part in enumerate(seen):
                 data = self.batches.lay_out(part) if self.batches.has_signal(part) else None
-                updates += self._one_update(data)
-        return updates
+                is_first = data is not None and not any(each.old_logprobs for each in part)
+                found = self._one_update(data, sampled_at=self.sampling.temperature if is_first else None)
+                if is_first:
+                    seen[place] = with_seen(part, found[0].seen)
+                updates += found
+        return [each for part in seen for each in part], updates
 
-    def _one_update(self, data: StepData | None) -> list[Update]:
-        """From (1 - mu) * the loss of responses + mu * that of demonstrations; none without any of them."""
-        run, term = self.run, self.sft_term
-        mu = term.section.mu.at(run.state.step) if term is not None else 0.0
+    def _one_update(self, data: StepData | None, *, sampled_at: float | None = None) -> list[Update]:
+        """From (1 - mu) * the loss of responses + mu * that of demonstrations; none without any of them.
+
+        Args:
+            sampled_at: as in engine.policy.Part, for the responses.
+        Raises:
+            FloatingPointError: on every rank, before a weight moves: what was seen is not finite.
+        """
+        run, term, mu = self.run, self.sft_term, self._mu
         parts = []
         if data is not None:
             batches = weighted(data.batches, 1.0 - mu) if mu else data.batches
-            parts.append(Part(batches=batches, loss=run.loss))
+            parts.append(Part(batches=batches, loss=run.loss, sampled_at=sampled_at))
         if term is not None and mu:
             shown = term.draw(run.state.consumed_demonstrations)
             parts.append(Part(batches=weighted(shown.batches, mu), loss=term.loss))
@@ -456,6 +499,9 @@ class GrpoTrainer:
         if run.parallel.pp_size > 1:
             parts = of_one_length(parts)
         reports = run.policy.forward_backward_parts(parts, run.reference)
+        seen = {}
+        if data is not None and sampled_at is not None:
+            seen = by_row(reports[0].seen, data, run.parallel)
         whole = replace(
             reports[0],
             loss=sum(each.loss for each in reports),
@@ -468,6 +514,7 @@ class GrpoTrainer:
                 optim=optim,
                 responses=None if data is None else reports[0],
                 demonstrations=reports[-1] if mu else None,
+                seen=seen,
             )
         ]
 
@@ -481,7 +528,7 @@ class GrpoTrainer:
             numbers["sft/mu"] = self.sft_term.section.mu.at(self.run.state.step - 1)
         if shown := [each.demonstrations.loss for each in updates if each.demonstrations is not None]:
             numbers["sft/loss"] = sum(shown) / len(shown) / numbers["sft/mu"]
-        drawn = sampled(trained)
+        drawn = [each for each in sampled(trained) if each.old_logprobs]
         rollouts = [each.rollout for each in sampled(collected.generated)]
         num_generated = sum(len(rollout.response_tokens) for rollout in rollouts)
         num_tokens = num_generated + sum(len(rollout.prompt_tokens) for rollout in rollouts)

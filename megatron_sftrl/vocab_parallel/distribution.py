@@ -140,7 +140,7 @@ class TokenDistribution:
     whatever it asks.
     """
 
-    __slots__ = ("_anticipated", "_known", "_meanwhile", "_source")
+    __slots__ = ("_anticipated", "_known", "_meanwhile", "_source", "_tempered")
 
     def __init__(self, source: Source, known: Mapping[Statistic, Tensor] | None = None) -> None:
         """Use `from_logits` or `from_output_layer`; answers in `known` are about this source alone."""
@@ -148,6 +148,7 @@ class TokenDistribution:
         self._known = dict(known or {})
         self._anticipated: Tensor | None = None
         self._meanwhile: Meanwhile | None = None
+        self._tempered: dict[float, TokenDistribution] = {}
 
     @classmethod
     def from_logits(
@@ -277,7 +278,12 @@ class TokenDistribution:
         return (mean - log_sum) - (expected - fixed_log_sum)
 
     def tempered(self, tau: Tensor | float) -> TokenDistribution:
-        """softmax(z / tau); `tau` is one number or [T], positive, and a constant for the gradient."""
+        """softmax(z / tau); `tau` is one number or [T], positive, and a constant for the gradient.
+
+        Of one number it is the same distribution every time, which remembers its answers.
+        """
+        if isinstance(tau, float) and tau in self._tempered:
+            return self._tempered[tau]
         source = self._source
         options = {"dtype": source.dtype, "device": source.device}
         if isinstance(tau, Tensor) and tau.shape == (self.num_tokens,):
@@ -290,7 +296,10 @@ class TokenDistribution:
             raise UserError(f"tau: expected a positive temperature, got {tau}")
         if source.inverse_tau is not None:
             inverse = inverse * source.inverse_tau
-        return TokenDistribution(replace(source, inverse_tau=inverse))
+        tempered = TokenDistribution(replace(source, inverse_tau=inverse))
+        if isinstance(tau, float):
+            self._tempered[tau] = tempered
+        return tempered
 
     def top_k(self, k: int, *, with_ids: bool = False) -> TopLogits:
         """The k largest logits of each token without gradient, in one all-gather (all of them when k > V).

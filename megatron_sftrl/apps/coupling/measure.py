@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from megatron_sftrl.trainers.experience import (
     ExperienceBatches,
     Response,
     ask_kl_from,
-    look_at_responses,
     with_advantages,
 )
 from megatron_sftrl.trainers.weights import give_weights
@@ -218,13 +217,15 @@ class Measures:
             needs_reward="advantages" in self._checked.loss.needs,
         )
         responses = drawn_responses(self._request.out / stage.name, config, self._prompts)
-        responses = _with_old_logprobs(policy, batches, responses, config.rollout.temperature)
         data = batches.lay_out(responses) if batches.has_signal(responses) else None
         if data is None:  # all are equally good: nothing to learn
             policy.zero_gradients()
         else:
             reference = None if self._prior is None else self._reference_at(self._prior)
-            policy.forward_backward(data.batches, self._checked.loss, reference)
+            # The responses are those of the very weights whose gradient is taken: the loss's ratio is 1.
+            policy.forward_backward(
+                data.batches, self._checked.loss, reference, sampled_at=config.rollout.temperature
+            )
         count = sum(map(batches.carries_loss, responses)) if data else 0
         return gradient_products(of_sft, policy.gradient(), parallel), count
 
@@ -268,14 +269,3 @@ def drawn_responses(folder: Path, config: GrpoConfig, prompts: PromptSet) -> lis
         for each in line["responses"]
     ]
     return with_advantages(responses, config.advantages.estimator)
-
-
-def _with_old_logprobs(
-    policy: PolicyEngine, batches: ExperienceBatches, responses: Sequence[Response], temperature: float
-) -> list[Response]:
-    """The ratio of the loss is 1: the responses are those of the very weights whose gradient is taken."""
-    found = look_at_responses(policy, batches, responses, temperature=temperature)
-    return [
-        replace(each, old_logprobs=tuple(logprobs))
-        for each, (logprobs, _) in zip(responses, found, strict=True)
-    ]

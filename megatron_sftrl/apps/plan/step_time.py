@@ -207,8 +207,8 @@ def estimate_step(
     parts["optimizer"] = _optimizer_seconds(architecture, config, grid, hardware) * work.num_updates
     train = sum(parts.values())
     if (grpo := config.grpo) is not None:
-        # Every response is scored once before the updates.
-        scored = work.num_updates / grpo.rollout.passes
+        # Of every mini-batch but the first, whose own update finds them.
+        scored = work.num_updates / grpo.rollout.passes - 1
         parts["old log-probabilities"] = waves * cost.forward * scored
         if rollout is not None and rollout.weights:
             parts["generating"] = _generation_seconds(architecture, grpo, grid, hardware, rollout, work)
