@@ -12,7 +12,14 @@ from typing import Protocol
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.rollout.reshard import ReshardReport
-from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
+from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+
+OnResponse = Callable[[Prompt, int, Rollout], None]
+"""Told of a prompt, the number of a response to it, and the response; it must not raise: other ranks wait."""
+
+
+def no_matter(prompt: Prompt, number: int, rollout: Rollout) -> None:
+    """An OnResponse for those who wait for all of them."""
 
 
 class RolloutEngine(Protocol):
@@ -40,9 +47,16 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_response: OnResponse = no_matter,
+    ) -> list[RolloutGroup]:
         """`sampling.num_samples` responses for each prompt, in order, on every rank.
 
+        Args:
+            on_response: called on one rank for each response, when it has ended and others have not.
         Raises:
             UserError: on every rank: a prompt that is empty or too long for the engine.
         """

@@ -23,7 +23,7 @@ from megatron_sftrl.engine.next_token import next_tokens
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import SharedProgress
-from megatron_sftrl.rollout.api import Decode, Stops, check_prompts
+from megatron_sftrl.rollout.api import Decode, OnResponse, Stops, check_prompts, no_matter
 from megatron_sftrl.rollout.reshard import ReshardReport
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams, TokenBatch
 
@@ -185,6 +185,7 @@ def generate_in_flight(
     max_responses: int,
     max_prompts: int,
     on_step: Callable[[], None] = lambda: None,
+    on_landing: Callable[[int, Rollout], None] = lambda number, rollout: None,
 ) -> list[Rollout]:
     """One response to each; every rank of one data-parallel replica calls it with the same arguments.
 
@@ -193,6 +194,7 @@ def generate_in_flight(
         max_responses: on their way at once; bounds the memory of cache and forward.
         max_prompts: computed in one forward.
         on_step: called after every token.
+        on_landing: called with the place in `wanted` of each response that has ended.
     """
     flight = _Flight(policy, sampling, stops, num_slots=min(max_responses, len(wanted)), wanted=wanted)
     waiting = list(enumerate(wanted))[::-1]
@@ -203,7 +205,10 @@ def generate_in_flight(
                 flight.admit(_next(waiting, flight.num_free, max_prompts))
             else:
                 flight.advance()
-            done.update(flight.land())
+            landed = flight.land()
+            done.update(landed)
+            for number, rollout in landed.items():
+                on_landing(number, rollout)
             on_step()
     return [done[number] for number in range(len(wanted))]
 
@@ -367,7 +372,12 @@ class InProcessEngine:
             LOGGER.warning(_SLOW, reason)
         self._policy, self._version = policy, version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_response: OnResponse = no_matter,
+    ) -> list[RolloutGroup]:
         """Not enough memory is a ValueError on the ranks that have too little."""
         assert self._policy is not None, "update() comes first"
         architecture = self._policy.architecture
@@ -382,6 +392,13 @@ class InProcessEngine:
         mine = range(parallel.dp_rank, len(prompts), parallel.dp_size)
         samples = [(i, number) for i in mine for number in range(sampling.num_samples)]
         wanted = [Wanted(prompt=prompts[i].tokens, stream=(prompts[i].id, number)) for i, number in samples]
+        place, size = _place_in_replica(parallel)
+
+        def landed(asked: int, rollout: Rollout) -> None:
+            if asked % size == place:
+                i, number = samples[asked]
+                on_response(prompts[i], number, rollout)
+
         with _memory_advice(self._max_responses):
             rollouts = generate_in_flight(
                 self._policy,
@@ -391,6 +408,7 @@ class InProcessEngine:
                 max_responses=self._max_responses,
                 max_prompts=self._max_prompts,
                 on_step=self._progress.moved if self._progress is not None else lambda: None,
+                on_landing=landed,
             )
         found: dict[int, list[Rollout]] = {i: [] for i in mine}
         for (i, _), rollout in zip(samples, rollouts, strict=True):
@@ -433,6 +451,12 @@ def _memory_advice(max_responses: int) -> Iterator[None]:
             "the length of responses or, for `sftrl grpo`, rollout.max_concurrent; or raise parallel.tp or "
             f"parallel.pp, or set rollout.offload: true on GPUs (`sftrl plan` counts it). torch said: {error}"
         ) from error
+
+
+def _place_in_replica(parallel: ParallelContext) -> tuple[int, int]:
+    """Number of this rank among those that draw the same tokens, and how many they are."""
+    place = (parallel.pp_rank * parallel.cp_size + parallel.cp_rank) * parallel.tp_size + parallel.tp_rank
+    return place, parallel.pp_size * parallel.cp_size * parallel.tp_size
 
 
 def _of_all_replicas(mine: dict[int, list[Rollout]], parallel: ParallelContext) -> dict[int, list[Rollout]]:

@@ -24,7 +24,14 @@ from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_ran
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.models.hf_config import hf_config_values
-from megatron_sftrl.rollout.api import Decode, Stops, check_prompts, response_seed
+from megatron_sftrl.rollout.api import (
+    Decode,
+    OnResponse,
+    Stops,
+    check_prompts,
+    no_matter,
+    response_seed,
+)
 from megatron_sftrl.rollout.process_state import Guest
 from megatron_sftrl.rollout.reshard import Resharder, ReshardReport
 from megatron_sftrl.rollout.vllm_settings import (
@@ -236,7 +243,12 @@ class VllmEngine:
         assert is_reset, "requests are running during an update"
         self._version = version
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_response: OnResponse = no_matter,
+    ) -> list[RolloutGroup]:
         """Each replica takes every num_replicas-th prompt."""
         assert self._version is not None, "update() comes first, and again after sleep()"
         check_prompts(
@@ -248,7 +260,15 @@ class VllmEngine:
         )
         mine = share_of(len(prompts), self._layout, self._parallel.rank)
         asked = [(prompts[i], number) for i in mine for number in range(sampling.num_samples)]
-        rollouts = self._guest.run(lambda: on_every_rank(lambda: self._answer_together(asked, sampling)))
+        place, size = self._layout.tp_rank(self._parallel.rank), self._layout.tp
+
+        def ended(number: int, rollout: Rollout) -> None:
+            if number % size == place:
+                on_response(*asked[number], rollout)
+
+        rollouts = self._guest.run(
+            lambda: on_every_rank(lambda: self._answer_together(asked, sampling, ended))
+        )
         groups = all_rollouts(
             rollouts,
             self._layout,
@@ -346,12 +366,16 @@ class VllmEngine:
         with self._resharder.stream() as stream, memory_advice(self._settings):
             load_weights(self._llm, self._model, stream, is_cuda=self._is_cuda)
 
-    def _answer_together(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+    def _answer_together(
+        self, asked: list[tuple[Prompt, int]], sampling: SamplingParams, ended: Ended
+    ) -> list[Rollout]:
         if self._progress is None:
-            return self._answer(asked, sampling)
-        return self._progress.together(lambda: self._answer(asked, sampling))
+            return self._answer(asked, sampling, ended)
+        return self._progress.together(lambda: self._answer(asked, sampling, ended))
 
-    def _answer(self, asked: list[tuple[Prompt, int]], sampling: SamplingParams) -> list[Rollout]:
+    def _answer(
+        self, asked: list[tuple[Prompt, int]], sampling: SamplingParams, ended: Ended
+    ) -> list[Rollout]:
         """vLLM's own loop, step by step: a response that stops at a text is taken out by us.
 
         vLLM's stop strings need its tokenizer, which reads some files otherwise than the trainer's. The ranks
@@ -362,6 +386,7 @@ class VllmEngine:
         self._temperature = sampling.temperature or 1.0
         engine, stops = self._llm.llm_engine, Stops(sampling, self._decode)
         answers = [_Answer() for _ in asked]
+        told: set[int] = set()
         with memory_advice(self._settings):
             for place, (prompt, number) in enumerate(asked):
                 request = TokensPrompt(prompt_token_ids=list(prompt.tokens))
@@ -371,18 +396,18 @@ class VllmEngine:
                 if self._progress is not None:
                     self._progress.moved()
                 for output in engine.step():
-                    answers[int(output.request_id)].take(output, stops)  # type: ignore[arg-type]
-                    if answers[int(output.request_id)].is_finished and not output.finished:
+                    place = int(output.request_id)
+                    answers[place].take(output, stops)  # type: ignore[arg-type]
+                    if answers[place].is_finished and not output.finished:
                         engine.abort_request([output.request_id])
-        return [
-            Rollout(
-                prompt_tokens=prompt.tokens,
-                response_tokens=tuple(answer.tokens),
-                logprobs=tuple(answer.logprobs),
-                is_finished=answer.is_finished,
-            )
-            for (prompt, _), answer in zip(asked, answers, strict=True)
-        ]
+                    if (answers[place].is_finished or output.finished) and place not in told:
+                        told.add(place)
+                        ended(place, answers[place].rollout(asked[place][0]))
+        return [answer.rollout(prompt) for (prompt, _), answer in zip(asked, answers, strict=True)]
+
+
+Ended = Callable[[int, Rollout], None]
+"""Told of a response that has come to its end, with its place among those that were asked for."""
 
 
 @dataclass(slots=True)
@@ -403,6 +428,15 @@ class _Answer:
             self.is_finished = stops(self.tokens)
             if self.is_finished:
                 return
+
+    def rollout(self, prompt: Prompt) -> Rollout:
+        """The response, which has come to its end."""
+        return Rollout(
+            prompt_tokens=prompt.tokens,
+            response_tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            is_finished=self.is_finished,
+        )
 
 
 def _vllm_sampling(sampling: SamplingParams, seed: int) -> VllmSamplingParams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,14 @@ from megatron_sftrl.rl.rewards import (
     RewardInputs,
     RewardPool,
     Scored,
+    Scoring,
     check_own_rows,
     failed_everywhere,
     spread,
     unearned_marks,
 )
 from megatron_sftrl.rl.rewards.registry import Json
-from megatron_sftrl.rollout.api import RolloutEngine
+from megatron_sftrl.rollout.api import OnResponse, RolloutEngine, no_matter
 from megatron_sftrl.trainers.checked import CheckedRun, response_text
 from megatron_sftrl.trainers.experience import Response, first_rewards, grouped, with_advantages
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
@@ -224,6 +225,9 @@ class RolloutCollector:
     ) -> list[Response]:
         """Generate with an awake engine, score and compare within each group.
 
+        A response is scored when it has ended, while others are still being generated; the second phase is
+        what remains.
+
         Args:
             rows: (id of the prompt in the run, its row).
             sampling: the run's when not given.
@@ -234,75 +238,115 @@ class RolloutCollector:
             RuntimeError: the engine left a prompt or a response out.
             FloatingPointError: the policy's logits are NaN or infinite.
         """
-        with self._timers(phases[0]):
-            members = generate_groups(engine, rows, sampling or self._sampling, copies=copies)
-        with self._timers(phases[1]):
-            responses = list(self._score(members, dict(rows)))
-        return with_advantages(responses, self._config.advantages.estimator)
+        sampling, row_of = sampling or self._sampling, dict(rows)
+        with Scoring(self._rewards) as scoring:
+            asked: list[tuple[int, int]] = []
 
-    def _score(self, members: Sequence[Member], rows: dict[int, PromptRow]) -> Iterator[Response]:
-        """Each rank scores every world_size-th response; then all know all rewards."""
-        mine = [
-            RewardInputs(
-                prompt=self._tokenizer.decode(rollout.prompt_tokens),
-                response=response_text(self._tokenizer, rollout.response_tokens, self._sampling),
-                row=rows[number].values,  # type: ignore[arg-type]
-                num_response_tokens=len(rollout.response_tokens),
-                is_finished=rollout.is_finished,
-            )
-            for number, rollout, _ in members[self._parallel.rank :: self._parallel.world_size]
-        ]
-        shares = [[]] * self._parallel.world_size
-        dist.all_gather_object(shares, on_every_rank(lambda: self._rewarded(mine)))
-        for place, (number, rollout, is_demonstration) in enumerate(members):
-            share, index = place % self._parallel.world_size, place // self._parallel.world_size
-            yield Response(
+            def ask(number: int, place: int, rollout: Rollout) -> None:
+                asked.append((number, place))
+                scoring.add(lambda: self._reward_inputs(rollout, row_of[number]))
+
+            with self._timers(phases[0]):
+                for each in self._share_of_demonstrations(rows, sampling.num_samples, copies):
+                    ask(*each)
+                members = generate_groups(
+                    engine,
+                    rows,
+                    sampling,
+                    copies=copies,
+                    on_response=lambda prompt, place, rollout: ask(prompt.id, place, rollout),
+                )
+            with self._timers(phases[1]):
+                scored = on_every_rank(lambda: self._rewarded(scoring))
+                known = _of_every_rank(dict(zip(asked, scored, strict=True)), self._parallel)
+        responses = [
+            Response(
                 group=number,
-                row=rows[number],
+                row=row_of[number],
                 rollout=rollout,
-                scored=shares[share][index],
+                scored=known[number, place],
                 is_demonstration=is_demonstration,
             )
+            for number, place, rollout, is_demonstration in members
+        ]
+        return with_advantages(responses, self._config.advantages.estimator)
 
-    def _rewarded(self, samples: Sequence[RewardInputs]) -> list[Scored]:
+    def _share_of_demonstrations(
+        self, rows: Sequence[tuple[int, PromptRow]], size: int, copies: int
+    ) -> list[tuple[int, int, Rollout]]:
+        """What this rank scores of them: every world_size-th. (id, place in its group, response)."""
+        shown = [
+            (number, size - copies + copy, _demonstrated(row))
+            for number, row in rows
+            if row.demonstration is not None
+            for copy in range(copies)
+        ]
+        return shown[self._parallel.rank :: self._parallel.world_size]
+
+    def _reward_inputs(self, rollout: Rollout, row: PromptRow) -> RewardInputs:
+        return RewardInputs(
+            prompt=self._tokenizer.decode(rollout.prompt_tokens),
+            response=response_text(self._tokenizer, rollout.response_tokens, self._sampling),
+            row=row.values,  # type: ignore[arg-type]
+            num_response_tokens=len(rollout.response_tokens),
+            is_finished=rollout.is_finished,
+        )
+
+    def _rewarded(self, scoring: Scoring) -> list[Scored]:
         """Ranks are done at different times, and a slow verifier may take hours: all see it move."""
         if self._progress is None:
-            return self._rewards.score(samples)
+            return scoring.results()
         moved = self._progress.moved
-        return self._progress.together(lambda: self._rewards.score(samples, moved))
+        return self._progress.together(lambda: scoring.results(moved))
 
 
-Member = tuple[int, Rollout, bool]
-"""The id of a prompt, a response to it, and whether that is the row's demonstration."""
+_Place = tuple[int, int]
+"""The id of a prompt, and the place of a response in its group."""
+
+
+def _of_every_rank(mine: dict[_Place, Scored], parallel: ParallelContext) -> dict[_Place, Scored]:
+    shares: list[dict[_Place, Scored] | None] = [None] * parallel.world_size
+    dist.all_gather_object(shares, mine)
+    return {place: scored for share in shares if share for place, scored in share.items()}
+
+
+Member = tuple[int, int, Rollout, bool]
+"""The id of a prompt, the place of a response in its group, the response, whether it is the demonstration."""
 
 
 def generate_groups(
-    engine: RolloutEngine, rows: Sequence[tuple[int, PromptRow]], sampling: SamplingParams, *, copies: int
+    engine: RolloutEngine,
+    rows: Sequence[tuple[int, PromptRow]],
+    sampling: SamplingParams,
+    *,
+    copies: int,
+    on_response: OnResponse = no_matter,
 ) -> list[Member]:
     """Whole groups in the order of `rows`, demonstrations behind what was generated.
 
     Args:
         rows, copies: as for RolloutCollector.answer.
         sampling: num_samples is the size of a whole group.
+        on_response: as for RolloutEngine.generate; not told of demonstrations.
     Raises:
         RuntimeError, FloatingPointError: as check_groups.
     """
     shown = {number for number, row in rows if copies and row.demonstration is not None}
-    found: dict[int, list[Member]] = {}
+    found: dict[int, list[tuple[Rollout, bool]]] = {}
     for size, is_shown in ((sampling.num_samples, False), (sampling.num_samples - copies, True)):
         prompts = [
             Prompt(id=number, tokens=row.tokens) for number, row in rows if (number in shown) == is_shown
         ]
         if not prompts:
             continue
-        groups = engine.generate(prompts, replace(sampling, num_samples=size))
+        groups = engine.generate(prompts, replace(sampling, num_samples=size), on_response)
         check_groups(groups, prompts, size=size)
         for group in groups:
-            found[group.prompt.id] = [(group.prompt.id, rollout, False) for rollout in group.rollouts]
+            found[group.prompt.id] = [(rollout, False) for rollout in group.rollouts]
     for number, row in rows:
         if number in shown:
-            found[number] += [(number, _demonstrated(row), True)] * copies
-    return [member for number, _ in rows for member in found[number]]
+            found[number] += [(_demonstrated(row), True)] * copies
+    return [(number, place, *member) for number, _ in rows for place, member in enumerate(found[number])]
 
 
 def _demonstrated(row: PromptRow) -> Rollout:

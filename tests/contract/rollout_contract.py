@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
+from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from tests.contract.models import VOCAB_SIZE, Versions, greedy_tokens, scores
 from tests.distributed.engine_outputs import engine_config
 
@@ -72,6 +72,8 @@ class Observations:
 
     Args:
         groups: of all PROMPTS, for each of SAMPLINGS; and of some of them in another order.
+        told: of SAMPLINGS, what this rank was told of while others were generated: (id of the prompt, number,
+            response), in that order.
         logits: of every group's responses, [response tokens, V] each, from the policy's own forward over
             prompt and response; empty before the last pipeline stage.
         refused: what was said about bad prompts.
@@ -80,6 +82,7 @@ class Observations:
     """
 
     groups: dict[str, list[RolloutGroup]]
+    told: dict[str, list[tuple[int, int, Rollout]]]
     logits: dict[str, list[Tensor]]
     refused: dict[str, str]
     disturbed: list[str]
@@ -114,8 +117,13 @@ def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict
         groups[f"greedy_{version}"] = engine.generate(PROMPTS, GREEDY)
         if version < len(directories) - 1:
             engine.sleep()
+    told: dict[str, list[tuple[int, int, Rollout]]] = {name: [] for name in SAMPLINGS}
     for name, sampling in SAMPLINGS.items():
-        groups[name] = engine.generate(PROMPTS, sampling)
+        groups[name] = engine.generate(
+            PROMPTS,
+            sampling,
+            lambda prompt, number, rollout, name=name: told[name].append((prompt.id, number, rollout)),
+        )
     groups["backwards"] = engine.generate(PROMPTS[::-1], PLAIN)
     groups["alone"] = engine.generate(PROMPTS[2:3], PLAIN)
     groups["none"] = engine.generate([], PLAIN)
@@ -129,6 +137,7 @@ def observe(make_engine: MakeEngine, directories: Sequence[Path], parallel: dict
     parallel_state.destroy_model_parallel()
     return Observations(
         groups=groups,
+        told=told,
         logits=logits,
         refused=refused,
         disturbed=[name for name in before if before[name] != after[name]],
@@ -312,6 +321,19 @@ class RolloutContract:
     """
 
     tolerance: float
+
+    def test_one_rank_is_told_of_each_response_when_it_has_ended(self, observed: Observed) -> None:
+        orders = []
+        for name in SAMPLINGS:
+            told = [each for rank in observed.ranks for each in rank.told[name]]
+            assert sorted(told, key=lambda each: each[:2]) == [
+                (group.prompt.id, number, rollout)
+                for group in sorted(observed.first.groups[name], key=lambda group: group.prompt.id)
+                for number, rollout in enumerate(group.rollouts)
+            ]
+            assert all(rank.told[name] for rank in observed.ranks), "a rank would have nothing to do"
+            orders.append([each[:2] for each in told] == sorted(each[:2] for each in told))
+        assert not all(orders), "all come at the end, in order"
 
     @pytest.mark.parametrize("version", [0, 1])
     def test_greedy_tokens_are_those_of_transformers(self, observed: Observed, version: int) -> None:

@@ -12,7 +12,7 @@ from megatron_sftrl.rl.rewards.checks import (
     spread,
     unearned_marks,
 )
-from megatron_sftrl.rl.rewards.pool import RewardPool
+from megatron_sftrl.rl.rewards.pool import RewardPool, Scoring
 from megatron_sftrl.rl.rewards.registry import (
     Canary,
     Part,
@@ -41,6 +41,7 @@ __all__ = [
     "RewardOutput",
     "RewardPool",
     "Scored",
+    "Scoring",
     "build_rewards",
     "check_canaries",
     "check_own_rows",

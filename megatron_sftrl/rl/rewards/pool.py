@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import selectors
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.rl.rewards.process import WorkerProcess, inherited_environment
 from megatron_sftrl.rl.rewards.registry import (
     LARGEST,
     Outcome,
@@ -33,165 +30,6 @@ from megatron_sftrl.rl.rewards.registry import (
     weighted,
 )
 
-# One worker process as the trainer sees it: started bare, spoken to in JSON lines, killed with its children.
-# It gets no environment but a short list, no file descriptor but its end of a socket, and a directory of its
-# own for home, working directory and temporary files. It runs as the same user, so this keeps accidents and
-# text that a model wrote away from the trainer; it is no jail for someone who means harm (worker.py says what
-# is refused).
-# Not a library's pool: pebble 5.2.3, which has timeouts, gives its workers the trainer's environment,
-# unpickles what they send, and leaves behind what a sample that ran out of time had started (each tried).
-
-# What an interpreter may need to start: where programs and libraries are, and how text is encoded.
-INHERITED = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
-# Numbers and short texts only; more than this is no reply of ours.
-LONGEST_REPLY = 2**20
-_CHUNK = 2**16
-# Bytes of a worker's log that are worth showing.
-_PRINTED = 300
-# Seconds that the kernel may take to end a process whose socket is closed already.
-_LAST_MOMENT = 2.0
-
-
-class WorkerProcess:
-    """A started worker. Ready once it has answered its setup; then one job at a time.
-
-    `setup`, its first message, has rewards, memory_bytes and seconds; it may take `start_seconds` to load.
-    """
-
-    def __init__(self, *, setup: Mapping[str, Any], start_seconds: float) -> None:
-        self.is_ready = False
-        self.deadline = time.monotonic() + start_seconds
-        self.began = time.monotonic()
-        self._directory = tempfile.TemporaryDirectory(prefix="sftrl_reward_", ignore_cleanup_errors=True)
-        home = Path(self._directory.name)
-        self._log = home / "worker.log"
-        self._incoming = bytearray()
-        self._channel, theirs = socket.socketpair()
-        with theirs, self._log.open("wb") as log, _signals_held_back():
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "megatron_sftrl.rl.rewards.worker"],
-                stdin=theirs.fileno(),
-                stdout=log,
-                stderr=log,
-                cwd=home,
-                env=_environment(home),
-                close_fds=True,
-                start_new_session=True,  # killed with its children; no Ctrl-C reaches it
-            )
-        self._channel.setblocking(False)
-        self._outgoing = json.dumps(setup).encode("ascii") + b"\n"
-
-    def fileno(self) -> int:
-        """The socket, to wait for."""
-        return self._channel.fileno()
-
-    @property
-    def is_sending(self) -> bool:
-        """A message is not out yet; a worker that hangs may never take it."""
-        return bool(self._outgoing)
-
-    @property
-    def is_alive(self) -> bool:
-        """The process runs."""
-        # Without reaping: until stop() the number of its process group stays its own.
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
-
-    def begin(self, message: bytes, *, seconds: float) -> None:
-        """Give it a job and a time by which it must be done."""
-        self.began = time.monotonic()
-        self.deadline = self.began + seconds
-        self._outgoing = message
-        self.send()
-
-    def send(self) -> None:
-        """Send as much of the message as the socket takes."""
-        # A worker that is gone shows itself at the next receive.
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            sent = self._channel.send(self._outgoing)
-            self._outgoing = self._outgoing[sent:]
-
-    def receive(self) -> Mapping[str, Any] | None:
-        """The reply, None until complete; EOFError if the worker ended, ValueError if it is no reply."""
-        with contextlib.suppress(BlockingIOError):
-            try:
-                chunk = self._channel.recv(_CHUNK)
-            except ConnectionResetError:
-                chunk = b""
-            if not chunk:
-                raise EOFError
-            self._incoming += chunk
-        line, newline, rest = self._incoming.partition(b"\n")
-        if rest or len(line) > LONGEST_REPLY:
-            raise ValueError("it sent more than one reply")
-        if not newline:
-            return None
-        self._incoming.clear()
-        try:
-            reply = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError("it sent something that is no JSON") from None
-        if not isinstance(reply, dict):
-            raise ValueError("it sent something that is no reply")
-        return reply
-
-    def stop(self) -> tuple[int, str]:
-        """Kill it with every process that it started, and remove its directory.
-
-        Its return code, negative for a signal, its own if it had ended; and the end of what it printed.
-        """
-        # Its end of the socket closes a moment before it is gone: wait for its own return code.
-        give_up = time.monotonic() + _LAST_MOMENT
-        while self._hung_up() and self.is_alive and time.monotonic() < give_up:
-            time.sleep(0.002)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        printed = b""
-        # A worker may have removed or replaced its log: nothing there is worth the run.
-        with contextlib.suppress(OSError), self._log.open("rb") as log:
-            log.seek(max(os.fstat(log.fileno()).st_size - _PRINTED, 0))
-            printed = log.read(_PRINTED)
-        self._channel.close()
-        self._directory.cleanup()
-        return code, printed.decode("utf-8", "replace").strip()
-
-    def _hung_up(self) -> bool:
-        try:
-            return not self._channel.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """What is started meanwhile gets SIGTERM and SIGUSR1 once it lets them through itself.
-
-    Slurm sends them to every process of a job. The trainer writes a checkpoint then, after a step in which no
-    worker may have died with a response.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _environment(home: Path) -> dict[str, str]:
-    package_root = str(Path(__file__).resolve().parents[3])
-    paths = [str(Path(entry or ".").resolve()) for entry in [*sys.path, package_root]]
-    return {name: os.environ[name] for name in INHERITED if name in os.environ} | {
-        "HOME": str(home),
-        "TMPDIR": str(home),
-        # The same modules as here, by the same names; behind the working directory nothing is added (-P).
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-        "PYTHONHASHSEED": "0",  # the same order of sets, so the same rewards, in every process of every run
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-
-
 # Importing sympy, reasoning-gym or a user's torch on a busy file system.
 START_SECONDS = 120.0
 MOST_FAILED_STARTS = 3
@@ -199,6 +37,8 @@ MOST_FAILED_STARTS = 3
 MOST_FRESH_STARTS = 16
 _GIB = 2**30
 _LONGEST_DETAIL = 500
+# Seconds between two looks at what a thread has judged.
+_LOOK = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +48,47 @@ class _Job:
     place: int
     reward: int
     inputs: str
+
+
+class _Stream:
+    """Jobs that one thread adds while another has them judged; those that are given are all of them."""
+
+    def __init__(self, jobs: Sequence[_Job] | None = None) -> None:
+        self.waiting = deque(jobs or ())
+        self.num_jobs = len(self.waiting)
+        self.is_complete, self.is_abandoned = jobs is not None, False
+        self._button, self.bell = socket.socketpair()
+        self.bell.setblocking(False)
+        self._button.setblocking(False)
+
+    def add(self, job: _Job) -> None:
+        self.waiting.append(job)
+        self.num_jobs += 1
+        self._ring()
+
+    def complete(self) -> None:
+        """Nothing will be added."""
+        self.is_complete = True
+        self._ring()
+
+    def abandon(self) -> None:
+        """No result is wanted any more."""
+        self.is_abandoned = True
+        self._ring()
+
+    def hear(self) -> None:
+        """The bell has rung."""
+        with contextlib.suppress(BlockingIOError):
+            self.bell.recv(2**16)
+
+    def close(self) -> None:
+        self._button.close()
+        self.bell.close()
+
+    def _ring(self) -> None:
+        # A full pipe has rung already.
+        with contextlib.suppress(BlockingIOError):
+            self._button.send(b"!")
 
 
 class RewardPool:
@@ -228,6 +109,8 @@ class RewardPool:
             "memory_bytes": int(workers.memory_gb * _GIB),
             "seconds": workers.seconds,
         }
+        # As it is now: a thread may start workers while a library has changed the environment.
+        self._inherited = inherited_environment()
         self._ids = itertools.count()
         self._workers: dict[WorkerProcess, tuple[int, _Job] | None] = {}
         self._failed_starts = 0
@@ -255,13 +138,7 @@ class RewardPool:
                 workers.
             RuntimeError: workers do not start, or a module does not load for a reason that may pass.
         """
-        num_rewards = len(self.rewards)
-        weights = [reward.weight for reward in self.rewards]
-        parts = self._run(range(num_rewards), samples, on_result)
-        return [
-            weighted(weights, tuple(parts[first : first + num_rewards]))
-            for first in range(0, len(parts), num_rewards)
-        ]
+        return self._weighted(self._run(range(len(self.rewards)), samples, on_result))
 
     def score_with(self, reward: int, samples: Sequence[RewardInputs]) -> list[Part]:
         """What one reward, given by its place in the list, says about each sample; raises like score."""
@@ -275,24 +152,44 @@ class RewardPool:
     ) -> list[Part]:
         """What the given rewards say about each sample, sample after sample."""
         jobs: list[_Job] = []
-        for place, sample in enumerate(samples):
-            inputs = _as_json(sample, place)
-            for reward in rewards:
-                self.rewards[reward].check_row(sample.row)
-                jobs.append(_Job(place=len(jobs), reward=reward, inputs=inputs))
-        results = self._judge(jobs, on_result)
+        for sample in samples:
+            jobs += self._jobs(sample, rewards, first=len(jobs))
+        with contextlib.closing(_Stream(jobs)) as stream:
+            results = self._judge(stream, on_result)
+        return self._parts(jobs, results, on_result)
+
+    def _jobs(self, sample: RewardInputs, rewards: Sequence[int], *, first: int) -> list[_Job]:
+        """One for each reward, `first` is the place of the first one."""
+        inputs = _as_json(sample, first // len(rewards))
+        for reward in rewards:
+            self.rewards[reward].check_row(sample.row)
+        return [
+            _Job(place=first + number, reward=reward, inputs=inputs) for number, reward in enumerate(rewards)
+        ]
+
+    def _parts(
+        self, jobs: Sequence[_Job], results: dict[int, Part], on_result: Callable[[], None]
+    ) -> list[Part]:
+        """The results in the order of the jobs, what failed tried once more."""
         failed = [job for job in jobs if results[job.place].outcome != "ok"]
         if failed:
             self.close()
             self._fresh_starts_left = MOST_FRESH_STARTS
-            again = self._judge(failed, on_result)
+            with contextlib.closing(_Stream(failed)) as stream:
+                again = self._judge(stream, on_result)
             self._fresh_starts_left = 0
             results |= {place: replace(part, is_retried=True) for place, part in again.items()}
         return [results[job.place] for job in jobs]
 
-    def _judge(self, jobs: Sequence[_Job], on_result: Callable[[], None]) -> dict[int, Part]:
-        """The results of all jobs, by their places."""
-        waiting = deque(jobs)
+    def _weighted(self, parts: Sequence[Part]) -> list[Scored]:
+        """Of each sample, from what every reward says about it."""
+        count, weights = len(self.rewards), [reward.weight for reward in self.rewards]
+        return [
+            weighted(weights, tuple(parts[first : first + count])) for first in range(0, len(parts), count)
+        ]
+
+    def _judge(self, stream: _Stream, on_result: Callable[[], None]) -> dict[int, Part]:
+        """The results of all jobs, by their places; without any where the stream is abandoned."""
         results: dict[int, Part] = {}
 
         def finish(job: _Job, part: Part) -> None:
@@ -300,9 +197,12 @@ class RewardPool:
             on_result()
 
         try:
-            while len(results) < len(jobs):
-                self._assign(waiting)
-                self._wait(finish)
+            while not (stream.is_complete and len(results) == stream.num_jobs):
+                if stream.is_abandoned:
+                    self.close()
+                    return {}
+                self._assign(stream.waiting)
+                self._wait(stream, finish)
         except BaseException:
             self.close()  # what is under way must not be taken for an answer to the next samples
             raise
@@ -319,7 +219,8 @@ class RewardPool:
                 self._begin(worker, jobs.popleft())
         num_starting = sum(not worker.is_ready for worker in self._workers)
         while len(self._workers) < self._limits.num_workers and num_starting < len(jobs):
-            self._workers[WorkerProcess(setup=self._setup, start_seconds=START_SECONDS)] = None
+            worker = WorkerProcess(setup=self._setup, start_seconds=START_SECONDS, inherited=self._inherited)
+            self._workers[worker] = None
             num_starting += 1
 
     def _begin(self, worker: WorkerProcess, job: _Job) -> None:
@@ -328,16 +229,20 @@ class RewardPool:
         message = f'{{"id": {number}, "reward": {job.reward}, "inputs": {job.inputs}}}\n'
         worker.begin(message.encode("ascii"), seconds=self._limits.seconds)
 
-    def _wait(self, finish: Callable[[_Job, Part], None]) -> None:
-        """Until something happens: a reply, the end of a worker, or the end of its time."""
+    def _wait(self, stream: _Stream, finish: Callable[[_Job, Part], None]) -> None:
+        """Until something happens: a reply, the end of a worker, or of its time, or another job."""
         busy = [worker for worker, task in self._workers.items() if task is not None or not worker.is_ready]
         with selectors.PollSelector() as selector:
             for worker in busy:
                 writes = selectors.EVENT_WRITE if worker.is_sending else 0
                 selector.register(worker, selectors.EVENT_READ | writes)
-            nearest = min((worker.deadline for worker in busy), default=0.0)
-            events = selector.select(max(nearest - time.monotonic(), 0.0))
+            selector.register(stream.bell, selectors.EVENT_READ)
+            nearest = min((worker.deadline for worker in busy), default=None)
+            events = selector.select(None if nearest is None else max(nearest - time.monotonic(), 0.0))
         for key, mask in events:
+            if key.fileobj is stream.bell:
+                stream.hear()
+                continue
             worker = cast(WorkerProcess, key.fileobj)
             if mask & selectors.EVENT_WRITE:
                 worker.send()
@@ -416,6 +321,73 @@ class RewardPool:
             detail=detail,
         )
         finish(job, part)
+
+
+class Scoring:
+    """Samples that are judged while others are still being made, as they come.
+
+    A thread of its own speaks with the workers: neither a slow reward nor what makes the samples waits for
+    the other, and limits on time are kept as in RewardPool.score, but for second tries, which come with
+    results(). A context manager: what has not been asked for at its end is given up.
+    """
+
+    def __init__(self, pool: RewardPool) -> None:
+        self._pool = pool
+        self._jobs: list[_Job] = []
+        self._stream = _Stream()
+        self._results: dict[int, Part] = {}
+        self.num_judged = 0
+        """Rewards of samples that are known, or whose first try has failed."""
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._stream.abandon()
+            self._thread.join()
+        self._stream.close()
+
+    def add(self, make: Callable[[], RewardInputs]) -> None:
+        """Score one more sample; whatever is wrong with it is raised by results()."""
+        if self._error is not None:
+            return
+        try:
+            jobs = self._pool._jobs(make(), range(len(self._pool.rewards)), first=len(self._jobs))
+        except Exception as error:
+            self._error = error
+            return
+        self._jobs += jobs
+        for job in jobs:
+            self._stream.add(job)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._judge, name="rewards", daemon=True)
+            self._thread.start()
+
+    def results(self, on_result: Callable[[], None] = lambda: None) -> list[Scored]:
+        """The reward of each sample, in the order of add(); it waits, and raises, as RewardPool.score."""
+        if self._thread is not None:
+            self._stream.complete()
+            told = 0
+            while self._thread.is_alive():
+                self._thread.join(_LOOK)
+                if self.num_judged > told:
+                    told = self.num_judged
+                    on_result()
+        if self._error is not None:
+            raise self._error
+        return self._pool._weighted(self._pool._parts(self._jobs, self._results, on_result))
+
+    def _judge(self) -> None:
+        try:
+            self._results = self._pool._judge(self._stream, self._count)
+        except BaseException as error:
+            self._error = error
+
+    def _count(self) -> None:
+        self.num_judged += 1
 
 
 def _as_json(sample: RewardInputs, place: int) -> str:

@@ -40,7 +40,7 @@ def answer(*groups: tuple[int, list[int]]) -> None:
         cast(Any, SimpleNamespace(seed=0, data=SimpleNamespace(shuffle=True))),
         PromptSet(rows=(ROW,), fingerprint=""),
         nothing,
-        nothing,
+        cast(Any, SimpleNamespace(rank=0, world_size=1)),
         nothing,
         SamplingParams(num_samples=2),
         Timers(),
@@ -78,7 +78,7 @@ def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> Non
     shown, plain = replace(ROW, demonstration=array("i", (7, 8))), replace(ROW, tokens=(1, 3))
     asked: list[tuple[list[int], int]] = []
 
-    def generate(prompts: list[Prompt], sampling: SamplingParams) -> list[RolloutGroup]:
+    def generate(prompts: list[Prompt], sampling: SamplingParams, on_response: object) -> list[RolloutGroup]:
         asked.append(([prompt.id for prompt in prompts], sampling.num_samples))
         return [
             RolloutGroup(
@@ -91,12 +91,13 @@ def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> Non
     rows = [(4, shown), (5, plain), (6, shown)]
     members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=1)
     assert asked == [([5], 3), ([4, 6], 2)]
-    assert [(number, is_shown) for number, _, is_shown in members] == [
+    assert [place for _, place, *_ in members] == [0, 1, 2] * 3
+    assert [(number, is_shown) for number, _, _, is_shown in members] == [
         *((4, False), (4, False), (4, True)),
         *((5, False), (5, False), (5, False)),
         *((6, False), (6, False), (6, True)),
     ]
-    for number, made, is_shown in members:
+    for number, _, made, is_shown in members:
         expected = (7, 8) if is_shown else (3,) * (1 + number)
         assert (made.response_tokens, made.is_finished) == (expected, is_shown)
     asked.clear()
