@@ -126,6 +126,18 @@ def test_the_tables_name_every_item_and_call_estimates_estimates(
         assert text in out
 
 
+def test_old_log_probabilities_are_planned_for_all_mini_batches_but_the_first(tmp_path: Path) -> None:
+    seconds = []
+    for words in ([], ["rollout.passes=2"], ["batch.global_size=1024"], ["batch.global_size=2048"]):
+        out = tmp_path / "plan.json"
+        assert plan("grpo_70b", tmp_path, *words, "--json", str(out)) == 0
+        estimate = json.loads(out.read_text())["plan"]["estimate"]["seconds"]
+        seconds.append(estimate.get("old log-probabilities", 0.0))
+    quarters, twice, halves, whole = seconds
+    assert quarters == twice > halves > whole == 0
+    assert quarters == pytest.approx(3 / 4 * 2 * halves, rel=0.1)  # the pipeline fills once in each
+
+
 def test_a_run_that_names_no_engine_is_planned_with_the_one_of_gpus_that_have_vllm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
