@@ -20,9 +20,9 @@ def test_a_reference_runs_for_the_parts_that_look_at_it_alone() -> None:
 
     reference: Any = SimpleNamespace(hidden_states=hidden_states)
     with_kl = build_loss("grpo", {"kl_coefficient": 0.1})
-    parts: Any = [
-        Part(batches=batches, loss=loss) for batches, loss in (("ab", build_loss("sft")), ("cd", with_kl))
-    ]
+    first, second = ("a", "b"), ("c", "d")
+    given: Any = [(first, build_loss("sft")), (second, with_kl)]
+    parts = [Part(batches=batches, loss=loss) for batches, loss in given]
     found = _reference_states(parts, reference)
     assert ran == [["c", "d"]]
     assert {number: chr(int(states)) for number, states in found.items()} == {2: "c", 3: "d"}

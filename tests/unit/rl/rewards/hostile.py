@@ -240,3 +240,10 @@ def broken(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
 def one_sided(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
     """Examples of one kind."""
     return RewardOutput(reward=1.0)
+
+
+@register_reward("tells_its_file", is_confined=False)
+def tells_its_file(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
+    """The digits of the response as a number; the row's file exists once it has been asked."""
+    Path(str(inputs.row["file"])).touch()
+    return RewardOutput(reward=float(inputs.response.replace(" ", "")))
