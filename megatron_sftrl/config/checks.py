@@ -517,8 +517,6 @@ def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator
             yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"
         if reference.checkpoint is not None:
             yield "reference.checkpoint: with lora the reference is the weights of model.hf; remove it"
-    if config.grpo is not None and config.grpo.rollout.engine == "vllm":
-        yield "lora does not reach vLLM yet: set rollout.engine = in_process"
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_query_groups * architecture.head_dim
     other_side = {"q_proj": queries, "o_proj": queries, "k_proj": keys, "v_proj": keys}

@@ -1,4 +1,4 @@
-"""The live weights of this rank, addressed as regions of Hugging Face tensors: views, nothing is copied."""
+"""The live weights of this rank, addressed as regions of Hugging Face tensors, adapters merged into them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_sftrl.engine.checkpoint.tensors import (
     send_to_replicas,
     weights_of,
 )
+from megatron_sftrl.engine.lora import LowRank, low_ranks
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_every_rank
@@ -24,15 +25,23 @@ from megatron_sftrl.models.tensors import Region, hf_regions, hf_shapes, megatro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveWeights:
-    """Disjoint parts of Hugging Face tensors that this rank's parameters hold, without vocabulary padding."""
+    """Disjoint parts of Hugging Face tensors that this rank's parameters hold, without vocabulary padding.
+
+    Args:
+        parts: views of the parameters.
+        added: what this rank's adapters add to its parts of a tensor.
+    """
 
     parts: Mapping[str, Mapping[Region, Tensor]]
+    added: Mapping[str, LowRank]
 
     def read(self, name: str, region: Region) -> Tensor:
-        """A view of `region`, which lies inside one part."""
+        """`region`, which lies inside one part: a view, or with adapters a copy that they are merged into."""
         for place, view in self.parts[name].items():
             if place.intersect(region) == region:
-                return view[region.relative_to(place.start).slices]
+                weight = view[region.relative_to(place.start).slices]
+                low_rank = self.added.get(name)
+                return weight if low_rank is None else low_rank.merged(weight, region)
         raise AssertionError(f"{name} {region} lies in none of {list(self.parts[name])}")
 
     def regions(self) -> dict[str, tuple[Region, ...]]:
@@ -62,7 +71,7 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
         data = shard.data.detach().view(shape)
         for each in hf_regions(tensor, Region.of(shape, shard.global_offset[stacked:])):
             parts.setdefault(each.name, {})[each.source] = data[each.target.slices]
-    return LiveWeights(parts=parts)
+    return LiveWeights(parts=parts, added=low_ranks(chunks))
 
 
 # Fills a model's shards straight from Hugging Face files: each part is read by one of the ranks that hold it.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.engine.model import LanguageModel, named_generator
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
+from megatron_sftrl.models.tensors import MegatronTensor, Region, megatron_tensors
 
 PREFIX = "lora."
 """Of the names of adapters in a checkpoint; a name of PEFT's follows, as in its files."""
@@ -203,6 +204,41 @@ def adapters_of(chunks: Sequence[torch.nn.Module]) -> list[Adapter]:
 def adapter_parameters(chunks: Sequence[torch.nn.Module]) -> list[Tensor]:
     """Every A and B of the chunks."""
     return [parameter for adapter in adapters_of(chunks) for parameter in adapter.parameters()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """scale B A for the part of a Hugging Face matrix that a rank holds.
+
+    Args:
+        start: row and column of the matrix at which B [rows, r] and A [r, columns] begin.
+    """
+
+    start: tuple[int, int]
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor, region: Region) -> Tensor:
+        """`weight`, which is `region` of the matrix, with scale B A: summed in fp32, rounded once; a copy."""
+        rows, columns = region.relative_to(self.start).slices
+        added = self.up[rows].float() @ self.down[:, columns].float()
+        return weight.float().add(added, alpha=self.scale).to(weight.dtype)
+
+
+def low_ranks(chunks: Sequence[torch.nn.Module]) -> dict[str, LowRank]:
+    """What the adapters of this rank's chunks add, by the Hugging Face name of each matrix; views."""
+    found = {}
+    for adapter in adapters_of(chunks):
+        places = {place.key.removeprefix(PREFIX): place for place in adapter.places()}
+        for name in adapter.names:
+            module = name.removesuffix(".weight")
+            down, up = (places[f"{module}.lora_{letter}.weight"] for letter in "AB")
+            assert down.data is not None and up.data is not None
+            start = (up.global_offset[0], down.global_offset[1])
+            found[name] = LowRank(start=start, down=down.data, up=up.data, scale=adapter.scale)
+    return found
 
 
 @contextlib.contextmanager

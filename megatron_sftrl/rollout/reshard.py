@@ -99,22 +99,22 @@ class Exchange:
             for source, parts in each.receives.items()
         }
         self._outbox = {}
-        for receiver, parts in each.sends.items():
-            self._outbox[receiver] = torch.empty(_num_elements(parts), dtype=dtype, device=device)
-            for part, place in _places(parts, self._outbox[receiver]):
-                place.copy_(weights.read(part.name, part.region))
         self._sums: dict[int, Tensor] = {}
         self._own_sums: dict[int, Tensor] = {}
+        for receiver, parts in each.sends.items():
+            self._outbox[receiver] = torch.empty(_num_elements(parts), dtype=dtype, device=device)
+            sums = []
+            for part, place in _places(parts, self._outbox[receiver]):
+                value = weights.read(part.name, part.region)
+                place.copy_(value)
+                if has_checksums:
+                    sums.append(checksum(value))
+            if has_checksums:
+                self._own_sums[receiver] = torch.tensor(sums, device=device)
         if has_checksums:
             self._sums = {
                 source: torch.empty(len(parts), dtype=torch.int64, device=device)
                 for source, parts in each.receives.items()
-            }
-            self._own_sums = {
-                receiver: torch.tensor(
-                    [checksum(weights.read(part.name, part.region)) for part in parts], device=device
-                )
-                for receiver, parts in each.sends.items()
             }
         operations = [
             *_operations(dist.irecv, self._inbox),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.types import Prompt
 from tests.contract.models import VOCAB_SIZE, greedy_tokens, save_versions
 from tests.contract.rollout_contract import (
@@ -29,6 +30,7 @@ from tests.contract.rollout_contract import (
     decode,
     load,
     observe,
+    whole_logits,
 )
 from tests.distributed.engine_outputs import engine_config
 from tests.grid import cases
@@ -303,8 +305,47 @@ class TestOwnRules:
         assert "1 processes cannot form rollout engines of tp 2" in said["tp_of_no_replicas"]
 
 
-def many_prompts(directory: Path) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Responses to 60 prompts of 100 tokens, together and the last three by themselves."""
+def adapted_difference(engine: VllmEngine, policy: PolicyEngine) -> float:
+    """Largest difference of the engine's log-probabilities from the trainer's, of adapters far from 0."""
+    from megatron_sftrl.engine.lora import adapter_parameters
+
+    base = {
+        name: weight.clone() for name, weight in policy.chunks[0].named_parameters() if "lora" not in name
+    }
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(policy.chunks):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    before = [group.rollouts[0].response_tokens for group in engine.generate(PROMPTS, GREEDY)]
+    engine.update(policy, version=7)
+    rollouts = [group.rollouts[0] for group in engine.generate(PROMPTS, GREEDY)]
+    assert [rollout.response_tokens for rollout in rollouts] != before, "the adapters change nothing"
+    for name, weight in policy.chunks[0].named_parameters():
+        assert name not in base or torch.equal(weight, base[name]), f"{name} was merged in place"
+    largest = 0.0
+    logits = whole_logits(policy, [[*each.prompt_tokens, *each.response_tokens] for each in rollouts])
+    for rows, rollout in zip(logits, rollouts, strict=True):
+        first, tokens = len(rollout.prompt_tokens) - 1, torch.tensor(rollout.response_tokens)
+        ours = rows[first : first + len(tokens)].double().log_softmax(1).gather(1, tokens[:, None])[:, 0]
+        largest = max(largest, float((ours - torch.tensor(rollout.logprobs)).abs().max()))
+    return largest
+
+
+@dataclass(frozen=True)
+class Crowded:
+    """Responses to 60 prompts of 100 tokens, together and the last three by themselves.
+
+    Args:
+        adapted: adapted_difference, of the same engine.
+    """
+
+    together: list[tuple[int, ...]]
+    alone: list[tuple[int, ...]]
+    adapted: float
+
+
+def many_prompts(directory: Path) -> Crowded:
+    """The policy has adapters, which add nothing until the end."""
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
@@ -313,7 +354,7 @@ def many_prompts(directory: Path) -> tuple[list[tuple[int, ...]], list[tuple[int
     from megatron_sftrl.rollout.vllm import VllmEngine
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
-    config = engine_config(directory, {}, "fp32")
+    config = engine_config(directory, {}, "fp32").model_copy(update={"lora": LoraSection(rank=4, alpha=8)})
     context = initialize_parallel(config.parallel)
     policy = PolicyEngine(architecture_of(config.model), config, context, with_optimizer=False)
     load(policy, directory)
@@ -322,21 +363,33 @@ def many_prompts(directory: Path) -> tuple[list[tuple[int, ...]], list[tuple[int
     drawn = torch.randint(VOCAB_SIZE, (60, 100), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [Prompt(id=number, tokens=tuple(tokens)) for number, tokens in enumerate(drawn)]
     sampling = replace(PLAIN, num_samples=1)
-    together, alone = engine.generate(prompts, sampling), engine.generate(prompts[-3:], sampling)
+    together, alone = (
+        [group.rollouts[0].response_tokens for group in engine.generate(asked, sampling)]
+        for asked in (prompts, prompts[-3:])
+    )
+    adapted = adapted_difference(engine, policy)
     engine.close()
     parallel_state.destroy_model_parallel()
-    return tuple([group.rollouts[0].response_tokens for group in each] for each in (together, alone))  # type: ignore[return-value]
+    return Crowded(together=together, alone=alone, adapted=adapted)
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Crowded:
+    (directory,) = save_versions("llama", tmp_path_factory.mktemp("crowded"), num_versions=1).directories
+    (found,) = run_ranks(1, many_prompts, directory, timeout_s=300)
+    return found
 
 
 @needs_vllm
-def test_more_prompts_than_vllm_reads_in_one_step_get_the_same_responses_as_alone(
-    tmp_path: Path,
-) -> None:
+def test_more_prompts_than_vllm_reads_in_one_step_get_the_same_responses_as_alone(crowded: Crowded) -> None:
     """6,000 tokens; vLLM reads at most 4,096 at once and would cut a prompt in two."""
-    (directory,) = save_versions("llama", tmp_path, num_versions=1).directories
-    ((together, alone),) = run_ranks(1, many_prompts, directory, timeout_s=300)
-    assert len(together) == 60
-    assert together[-3:] == alone
+    assert len(crowded.together) == 60
+    assert crowded.together[-3:] == crowded.alone
+
+
+@needs_vllm
+def test_adapters_arrive_merged(crowded: Crowded) -> None:
+    assert 0 < crowded.adapted <= TestVllmEngine.tolerance
 
 
 def start_without_memory(directory: Path) -> str:

@@ -1,0 +1,105 @@
+"""Adapters in several layouts, beside what tests/contract/test_peft_agrees.py says of their training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.engine_outputs import engine_config
+from tests.hf_models import read_tensors, write_model
+from tests.ranks import run_ranks
+
+LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
+SCALE = 2.0
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("lora") / "base", "qwen2")
+
+
+def policy_over(directory: Path, parallel: dict, lora: dict, **more: Any) -> Any:
+    """The policy with the weights of `directory`, and the adapters that drawn() gives."""
+    from megatron_sftrl.engine.live_weights import load_hf_weights
+    from megatron_sftrl.engine.lora import adapters_of
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.models.hf_weights import open_weights
+
+    values = {**engine_config(directory, parallel, "fp32").model_dump(), "lora": lora, **more}
+    config = type(engine_config(directory, parallel, "fp32")).model_validate(values)
+    architecture = architecture_of(config.model)
+    context = initialize_parallel(config.parallel)
+    policy = PolicyEngine(architecture, config, context)
+    with open_weights(directory) as weights:
+        load_hf_weights(policy.chunks, weights, architecture, context)
+    with torch.no_grad():
+        for adapter in adapters_of(policy.chunks):
+            for place in adapter.places():
+                assert place.data is not None
+                place.data.copy_(drawn(place.key, place.global_shape)[place.global_slice()])
+    policy.reload_optimizer_weights()
+    return policy, config
+
+
+def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
+    """The whole adapter of that name."""
+    generator = torch.Generator().manual_seed(sum(key.encode()))
+    return torch.randn(shape, generator=generator) * 0.1
+
+
+def streamed(directory: Path, parallel: dict, lora: dict, tp: int) -> dict[str, Tensor]:
+    """What an engine of this tp is sent; the weights under the adapters stay, bit for bit."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.models.engine_shards import EngineLayout
+    from megatron_sftrl.rollout.reshard import Resharder
+
+    policy, _ = policy_over(directory, parallel, lora)
+    before = [weight.clone() for weight in policy.chunks[0].parameters()]
+    layout = EngineLayout(tp=tp, world_size=policy.parallel.world_size)
+    resharder = Resharder(
+        policy.chunks,
+        policy.architecture,
+        policy.parallel,
+        layout,
+        bucket_bytes=1000,
+        is_checked=True,
+        has_checksums=True,
+    )
+    with resharder.stream() as stream:
+        found = dict(stream)
+    assert all(map(torch.equal, before, policy.chunks[0].parameters()))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def merged(directory: Path, scale: float = SCALE) -> dict[str, Tensor]:
+    """Every tensor of the model, with its adapter where LORA names one."""
+    found = {}
+    for name, weight in read_tensors(directory).items():
+        module = name.removesuffix(".weight")
+        if module.split(".")[-1] in LORA["targets"]:
+            down = drawn(f"lora.{module}.lora_A.weight", (4, weight.shape[1]))
+            up = drawn(f"lora.{module}.lora_B.weight", (weight.shape[0], 4))
+            weight = weight + scale * up @ down
+        found[name] = weight
+    return found
+
+
+@pytest.mark.parametrize(("parallel", "tp"), [({"tp": 2}, 1), ({"tp": 2}, 2), ({"pp": 2}, 2)])
+def test_an_engine_is_sent_merged_weights(directory: Path, parallel: dict, tp: int) -> None:
+    truth = merged(directory)
+    ranks = run_ranks(2, streamed, directory, parallel, LORA, tp)
+    for name, whole in truth.items():
+        filled = torch.zeros_like(whole, dtype=torch.bool)
+        for found in ranks:
+            here = ~found[name].isnan()
+            torch.testing.assert_close(found[name][here], whole[here], rtol=0, atol=1e-6, msg=name)
+            filled |= here
+        assert filled.all(), name
