@@ -510,13 +510,9 @@ def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator
         )
     if config.model.layers == "te":
         yield "lora does not know Transformer Engine's layers yet: set model.layers = torch"
-    if (reference := config.reference) is not None:
-        if reference.kind != "frozen":
-            yield "lora has no moving average of adapters yet: set reference.kind = frozen"
-        if reference.placement == "offload":
-            yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"
-        if reference.checkpoint is not None:
-            yield "reference.checkpoint: with lora the reference is the weights of model.hf; remove it"
+    reference = config.reference
+    if reference is not None and reference.placement == "offload" and reference.checkpoint is None:
+        yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_query_groups * architecture.head_dim
     other_side = {"q_proj": queries, "o_proj": queries, "k_proj": keys, "v_proj": keys}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -50,6 +50,8 @@ class Adapter(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.is_on = True
+        self.instead: Mapping[int, Tensor] | None = None
+        """By the id() of a parameter, what the forward takes in its place."""
         self.scale = section.scale
         self._parallel, self._tensor = parallel, tensor
         self._sums_input = tensor.shard == "columns"
@@ -80,12 +82,18 @@ class Adapter(torch.nn.Module):
     @property
     def down(self) -> list[Tensor]:
         """A of each matrix: [r, in], of a row-parallel layer [r, in/tp]."""
-        return [getattr(self, f"{_short(name)}_A") for name in self.names]
+        return self._values("A")
 
     @property
     def up(self) -> list[Tensor]:
         """B of each matrix: [out/tp, r], of a row-parallel layer [out, r]."""
-        return [getattr(self, f"{_short(name)}_B") for name in self.names]
+        return self._values("B")
+
+    def _values(self, letter: str) -> list[Tensor]:
+        own = [getattr(self, f"{_short(name)}_{letter}") for name in self.names]
+        if self.instead is None:
+            return own
+        return [self.instead[id(parameter)].to(parameter.dtype) for parameter in own]
 
     def forward(self, x: Tensor, *, is_split: bool) -> Tensor:
         """scale B A x, [.., out/tp] of a column-parallel layer's input and [.., out] of a row-parallel one's.
@@ -242,18 +250,18 @@ def low_ranks(chunks: Sequence[torch.nn.Module]) -> dict[str, LowRank]:
 
 
 @contextlib.contextmanager
-def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """For the block the chunks are the frozen model, in evaluation mode."""
+def other_adapters(chunks: Sequence[torch.nn.Module], instead: Mapping[int, Tensor] | None) -> Iterator[None]:
+    """For the block the chunks, in evaluation mode, have other adapters, or without `instead` none."""
     adapters, before = adapters_of(chunks), [chunk.training for chunk in chunks]
     for adapter in adapters:
-        adapter.is_on = False
+        adapter.is_on, adapter.instead = instead is not None, instead
     for chunk in chunks:
         chunk.eval()
     try:
         yield
     finally:
         for adapter in adapters:
-            adapter.is_on = True
+            adapter.is_on, adapter.instead = True, None
         for chunk, was_training in zip(chunks, before, strict=True):
             chunk.train(was_training)
 

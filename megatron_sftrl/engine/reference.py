@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
-from megatron_sftrl.engine.lora import adapters_off
+from megatron_sftrl.engine.lora import adapter_parameters, other_adapters
 from megatron_sftrl.engine.megatron_config import transformer_config
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
 from megatron_sftrl.engine.objective import OutputHead
@@ -96,10 +96,10 @@ class ReferenceModel:
     [T, H]; logits are made of them when the policy's micro-batch is at hand. So pp > 1 needs no path of its
     own and no [T, V] tensor outlives its micro-batch. A moving average of bf16 weights is kept in fp32 beside
     them, where the weights are between two steps.
-
-    Args:
-        shared: the policy's chunks, whose adapters are off while they are the reference: no second copy.
     """
+
+    has_adapters = False
+    """Its state is that of adapters alone (SharedReference)."""
 
     def __init__(
         self,
@@ -107,17 +107,10 @@ class ReferenceModel:
         run: TrainingConfig,
         section: ReferenceSection,
         parallel: ParallelContext,
-        *,
-        shared: Sequence[LanguageModel] = (),
     ) -> None:
         self.section = section
         self.parallel = parallel
-        self._is_shared = bool(shared)
         self._host: HostWeights | None = None
-        self._averages: list[dict[str, Tensor]] = [{} for _ in shared]
-        if shared:
-            self.chunks = list(shared)
-            return
         config = transformer_config(
             architecture, run.model, run.parallel, run.train, is_cuda=parallel.device.type == "cuda"
         )
@@ -127,7 +120,7 @@ class ReferenceModel:
             chunk.eval()
         if section.placement == "offload" and parallel.device.type != "cpu":
             self._host = HostWeights(self.chunks, parallel.device)
-        self._averages = [
+        self._averages: list[dict[str, Tensor]] = [
             {
                 name: weight.detach().to(torch.float32)
                 for name, weight in chunk.named_parameters()
@@ -143,7 +136,7 @@ class ReferenceModel:
             own.copy_(policy)
         self.round_average()
 
-    def averages(self) -> dict[int, Tensor]:
+    def averages(self) -> Mapping[int, Tensor]:
         """By the id() of a weight, the fp32 average that it is rounded from; bf16 would lose small updates.
 
         Empty for a frozen reference, and for fp32 weights, which are the average themselves.
@@ -177,7 +170,7 @@ class ReferenceModel:
 
         if self._host is not None:
             self._host.bring_in()
-        with adapters_off(self.chunks) if self._is_shared else contextlib.nullcontext():
+        with self._as_reference():
             states = run_schedule(self.chunks, batches, keep, self.parallel, forward_only=True)
         if self._host is not None:
             self._host.leave(but=self._head_weights())
@@ -191,6 +184,10 @@ class ReferenceModel:
         """The step's last logits have been asked for: everything may leave the device."""
         if self._host is not None:
             self._host.leave()
+
+    def _as_reference(self) -> contextlib.AbstractContextManager[None]:
+        """The chunks are the reference for the block."""
+        return contextlib.nullcontext()
 
     def _head_weights(self) -> list[Tensor]:
         """What head() reads once the forward is over: the output layer, or the tied embedding."""
@@ -215,3 +212,48 @@ class ReferenceModel:
             for name, weight in chunk.named_parameters()
             if name in averages
         ]
+
+
+class SharedReference(ReferenceModel):
+    """The policy's own weights with other adapters, for a run that trains adapters: no second copy of them.
+
+    Args:
+        chunks: the policy's.
+        keeps_start: the adapters' start adds something, so that the reference has a copy of it.
+    """
+
+    has_adapters = True
+
+    def __init__(
+        self,
+        section: ReferenceSection,
+        parallel: ParallelContext,
+        chunks: Sequence[LanguageModel],
+        *,
+        keeps_start: bool,
+    ) -> None:
+        self.section, self.parallel, self.chunks = section, parallel, list(chunks)
+        self._host = None
+        self._own: dict[int, Tensor] = {}
+        if keeps_start or section.kind == "moving_average":
+            self._own = {
+                id(each): each.detach().to(torch.float32, copy=True) for each in adapter_parameters(chunks)
+            }
+
+    def averages(self) -> Mapping[int, Tensor]:
+        """By the id() of an adapter of the policy, the reference's, fp32; empty where it has none."""
+        return self._own
+
+    def _as_reference(self) -> contextlib.AbstractContextManager[None]:
+        return other_adapters(self.chunks, self._own or None)
+
+    def _pairs(self, policy_chunks: Sequence[LanguageModel]) -> list[tuple[Tensor, Tensor]]:
+        for chunk in policy_chunks:
+            chunk.wait_for_weights()
+        return [
+            (self._own[id(each)], each) for each in adapter_parameters(policy_chunks) if id(each) in self._own
+        ]
+
+    def _rounded(self) -> list[tuple[Tensor, Tensor]]:
+        """None: the forward rounds them where it reads them."""
+        return []

@@ -31,7 +31,7 @@ from megatron_sftrl.engine.objective import StepReport
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import Base, PolicyEngine
-from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.reference import ReferenceModel, SharedReference
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.models.architecture import Architecture, num_parameters
@@ -429,9 +429,13 @@ def build_models(
         _load_start(checked, policy, origins)
     if config.reference is None:
         return policy, None
+    if config.lora is not None and config.reference.checkpoint is None:
+        return policy, SharedReference(config.reference, parallel, policy.chunks, keeps_start=False)
     if config.lora is not None:
-        shared = policy.chunks
-        return policy, ReferenceModel(architecture, config, config.reference, parallel, shared=shared)
+        LOGGER.info(
+            "reference.checkpoint with lora: the reference is a second copy of the whole model; without it, "
+            "the policy's weights with other adapters"
+        )
     reference = ReferenceModel(checked.architecture, config, config.reference, parallel)
     if config.reference.checkpoint is not None:
         _load_checkpoint(

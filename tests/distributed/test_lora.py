@@ -103,3 +103,71 @@ def test_an_engine_is_sent_merged_weights(directory: Path, parallel: dict, tp: i
             torch.testing.assert_close(found[name][here], whole[here], rtol=0, atol=1e-6, msg=name)
             filled |= here
         assert filled.all(), name
+
+
+def losses_of(policy: Any, reference: Any = None) -> Tensor:
+    """[1 or 2, T] nats of a step's labels by the policy, and by its reference."""
+    from tests.distributed.test_layouts import step_batches
+
+    def ask(ours: Any, theirs: Any, labels: Tensor) -> list[Tensor]:
+        return [each.logprobs(labels) for each in (ours, theirs) if each is not None]
+
+    context = policy.parallel
+    batches = step_batches(
+        0, num_groups=context.dp_size, group=context.dp_rank, multiple=2 * context.tp_size, num_microbatches=2
+    )
+    return torch.cat(policy.token_numbers(batches, ask, reference), dim=1)
+
+
+def shift(policy: Any, by: float) -> None:
+    """Move every element of every adapter."""
+    from megatron_sftrl.engine.lora import adapter_parameters
+
+    with torch.no_grad():
+        for parameter in adapter_parameters(policy.chunks):
+            parameter.add_(by)
+    policy.reload_optimizer_weights()
+
+
+def follow_with_adapters(directory: Path, parallel: dict, checkpoints: str, saves: bool) -> list[Tensor]:
+    """Numbers of policy and average, after an update of that or out of a checkpoint; of the policy alone;
+    and of the policy with the average's adapters in the place of its own.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.config.schema import ReferenceSection
+    from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+    from megatron_sftrl.engine.policy import Base
+    from megatron_sftrl.engine.reference import SharedReference
+
+    policy, _ = policy_over(directory, parallel, LORA)
+    policy.base = Base(path=str(directory), weights="of the test")
+    section = ReferenceSection(kind="moving_average", decay=0.75, sync_every=1)
+    reference = SharedReference(section, policy.parallel, policy.chunks, keeps_start=False)
+    with CheckpointStore(Path(checkpoints), policy.parallel, keep_last=1) as store:
+        if saves:
+            shift(policy, 0.2)
+            reference.follow(policy.chunks)
+            store.save(TrainerState(step=1), policy, reference)
+        else:
+            latest = store.latest()
+            assert latest is not None
+            store.load(latest, policy, reference)
+    both, alone = losses_of(policy, reference), losses_of(policy)
+    shift(policy, -0.15)  # back by decay
+    taught = losses_of(policy)
+    parallel_state.destroy_model_parallel()
+    return [both, alone, taught]
+
+
+def test_a_moving_average_of_adapters_is_the_policy_with_other_adapters(
+    directory: Path, tmp_path: Path
+) -> None:
+    split = {"tp": 2, "sequence_parallel": True}
+    overlapped = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    saved = run_ranks(2, follow_with_adapters, directory, split, str(tmp_path), True)
+    found = run_ranks(2, follow_with_adapters, directory, overlapped, str(tmp_path), False)
+    for both, alone, taught in (*saved, *found):
+        assert torch.equal(both[:1], alone), "the average's adapters stayed in the policy"
+        torch.testing.assert_close(both[1:], taught, rtol=0, atol=2e-5)  # nats; the sums were rounded
+        assert (both[1] - both[0]).abs().max() > 0.1

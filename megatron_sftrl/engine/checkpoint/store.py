@@ -402,7 +402,7 @@ class CheckpointStore:
             optimizer_shares(policy.optimizer)
         )
         if reference is not None and stored_reference(reference) is not None:
-            held += weights_of(reference.chunks, reference.averages())
+            held += weights_of(reference.chunks, reference.averages(), adapters=reference.has_adapters)
         send_to_replicas(held, self.parallel)
         _tell_of_rounded_average(path, reference)
         if reference is not None:
@@ -486,7 +486,12 @@ def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> l
     tensors = model_tensors(policy.chunks, prefix="policy", adapters=policy.lora is not None)
     tensors += optimizer_tensors(policy.chunks, optimizer_shares(policy.optimizer))
     if reference is not None and stored_reference(reference) is not None:
-        tensors += model_tensors(reference.chunks, prefix="reference", instead=reference.averages())
+        tensors += model_tensors(
+            reference.chunks,
+            prefix="reference",
+            instead=reference.averages(),
+            adapters=reference.has_adapters,
+        )
     return tensors
 
 

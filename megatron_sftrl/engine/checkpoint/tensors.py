@@ -3,7 +3,7 @@
     policy.<name>                weights, dtype of the model; with LoRA adapters alone, policy.lora.<name>
     optimizer.exp_avg.<name>     and exp_avg_sq, momentum_buffer: fp32 unless optim says bf16, shaped like it
     optimizer.main_param.<name>  fp32 weights behind bf16 ones
-    reference.<name>             a moving-average reference, fp32
+    reference.<name>             a moving-average reference, fp32; with LoRA its adapters alone
     rng.<generator>              [world_size, bytes] uint8, one row a rank
 
 Names and coordinates come from Megatron's sharded_state_dict, where layers are counted over the whole
