@@ -68,11 +68,18 @@ def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbat
     peak = allocated_peak(step)
     held = Held(
         parameters=storage_bytes(p for chunk in policy.chunks for p in chunk.parameters()),
-        gradients=storage_bytes(p.main_grad for chunk in policy.chunks for p in chunk.parameters()),  # type: ignore[attr-defined]
+        gradients=storage_bytes(
+            p.main_grad  # type: ignore[attr-defined]
+            for chunk in policy.chunks
+            for p in chunk.parameters()
+            if p.requires_grad
+        ),
         optimizer=storage_bytes(optimizer_tensors(policy))
         - storage_bytes(optimizer_tensors(policy), within=list(policy_storages(policy))),
         reference=storage_bytes(
-            p for chunk in (reference.chunks if reference else []) for p in chunk.parameters()
+            p
+            for chunk in (reference.chunks if reference and not reference.has_adapters else [])
+            for p in chunk.parameters()
         ),
         average=storage_bytes((reference.averages() if reference else {}).values()),
         pp_rank=context.pp_rank,
@@ -89,13 +96,15 @@ def policy_and_reference(
 ) -> tuple[PolicyEngine, ReferenceModel | None]:
     """A rank's share of both, with the same random weights."""
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.engine.reference import ReferenceModel
+    from megatron_sftrl.engine.reference import ReferenceModel, SharedReference
 
     assert run.model.architecture is not None
     architecture = from_section(run.model.architecture)
     policy = PolicyEngine(architecture, run, context)
     if run.reference is None:
         return policy, None
+    if run.lora is not None:
+        return policy, SharedReference(run.reference, context, policy.chunks, keeps_start=False)
     reference = ReferenceModel(architecture, run, run.reference, context)
     reference.copy_from(policy.chunks)
     return policy, reference

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from megatron_sftrl.apps.plan.activations import microbatch_of, step_peak
-from megatron_sftrl.apps.plan.model_state import buffer_layout, chunk_parameters, grid_of, model_state
+from megatron_sftrl.apps.plan.model_state import (
+    ModelState,
+    buffer_layout,
+    chunk_parameters,
+    grid_of,
+    model_state,
+)
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.models.architecture import from_section
 from tests.distributed.memory_runs import Held, measure
@@ -52,6 +58,25 @@ def make_run(parallel: dict[str, Any], model: dict[str, Any], dtype: str, **sect
     return RunConfig.model_validate({**tree, **sections})
 
 
+ADAPTED = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
+ADAPTERS = {
+    "tp 2, bf16, biases": ADAPTED,
+    "pp 2 vp 2, bf16, distributed": {"rank": 8, "alpha": 8},
+}
+
+
+@pytest.mark.parametrize("name", cases(ADAPTERS, rarely=["tp 2, bf16, biases"]))
+def test_adapters_are_planned_to_the_byte(name: str) -> None:
+    world_size, parallel, model, dtype = STATES[name]
+    sections = {"loss": {"name": "curiosft", "top_k": 16}, "reference": {"kind": "moving_average"}}
+    run = make_run(parallel, model, dtype, lora=ADAPTERS[name], **sections)
+    for held, planned in planned_and_held(run, world_size):
+        assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
+        assert planned.optimizer == held.optimizer
+        assert (planned.reference, planned.reference_average) == (held.reference, held.average) != (0, 0)
+        assert 0 < planned.gradients < planned.frozen < planned.parameters
+
+
 MOVING = ("one process, fp32", "pp 2 vp 2, bf16, distributed")
 
 
@@ -61,22 +86,31 @@ MOVING = ("one process, fp32", "pp 2 vp 2, bf16, distributed")
 def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str, kind: str) -> None:
     world_size, parallel, model, dtype = STATES[name]
     run = make_run(parallel, model, dtype, loss={"name": "gift", "beta": 4.0}, reference={"kind": kind})
-    assert run.model.architecture is not None
-    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, world_size)
-    found = run_ranks(world_size, measure_small, run)
-    for held in found:
-        planned = model_state(
-            architecture,
-            run,
-            grid,
-            stage=held.pp_rank,
-            dp_cp_rank=held.dp_cp_rank,
-            edp_rank=held.edp_rank,
-        )
+    for held, planned in planned_and_held(run, world_size):
         assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
         assert planned.optimizer == held.optimizer
         assert (planned.reference, planned.reference_average) == (held.reference, held.average)
         assert (held.average > 0) == (kind == "moving_average" and dtype == "bf16")
+
+
+def planned_and_held(run: RunConfig, world_size: int) -> list[tuple[Held, ModelState]]:
+    """Of each rank."""
+    assert run.model.architecture is not None
+    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, world_size)
+    return [
+        (
+            held,
+            model_state(
+                architecture,
+                run,
+                grid,
+                stage=held.pp_rank,
+                dp_cp_rank=held.dp_cp_rank,
+                edp_rank=held.edp_rank,
+            ),
+        )
+        for held in run_ranks(world_size, measure_small, run)
+    ]
 
 
 def measure_small(run: RunConfig) -> Held:
@@ -135,6 +169,7 @@ class Step:
     recompute: str = "none"
     recompute_modules: list[str] | None = None
     recompute_layers: int | None = None
+    lora: dict[str, Any] | None = None
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "sft"})
     reference: dict[str, Any] | None = None
     num_tokens: int = 1024
@@ -225,6 +260,13 @@ STEPS = {
         recompute="selective",
         recompute_modules=["layernorm", "moe"],
     ),
+    "adapters": Step(
+        world_size=2,
+        parallel=SPLIT,
+        lora={"rank": 8, "alpha": 8},
+        loss={"name": "gift", "beta": 4.0},
+        reference={"kind": "frozen"},
+    ),
     "pp 2, recomputed": Step(world_size=2, parallel={"pp": 2}, recompute="full", num_microbatches=4),
     "pp 2 vp 2": Step(world_size=2, parallel={"pp": 2, "vp": 2}, num_microbatches=4),
     "cp 2": Step(world_size=2, parallel={"cp": 2}, num_tokens=2048, num_sequences=2),
@@ -251,6 +293,7 @@ def run_of(step: Step) -> RunConfig:
         step.dtype,
         loss=step.loss,
         reference=step.reference,
+        lora=step.lora,
         train=train,
         data={"train": ["unused"], "max_length": step.num_tokens // step.num_sequences},
         batch={"global_size": 8, "packing": True, "max_tokens": step.num_tokens},
@@ -284,6 +327,7 @@ SELDOM = [
     "uneven stages",
     "experts' SwiGLU",
     "pp 2, recomputed",
+    "adapters",
     "experts",
     "cut experts, recomputed",
 ]

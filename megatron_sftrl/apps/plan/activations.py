@@ -12,10 +12,10 @@ grouped queries and no dropout; they were not measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_sftrl.apps.plan.model_state import Grid, element_bytes
+from megatron_sftrl.apps.plan.model_state import Adapted, Grid, adapted_by, element_bytes
 from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import LossSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
@@ -294,6 +294,8 @@ def step_peak(
 ) -> StepPeak:
     """What a stage's rank holds at the fullest moment, by its largest micro-batch."""
     block = block_bytes(architecture, grid, batch, modules_of(architecture, config, batch.kernels))
+    if (adapted := adapted_by(config)) is not None:
+        block = _with_adapters(block, architecture, grid, batch, adapted)
     has_reference = config.reference is not None
     per_chunk = grid.chunk_layers(architecture, stage=stage)
     num_full = recomputed_blocks(config, per_chunk)
@@ -322,6 +324,24 @@ def step_peak(
         logits=held + at_head,
         reference_states=states,
         reference_forward=(states + 2 * block.input + block.forward) * has_reference,
+    )
+
+
+def _with_adapters(
+    block: BlockBytes, a: Architecture, grid: Grid, batch: Microbatch, adapted: Adapted
+) -> BlockBytes:
+    """What is kept for A and B, [t, r] of each matrix, and what is added to the widest layer's output.
+
+    A frozen matrix has no gradient and keeps no input of its own, but the adapter beside it does.
+    """
+    rank, names = adapted
+    inner = batch.tokens * rank * len(names) * batch.element
+    wide = 2 * _FC1_OUTPUT * _widest(a, grid, batch)  # B A x as it is made, and scaled
+    return replace(
+        block,
+        saved=block.saved + inner,
+        forward=block.forward + wide,
+        backward=block.backward + wide - _largest_gradient(a, grid, batch),
     )
 
 

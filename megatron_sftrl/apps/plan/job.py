@@ -81,10 +81,15 @@ def head_flops(architecture: Architecture, *, tokens: int) -> float:
     return 2.0 * tokens * architecture.vocab_size * architecture.hidden_size
 
 
-def model_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
-    """Forward and backward of the policy without recomputation: what a utilisation counts."""
-    blocks = architecture.num_layers * block_flops(architecture, tokens=tokens, length=length)
-    return 3.0 * (blocks + head_flops(architecture, tokens=tokens))
+def model_flops(architecture: Architecture, *, tokens: int, length: int, has_frozen_matrices: bool) -> float:
+    """Forward and backward of the policy without recomputation: what a utilisation counts.
+
+    A frozen matrix has no gradient: two products of its three.
+    """
+    forward = architecture.num_layers * block_flops(architecture, tokens=tokens, length=length)
+    forward += head_flops(architecture, tokens=tokens)
+    attention = architecture.num_layers * attention_flops(architecture, tokens=tokens, length=length)
+    return 3.0 * forward - (forward - attention if has_frozen_matrices else 0.0)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -239,7 +239,7 @@ def _copies_on_node(state: ModelState, config: TrainingConfig, grid: Grid, hardw
     once = max(grid.tp, grid.etp * grid.ep)
     num_first = num_stages * once + min(once, rest)
     is_moving = config.reference is not None and config.reference.kind != "frozen"
-    weights = state.parameters + (state.reference_average or state.reference) * is_moving
+    weights = state.parameters - state.frozen + (state.reference_average or state.reference) * is_moving
     num_shares = num_ranks if config.parallel.distributed_optimizer else num_first
     return num_first * weights + num_shares * (state.optimizer + state.optimizer_on_host)
 
@@ -262,7 +262,7 @@ def _phases(
     reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
     average = {"reference's fp32 average": float(state.reference_average)} if state.reference_average else {}
     average = {} if is_offloaded else average
-    here = {"reference": float(state.reference)} | average if state.reference else {}
+    here = ({"reference": float(state.reference)} if state.reference else {}) | average
     between = {name: 0.0 if is_offloaded else size for name, size in here.items()}
     at_loss = {"reference": float(state.reference_ends)} if here and is_offloaded else here
     asleep = {"vLLM asleep": VLLM_ASLEEP} if rollout is not None and rollout.weights else {}
@@ -270,7 +270,7 @@ def _phases(
     logits = {"logits and loss": float(peak.logits)} if peak.logits else {}
     activations = {"activations": float(peak.blocks)}
     phases = [Phase(name="training", items=base | at_loss | states | activations | logits | asleep | reserve)]
-    if state.reference:
+    if config.reference is not None:
         forward = {"activations": float(peak.reference_forward)}
         phases.append(Phase(name="reference forward", items=base | here | forward | asleep | reserve))
     if state.fp32_gradients:

@@ -134,13 +134,7 @@ def chunk_parameters(
 @functools.lru_cache(maxsize=256)
 def _block(architecture: Architecture, *, tp: int, ep: int, etp: int) -> tuple[Parameter, ...]:
     """The parameters of one block on any rank."""
-    # One block tells for all: the table of a large mixture has tens of thousands of lines.
-    one = replace(
-        architecture, num_layers=1, sliding_window=None, window_layers=(), window_rope=None, no_rope_layers=()
-    )
-    tensors = [tensor for tensor in megatron_tensors(one) if tensor.index]
-    num_experts = architecture.mixture.num_experts // ep if architecture.mixture else 0
-    mine = [tensor for tensor in tensors if not tensor.is_expert or tensor.index[1] < num_experts]
+    mine = _block_tensors(architecture, ep=ep)
     return tuple(
         Parameter(
             key=tensor.key,
@@ -149,6 +143,65 @@ def _block(architecture: Architecture, *, tp: int, ep: int, etp: int) -> tuple[P
         )
         for tensor in sorted(mine, key=_place)
     )
+
+
+def _block_tensors(architecture: Architecture, *, ep: int) -> list[MegatronTensor]:
+    """The whole tensors of one block, with the experts of one rank."""
+    # One block tells for all: the table of a large mixture has tens of thousands of lines.
+    one = replace(
+        architecture, num_layers=1, sliding_window=None, window_layers=(), window_rope=None, no_rope_layers=()
+    )
+    tensors = [tensor for tensor in megatron_tensors(one) if tensor.index]
+    num_experts = architecture.mixture.num_experts // ep if architecture.mixture else 0
+    return [tensor for tensor in tensors if not tensor.is_expert or tensor.index[1] < num_experts]
+
+
+Adapted = tuple[int, tuple[str, ...]]
+"""Rank of the adapters, and the matrices that have one."""
+
+
+def adapted_by(config: TrainingConfig) -> Adapted | None:
+    """None for a run that trains all weights."""
+    return None if config.lora is None else (config.lora.rank, config.lora.names)
+
+
+@functools.lru_cache(maxsize=64)
+def trained_parameters(
+    architecture: Architecture,
+    grid: Grid,
+    adapted: Adapted | None,
+    *,
+    num_layers: int,
+    has_embedding: bool,
+    has_output: bool,
+) -> tuple[Parameter, ...]:
+    """Of a chunk's parameters those that have gradients: all, or A and B of each adapter (engine/lora.py)."""
+    if adapted is None:
+        return chunk_parameters(
+            architecture, grid, num_layers=num_layers, has_embedding=has_embedding, has_output=has_output
+        )
+    rank, names = adapted
+    block = []
+    for tensor in _block_tensors(architecture, ep=grid.ep):
+        cuts, sizes = _cuts(tensor, tp=grid.tp, etp=grid.etp), dict[str, int]()
+        for run in tensor.rows if len(tensor.shape) == 2 else ():
+            sizes[run.name] = sizes.get(run.name, 0) + run.num_rows
+        for name, rows in sizes.items():
+            if name.split(".")[-2] not in names:
+                continue
+            columns = tensor.shape[1]
+            down, up = (columns // cuts, rows) if tensor.shard == "columns" else (columns, rows // cuts)
+            block += [
+                Parameter(key=tensor.key, num_elements=rank * side, is_expert=tensor.is_expert)
+                for side in (down, up)
+            ]
+    return tuple(block * num_layers)
+
+
+def has_own_reference(config: TrainingConfig) -> bool:
+    """A reference that has weights of its own; with adapters it is the policy's, unless a file is named."""
+    reference = config.reference
+    return reference is not None and (config.lora is None or reference.checkpoint is not None)
 
 
 def _cuts(tensor: MegatronTensor, *, tp: int, etp: int) -> int:
@@ -178,6 +231,7 @@ class ModelState:
 
     Args:
         parameters: weights that the forward reads, padding included.
+        frozen: of them those that are not trained: no gradient, no padding, and in no checkpoint.
         gradients: buffers of parallel.grad_reduce_dtype.
         fp32_gradients: of this rank's share, while the optimizer updates from bf16 ones.
         optimizer: moments, and fp32 weights where the model's are bf16; without step counters.
@@ -185,12 +239,14 @@ class ModelState:
         eight_bit: copies of the blocks' matrices that Transformer Engine keeps for train.fp8, each with its
             transpose, and of the reference's without.
         reference: weights of a reference model, which has no buffers and no padding; 0 without one.
-        reference_average: fp32 average behind the bf16 weights of a reference that follows the policy.
+        reference_average: fp32 average behind the bf16 weights of a reference that follows the policy, or
+            of its adapters.
         reference_ends: of them embedding and output layer, which are on the device while the policy runs even
             when the rest is offloaded.
     """
 
     parameters: int
+    frozen: int
     gradients: int
     fp32_gradients: int
     optimizer: int
@@ -242,6 +298,7 @@ def model_state(
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
             is_distributed=config.parallel.distributed_optimizer,
             is_bucketed=config.parallel.overlap_grad_reduce,
+            adapted=adapted_by(config),
             ranks=(dp_cp_rank, edp_rank),
         )
         for chunk in range(grid.vp)
@@ -250,17 +307,20 @@ def model_state(
     away = round(owned * config.optim.cpu_offload)
     # Adam with moments of fewer bits reads gradients as they are; every other one is given fp32.
     is_copied = per_gradient < _FP32 and not config.optim.has_low_moments
-    has_reference = config.reference is not None
+    has_reference = has_own_reference(config)
     is_averaged = config.reference is not None and config.reference.kind == "moving_average"
+    # Of weights in fp32 a reference of its own is the average itself.
+    averaged = sum(part.trained for part in parts) * (element < _FP32 or not has_reference)
     return ModelState(
-        parameters=element * sum(part.held for part in parts),
+        parameters=element * sum(part.held + part.frozen for part in parts),
+        frozen=element * sum(part.frozen for part in parts),
         gradients=per_gradient * sum(part.held for part in parts),
         fp32_gradients=_FP32 * (owned - away) * is_copied,
         optimizer=per_weight * (owned - away),
         optimizer_on_host=(per_weight + _FP32) * away,
         eight_bit=matrices * (2 + has_reference) * (config.train.fp8 is not None),
         reference=element * sum(part.plain for part in parts) * has_reference,
-        reference_average=_FP32 * sum(part.plain for part in parts) * (is_averaged and element < _FP32),
+        reference_average=_FP32 * averaged * is_averaged,
         reference_ends=element * sum(part.ends for part in parts) * has_reference,
     )
 
@@ -284,13 +344,16 @@ def gradient_bytes(config: TrainingConfig) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Elements:
-    """Of one chunk: without padding, those outside the blocks, the blocks' matrices (routers are none), in
-    buffers, in this rank's optimizer.
+    """Of one chunk: all weights but adapters without padding, of them those that are not trained, those
+    outside the blocks, the blocks' matrices (routers are none); what is trained without padding, in buffers,
+    in this rank's optimizer.
     """
 
     plain: int
+    frozen: int
     ends: int
     matrices: int
+    trained: int
     held: int
     owned: int
 
@@ -305,6 +368,7 @@ def _chunk_elements(
     has_output: bool,
     is_distributed: bool,
     is_bucketed: bool,
+    adapted: Adapted | None,
     ranks: tuple[int | None, int | None],
 ) -> _Elements:
     members = chunk_parameters(
@@ -313,20 +377,38 @@ def _chunk_elements(
     plain = sum(each.num_elements for each in members)
     ends = sum(each.num_elements for each in members if not each.key.startswith("decoder."))
     matrices = sum(each.num_elements for each in members if each.key.endswith(_MATRICES))
+    trained = trained_parameters(
+        architecture,
+        grid,
+        adapted,
+        num_layers=num_layers,
+        has_embedding=has_embedding,
+        has_output=has_output,
+    )
+    size = sum(each.num_elements for each in trained)
+    found = _Elements(
+        plain=plain,
+        frozen=0 if adapted is None else plain,
+        ends=ends,
+        matrices=matrices,
+        trained=size,
+        held=size,
+        owned=size,
+    )
     if not is_distributed:
-        return _Elements(plain=plain, ends=ends, matrices=matrices, held=plain, owned=plain)
+        return found
     # Megatron cuts the first chunk of the first stage only, and that only to overlap its messages.
     bucket_size = max(_SMALLEST_BUCKET, _BUCKET_PER_RANK * grid.dp)
     held = owned = 0
     for is_expert, num_ranks, rank in ((False, grid.dp * grid.cp, ranks[0]), (True, grid.edp, ranks[1])):
         buffer = buffer_layout(
-            [each for each in members if each.is_expert == is_expert],
+            [each for each in trained if each.is_expert == is_expert],
             num_ranks,
             bucket_size=bucket_size if is_bucketed and has_embedding else None,
         )
         held += buffer.num_elements
         owned += _owned(buffer, num_ranks, rank)
-    return _Elements(plain=plain, ends=ends, matrices=matrices, held=held, owned=owned)
+    return replace(found, held=held, owned=owned)
 
 
 def buffer_layout(parameters: Sequence[Parameter], num_ranks: int, *, bucket_size: int | None) -> Buffer:

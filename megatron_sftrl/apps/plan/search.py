@@ -56,8 +56,6 @@ def plan_run(
 ) -> Plan:
     """What the run needs as it is written; UserError for settings that the run itself would refuse."""
     check_run(config, architecture, num_gpus, loss_needs=loss_needs)
-    if config.lora is not None:
-        raise UserError("sftrl plan does not count adapters yet: plan without lora for an upper bound")
     grid = grid_of(config.parallel, num_gpus)
     memory = plan_memory(architecture, config, grid, hardware)
     estimate = estimate_step(

@@ -34,11 +34,13 @@ from megatron_sftrl.apps.plan.job import (
 )
 from megatron_sftrl.apps.plan.memory import RolloutMemory
 from megatron_sftrl.apps.plan.model_state import (
+    Adapted,
     Grid,
-    chunk_parameters,
+    adapted_by,
     element_bytes,
     gradient_bytes,
     model_state,
+    trained_parameters,
 )
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, num_parameters
@@ -99,19 +101,22 @@ def state_traffic(
     """Gradients are summed; the distributed optimizer then gathers weights instead of gradients."""
     out = gradient_bytes(config)
     back = element_bytes(config) if config.parallel.distributed_optimizer else out
-    dense, experts = _stage_sizes(architecture, grid, stage=stage)
+    dense, experts = _stage_sizes(architecture, config, grid, stage=stage)
     return StateTraffic(
         dense=_ring(dense * float(out + back), grid.dp * grid.cp),
         experts=_ring(experts * float(out + back), grid.edp),
     )
 
 
-def _stage_sizes(architecture: Architecture, grid: Grid, *, stage: int) -> tuple[int, int]:
-    """Elements of one rank's weights outside and inside of experts."""
+def _stage_sizes(
+    architecture: Architecture, config: TrainingConfig, grid: Grid, *, stage: int
+) -> tuple[int, int]:
+    """Elements of one rank's trained weights outside and inside of experts."""
     chunks = [
         _chunk_sizes(
             architecture,
             grid,
+            adapted_by(config),
             num_layers=grid.chunk_layers(architecture, stage=stage),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
@@ -123,11 +128,22 @@ def _stage_sizes(architecture: Architecture, grid: Grid, *, stage: int) -> tuple
 
 @functools.lru_cache(maxsize=1024)
 def _chunk_sizes(
-    architecture: Architecture, grid: Grid, *, num_layers: int, has_embedding: bool, has_output: bool
+    architecture: Architecture,
+    grid: Grid,
+    adapted: Adapted | None,
+    *,
+    num_layers: int,
+    has_embedding: bool,
+    has_output: bool,
 ) -> tuple[int, int]:
     """Elements of one chunk outside and inside of experts."""
-    members = chunk_parameters(
-        architecture, grid, num_layers=num_layers, has_embedding=has_embedding, has_output=has_output
+    members = trained_parameters(
+        architecture,
+        grid,
+        adapted,
+        num_layers=num_layers,
+        has_embedding=has_embedding,
+        has_output=has_output,
     )
     experts = sum(each.num_elements for each in members if each.is_expert)
     return sum(each.num_elements for each in members) - experts, experts
@@ -213,7 +229,9 @@ def estimate_step(
         if rollout is not None and rollout.weights:
             parts["generating"] = _generation_seconds(architecture, grpo, grid, hardware, rollout, work)
     tokens = work.num_updates * config.batch.global_size * work.length
-    useful = model_flops(architecture, tokens=tokens, length=work.length)
+    useful = model_flops(
+        architecture, tokens=tokens, length=work.length, has_frozen_matrices=config.lora is not None
+    )
     return StepEstimate(
         seconds={name: seconds for name, seconds in parts.items() if seconds > 0},
         bubble=1.0 - work.num_microbatches / waves,
@@ -255,7 +273,10 @@ def _pass(
         stages.append(
             _Pass(
                 forward=num_blocks * block.forward + own_head + exchange,
-                backward=num_blocks * block.backward + 2 * own_head + again + exchange,
+                backward=num_blocks * block.backward
+                + (1 if config.lora else 2) * own_head
+                + again
+                + exchange,
                 reference=(num_blocks * block.forward + exchange) * has_reference,
                 reference_head=own_head * has_reference,
             )
@@ -273,7 +294,11 @@ def _adding_seconds(
     each = 2 * gradient_bytes(config)
     if batch.kernels == "torch":
         each += 2 * batch.element
-    return sum(_stage_sizes(a, grid, stage=stage)) * each / (hardware.memory_bandwidth * hardware.efficiency)
+    return (
+        sum(_stage_sizes(a, config, grid, stage=stage))
+        * each
+        / (hardware.memory_bandwidth * hardware.efficiency)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,6 +331,8 @@ def _block_seconds(
         linear_rate = rate * hardware.fp8_flops / hardware.peak_flops
         casts = _cast_seconds(a, grid, hardware, batch)
     products = attention / rate + linear / linear_rate
+    # Frozen matrices have no gradient; the adapters' own products, of r columns, are not counted.
+    backward = 2 * products - (linear / linear_rate if config.lora else 0.0)
     traffic = block_traffic(a, grid, batch)
     tp_link = hardware.link(stride=1, size=grid.tp)
     cp_link = hardware.link(stride=grid.tp, size=grid.cp)
@@ -327,7 +354,7 @@ def _block_seconds(
         read_and_written += 2.0 * num_norms * batch.residual_tokens * a.hidden_size
     again += read_and_written * batch.element / (hardware.memory_bandwidth * hardware.efficiency)
     return _BlockSeconds(
-        forward=products + talk[0] + casts[0], backward=2 * products + talk[1] + casts[1], again=again
+        forward=products + talk[0] + casts[0], backward=backward + talk[1] + casts[1], again=again
     )
 
 

@@ -88,13 +88,16 @@ def test_training_takes_six_operations_a_parameter_and_token_and_attention() -> 
     assert norms > 0
     matrices = a.num_layers * (a.hidden_size * 64 * 2 + a.hidden_size * 32 * 2 + 3 * a.hidden_size * 96)
     attention = 6.0 * a.num_layers * 128 * 64  # half of 12 L T H
-    assert model_flops(a, tokens=1, length=128) == 6.0 * (matrices + embedding) + attention
+    counted = model_flops(a, tokens=1, length=128, has_frozen_matrices=False)
+    assert counted == 6.0 * (matrices + embedding) + attention
+    frozen = model_flops(a, tokens=1, length=128, has_frozen_matrices=True)
+    assert frozen == 4.0 * (matrices + embedding) + attention
 
 
 def test_the_utilisation_is_the_operations_over_time_and_peak() -> None:
     found = estimate("loss={name: sft}", "reference=null", tp=2)
     a = architecture(num_layers=8, hidden_size=512)
-    useful = model_flops(a, tokens=64 * 256, length=256)
+    useful = model_flops(a, tokens=64 * 256, length=256, has_frozen_matrices=False)
     assert found.utilisation == pytest.approx(useful / (found.total * 64 * 989e12))
     assert 0 < found.utilisation < H100.efficiency
 
