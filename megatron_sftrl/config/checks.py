@@ -508,8 +508,6 @@ def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator
             "lora trains adapters over the weights of a Hugging Face directory: give it as model.hf (a "
             "checkpoint becomes one with sftrl convert to-hf)"
         )
-    if config.model.layers == "te":
-        yield "lora does not know Transformer Engine's layers yet: set model.layers = torch"
     reference = config.reference
     if reference is not None and reference.placement == "offload" and reference.checkpoint is None:
         yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"

@@ -126,13 +126,19 @@ class Adapter(torch.nn.Module):
     def attach(self, linear: Any) -> None:
         """Add to the output of Megatron's layer; engine/decode_step.py, which calls no layer, looks here."""
         linear.adapters = (self,)  # in a tuple, in which torch does not look for parameters
+        if hasattr(linear, "return_layernorm_output"):
+            # Transformer Engine's with a norm in it: the adapter reads what the matrix reads.
+            linear.return_layernorm_output = True
         linear.register_forward_hook(self._add)
 
     def _add(self, _: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> Any:
-        if not self.is_on:
-            return None
         output, bias = outputs
-        return output + self(inputs[0], is_split=self._parallel.sequence_parallel), bias
+        x = inputs[0]
+        if isinstance(output, tuple):
+            output, x = output
+        if self.is_on:
+            output = output + self(x, is_split=self._parallel.sequence_parallel)
+        return output, bias
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

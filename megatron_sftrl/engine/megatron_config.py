@@ -233,7 +233,6 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
     with_te = uses_transformer_engine(run.model, is_cuda=is_cuda)
     problems = [
         *_missing_packages(run, is_cuda=is_cuda, with_te=with_te),
-        *_adapter_problems(run, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:
@@ -251,14 +250,6 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
             f"megatron-core {megatron.core.__version__} refuses the settings of model, parallel, train and "
             f"optim{f' with parallel.megatron {written}' if written else ''}: {error}"
         ) from error
-
-
-def _adapter_problems(run: TrainingConfig, *, with_te: bool) -> Iterator[str]:
-    if run.lora is not None and with_te and run.model.layers == "auto":
-        yield (
-            "lora does not know Transformer Engine's layers yet, which model.layers = auto takes here: set "
-            "model.layers = torch"
-        )
 
 
 def check_fp8(train: TrainSection, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.distributed.engine_outputs import engine_config
 from tests.distributed.hf_models import save_model
+from tests.distributed.te_layers import layers_like_transformer_engines
 from tests.distributed.test_layouts import step_batches
 from tests.grid import is_full
 from tests.ranks import run_ranks
@@ -35,6 +36,7 @@ LAYOUTS = {
     "tp2": (2, {"tp": 2}, {}),
     "tp2, q v gate": (2, {"tp": 2}, {"targets": ["q_proj", "v_proj", "gate_proj"]}),
     "sp2": (2, {"tp": 2, "sequence_parallel": True}, {}),
+    "sp2, Transformer Engine's layers": (2, {"tp": 2, "sequence_parallel": True}, {}),
     "pp2": (2, {"pp": 2}, {}),
     "vp2": (2, {"pp": 2, "vp": 2}, {}),
     "cp2": (2, {"cp": 2}, {}),
@@ -46,6 +48,8 @@ LAYOUTS = {
 }
 
 
+FUSED = ["sp2, Transformer Engine's layers"]
+"""Of LAYOUTS those with other layers."""
 Part = tuple[str, tuple[int, ...]]
 """Name of a tensor, and where the part of a rank begins in it."""
 
@@ -129,6 +133,12 @@ def train_peft(model: Any) -> tuple[list[tuple[float, float]], dict[str, Tensor]
         optimizer.zero_grad()
         curve.append((total, float(norm)))
     return curve, first
+
+
+def train_fused_layers(directory: Path, parallel: dict, lora: dict, start: dict[str, Tensor]) -> Trained:
+    """train_engine on what stands in for Transformer Engine's layers."""
+    with layers_like_transformer_engines():
+        return train_engine(directory, parallel, lora, start)
 
 
 def train_engine(directory: Path, parallel: dict, lora: dict, start: dict[str, Tensor]) -> Trained:
@@ -223,7 +233,8 @@ def test_every_layout_trains_what_peft_trains(
 ) -> None:
     world_size, parallel, lora = LAYOUTS[layout]
     truth = truth_of(json.dumps(lora))
-    ranks = run_ranks(world_size, train_engine, directory, parallel, lora, truth.start)
+    train = train_fused_layers if layout in FUSED else train_engine
+    ranks = run_ranks(world_size, train, directory, parallel, lora, truth.start)
     expected = torch.tensor(truth.curve)
     for trained in ranks:
         ours = torch.tensor(trained.curve)

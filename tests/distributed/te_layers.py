@@ -1,8 +1,9 @@
 """Transformer Engine's layers as Megatron sees them, in torch: parameters, names, roundings, on any device.
 
 Of Transformer Engine 2.20: a norm multiplies its weight in fp32 and rounds once, LayerNormLinear holds that
-weight as layer_norm_weight and an empty tensor for a bias it has not, GroupedLinear holds weight0, weight1,
-..., the fused rope computes in fp32, and its attention has none of PackedAttention's attributes.
+weight as layer_norm_weight and an empty tensor for a bias it has not, and with return_layernorm_output gives
+what the norm gave beside its own output, before sequence parallelism gathers it; GroupedLinear holds weight0,
+weight1, ..., the fused rope computes in fp32, and its attention has none of PackedAttention's attributes.
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ def layers_like_transformer_engines() -> Iterator[None]:
         ) -> None:
             super().__init__(input_size, output_size, config=config, bias=bias, **rest)
             self.eps, self.layer_norm_weight = config.layernorm_epsilon, ones(input_size, config)
+            self.return_layernorm_output = False
             if not bias:
                 del self._parameters["bias"]
                 self.bias = torch.empty(0, dtype=config.params_dtype)  # type: ignore[assignment]
 
-        def forward(self, input_: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
-            return super().forward(input_)[0], None
+        def forward(self, input_: Tensor, *_: object, **__: object) -> tuple[Any, None]:
+            output = super().forward(input_)[0]
+            return (output, self.normed) if self.return_layernorm_output else output, None
 
         def _forward_impl(self, input: Tensor, weight: Tensor, *_: object, **options: Any) -> Tensor:
-            normed = _norm(input, self.layer_norm_weight, self.eps)
+            normed = self.normed = _norm(input, self.layer_norm_weight, self.eps)
             if options["sequence_parallel"]:
                 normed = gather_from_sequence_parallel_region(normed, group=options["tp_group"])
             return F.linear(normed, weight, options["bias"] if self.bias.numel() else None)

@@ -35,7 +35,6 @@ def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
         (["lora.rank=33"], "lora.rank = 33 is larger than k_proj, whose smaller side is 32"),
         (["lora.rank=65", "lora.targets=[up_proj]"], "larger than up_proj, whose smaller side is 64"),
         (["model.hf=null", "model.hf_config=BASE"], "give it as model.hf"),
-        (["model.layers=te"], "set model.layers = torch"),
         (["reference.placement=offload"], "reference.placement = offload"),
     ],
 )
