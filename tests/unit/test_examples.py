@@ -31,6 +31,7 @@ SEVERAL_NODES = [
     EXAMPLES / f"{name}.yaml"
     for name in ("curiosft_70b", "gift_70b", "gift_72b_qwen", "gift_moe", "grpo_70b", "pear_70b")
 ]
+LORA = [EXAMPLES / f"{name}.yaml" for name in ("gift_70b_lora", "grpo_lora")]  # tests/unit/plan plans them
 COMPARE = [EXAMPLES / f"compare_{name}.yaml" for name in ("smollm2", "tiny")]
 WRITER = EXAMPLES / "compare_smollm2_writer.yaml"
 QUICKSTART = sorted((EXAMPLES / "quickstart").glob("*.yaml"))
@@ -82,7 +83,7 @@ def qwen_7b() -> Architecture:
 
 
 def test_there_is_an_example_for_each_method() -> None:
-    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, GRPO, GRPO_VLLM, *COMPARE, WRITER} == {
+    assert {*CLUSTER, *AS_RELEASED, *SEVERAL_NODES, *LORA, GRPO, GRPO_VLLM, *COMPARE, WRITER} == {
         *EXAMPLES.glob("*.yaml")
     }
     assert [path.stem for path in QUICKSTART] == ["base", "gift", "grpo"]

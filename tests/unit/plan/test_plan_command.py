@@ -21,6 +21,8 @@ SHIPPED = {
     "pear_70b": ("Llama-3.3-70B-Instruct", 64),
     "curiosft_70b": ("Llama-3.3-70B-Instruct", 64),
     "grpo_70b": ("Llama-3.3-70B-Instruct", 64),
+    "gift_70b_lora": ("Llama-3.3-70B-Instruct", 8),
+    "grpo_lora": ("Qwen2.5-7B", 8),
     "gift_moe": ("Qwen3-30B-A3B", 32),
 }
 
