@@ -19,7 +19,7 @@ from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.hf_weights import HfWeights, fill_part
+from megatron_sftrl.models.hf_weights import ModelWeights, fill_part
 from megatron_sftrl.models.tensors import Region, hf_regions, hf_shapes, megatron_tensors
 
 
@@ -80,7 +80,7 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
 @torch.no_grad()
 def load_hf_weights(
     chunks: Sequence[LanguageModel],
-    weights: HfWeights,
+    weights: ModelWeights,
     architecture: Architecture,
     parallel: ParallelContext,
 ) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -396,7 +396,14 @@ def open_weights(directory: Path, *, allow_pickle: bool = False) -> HfWeights:
 # Copies values between parts of Megatron tensors and Hugging Face tensors, as the table of names says.
 
 
-def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], weights: HfWeights) -> None:
+class ModelWeights(Protocol):
+    """A whole model by Hugging Face names; HfWeights says what each method does."""
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None: ...
+    def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None: ...
+
+
+def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], weights: ModelWeights) -> None:
     """Fill `part`, which begins at `offset` of `tensor`, in place; rows of vocabulary padding become zero."""
     if tensor.has_padding and offset[0] + part.shape[0] > tensor.shape[0]:
         part.zero_()

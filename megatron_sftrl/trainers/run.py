@@ -24,7 +24,7 @@ from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.data.conversation import read_prompt
 from megatron_sftrl.data.formats import recognise
 from megatron_sftrl.data.rows import read_rows
-from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState, load_weights
+from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.objective import StepReport
@@ -40,6 +40,7 @@ from megatron_sftrl.observability.metrics import MetricsWriter, open_metrics, re
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
 from megatron_sftrl.observability.watch import HangWatch, Place, StragglerWatch, Timers, peak_memory_bytes
+from megatron_sftrl.trainers.adapters import load_model
 from megatron_sftrl.trainers.checked import CheckedRun, ConfigT, export_assets
 from megatron_sftrl.trainers.guards import (
     Crossing,
@@ -358,7 +359,7 @@ def next_commands(
     else:
         label, more = "go on with GRPO", ["grpo", "GRPO.yaml", f"model.init_checkpoint={checkpoint}"]
     commands = [f"export: sftrl {shlex.join(export)}", f"try it: {one_copy} {shlex.join(generate)}"]
-    if config.lora is None:  # adapters are merged by the export before a run starts from them
+    if config.lora is None:  # a further run of adapters starts from the export
         commands.append(f"{label}: {_program(world_size, per_node)} {shlex.join(more)}")
     return commands
 
@@ -478,7 +479,7 @@ def _load_checkpoint(
     parallel: ParallelContext,
 ) -> None:
     place = origins.checkpoint(key, path)
-    found = load_weights(chunks, place, architecture=architecture, parallel=parallel)
+    found = load_model(chunks, place, architecture=architecture, parallel=parallel)
     origins.take_checkpoint(key, path, found)
     LOGGER.info("weights from %s: %s", key, found.path)
 

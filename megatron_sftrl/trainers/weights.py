@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_sftrl.config.schema import TrainingConfig
-from megatron_sftrl.engine.checkpoint import FoundCheckpoint, checkpoint_at, load_adapters, load_weights
+from megatron_sftrl.engine.checkpoint import checkpoint_at
 from megatron_sftrl.engine.checkpoint.directory import read_record
 from megatron_sftrl.engine.checkpoint.store import check_architecture
 from megatron_sftrl.engine.live_weights import load_hf_weights
 from megatron_sftrl.engine.model import LanguageModel
-from megatron_sftrl.engine.policy import Base, PolicyEngine
+from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import from_hf_config, is_hugging_face
 from megatron_sftrl.models.hf_weights import open_weights
+from megatron_sftrl.trainers.adapters import load_model
 from megatron_sftrl.trainers.origins import hash_of_weights
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+
+
+def without_adapters(config: ConfigT) -> ConfigT:
+    """The run for a command that only reads models: adapters are merged where weights are given."""
+    return config.model_copy(update={"lora": None})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,18 +56,19 @@ def give_weights(
 ) -> GivenWeights:
     """Fill a policy that takes no optimizer step from here on; every rank calls it.
 
+    It is a whole model (without_adapters), and adapters of a checkpoint are merged into it.
+
     Args:
         path: step directory, run directory, or Hugging Face directory.
         into: chunks of a second model of the policy's layout, which are filled instead.
     Raises:
         UserError: on every rank: nothing there, files that are damaged, or a model of other sizes.
     """
+    assert policy.lora is None, "without_adapters comes first"
     architecture, chunks = policy.architecture, policy.chunks if into is None else into
     if not is_hugging_face(path):
-        if policy.lora is not None and into is None:
-            found = _load_with_base(policy, path, config)
-        else:
-            found = load_weights(chunks, path, architecture=architecture, parallel=policy.parallel)
+        base = config.model.hf
+        found = load_model(chunks, path, architecture=architecture, parallel=policy.parallel, base=base)
         return GivenWeights(
             path=found.path, step=found.record.trainer.step, content=found.record.content_hash()
         )
@@ -66,16 +76,6 @@ def give_weights(
     with open_weights(path, allow_pickle=config.model.allow_pickle) as weights:
         load_hf_weights(chunks, weights, architecture, policy.parallel)
         return GivenWeights(path=path, step=None, content=hash_of_weights(path, weights))
-
-
-def _load_with_base(policy: PolicyEngine, path: Path, config: TrainingConfig) -> FoundCheckpoint:
-    """A checkpoint of adapters, over the weights that they were trained on."""
-    base = config.model.hf
-    assert base is not None, "check_run refuses adapters without model.hf"
-    with open_weights(base, allow_pickle=config.model.allow_pickle) as weights:
-        load_hf_weights(policy.chunks, weights, policy.architecture, policy.parallel)
-        policy.base = Base(path=str(base.resolve()), weights=hash_of_weights(base, weights))
-    return load_adapters(policy, path)
 
 
 def weights_at(path: Path, config: TrainingConfig) -> GivenWeights:

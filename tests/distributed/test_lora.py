@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,63 @@ def streamed(directory: Path, parallel: dict, lora: dict, tp: int) -> dict[str, 
     assert all(map(torch.equal, before, policy.chunks[0].parameters()))
     parallel_state.destroy_model_parallel()
     return found
+
+
+def save(directory: Path, parallel: dict, checkpoints: str) -> None:
+    """A checkpoint of the adapters that drawn() gives."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.checkpoint import CheckpointStore, TrainerState
+    from megatron_sftrl.engine.policy import Base
+    from megatron_sftrl.models.hf_weights import open_weights
+    from megatron_sftrl.trainers.origins import hash_of_weights
+
+    policy, _ = policy_over(directory, parallel, LORA)
+    with open_weights(directory) as weights:
+        policy.base = Base(path=str(directory), weights=hash_of_weights(directory, weights))
+    with CheckpointStore(Path(checkpoints), policy.parallel, keep_last=1) as store:
+        store.save(TrainerState(step=1), policy, None)
+    parallel_state.destroy_model_parallel()
+
+
+def read_merged(directory: Path, parallel: dict, checkpoint: Path) -> dict[str, tuple[list, Tensor]]:
+    """What give_weights fills a model with, by name: parts, and what `sftrl coupling` reads."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.apps.coupling.rotation import _reader
+    from megatron_sftrl.apps.coupling.stages import Stage
+    from megatron_sftrl.engine.live_weights import live_weights
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.trainers.weights import give_weights
+
+    config = engine_config(directory, parallel, "fp32")
+    context = initialize_parallel(config.parallel)
+    policy = PolicyEngine(architecture_of(config.model), config, context, with_optimizer=False)
+    give_weights(policy, checkpoint, config)
+    with contextlib.ExitStack() as stack:
+        read = _reader(Stage(name="a", path=checkpoint), policy.architecture, stack, config)
+        found = {
+            name: ([(region.slices, part.clone()) for region, part in parts.items()], read(name))
+            for name, parts in live_weights(policy.chunks, policy.architecture).parts.items()
+        }
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_a_command_that_reads_a_checkpoint_of_adapters_gets_merged_weights(
+    directory: Path, tmp_path: Path
+) -> None:
+    run_ranks(2, save, directory, {"tp": 2}, str(tmp_path))
+    truth, seen = merged(directory), set()
+    for found in run_ranks(2, read_merged, directory, {"pp": 2}, tmp_path / "step-00000001"):
+        seen |= found.keys()
+        for name, (parts, whole) in found.items():
+            torch.testing.assert_close(whole, truth[name], rtol=0, atol=1e-6, msg=name)
+            for place, part in parts:
+                torch.testing.assert_close(part, truth[name][place], rtol=0, atol=1e-6, msg=name)
+    assert seen == truth.keys()
 
 
 def merged(directory: Path, scale: float = SCALE) -> dict[str, Tensor]:

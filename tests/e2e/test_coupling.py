@@ -172,9 +172,6 @@ def test_what_cannot_be_compared_is_refused_by_name(
             f"a={run}", f"b={hf}", more=("--samples", "3", "--k", "4")
         ),
         "--samples: expected 2 or more, got 1": command(f"a={run}", f"b={hf}", more=("--samples", "1")),
-        "coupling does not know adapters yet": command(
-            f"a={run}", f"b={hf}", more=("lora={rank: 2, alpha: 4}",)
-        ),
         f"{empty} holds no row": command(f"a={run}", f"b={hf}", more=("--demonstrations", str(empty))),
         "the loss grpo looks at a reference, whose weights are known where": command(
             f"a={run}", f"b={hf}", more=("loss.kl_coefficient=0.1", "reference={kind: frozen}")

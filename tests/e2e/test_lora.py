@@ -70,7 +70,8 @@ def test_both_exports_are_the_base_and_its_adapters(base: Path, trained: Path, t
     export = ["convert", "to-hf", "--checkpoint", str(trained)]
     moved = shutil.copytree(base, tmp_path / "moved")
     merged, peft = tmp_path / "merged", tmp_path / "peft"
-    sftrl(*export, "--out", str(merged), "--base", str(moved))
+    said = sftrl(*export, "--out", str(merged), "--base", str(moved), "--verify").stderr
+    assert "verify: largest logit difference" in said
     sftrl(*export, "--out", str(peft), "--adapters")
     weights, adapters = read_tensors(merged), read_tensors(peft)
     changed = 0

@@ -13,54 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sftrl.config.lora import LoraSection
-from megatron_sftrl.engine.checkpoint import StoredTensors, find_checkpoint
+from megatron_sftrl.engine.checkpoint import find_checkpoint
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_output import HfFile, plan_files, write_index
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
-from megatron_sftrl.models.hf_weights import HfWeights, open_weights
+from megatron_sftrl.models.hf_weights import HfWeights
 from megatron_sftrl.models.tensors import hf_shapes
-from megatron_sftrl.trainers.origins import hash_of_weights
-
-_STORED = "policy.lora."
-
-
-class StoredAdapters:
-    """The adapters of a checkpoint; close them (contextlib.closing).
-
-    Args:
-        lora: of the checkpoint's record.
-    """
-
-    def __init__(self, path: Path, lora: Mapping[str, Any]) -> None:
-        self.lora = lora
-        self._stored = StoredTensors(path)
-        self.scale = LoraSection.model_validate({key: lora[key] for key in LoraSection.model_fields}).scale
-        self.kinds = {
-            key.removeprefix(_STORED): (self._stored.dtypes[key], shape)
-            for key, shape in self._stored.shapes.items()
-            if key.startswith(_STORED)
-        }
-        """Dtype and shape of A and B of each matrix, by PEFT's names inside the model."""
-
-    def read(self, name: str) -> Tensor:
-        dtype, shape = self.kinds[name]
-        whole = torch.empty(shape, dtype=dtype)
-        self._stored.read_into(whole, _STORED + name, (0, 0))
-        return whole
-
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """W + scale B A in fp32 of the Hugging Face weight `name`; the weight itself without an adapter."""
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" not in self.kinds:
-            return weight
-        down, up = (self.read(f"{module}.lora_{letter}.weight").float() for letter in "AB")
-        return weight.float() + self.scale * (up @ down)
-
-    def close(self) -> None:
-        self._stored.close()
+from megatron_sftrl.trainers.adapters import MergedWeights, StoredAdapters
 
 
 def write_merged(
@@ -82,7 +43,8 @@ def write_merged(
 
     def write() -> None:
         with closing(StoredAdapters(path, lora)) as adapters:
-            _write_files(temporary, mine, adapters, weights, sizes, shapes, dtype, on_bytes)
+            merged = MergedWeights(weights, adapters)
+            _write_files(temporary, mine, merged, sizes, shapes, dtype, on_bytes)
 
     on_every_rank(write)
     on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
@@ -91,8 +53,7 @@ def write_merged(
 def _write_files(
     directory: Path,
     files: Sequence[HfFile],
-    adapters: StoredAdapters,
-    weights: HfWeights,
+    weights: MergedWeights,
     sizes: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
@@ -104,41 +65,12 @@ def _write_files(
         nonlocal done
         done += sizes[name]
         on_bytes(done, total)
-        return adapters.merged(name, weights.read(name)).to(dtype)
+        return weights.read(name).to(dtype)
 
     for file in files:
         write_safetensors(
             directory / file.name, {name: (dtype, shapes[name]) for name in file.tensors}, tensor
         )
-
-
-def open_base(
-    path: Path, lora: Mapping[str, Any], architecture: Architecture, base: Path | None
-) -> HfWeights:
-    """The weights that the adapters were trained over; every rank calls it.
-
-    Args:
-        path: of the checkpoint, for messages.
-        base: where they are now; None for the place that the run read them from.
-    Raises:
-        UserError: on every rank: nothing there, or other weights.
-    """
-    directory = Path(lora["base_path"]) if base is None else base
-    if not directory.is_dir():
-        raise UserError(
-            f"{path} holds adapters over the weights of {directory}, which is not there: give that model's "
-            "directory as --base"
-        )
-    # Pickled files are read as tensors only, and the run has been told to.
-    weights = open_weights(directory, allow_pickle=True)
-    weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
-    found = hash_of_weights(directory, weights)
-    if found != lora["base"]:
-        raise UserError(
-            f"{path} holds adapters over other weights than those of {directory}: expected files with hash "
-            f"{lora['base'][:12]}, got {found[:12]}; give the directory that they were trained over as --base"
-        )
-    return weights
 
 
 def convert_to_peft(checkpoint: Path, out: Path) -> Path:

@@ -18,7 +18,7 @@ from megatron_sftrl.apps.convert.adapters import convert_to_peft
 from megatron_sftrl.apps.convert.from_hf import Layout, check_layout, convert_from_hf
 from megatron_sftrl.apps.convert.to_hf import convert_to_hf
 from megatron_sftrl.config.schema import ModelSection, ParallelSection, TrainSection
-from megatron_sftrl.engine.checkpoint import find_checkpoint, load_weights, stored_assets
+from megatron_sftrl.engine.checkpoint import find_checkpoint, stored_assets
 from megatron_sftrl.engine.megatron_config import transformer_config
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
 from megatron_sftrl.engine.parallel import ParallelContext, parallel_context
@@ -28,6 +28,7 @@ from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.models.tokenizer_files import TOKENIZER_FILES
 from megatron_sftrl.observability.watch import peak_memory_bytes, return_freed_memory
+from megatron_sftrl.trainers.adapters import load_model
 from megatron_sftrl.types import TokenBatch
 
 
@@ -100,8 +101,6 @@ def run_to_hf(
             convert_to_peft(checkpoint, out)
         return
     with parallel_context(section) as parallel:
-        if with_verify and find_checkpoint(checkpoint).finish().lora is not None:
-            raise UserError("--verify does not know adapters yet: leave it out")
         with ByteProgress("exporting") as progress:
             convert_to_hf(
                 checkpoint,
@@ -113,7 +112,7 @@ def run_to_hf(
             )
         _report_assets(path.name for path in out.iterdir())
         if with_verify:
-            _verify(checkpoint, out, section, parallel)
+            _verify(checkpoint, out, section, parallel, base)
 
 
 # Both sides of a conversion compute the same logits: transformers from one, Megatron from the other.
@@ -139,11 +138,16 @@ class LogitDifference:
 
 
 def compare_logits(
-    checkpoint: Path, hf: Path, section: ParallelSection, parallel: ParallelContext
+    checkpoint: Path,
+    hf: Path,
+    section: ParallelSection,
+    parallel: ParallelContext,
+    base: Path | None = None,
 ) -> LogitDifference:
     """Load both sides in fp32 and compare; every rank calls it, rank 0 also holds the transformers model.
 
-    `checkpoint` may be a run directory. `section` and `parallel` are the layout of the Megatron model.
+    `checkpoint` may be a run directory, `base` the place of the model under its adapters. `section` and
+    `parallel` are the layout of the Megatron model.
 
     Raises:
         UserError: on every rank: a checkpoint that cannot be loaded.
@@ -157,7 +161,7 @@ def compare_logits(
         is_cuda=parallel.device.type == "cuda",
     )
     chunks = build_model_chunks(architecture, config, parallel)
-    load_weights(chunks, checkpoint, architecture=architecture, parallel=parallel)
+    load_model(chunks, checkpoint, architecture=architecture, parallel=parallel, base=base)
     prompts = _prompts(architecture)
     ours = _megatron_logits(chunks, prompts, architecture, parallel)
     outcome: list[LogitDifference | None] = [None]
@@ -280,13 +284,19 @@ def _report_assets(names: Iterable[str]) -> None:
         )
 
 
-def _verify(checkpoint: Path, hf: Path, section: ParallelSection, parallel: ParallelContext) -> None:
+def _verify(
+    checkpoint: Path,
+    hf: Path,
+    section: ParallelSection,
+    parallel: ParallelContext,
+    base: Path | None = None,
+) -> None:
     """Compare the logits of both sides and print the largest difference; every rank calls it.
 
     Raises:
         UserError: on every rank: the sides differ by more than rounding.
     """
-    found = compare_logits(checkpoint, hf, section, parallel)
+    found = compare_logits(checkpoint, hf, section, parallel, base)
     if parallel.rank == 0:
         print(
             f"verify: largest logit difference {found.largest:.3e}, logit scale {found.scale:.3e}, "

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sftrl.apps.convert.adapters import open_base, write_merged
+from megatron_sftrl.apps.convert.adapters import write_merged
 from megatron_sftrl.data.tokenizer_backends import PROBES, class_defaults
 from megatron_sftrl.engine.checkpoint import CheckpointRecord, StoredModel, find_checkpoint, stored_assets
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
@@ -36,6 +36,7 @@ from megatron_sftrl.models.hf_output import (
 from megatron_sftrl.models.hf_positions import FOR_VLLM
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.trainers.adapters import open_base
 
 # The exported tokenizer gives the ids that training saw, also to programs that load it by its class.
 

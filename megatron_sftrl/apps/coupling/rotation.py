@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sftrl.apps.coupling.stages import Stage
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.checkpoint import StoredModel
+from megatron_sftrl.engine.checkpoint.directory import read_record
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_every_rank, on_rank_zero
 from megatron_sftrl.models.architecture import Architecture
@@ -29,6 +31,7 @@ from megatron_sftrl.models.hf_config import is_hugging_face
 from megatron_sftrl.models.hf_weights import HfWeights, open_weights
 from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.observability.run_directory import write_atomically
+from megatron_sftrl.trainers.adapters import MergedWeights, open_merged
 
 _SMALLEST = 1e-6
 """Of the largest singular value: below, a direction is rounding of the weights and none of the matrix."""
@@ -121,7 +124,7 @@ def measure_turns(
     *,
     rank: int,
     of: Mapping[str, Any],
-    allow_pickle: bool,
+    config: TrainingConfig,
 ) -> Turns:
     """Every matrix of the model between every pair; every rank calls it, and gets what rank 0 keeps.
 
@@ -135,7 +138,7 @@ def measure_turns(
     done = on_rank_zero(lambda: _read(file, of))
     left = [name for name in names if name not in done]
     with contextlib.ExitStack() as stack:
-        readers = on_every_rank(lambda: _readers(stages, architecture, stack, allow_pickle=allow_pickle))
+        readers = {stage: _reader(stage, architecture, stack, config) for stage in stages}
         for start in range(0, len(left), parallel.world_size):
             mine = left[start : start + parallel.world_size][parallel.rank : parallel.rank + 1]
             found = on_every_rank(
@@ -154,17 +157,20 @@ def measure_turns(
 Reader = Callable[[str], Tensor]
 
 
-def _readers(
-    stages: Sequence[Stage], architecture: Architecture, stack: contextlib.ExitStack, *, allow_pickle: bool
-) -> dict[Stage, Reader]:
-    opened: dict[Stage, HfWeights | StoredModel] = {}
-    for stage in stages:
-        if is_hugging_face(stage.path):
-            opened[stage] = open_weights(stage.path, allow_pickle=allow_pickle)
-        else:
-            opened[stage] = StoredModel(stage.path, architecture)
-        stack.callback(opened[stage].close)
-    return {stage: each.read for stage, each in opened.items()}
+def _reader(
+    stage: Stage, architecture: Architecture, stack: contextlib.ExitStack, config: TrainingConfig
+) -> Reader:
+    """Of whole tensors by their Hugging Face names; every rank calls it."""
+    opened: HfWeights | StoredModel | MergedWeights
+    if is_hugging_face(stage.path):
+        pickle = config.model.allow_pickle
+        opened = on_every_rank(lambda: open_weights(stage.path, allow_pickle=pickle))
+    elif (lora := on_rank_zero(lambda: read_record(stage.path).lora)) is not None:
+        opened = open_merged(stage.path, lora, architecture, config.model.hf)
+    else:
+        opened = on_every_rank(lambda: StoredModel(stage.path, architecture))
+    stack.callback(opened.close)
+    return opened.read
 
 
 def _turns_of(

@@ -31,7 +31,7 @@ from megatron_sftrl.models.hf_output import write_assets
 from megatron_sftrl.models.tokenizer_files import has_tokenizer
 from megatron_sftrl.rollout.build import engine_here
 from megatron_sftrl.trainers.checked import checked_run
-from megatron_sftrl.trainers.weights import check_sizes
+from megatron_sftrl.trainers.weights import check_sizes, without_adapters
 
 
 def run_coupling(config: GrpoConfig, request: CouplingRequest) -> None:
@@ -45,10 +45,8 @@ def run_coupling(config: GrpoConfig, request: CouplingRequest) -> None:
         raise UserError(f"--samples: expected 2 or more, got {request.num_samples}: RL compares responses")
     if request.rank < 0:
         raise UserError(f"--rank: expected 0 or more, got {request.rank}")
-    if config.lora is not None:
-        raise UserError("coupling does not know adapters yet: export each stage (sftrl convert to-hf)")
     check_matplotlib()
-    config = engine_here(config)
+    config = engine_here(without_adapters(config))
     checked = checked_run(config)
     evaluations = [request.evaluation(stage) for stage in request.stages]
     held_out = read_held_out(config, evaluations[0])
@@ -101,7 +99,7 @@ def _turns(
         parallel,
         rank=request.rank,
         of={"rank": request.rank, "weights": weights},
-        allow_pickle=config.model.allow_pickle,
+        config=config,
     )
 
 

@@ -18,7 +18,6 @@ from megatron_sftrl.engine.checkpoint.store import (
     CheckpointStore,
     FoundCheckpoint,
     find_checkpoint,
-    load_adapters,
     load_weights,
 )
 
@@ -34,7 +33,6 @@ __all__ = [
     "complete_checkpoints",
     "find_checkpoint",
     "hashed_files",
-    "load_adapters",
     "load_weights",
     "save_converted",
     "stored_assets",

@@ -461,25 +461,6 @@ def load_weights(
     return FoundCheckpoint(path=found, record=record)
 
 
-def load_adapters(policy: PolicyEngine, path: Path) -> FoundCheckpoint:
-    """Fill a policy's adapters from a LoRA checkpoint of any layout; its base has been loaded before.
-
-    Raises:
-        UserError: on every rank and before anything is changed: a damaged checkpoint, other sizes, other
-            adapters, or adapters of another base.
-    """
-    verification = find_checkpoint(path)
-    found, record = verification.path, verification.finish()
-    check_architecture(record, policy.architecture, found)
-    _raise_if_different(_adapter_differences(record, policy), found)
-    tensors = model_tensors(policy.chunks, prefix="policy", adapters=True)
-    stored = stored_shapes(found)
-    check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)
-    read_tensors(first_replicas(tensors), found)
-    send_to_replicas(weights_of(policy.chunks, adapters=True), policy.parallel)
-    return FoundCheckpoint(path=found, record=record)
-
-
 def _resume_tensors(policy: PolicyEngine, reference: ReferenceModel | None) -> list[ShardedTensor]:
     """Everything but the random generators."""
     assert policy.optimizer is not None

@@ -1,0 +1,164 @@
+"""Checkpoints of adapters (LoRA), and the whole models that they make of the weights under them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sftrl.config.lora import LoraSection
+from megatron_sftrl.engine.checkpoint import (
+    FoundCheckpoint,
+    StoredTensors,
+    checkpoint_at,
+    find_checkpoint,
+    load_weights,
+)
+from megatron_sftrl.engine.checkpoint.directory import read_record
+from megatron_sftrl.engine.checkpoint.store import check_architecture
+from megatron_sftrl.engine.live_weights import load_hf_weights
+from megatron_sftrl.engine.model import LanguageModel
+from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.together import on_rank_zero
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_weights import HfWeights, open_weights
+from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.trainers.origins import hash_of_weights
+
+_STORED = "policy.lora."
+
+
+class StoredAdapters:
+    """The adapters of a checkpoint; close them (contextlib.closing).
+
+    Args:
+        lora: of the checkpoint's record.
+    """
+
+    def __init__(self, path: Path, lora: Mapping[str, Any]) -> None:
+        self.lora = lora
+        self._stored = StoredTensors(path)
+        self.scale = LoraSection.model_validate({key: lora[key] for key in LoraSection.model_fields}).scale
+        self.kinds = {
+            key.removeprefix(_STORED): (self._stored.dtypes[key], shape)
+            for key, shape in self._stored.shapes.items()
+            if key.startswith(_STORED)
+        }
+        """Dtype and shape of A and B of each matrix, by PEFT's names inside the model."""
+
+    def read(self, name: str) -> Tensor:
+        dtype, shape = self.kinds[name]
+        whole = torch.empty(shape, dtype=dtype)
+        self._stored.read_into(whole, _STORED + name, (0, 0))
+        return whole
+
+    def merged(self, name: str, weight: Tensor, part: tuple[slice, ...] = ()) -> Tensor:
+        """W + scale B A in fp32 of the Hugging Face weight `name`; the weight itself without an adapter.
+
+        `part` is where `weight` lies in it, the whole without.
+        """
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" not in self.kinds:
+            return weight
+        down, up = (self.read(f"{module}.lora_{letter}.weight").float() for letter in "AB")
+        rows, columns = part or (slice(None), slice(None))
+        return weight.float() + self.scale * (up[rows] @ down[:, columns])
+
+    def close(self) -> None:
+        self._stored.close()
+
+
+class MergedWeights:
+    """A model with adapters merged into it, in fp32 and rounded once; close it (contextlib.closing)."""
+
+    def __init__(self, base: HfWeights, adapters: StoredAdapters) -> None:
+        self._base, self._adapters = base, adapters
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+        self._base.check(expected, tied=tied)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, fp32 where there is an adapter, else of the stored dtype."""
+        return self._adapters.merged(name, self._base.read(name))
+
+    def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
+        """A region, into a tensor of its shape, of any dtype and device."""
+        target.copy_(self._adapters.merged(name, self._base.read(name, part), part))
+
+    def close(self) -> None:
+        self._base.close()
+        self._adapters.close()
+
+
+def open_base(
+    path: Path, lora: Mapping[str, Any], architecture: Architecture, base: Path | None
+) -> HfWeights:
+    """The weights that the adapters were trained over; every rank calls it.
+
+    Args:
+        path: of the checkpoint, for messages.
+        base: where they are now; None for the place that the run read them from.
+    Raises:
+        UserError: on every rank: nothing there, or other weights.
+    """
+    directory = Path(lora["base_path"]) if base is None else base
+    if not directory.is_dir():
+        raise UserError(
+            f"{path} holds adapters over the weights of {directory}, which is not there: put that model "
+            "back, or give its directory to sftrl convert to-hf as --base"
+        )
+    # Pickled files are read as tensors only, and the run has been told to.
+    weights = open_weights(directory, allow_pickle=True)
+    weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+    found = hash_of_weights(directory, weights)
+    if found != lora["base"]:
+        raise UserError(
+            f"{path} holds adapters over other weights than those of {directory}: expected files with hash "
+            f"{lora['base'][:12]}, got {found[:12]}; give the directory that they were trained over"
+        )
+    return weights
+
+
+def open_merged(
+    path: Path, lora: Mapping[str, Any], architecture: Architecture, base: Path | None
+) -> MergedWeights:
+    """The model that a checkpoint of adapters makes of its base; every rank calls it.
+
+    Args:
+        base: where that is if it is no longer where the run read it.
+    Raises:
+        UserError: on every rank: what open_base refuses.
+    """
+    moved = None if Path(lora["base_path"]).is_dir() else base
+    return MergedWeights(open_base(path, lora, architecture, moved), StoredAdapters(path, lora))
+
+
+def load_model(
+    chunks: Sequence[LanguageModel],
+    path: Path,
+    *,
+    architecture: Architecture,
+    parallel: ParallelContext,
+    base: Path | None = None,
+) -> FoundCheckpoint:
+    """load_weights, and of a checkpoint of adapters the model that they make of their base.
+
+    Args:
+        base: as in open_merged.
+    Raises:
+        UserError: on every rank: what load_weights and open_merged refuse.
+    """
+    if on_rank_zero(lambda: read_record(checkpoint_at(path)).lora) is None:
+        return load_weights(chunks, path, architecture=architecture, parallel=parallel)
+    verification = find_checkpoint(path)
+    found, record = verification.path, verification.finish()
+    check_architecture(record, architecture, found)
+    assert record.lora is not None
+    with closing(open_merged(found, record.lora, architecture, base)) as weights:
+        load_hf_weights(chunks, weights, architecture, parallel)
+    return FoundCheckpoint(path=found, record=record)
