@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from megatron_sftrl.config.data import Section
+from megatron_sftrl.config.paths import ExpandedPath
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _ALL: tuple[LoraTarget, ...] = get_args(LoraTarget)
@@ -23,6 +24,9 @@ class LoraSection(Section):
     targets: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
     """The matrices that get an adapter, by their Hugging Face names: [q_proj, v_proj]. all-linear: all of
     attention and MLP."""
+    start: ExpandedPath | None = None
+    """Directory of a PEFT adapter that training starts from, of the same rank, alpha, targets and base; None
+    draws A and sets B to 0."""
     rslora: bool = False
     """Divide alpha by the root of the rank (arXiv:2312.03732)."""
 

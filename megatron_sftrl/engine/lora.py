@@ -210,6 +210,22 @@ def add_adapters(
             chunk.embedding.register_forward_hook(_with_gradient)
 
 
+def adapter_shapes(architecture: Architecture, section: LoraSection) -> dict[str, tuple[int, int]]:
+    """Of A and B of each matrix of the whole model, by PEFT's names inside of it."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for tensor in megatron_tensors(architecture):
+        for run in tensor.rows if tensor.index and len(tensor.shape) == 2 else ():
+            if _short(run.name) in section.names:
+                rows, _ = sizes.get(run.name, (0, 0))
+                sizes[run.name] = (rows + run.num_rows, tensor.shape[1])
+    shapes = {}
+    for name, (rows, columns) in sizes.items():
+        module = name.removesuffix(".weight")
+        shapes[f"{module}.lora_A.weight"] = (section.rank, columns)
+        shapes[f"{module}.lora_B.weight"] = (rows, section.rank)
+    return shapes
+
+
 def adapters_of(chunks: Sequence[torch.nn.Module]) -> list[Adapter]:
     """Every adapter of the chunks, wrapped by DDP or not; none without LoRA."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]

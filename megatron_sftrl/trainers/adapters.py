@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.config.lora import LoraSection
+from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.checkpoint import (
     FoundCheckpoint,
     StoredTensors,
@@ -21,16 +24,24 @@ from megatron_sftrl.engine.checkpoint import (
 from megatron_sftrl.engine.checkpoint.directory import read_record
 from megatron_sftrl.engine.checkpoint.store import check_architecture
 from megatron_sftrl.engine.live_weights import load_hf_weights
+from megatron_sftrl.engine.lora import PREFIX, adapter_shapes, adapters_of
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.models.hf_weights import HfWeights, open_weights
+from megatron_sftrl.models.hf_tensor_file import read_safetensors_header
+from megatron_sftrl.models.hf_weights import HfWeights, mismatch_lines, open_weights
 from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.trainers.origins import hash_of_weights
 
+LOGGER = logging.getLogger(__name__)
+
 _STORED = "policy.lora."
+
+
+_SCALED = ("rank", "alpha", "rslora")
 
 
 class StoredAdapters:
@@ -43,7 +54,7 @@ class StoredAdapters:
     def __init__(self, path: Path, lora: Mapping[str, Any]) -> None:
         self.lora = lora
         self._stored = StoredTensors(path)
-        self.scale = LoraSection.model_validate({key: lora[key] for key in LoraSection.model_fields}).scale
+        self.scale = LoraSection.model_validate({key: lora[key] for key in _SCALED}).scale
         self.kinds = {
             key.removeprefix(_STORED): (self._stored.dtypes[key], shape)
             for key, shape in self._stored.shapes.items()
@@ -162,3 +173,116 @@ def load_model(
     with closing(open_merged(found, record.lora, architecture, base)) as weights:
         load_hf_weights(chunks, weights, architecture, parallel)
     return FoundCheckpoint(path=found, record=record)
+
+
+# An adapter of PEFT's as a start.
+
+_OUTER = "base_model.model."
+"""PEFT's names begin with it."""
+_BASE_MOVES = ("pissa", "olora", "loftq", "corda")
+"""PEFT's initialisations that change the weights under the adapter, by their beginning."""
+
+
+def open_start(config: TrainingConfig, architecture: Architecture) -> HfWeights:
+    """The adapter of lora.start, held against the section lora; close it.
+
+    Raises:
+        UserError: nothing there; a variant that this run would not continue; another rank, scale or targets;
+            tensors of another model.
+    """
+    lora = config.lora
+    assert lora is not None and lora.start is not None
+    directory = lora.start
+    said = _adapter_config(directory)
+    problems = [
+        f"{name}: expected {expected}, got {found}"
+        for name, (found, expected) in _compared(said, lora).items()
+        if found != expected
+    ]
+    if not problems:
+        weights = HfWeights(directory, read_safetensors_header(directory / "adapter_model.safetensors"))
+        expected = {_OUTER + name: shape for name, shape in adapter_shapes(architecture, lora).items()}
+        missing = [name for name in expected if name not in weights.shapes]
+        unexpected = [name for name in weights.shapes if name not in expected]
+        other = [
+            f"{name}: expected {list(shape)}, got {list(weights.shapes[name])}"
+            for name, shape in expected.items()
+            if name in weights.shapes and tuple(weights.shapes[name]) != shape
+        ]
+        problems = mismatch_lines(missing=missing, unexpected=unexpected, other=other)
+        if not problems:
+            return weights
+        weights.close()
+    raise UserError("\n  ".join([f"lora.start: {directory} is no start of this run:", *problems]))
+
+
+def _adapter_config(directory: Path) -> dict[str, Any]:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise UserError(
+                f"lora.start: {directory} has no {name}: expected the directory of a PEFT adapter, as peft's "
+                "save_pretrained and sftrl convert to-hf --adapters write it"
+            )
+    try:
+        said = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"lora.start: {directory / 'adapter_config.json'} is no JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise UserError(f"lora.start: {directory / 'adapter_config.json'}: expected an object")
+    return said
+
+
+def _compared(said: Mapping[str, Any], lora: LoraSection) -> dict[str, tuple[Any, Any]]:
+    """What PEFT's file says and what this run needs of it, by the file's keys."""
+    targets = said.get("target_modules")
+    initial = str(said.get("init_lora_weights", True)).lower()
+    plain = {
+        "use_dora": False,
+        "use_qalora": False,
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "trainable_token_indices": None,
+        "target_parameters": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return {
+        "peft_type": (said.get("peft_type"), "LORA"),
+        "r": (said.get("r"), lora.rank),
+        "lora_alpha": (float(said.get("lora_alpha") or 0), lora.alpha),
+        "use_rslora": (bool(said.get("use_rslora")), lora.rslora),
+        "target_modules": (
+            sorted(targets) if isinstance(targets, list) and lora.targets != "all-linear" else targets,
+            sorted(lora.names) if lora.targets != "all-linear" else targets,  # its tensors tell
+        ),
+        "init_lora_weights": (initial, "any" if initial.startswith(_BASE_MOVES) else initial),
+        **{key: (said.get(key) or value, value) for key, value in plain.items()},
+    }
+
+
+def load_start(policy: PolicyEngine, config: TrainingConfig, weights: HfWeights) -> None:
+    """Fill the adapters from open_start's tensors; every rank calls it.
+
+    Raises:
+        UserError: on every rank: it names a directory as its base that holds other weights than model.hf.
+    """
+    assert config.lora is not None and config.lora.start is not None and policy.base is not None
+    named = _adapter_config(config.lora.start).get("base_model_name_or_path")
+    base = Path(named) if isinstance(named, str) and on_rank_zero(lambda: Path(named).is_dir()) else None
+    if base is not None and str(base.resolve()) != policy.base.path:
+        with open_weights(base, allow_pickle=config.model.allow_pickle) as theirs:
+            content = hash_of_weights(base, theirs)
+        if content != policy.base.weights:
+            raise UserError(
+                f"lora.start: {config.lora.start} was trained over {base}, whose weights {content[:12]} are "
+                f"not those of model.hf = {policy.base.path} ({policy.base.weights[:12]})"
+            )
+    LOGGER.info("adapters from lora.start: %s, trained over %s", config.lora.start, named)
+    with torch.no_grad():
+        for adapter in adapters_of(policy.chunks):
+            for place in adapter.places():
+                assert place.data is not None
+                weights.read_into(place.data, _OUTER + place.key.removeprefix(PREFIX), place.global_slice())

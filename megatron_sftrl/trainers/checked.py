@@ -29,6 +29,7 @@ from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids
 from megatron_sftrl.models.hf_weights import open_weights
 from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors
 from megatron_sftrl.observability.trackers import check_trackers
+from megatron_sftrl.trainers.adapters import open_start
 from megatron_sftrl.types import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def checked_configuration(config: ConfigT, *, world_size: int | None = None) -> 
     loss_needs = loss.needs + (() if sft_loss is None else sft_loss.needs)
     check_run(config, architecture, world_size, loss_needs=loss_needs)
     check_targets(config, architecture)
+    if config.lora is not None and config.lora.start is not None:
+        open_start(config, architecture).close()
     tokenizer = _tokenizer(config, architecture)
     return CheckedRun(
         config=config,

@@ -40,7 +40,7 @@ from megatron_sftrl.observability.metrics import MetricsWriter, open_metrics, re
 from megatron_sftrl.observability.run_directory import RunDirectory, open_run_directory
 from megatron_sftrl.observability.run_lock import RunLock
 from megatron_sftrl.observability.watch import HangWatch, Place, StragglerWatch, Timers, peak_memory_bytes
-from megatron_sftrl.trainers.adapters import load_model
+from megatron_sftrl.trainers.adapters import load_model, load_start, open_start
 from megatron_sftrl.trainers.checked import CheckedRun, ConfigT, export_assets
 from megatron_sftrl.trainers.guards import (
     Crossing,
@@ -431,7 +431,8 @@ def build_models(
     if config.reference is None:
         return policy, None
     if config.lora is not None and config.reference.checkpoint is None:
-        return policy, SharedReference(config.reference, parallel, policy.chunks, keeps_start=False)
+        keeps_start = config.lora.start is not None
+        return policy, SharedReference(config.reference, parallel, policy.chunks, keeps_start=keeps_start)
     if config.lora is not None:
         LOGGER.info(
             "reference.checkpoint with lora: the reference is a second copy of the whole model; without it, "
@@ -466,6 +467,10 @@ def _load_start(checked: CheckedRun[ConfigT], policy: PolicyEngine, origins: Ori
         _load_checkpoint(
             key, model.init_checkpoint, policy.chunks, checked.architecture, origins, policy.parallel
         )
+    if (lora := checked.config.lora) is not None and lora.start is not None:
+        with open_start(checked.config, checked.architecture) as weights:
+            origins.take_hf("lora.start", lora.start, weights)
+            load_start(policy, checked.config, weights)
     if model.hf is not None or model.init_checkpoint is not None:
         policy.reload_optimizer_weights()
 

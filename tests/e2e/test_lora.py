@@ -88,6 +88,39 @@ def test_both_exports_are_the_base_and_its_adapters(base: Path, trained: Path, t
     assert "holds adapters over other weights" in ended.expect(2).stderr
 
 
+def test_a_run_starts_from_an_adapter_and_its_frozen_reference_with_it(
+    project: Project, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The first loss is that of the merged model beside itself, in a layout of its own.
+
+    A run of all weights starts from the checkpoint as it is, and merges it, too.
+    """
+    merged, peft = tmp_path / "merged", tmp_path / "peft"
+    export = ["convert", "to-hf", "--checkpoint", str(trained)]
+    sftrl(*export, "--out", str(merged))
+    sftrl(*export, "--out", str(peft), "--adapters")
+    short = ("train.steps=2",)
+    two = "parallel={tp: 2}"
+    sftrl(*sft(project, base, tmp_path / "on", *short, two, f"lora.start={peft}"), ranks=2)
+    for name, model in {"merged": merged, "base": base}.items():
+        sftrl(*sft(project, model, tmp_path / name, *short))
+    whole = sft(project, base, tmp_path / "whole", *short, f"model.init_checkpoint={trained}")
+    whole.remove(LORA)
+    whole[whole.index(f"model.hf={base}")] = f"model.hf_config={base}"
+    sftrl(*whole)
+    on, truth, other, all_weights = (
+        [metrics_of(tmp_path / name)[0][number] for number in ("loss", "nll")]
+        for name in ("on", "merged", "base", "whole")
+    )
+    torch.testing.assert_close(torch.tensor(on), torch.tensor(truth), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(all_weights), torch.tensor(truth), rtol=1e-5, atol=1e-5)
+    assert on != pytest.approx(other, abs=1e-3), "the start changes nothing"
+    elsewhere = write_model(tmp_path / "elsewhere", "qwen2", vocab_size=VOCAB_SIZE, seed=1)
+    make_tokenizer(elsewhere)
+    (ended,) = sftrl_each([sft(project, elsewhere, tmp_path / "never", *short, f"lora.start={peft}")])
+    assert "was trained over" in ended.expect(2).stderr
+
+
 def test_an_answer_is_that_of_the_merged_model(
     project: Project, base: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -120,10 +153,7 @@ def test_what_does_not_fit_adapters_is_refused_by_name(
 ) -> None:
     full = sft(project, base, trained)
     full.remove(LORA)
-    start = [*full[:2], f"run_dir={tmp_path / 'new'}", f"model.init_checkpoint={trained}"]
-    start += ["model.architecture=null", f"model.hf_config={base}"]
     other = sft(project, base, trained, "lora.rank=2", "parallel={tp: 1}")
-    ended = sftrl_each([start, full, other])
+    ended = sftrl_each([full, other])
     said = [each.expect(2).stderr for each in ended]
-    assert "holds adapters alone (LoRA over" in said[0]
-    assert all("choose another run_dir" in each and "lora" in each for each in said[1:]), said[1:]
+    assert all("choose another run_dir" in each and "lora" in each for each in said), said

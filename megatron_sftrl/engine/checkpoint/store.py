@@ -448,11 +448,7 @@ def load_weights(
     verification = find_checkpoint(path)
     found, record = verification.path, verification.finish()
     check_architecture(record, architecture, found)
-    if record.lora is not None:
-        raise UserError(
-            f"checkpoint {found} holds adapters alone (LoRA over {record.lora['base_path']}), not a model's "
-            f"weights: merge them with sftrl convert to-hf --checkpoint {found} --out DIR, and give DIR"
-        )
+    assert record.lora is None, "adapters have a base: trainers/adapters.py loads both"
     tensors = model_tensors(chunks, prefix="policy")
     stored = stored_shapes(found)
     check_tensors(tensors, {key: stored[key] for key in stored if key.startswith("policy.")}, found)

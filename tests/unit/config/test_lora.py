@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.lora import LoraSection
+from megatron_sftrl.engine.lora import adapter_shapes
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
+from megatron_sftrl.trainers.adapters import open_start
 from megatron_sftrl.trainers.checked import check_targets
 from tests.unit.config.example import example, message_of
 
@@ -55,6 +61,55 @@ def test_a_mixture_is_refused() -> None:
     sizes = ("family=qwen3_moe", "num_experts=4", "experts_per_token=2")
     with pytest.raises(UserError, match="lora does not know mixtures of experts yet"):
         check(sizes=tuple(f"model.architecture.{each}" for each in sizes))
+
+
+def write_adapter(directory: Path, **said: object) -> Path:
+    """A PEFT adapter of rank 2 on q_proj of the example's model; `said` stands in its adapter_config.json."""
+    architecture = architecture_of(example().model)
+    section = LoraSection(rank=2, alpha=4, targets=["q_proj"])
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **said}
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(values))
+    shapes = adapter_shapes(architecture, section)
+    tensors = {f"base_model.model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("said", "overrides", "part"),
+    [
+        ({"use_dora": True}, [], "use_dora: expected False, got True"),
+        ({"r": 4}, [], "r: expected 2, got 4"),
+        ({}, ["lora.alpha=8"], "lora_alpha: expected 8.0, got 4.0"),
+        ({"init_lora_weights": "pissa_niter_4"}, [], "init_lora_weights: expected any, got pissa_niter_4"),
+        ({"modules_to_save": ["lm_head"]}, [], "modules_to_save: expected None, got ['lm_head']"),
+        ({"rank_pattern": {"q_proj": 8}}, [], "rank_pattern: expected {}, got {'q_proj': 8}"),
+        (
+            {},
+            ["lora.targets=[q_proj, v_proj]"],
+            "target_modules: expected ['q_proj', 'v_proj'], got",
+        ),
+        ({}, ["lora.targets=all-linear"], "k_proj.lora_A.weight"),
+        ({"target_modules": "all-linear"}, ["lora.targets=all-linear"], "missing"),
+    ],
+)
+def test_an_adapter_that_this_run_would_not_go_on_with_is_refused(
+    said: dict[str, object], overrides: list[str], part: str, tmp_path: Path
+) -> None:
+    directory = write_adapter(tmp_path / "peft", **said)
+    config = example(*LORA, "lora.targets=[q_proj]", f"lora.start={directory}", *overrides)
+    with pytest.raises(UserError) as caught:
+        open_start(config, architecture_of(example().model))
+    assert part in str(caught.value)
+
+
+def test_an_adapter_of_the_same_kind_is_a_start(tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path / "peft", lora_dropout=0.1, use_dora=False, layers_to_transform=None)
+    config = example(*LORA, "lora.targets=[q_proj]", f"lora.start={directory}")
+    open_start(config, architecture_of(example().model)).close()
+    with pytest.raises(UserError, match=r"has no adapter_config.json"):
+        open_start(example(*LORA, f"lora.start={tmp_path}"), architecture_of(example().model))
 
 
 @pytest.mark.parametrize(
