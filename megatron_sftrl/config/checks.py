@@ -54,6 +54,8 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
         add("optim", ("min_lr_ratio", "schedule_steps"), "optim.schedule is constant")
     if config.loss.fused == "off":
         add("loss", ("chunk_mb",), "loss.fused is off")
+    if config.lora is not None and config.lora.start is not None:
+        add("lora", ("init",), "lora.start gives A and B")
     if config.batch.packing:
         add("batch", ("micro_size",), "batch.packing fills micro-batches by tokens (batch.max_tokens)")
     if (grpo := config.grpo) is not None:

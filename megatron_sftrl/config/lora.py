@@ -24,6 +24,11 @@ class LoraSection(Section):
     targets: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
     """The matrices that get an adapter, by their Hugging Face names: [q_proj, v_proj]. all-linear: all of
     attention and MLP."""
+    dropout: float = Field(ge=0, lt=1, default=0.0)
+    """Share of the entries of x that A does not see, drawn in each training forward; the others grow to make
+    up for them. The matrices of one layer (q, k and v; gate and up) share a draw."""
+    init: Literal["uniform", "gaussian"] = "uniform"
+    """Of A: uniform in +-1/sqrt(in), PEFT's default, or gaussian of deviation 1/rank. B starts at 0."""
     start: ExpandedPath | None = None
     """Directory of a PEFT adapter that training starts from, of the same rank, alpha, targets and base; None
     draws A and sets B to 0."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
@@ -52,7 +53,7 @@ class Adapter(torch.nn.Module):
         self.is_on = True
         self.instead: Mapping[int, Tensor] | None = None
         """By the id() of a parameter, what the forward takes in its place."""
-        self.scale = section.scale
+        self.scale, self.dropout = section.scale, section.dropout
         self._parallel, self._tensor = parallel, tensor
         self._sums_input = tensor.shard == "columns"
         tp = parallel.tp_size
@@ -103,6 +104,11 @@ class Adapter(torch.nn.Module):
             is_split: tokens are split over tp between the layers (sequence parallelism).
         """
         group = self._parallel.tp_group
+        if self.training and self.dropout:
+            # Under tensor parallelism x is a part that no other rank has, or the same on all of them.
+            is_own = is_split or self._sums_input
+            with get_cuda_rng_tracker().fork(_DROPOUT_OF_PARTS if is_own else _DROPOUT_OF_COPIES):
+                x = F.dropout(x, self.dropout)
         inner = F.linear(x, torch.cat(self.down))
         if self._sums_input:
             if is_split:
@@ -141,16 +147,20 @@ class Adapter(torch.nn.Module):
         return output, bias
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """PEFT's start: A uniform in +-1/sqrt(in), B zero; drawn by seed and name, alike in every layout."""
+    def initialize(self, init: Literal["uniform", "gaussian"], seed: int) -> None:
+        """A by lora.init, B zero; drawn by seed and name, alike in every layout."""
         for place in self.places():
             assert place.data is not None
             if ".lora_B." in place.key:
                 place.data.zero_()
                 continue
-            whole = torch.rand(place.global_shape, generator=named_generator(f"{seed}:{place.key}")) * 2 - 1
+            (rank, columns), generator = place.global_shape, named_generator(f"{seed}:{place.key}")
+            if init == "gaussian":
+                whole = torch.randn(rank, columns, generator=generator) / rank
+            else:
+                whole = (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
             start, size = place.global_offset[1], place.local_shape[1]
-            place.data.copy_(whole[:, start : start + size] / math.sqrt(place.global_shape[1]))
+            place.data.copy_(whole[:, start : start + size])
 
     def places(self) -> Iterator[ShardedTensor]:
         """A and B of each matrix as parts of PEFT's tensors."""
@@ -184,6 +194,7 @@ def add_adapters(
     seed: int,
 ) -> None:
     """Freeze the chunks and give them adapters, which alone are trained from now on."""
+    _seed_dropout(parallel, seed)
     table = {
         (tensor.key, tensor.index[0]): tensor
         for tensor in megatron_tensors(architecture)
@@ -201,13 +212,25 @@ def add_adapters(
                 linear = attrgetter(path)(layer)
                 adapter = Adapter(tensor, section, parallel, linear.weight.dtype)
                 if adapter.names:
-                    adapter.initialize(seed)
+                    adapter.initialize(section.init, seed)
                     adapter.attach(linear)
                     adapters.append(adapter)
         chunk.add_module("lora", adapters)
         if chunk.pre_process and chunk.config.recompute_granularity is not None:
             # What is computed again must have an input with a gradient, or it has none.
             chunk.embedding.register_forward_hook(_with_gradient)
+
+
+_DROPOUT_OF_PARTS, _DROPOUT_OF_COPIES = "lora-dropout-of-parts", "lora-dropout-of-copies"
+
+
+def _seed_dropout(parallel: ParallelContext, seed: int) -> None:
+    """Streams in Megatron's tracker: recomputation winds them back, and checkpoints hold them."""
+    tracker = get_cuda_rng_tracker()
+    place = f"{seed}:lora dropout:{parallel.pp_rank}:{torch.distributed.get_rank(parallel.dp_cp_group)}"
+    for name, text in ((_DROPOUT_OF_COPIES, place), (_DROPOUT_OF_PARTS, f"{place}:{parallel.tp_rank}")):
+        if name not in tracker.get_states():
+            tracker.add(name, named_generator(text).initial_seed())
 
 
 def adapter_shapes(architecture: Architecture, section: LoraSection) -> dict[str, tuple[int, int]]:

@@ -202,6 +202,7 @@ class PolicyEngine:
             "alpha": self.lora.alpha,
             "targets": list(self.lora.names),
             "rslora": self.lora.rslora,
+            "dropout": self.lora.dropout,
             "base": self.base.weights if self.base else None,
             "base_path": self.base.path if self.base else None,
         }
@@ -273,8 +274,9 @@ class PolicyEngine:
         self, batches: Sequence[TokenBatch], loss: Loss, reference: ReferenceModel | None = None
     ) -> StepReport:
         """The same numbers without gradients."""
-        longest = self._objective.longest(batches)
-        return self._run([Part(batches=batches, loss=loss)], reference, longest=longest, forward_only=True)[0]
+        part, longest = Part(batches=batches, loss=loss), self._objective.longest(batches)
+        with self.evaluation():
+            return self._run([part], reference, longest=longest, forward_only=True)[0]
 
     @torch.no_grad()
     @named_operator()

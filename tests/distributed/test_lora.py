@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.engine_outputs import engine_config
+from tests.grid import cases
 from tests.hf_models import read_tensors, write_model
 from tests.ranks import run_ranks
 
@@ -161,6 +162,71 @@ def test_an_engine_is_sent_merged_weights(directory: Path, parallel: dict, tp: i
             torch.testing.assert_close(found[name][here], whole[here], rtol=0, atol=1e-6, msg=name)
             filled |= here
         assert filled.all(), name
+
+
+def masks(directory: Path, parallel: dict) -> dict[str, Tensor]:
+    """What the first layer's adapters let through of ones, by the name of a matrix; nothing in evaluation."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine import lora as engine_lora
+
+    policy, _ = policy_over(directory, parallel, {**LORA, "dropout": 0.25})
+    found: dict[str, Tensor] = {}
+    linear = torch.nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch:
+        for adapter in engine_lora.adapters_of(policy.chunks):
+            name = adapter.names[0].split(".")[-2]
+            ones = torch.ones(200, 1, adapter.down[0].shape[1])
+
+            def keep(x: Tensor, weight: Tensor, name: str = name) -> Tensor:
+                found.setdefault(name, x.clone())
+                return linear(x, weight)
+
+            patch.setattr(engine_lora.F, "linear", keep)
+            adapter.train()
+            adapter(ones, is_split=policy.parallel.sequence_parallel)
+            patch.undo()
+            adapter.eval()
+            assert torch.equal(*(adapter(ones, is_split=False) for _ in range(2)))
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.parametrize("kind", cases(["tp2", "sp2", "dp2"], rarely=["sp2"]))
+def test_dropout_is_drawn_by_ranks_with_parts_of_their_own_and_shared_by_copies(
+    directory: Path, kind: str
+) -> None:
+    layouts = {"tp2": {"tp": 2}, "sp2": {"tp": 2, "sequence_parallel": True}, "dp2": {}}
+    first, second = run_ranks(2, masks, directory, layouts[kind])
+    for name, mask in first.items():
+        assert mask.unique().tolist() == pytest.approx([0, 1 / 0.75])
+        deviation = (0.25 * 0.75 / mask.numel()) ** 0.5
+        assert float((mask == 0).double().mean()) == pytest.approx(0.25, abs=5 * deviation), name
+        is_copy = kind == "tp2" and name in ("q_proj", "up_proj")
+        assert torch.equal(mask, second[name]) == is_copy, name
+
+
+def step_with_dropout(directory: Path, recompute: str) -> list[float]:
+    """Loss and gradient norm of a step, and of the next one."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.losses.registry import build_loss
+    from tests.distributed.test_layouts import step_batches
+
+    lora = {**LORA, "dropout": 0.5}
+    policy, _ = policy_over(directory, {}, lora, train={"steps": 2, "recompute": recompute})
+    found = []
+    for _ in range(2):
+        batches = step_batches(0, num_groups=1, group=0, multiple=1, num_microbatches=2)
+        report = policy.forward_backward(batches, build_loss("sft", {}))
+        found += [report.loss, policy.optim_step(0, num_steps=2).grad_norm]
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_a_block_that_is_computed_again_drops_what_it_dropped_before(directory: Path) -> None:
+    (kept,), (again,) = (run_ranks(1, step_with_dropout, directory, each) for each in ("none", "full"))
+    assert kept == pytest.approx(again, rel=1e-6)
 
 
 def losses_of(policy: Any, reference: Any = None) -> Tensor:

@@ -105,7 +105,7 @@ def _write_peft(directory: Path, adapters: StoredAdapters) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "lora_alpha": int(lora["alpha"]) if float(lora["alpha"]).is_integer() else lora["alpha"],
-        "lora_dropout": 0.0,
+        "lora_dropout": lora["dropout"],
         "peft_type": "LORA",
         "r": lora["rank"],
         "target_modules": lora["targets"],

@@ -295,7 +295,8 @@ def step_peak(
     """What a stage's rank holds at the fullest moment, by its largest micro-batch."""
     block = block_bytes(architecture, grid, batch, modules_of(architecture, config, batch.kernels))
     if (adapted := adapted_by(config)) is not None:
-        block = _with_adapters(block, architecture, grid, batch, adapted)
+        has_dropout = config.lora is not None and config.lora.dropout > 0
+        block = _with_adapters(block, architecture, grid, batch, adapted, has_dropout=has_dropout)
     has_reference = config.reference is not None
     per_chunk = grid.chunk_layers(architecture, stage=stage)
     num_full = recomputed_blocks(config, per_chunk)
@@ -328,14 +329,25 @@ def step_peak(
 
 
 def _with_adapters(
-    block: BlockBytes, a: Architecture, grid: Grid, batch: Microbatch, adapted: Adapted
+    block: BlockBytes,
+    a: Architecture,
+    grid: Grid,
+    batch: Microbatch,
+    adapted: Adapted,
+    *,
+    has_dropout: bool,
 ) -> BlockBytes:
-    """What is kept for A and B, [t, r] of each matrix, and what is added to the widest layer's output.
+    """What is kept for A and B, [t, r] of each matrix, and what is added to the widest layer's output; with
+    dropout the inputs of the layers once more, and a byte for each of their entries.
 
     A frozen matrix has no gradient and keeps no input of its own, but the adapter beside it does.
     """
     rank, names = adapted
     inner = batch.tokens * rank * len(names) * batch.element
+    if has_dropout:
+        attended = batch.tokens * (a.num_attention_heads // grid.tp) * a.head_dim * batch.element
+        streams = 2 * batch.residual_tokens * a.hidden_size * batch.element
+        inner += (streams + attended + _widest(a, grid, batch)) * (batch.element + 1) // batch.element
     wide = 2 * _FC1_OUTPUT * _widest(a, grid, batch)  # B A x as it is made, and scaled
     return replace(
         block,

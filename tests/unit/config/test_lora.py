@@ -118,7 +118,8 @@ def test_an_adapter_of_the_same_kind_is_a_start(tmp_path: Path) -> None:
         ("lora.rank=0", ["lora.rank"]),
         ("lora.targets=[q_prj]", ["lora.targets", "q_proj", "down_proj"]),
         ("lora.targets=[]", ["lora.targets"]),
-        ("lora.dropout=0.1", ["lora.dropout"]),
+        ("lora.dropout=1.0", ["lora.dropout"]),
+        ("lora.init=pissa", ["lora.init", "gaussian"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_what_there_is(override: str, parts: list[str]) -> None:
