@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
+from megatron_sftrl.config.lora import ATTENTION_TARGETS
 from megatron_sftrl.config.schema import (
     GrpoConfig,
     ParallelSection,
@@ -502,8 +503,11 @@ def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
 def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
     if (lora := config.lora) is None:
         return
-    if architecture.mixture is not None:
-        yield "lora does not know mixtures of experts yet: train all weights, or a dense model"
+    if architecture.mixture is not None and (experts := sorted({*lora.names} - {*ATTENTION_TARGETS})):
+        yield (
+            f"lora.targets: a mixture of experts has {', '.join(experts)} in its experts, for which there are "
+            f"no adapters: choose among {', '.join(ATTENTION_TARGETS)}"
+        )
         return
     if config.model.hf is None:
         yield (

@@ -11,6 +11,7 @@ from megatron_sftrl.config.data import Section
 from megatron_sftrl.config.paths import ExpandedPath
 
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION_TARGETS: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ALL: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 

@@ -198,7 +198,7 @@ def add_adapters(
     table = {
         (tensor.key, tensor.index[0]): tensor
         for tensor in megatron_tensors(architecture)
-        if tensor.index and len(tensor.shape) == 2
+        if tensor.index and len(tensor.shape) == 2 and not tensor.is_expert
     }
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -206,15 +206,15 @@ def add_adapters(
         adapters = Adapters()
         for layer in layers:
             for (key, index), tensor in table.items():
-                if index != layer.layer_number - 1:
+                is_wanted = any(_short(run.name) in section.names for run in tensor.rows)
+                if index != layer.layer_number - 1 or not is_wanted:
                     continue
                 path = key.removeprefix("decoder.layers.").removesuffix(".weight")
                 linear = attrgetter(path)(layer)
                 adapter = Adapter(tensor, section, parallel, linear.weight.dtype)
-                if adapter.names:
-                    adapter.initialize(section.init, seed)
-                    adapter.attach(linear)
-                    adapters.append(adapter)
+                adapter.initialize(section.init, seed)
+                adapter.attach(linear)
+                adapters.append(adapter)
         chunk.add_module("lora", adapters)
         if chunk.pre_process and chunk.config.recompute_granularity is not None:
             # What is computed again must have an input with a gradient, or it has none.

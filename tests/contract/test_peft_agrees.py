@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 NUM_STEPS = 20 if is_full() else 6
 OPTIM = {"lr": 0.003, "eps": 1e-4, "weight_decay": 0.1, "clip_grad": 1.0}
-MODEL = "qwen2_window"  # four layers, biases, a window, tied embeddings
+MODEL, MIXTURE = "qwen2_window", "qwen3_moe"  # the first: four layers, biases, a window, tied embeddings
 RANK, ALPHA = 4, 6.0
 LAYOUTS = {
     "one process": (1, {}, {}),
@@ -40,6 +40,7 @@ LAYOUTS = {
     "pp2": (2, {"pp": 2}, {}),
     "vp2": (2, {"pp": 2, "vp": 2}, {}),
     "cp2": (2, {"cp": 2}, {}),
+    "ep2, attention of a mixture": (2, {"ep": 2}, {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     "dp2, distributed optimizer": (
         2,
         {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
@@ -49,7 +50,8 @@ LAYOUTS = {
 
 
 FUSED = ["sp2, Transformer Engine's layers"]
-"""Of LAYOUTS those with other layers."""
+MIXTURES = ["ep2, attention of a mixture"]
+"""Of LAYOUTS those with other layers, and with another model."""
 Part = tuple[str, tuple[int, ...]]
 """Name of a tensor, and where the part of a rank begins in it."""
 
@@ -195,10 +197,12 @@ def name(place: Any) -> Part:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base")
-    save_model(MODEL, path)
-    return path
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By model."""
+    found = {name: tmp_path_factory.mktemp("base") for name in (MODEL, MIXTURE)}
+    for name, path in found.items():
+        save_model(name, path)
+    return found
 
 
 def assert_parts(found: dict[Part, Tensor], whole: dict[str, Tensor], bound: float) -> None:
@@ -210,12 +214,12 @@ def assert_parts(found: dict[Part, Tensor], whole: dict[str, Tensor], bound: flo
 
 
 @pytest.fixture(scope="module")
-def truth_of(directory: Path) -> Callable[[str], Truth]:
-    """PEFT's training under the settings of `lora`, as text; each once."""
+def truth_of(directories: dict[str, Path]) -> Callable[[str, str], Truth]:
+    """PEFT's training of a model under the settings of `lora`, as text; each once."""
 
     @functools.cache
-    def train(lora: str) -> Truth:
-        model = peft_model(directory, json.loads(lora))
+    def train(name: str, lora: str) -> Truth:
+        model = peft_model(directories[name], json.loads(lora))
         start = copied(adapters_of(model))
         curve, gradients = train_peft(model)
         return Truth(start=start, curve=curve, gradients=gradients, weights=copied(adapters_of(model)))
@@ -229,12 +233,13 @@ def copied(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_what_peft_trains(
-    directory: Path, truth_of: Callable[[str], Truth], layout: str
+    directories: dict[str, Path], truth_of: Callable[[str, str], Truth], layout: str
 ) -> None:
     world_size, parallel, lora = LAYOUTS[layout]
-    truth = truth_of(json.dumps(lora))
+    name = MIXTURE if layout in MIXTURES else MODEL
+    truth = truth_of(name, json.dumps(lora))
     train = train_fused_layers if layout in FUSED else train_engine
-    ranks = run_ranks(world_size, train, directory, parallel, lora, truth.start)
+    ranks = run_ranks(world_size, train, directories[name], parallel, lora, truth.start)
     expected = torch.tensor(truth.curve)
     for trained in ranks:
         ours = torch.tensor(trained.curve)

@@ -57,10 +57,12 @@ def test_matrices_that_the_files_have_in_one_with_others_are_refused() -> None:
     check_targets(example(*LORA, "lora.targets=[o_proj, down_proj]"), architecture)
 
 
-def test_a_mixture_is_refused() -> None:
+def test_of_a_mixture_attention_has_adapters_and_experts_are_refused() -> None:
     sizes = ("family=qwen3_moe", "num_experts=4", "experts_per_token=2")
-    with pytest.raises(UserError, match="lora does not know mixtures of experts yet"):
-        check(sizes=tuple(f"model.architecture.{each}" for each in sizes))
+    mixture = tuple(f"model.architecture.{each}" for each in sizes)
+    check("lora.targets=[q_proj, o_proj]", sizes=mixture)
+    with pytest.raises(UserError, match="has down_proj, gate_proj, up_proj in its experts"):
+        check(sizes=mixture)
 
 
 def write_adapter(directory: Path, **said: object) -> Path:
