@@ -505,8 +505,8 @@ def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator
         return
     if architecture.mixture is not None and (experts := sorted({*lora.names} - {*ATTENTION_TARGETS})):
         yield (
-            f"lora.targets: a mixture of experts has {', '.join(experts)} in its experts, for which there are "
-            f"no adapters: choose among {', '.join(ATTENTION_TARGETS)}"
+            f"lora.targets: a mixture of experts has {', '.join(experts)} in its experts, for which there "
+            f"are no adapters: choose among {', '.join(ATTENTION_TARGETS)}"
         )
         return
     if config.model.hf is None:
