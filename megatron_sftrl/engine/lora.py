@@ -21,7 +21,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.engine.model import LanguageModel, named_generator
-from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.parallel import ParallelContext, rng_tracker
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.tensors import MegatronTensor, Region, megatron_tensors
 
@@ -107,7 +106,7 @@ class Adapter(torch.nn.Module):
         if self.training and self.dropout:
             # Under tensor parallelism x is a part that no other rank has, or the same on all of them.
             is_own = is_split or self._sums_input
-            with get_cuda_rng_tracker().fork(_DROPOUT_OF_PARTS if is_own else _DROPOUT_OF_COPIES):
+            with rng_tracker().fork(_DROPOUT_OF_PARTS if is_own else _DROPOUT_OF_COPIES):
                 x = F.dropout(x, self.dropout)
         inner = F.linear(x, torch.cat(self.down))
         if self._sums_input:
@@ -226,7 +225,7 @@ _DROPOUT_OF_PARTS, _DROPOUT_OF_COPIES = "lora-dropout-of-parts", "lora-dropout-o
 
 def _seed_dropout(parallel: ParallelContext, seed: int) -> None:
     """Streams in Megatron's tracker: recomputation winds them back, and checkpoints hold them."""
-    tracker = get_cuda_rng_tracker()
+    tracker = rng_tracker()
     place = f"{seed}:lora dropout:{parallel.pp_rank}:{torch.distributed.get_rank(parallel.dp_cp_group)}"
     for name, text in ((_DROPOUT_OF_COPIES, place), (_DROPOUT_OF_PARTS, f"{place}:{parallel.tp_rank}")):
         if name not in tracker.get_states():

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.determinism import choose_kernels
 from megatron_sftrl.engine.device import order_launches, select_device, start_torch_distributed
 from megatron_sftrl.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,10 +211,20 @@ def _group(group: object) -> dist.ProcessGroup:
     return group
 
 
+def rng_tracker() -> CudaRNGStatesTracker:
+    """Megatron's named streams of random numbers, which recomputation winds back and checkpoints hold."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    return tracker
+
+
 def _seed_rng_tracker() -> None:
     """Megatron forks its RNG tracker in sequence-parallel regions even when nothing draws from it.
 
-    No number depends on the seed: dropout is 0 in every family here, and initialize_weights has its own.
+    No number depends on the seed: dropout is 0 in every family here, and initialize_weights and adapters
+    have their own.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -33,7 +33,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_tensor_file import read_safetensors_header
 from megatron_sftrl.models.hf_weights import HfWeights, mismatch_lines, open_weights
-from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.models.tensors import Region, hf_shapes
 from megatron_sftrl.trainers.origins import hash_of_weights
 
 LOGGER = logging.getLogger(__name__)
@@ -285,4 +285,5 @@ def load_start(policy: PolicyEngine, config: TrainingConfig, weights: HfWeights)
         for adapter in adapters_of(policy.chunks):
             for place in adapter.places():
                 assert place.data is not None
-                weights.read_into(place.data, _OUTER + place.key.removeprefix(PREFIX), place.global_slice())
+                region = Region.of(place.local_shape, place.global_offset)
+                weights.read_into(place.data, _OUTER + place.key.removeprefix(PREFIX), region.slices)

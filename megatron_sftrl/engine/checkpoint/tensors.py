@@ -29,14 +29,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch import Tensor
 
 from megatron_sftrl.engine.lora import PREFIX, adapter_parameters
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.optimizer import inner_optimizers, leaves
-from megatron_sftrl.engine.parallel import ParallelContext
+from megatron_sftrl.engine.parallel import ParallelContext, rng_tracker
 from megatron_sftrl.models.tensors import Region
 
 # Megatron's optimizers seen as one thing: for each parameter, the elements whose state this rank holds.
@@ -293,7 +291,7 @@ def rng_states(parallel: ParallelContext) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if parallel.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()
-    for name, state in _tracker().get_states().items():
+    for name, state in rng_tracker().get_states().items():
         states[f"tracker.{name}"] = state
     return {name: state.detach().cpu().clone() for name, state in states.items()}
 
@@ -303,7 +301,7 @@ def restore_rng_states(states: dict[str, Tensor], parallel: ParallelContext) -> 
     torch.set_rng_state(states["cpu"])
     if parallel.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"])
-    tracker = _tracker()
+    tracker = rng_tracker()
     tracker.set_states({name: states[f"tracker.{name}"] for name in tracker.get_states()})
 
 
@@ -313,12 +311,6 @@ def rng_tensors(states: dict[str, Tensor], parallel: ParallelContext) -> list[Sh
         ShardedTensor.from_rank_offsets(f"rng.{name}", state[None], (0, parallel.rank, parallel.world_size))
         for name, state in states.items()
     ]
-
-
-def _tracker() -> CudaRNGStatesTracker:
-    tracker = get_cuda_rng_tracker()
-    assert tracker is not None
-    return tracker
 
 
 def _pieces(chunks: Sequence[LanguageModel]) -> Iterator[_Piece]:
