@@ -23,7 +23,7 @@ NEEDED_BY_OTHERS = {
 }
 # Imported only where an extra is installed, or by tests and tools for developers.
 OPTIONAL = {"transformer_engine", "triton", "vllm", "tensorboard", "apex", "pytest", "setuptools"}
-OPTIONAL |= {"mistral_common", "trackio", "mlflow"}
+OPTIONAL |= {"mistral_common", "trackio", "mlflow", "trl"}
 
 
 def setup_arguments() -> dict[str, ast.expr]:
