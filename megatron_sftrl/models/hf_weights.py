@@ -6,9 +6,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -64,8 +64,10 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
     name, notes = _choose(directory, allow_pickle=allow_pickle)
     path = directory / name
     if name.endswith(".index.json"):
-        return WeightFiles(tensors=_read_sharded(path, is_pickled=name == _PICKLE_INDEX), notes=notes)
-    return WeightFiles(tensors=_read_header(path, is_pickled=name == _PICKLE_FILE), notes=notes)
+        tensors = _read_sharded(path, is_pickled=name == _PICKLE_INDEX)
+    else:
+        tensors = _read_header(path, is_pickled=name == _PICKLE_FILE)
+    return WeightFiles(tensors=_experts_apart(directory, tensors), notes=notes)
 
 
 def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...]]:
@@ -100,13 +102,18 @@ def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...
 _LOOKS_LIKE_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 
 
-def _named_in_config(directory: Path) -> str | None:
-    """File that config.json asks for; None when it asks for none."""
+def _config_value(directory: Path, key: str) -> Any:
+    """Of config.json; None where there is none, and who reads the whole file complains about it."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # who reads the config complains about it
-    name = config.get("transformers_weights") if isinstance(config, dict) else None
+        return None
+    return config.get(key) if isinstance(config, dict) else None
+
+
+def _named_in_config(directory: Path) -> str | None:
+    """File that config.json asks for; None when it asks for none."""
+    name = _config_value(directory, "transformers_weights")
     if name is None:
         return None
     if not _is_plain_name(name) or not str(name).endswith((".safetensors", ".safetensors.index.json")):
@@ -179,6 +186,53 @@ def _disagreements(
             yield f"{name}: in {found[0]}, but not in the index"
 
 
+# Mixtures that transformers 5 saved as it holds them (save_original_format=False): each layer's experts are
+# two tensors, gate_up_proj [E, 2 width, H] and down_proj [E, H, width]. Their parts lie in the file as those
+# of single experts would, one behind the other.
+
+
+_STACK = re.compile(r"(?P<block>.*\.)(?:mlp|block_sparse_moe)\.experts\.(?P<which>gate_up_proj|down_proj)")
+_MIXTRAL_ROUTER = re.compile(r"(.*\.)mlp\.gate\.weight")
+
+
+def _experts_apart(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors under their published names, one of each expert; UserError: an expert is there twice."""
+    if not any(_STACK.fullmatch(name) for name in tensors):
+        return tensors
+    is_mixtral = "mixtral" in str(_config_value(directory, "architectures")).lower()
+    is_mixtral |= _config_value(directory, "model_type") == "mixtral"
+    apart: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        for each, part in _parts_of_stack(name, stored, is_mixtral=is_mixtral):
+            if each in apart:
+                raise UserError(f"{directory}: {each} is there twice: alone, and in a tensor of all experts")
+            apart[each] = part
+    return apart
+
+
+def _parts_of_stack(
+    name: str, stored: StoredTensor, *, is_mixtral: bool
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Of a stack each expert's matrices; any other tensor is its own part."""
+    if is_mixtral:
+        name = _MIXTRAL_ROUTER.sub(r"\1block_sparse_moe.gate.weight", name)
+    stack = _STACK.fullmatch(name)
+    names = (("gate_proj", "up_proj"), ("down_proj",))
+    if is_mixtral:
+        names = (("w1", "w3"), ("w2",))
+    parts = names[0] if stack and stack["which"] == "gate_up_proj" else names[1]
+    if stack is None or len(stored.shape) != 3 or stored.shape[1] % len(parts):
+        yield name, stored
+        return
+    shape = (stored.shape[1] // len(parts), stored.shape[2])
+    size = shape[0] * shape[1] * stored.dtype.itemsize
+    block = stack["block"] + ("block_sparse_moe" if is_mixtral else "mlp")
+    for number in range(stored.shape[0] * len(parts)):
+        expert, part = divmod(number, len(parts))
+        place = replace(stored, offset=stored.offset + number * size, shape=shape)
+        yield f"{block}.experts.{expert}.{parts[part]}.weight", place
+
+
 # What tells the weights of a file from those that a model needs, in a few lines.
 
 
@@ -188,11 +242,6 @@ _SHOWN = 2
 _BODY_NAME = re.compile(r"(?P<prefix>.*?)(?P<rest>layers\.\d+\..*|embed_tokens\.weight|norm\.weight)")
 _HF_PREFIX = "model."
 _SIGNS = (
-    (
-        r"\.experts\.(gate_up_proj|down_proj)$",
-        "all experts of a layer are one fused tensor here ({name}): save the model with transformers' "
-        "save_pretrained and its default save_original_format=True, which writes the tensors of each expert",
-    ),
     (
         r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.",
         "these are adapters ({name}): merge them into their model (peft's merge_and_unload) and save that",

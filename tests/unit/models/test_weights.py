@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.hf_weights import open_weights
 from tests.unit.models.directories import shapes_of, some_tensors, write_sharded, write_single
 
@@ -199,10 +200,6 @@ BODY = {f"layers.{i}.mlp.{name}.weight": (2, 2) for i in range(30) for name in (
             "60 of 61 names not expected would fit with 'model.' in front instead of ''",
         ),
         (
-            {"model.layers.0.mlp.experts.gate_up_proj": (8, 2, 2)},
-            "all experts of a layer are one fused tensor here (model.layers.0.mlp.experts.gate_up_proj)",
-        ),
-        (
             {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": (2, 2)},
             "these are adapters (base_model.model.model.layers.0.mlp.up_proj.lora_A.weight): merge them",
         ),
@@ -221,6 +218,13 @@ def test_names_of_another_kind_of_file_get_five_lines_and_what_to_do(
     assert len(message.splitlines()) <= 5
     assert message.splitlines()[-1].startswith(f"  {hint}")
     assert f"{len(BODY)} missing: model.layers.0.mlp.up_proj.weight [2, 2]" in message
+
+
+def test_an_expert_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    experts = "model.layers.0.mlp.experts."
+    stored = {f"{experts}down_proj": torch.zeros(2, 3, 4), f"{experts}1.down_proj.weight": torch.ones(3, 4)}
+    with pytest.raises(UserError, match=r"experts\.1\.down_proj\.weight is there twice"):
+        open_weights(write_single(tmp_path, stored))
 
 
 def test_names_that_share_nothing_get_no_advice(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from megatron_sftrl.models.hf_output import (
     write_index,
 )
 from megatron_sftrl.models.hf_weights import open_weights
+from tests.hf_models import differing, read_tensors, write_model
 from tests.unit.data.tokenizers_for_tests import template_path, write_byte_level
 
 MESSAGES = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
@@ -108,3 +109,21 @@ def test_a_single_file_wins_over_an_index_in_transformers_too(tmp_path: Path) ->
     with open_weights(tmp_path) as weights:
         assert torch.equal(weights.read(name), loaded)
     assert torch.equal(loaded, single.state_dict()[name])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
+def test_experts_that_transformers_saved_as_stacks_are_those_that_it_saved_one_by_one(
+    tmp_path: Path, family: str
+) -> None:
+    write_model(tmp_path / "published", family, max_shard_size="20KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False, max_shard_size="20KB")
+    stacks = read_tensors(tmp_path / "stacked")
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in stacks)
+    with open_weights(tmp_path / "stacked") as weights:
+        assert not differing(
+            read_tensors(tmp_path / "published"), {name: weights.read(name) for name in weights.shapes}
+        )
+    # transformers reads both, too.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stacked")
+    assert not differing(dict(model.named_parameters()), dict(again.named_parameters()))
