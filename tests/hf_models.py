@@ -47,7 +47,11 @@ def write_model(
             parameter.normal_(std=std, generator=generator)
             if "norm" in parameter_name:
                 parameter.add_(1.0)
-    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    model.to(dtype)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):  # fp32 in every file
+            buffer.data = torch.randn(buffer.shape, generator=generator)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
 
 

@@ -31,7 +31,12 @@ def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp:
         return weight.narrow(1, tp_rank * shard_size, shard_size)
     if last in ("qkv_proj", "gate_up_proj"):
         return weight  # it narrows each of the parts inside
-    assert last.endswith("norm") or last.endswith("gate") or "layernorm" in last, name
+    assert (
+        "e_score_correction_bias" in name
+        or last.endswith("norm")
+        or last.endswith("gate")
+        or "layernorm" in last
+    ), name
     return weight
 
 

@@ -125,6 +125,8 @@ class MixtureSizes(Protocol):
     def experts_per_token(self) -> int: ...
     @property
     def normalizes_weights(self) -> bool: ...
+    @property
+    def routing(self) -> str: ...
 
 
 class ModelSizes(Protocol):
@@ -369,6 +371,11 @@ def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
         yield (
             "parallel.moe_dispatcher = flex exchanges tokens among more than one rank (megatron-core), and "
             "parallel.etp * ep = 1: set ep, or moe_dispatcher = alltoall"
+        )
+    if mixture.routing == "sigmoid" and config.model.moe_aux_loss_coeff:
+        yield (
+            f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff}: the router's biases keep the "
+            "experts of this model busy, and the loss does not know them (nor groups): remove it"
         )
     if mixture.experts_per_token == 1 and mixture.normalizes_weights:
         yield (

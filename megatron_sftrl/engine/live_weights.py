@@ -20,7 +20,7 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_weights import ModelWeights, fill_part
-from megatron_sftrl.models.tensors import Region, hf_regions, hf_shapes, megatron_tensors
+from megatron_sftrl.models.tensors import Region, hf_regions, megatron_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ def load_hf_weights(
     parts = first_replicas(model_tensors(chunks, prefix=""))
 
     def read() -> None:
-        weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+        weights.check_model(architecture)
         for part in parts:
             key = part.key.removeprefix(".")
             stacked = num_stacked[key]

@@ -195,9 +195,9 @@ def add_adapters(
     """Freeze the chunks and give them adapters, which alone are trained from now on."""
     _seed_dropout(parallel, seed)
     table = {
-        (tensor.key, tensor.index[0]): tensor
+        (tensor.key, tensor.layer): tensor
         for tensor in megatron_tensors(architecture)
-        if tensor.index and len(tensor.shape) == 2 and not tensor.is_expert
+        if tensor.layer is not None and len(tensor.shape) == 2 and tensor.expert is None
     }
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -236,7 +236,7 @@ def adapter_shapes(architecture: Architecture, section: LoraSection) -> dict[str
     """Of A and B of each matrix of the whole model, by PEFT's names inside of it."""
     sizes: dict[str, tuple[int, int]] = {}
     for tensor in megatron_tensors(architecture):
-        for run in tensor.rows if tensor.index and len(tensor.shape) == 2 else ():
+        for run in tensor.rows if tensor.layer is not None and len(tensor.shape) == 2 else ():
             if _short(run.name) in section.names:
                 rows, _ = sizes.get(run.name, (0, 0))
                 sizes[run.name] = (rows + run.num_rows, tensor.shape[1])

@@ -65,7 +65,7 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         transformer_impl="transformer_engine" if with_te else "local",
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
+        ffn_hidden_size=(mixture and mixture.dense_width) or architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.head_dim,
@@ -89,11 +89,21 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         moe_ffn_hidden_size=architecture.ffn_hidden_size if mixture else None,
         moe_router_topk=mixture.experts_per_token if mixture else 2,
         moe_shared_expert_intermediate_size=(mixture.shared_width or None) if mixture else None,
-        moe_shared_expert_gate=bool(mixture and mixture.shared_width),
+        moe_shared_expert_gate=bool(mixture and mixture.shared_width and mixture.shared_is_gated),
+        moe_layer_freq=[int(architecture.has_experts(i)) for i in range(architecture.num_layers)]
+        if architecture.num_dense_layers
+        else 1,
         # The softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
         moe_router_pre_softmax=mixture is not None and not mixture.normalizes_weights,
-        # As in transformers: logits in the model's dtype, softmax in fp32, every token reaches its experts.
-        moe_router_score_function="softmax",
+        # As in transformers: logits of a softmax in the model's dtype, of sigmoids in fp32, both of these in
+        # fp32, and every token reaches its experts.
+        moe_router_score_function=mixture.routing if mixture else "softmax",
+        moe_router_dtype="fp32" if mixture and mixture.routing == "sigmoid" else None,
+        moe_router_num_groups=mixture.num_groups if mixture and mixture.num_groups > 1 else None,
+        moe_router_group_topk=mixture.groups_per_token if mixture and mixture.num_groups > 1 else None,
+        moe_router_topk_scaling_factor=mixture.weights_factor
+        if mixture and mixture.weights_factor != 1
+        else None,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_grouped_gemm=with_te and mixture is not None,

@@ -126,6 +126,17 @@ def submodules_of_mlp(layer: ModuleSpec) -> Any:
     return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
 
 
+def add_routing_biases(chunk: torch.nn.Module) -> None:
+    """Give sigmoid routers the biases that experts are chosen by: frozen, fp32, one of each expert.
+
+    Megatron's own are buffers, which it moves after every step.
+    """
+    for module in chunk.modules():
+        if isinstance(module, TopKRouter) and module.score_function == "sigmoid":
+            bias = torch.zeros(module.num_experts, device=torch.cuda.current_device())  # type: ignore[arg-type]
+            module.expert_bias = torch.nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+
+
 def mark_expert_parameters(chunk: torch.nn.Module) -> None:
     """Tell Megatron's DDP and optimizer which parameters live on the experts' grid (etp x ep x edp).
 

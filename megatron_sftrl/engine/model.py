@@ -36,13 +36,19 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_sftrl.engine.blocks import SpanningNorm, complete_blocks
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
-from megatron_sftrl.engine.mixtures import balance_experts, mark_expert_parameters, submodules_of_mlp
+from megatron_sftrl.engine.mixtures import (
+    add_routing_biases,
+    balance_experts,
+    mark_expert_parameters,
+    submodules_of_mlp,
+)
 from megatron_sftrl.engine.packed_sequences import PackedSequences, places_of
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import Architecture, Rope, inverse_frequencies, padded_vocab_size
@@ -193,6 +199,7 @@ def build_model_chunks(
             )
         chunks[-1].architecture, chunks[-1].frequencies = architecture, frequencies
         complete_blocks(chunks[-1], architecture, frequencies, _norm(config))
+        add_routing_biases(chunks[-1])
         chunks[-1].to(parallel.device)
         _add_gradients_in_layers(chunks[-1], config)
         _mark_tensor_parallel_parameters(chunks[-1])
@@ -284,25 +291,44 @@ def _norm(config: TransformerConfig) -> Any:
 def _block_spec(
     architecture: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    qk_norm = bool(config.qk_layernorm)
-    if config.transformer_impl == "transformer_engine":
-        fused = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=qk_norm,
-        )
-        balance_experts(fused, config)
-        _change_norms(fused, architecture, linear=TESpecProvider().column_parallel_linear())
-        if config.window_size is not None and config.context_parallel_size > 1:
-            # Its attention refuses a window under context parallelism on packed sequences.
-            fused.submodules.self_attention.submodules.core_attention = PackedAttention  # type: ignore[union-attr]
-        return fused
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=qk_norm, normalization="RMSNorm"
+    if config.transformer_impl == "transformer_engine" and not architecture.num_dense_layers:
+        return _fused_layer_spec(architecture, config, has_experts=architecture.mixture is not None)
+    make = _fused_layer_spec if config.transformer_impl == "transformer_engine" else _layer_spec
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    kinds = [architecture.has_experts(layer) for layer in range(first, first + num_layers)]
+    specs = {kind: make(architecture, config, has_experts=kind) for kind in set(kinds)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=_norm(config))
+
+
+def _fused_layer_spec(
+    architecture: Architecture, config: TransformerConfig, *, has_experts: bool
+) -> ModuleSpec:
+    """A block of Transformer Engine's layers."""
+    fused = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=bool(config.qk_layernorm),
     )
-    balance_experts(layer, config)
+    if has_experts:
+        balance_experts(fused, config)
+    _change_norms(fused, architecture, linear=TESpecProvider().column_parallel_linear())
+    if config.window_size is not None and config.context_parallel_size > 1:
+        # Its attention refuses a window under context parallelism on packed sequences.
+        fused.submodules.self_attention.submodules.core_attention = PackedAttention  # type: ignore[union-attr]
+    return fused
+
+
+def _layer_spec(architecture: Architecture, config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
+    """A block of torch's layers."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        qk_layernorm=bool(config.qk_layernorm),
+        normalization="RMSNorm",
+    )
     submodules: Any = layer.submodules
-    if config.num_moe_experts is not None:
+    if has_experts:
+        balance_experts(layer, config)
         # The norm before a router stands alone in Transformer Engine's layers, so it keeps its own name here.
         del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
@@ -310,14 +336,10 @@ def _block_spec(
     attention.core_attention = PackedAttention
     if config.add_qkv_bias:
         attention.linear_qkv = BiasedColumnParallelLinear
-    if qk_norm:
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     _change_norms(layer, architecture, linear=None)
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers,
-        layer_norm=RMSNorm,  # type: ignore[arg-type]
-    )
+    return layer
 
 
 def _change_norms(layer: ModuleSpec, architecture: Architecture, *, linear: Any) -> None:

@@ -158,6 +158,8 @@ class ReferenceModel:
         """reference <- decay * reference + (1 - decay) * policy in fp32   (CurioSFT, arXiv:2602.02244)."""
         decay = self.section.decay
         for own, policy in self._pairs(policy_chunks):
+            if not policy.requires_grad:
+                continue  # a routing bias: the average of what does not move, without its rounding
             own.mul_(decay).add_(policy.to(own.device), alpha=1.0 - decay)
         self.round_average()
 

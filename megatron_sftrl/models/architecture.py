@@ -126,9 +126,11 @@ Family = Literal[
     "ministral3",
     "qwen2_moe",
     "glm4",
+    "glm4_moe",
 ]
 Norms = Literal["before", "behind", "both"]
-MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")
+Routing = Literal["softmax", "sigmoid"]
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,20 +140,43 @@ class Mixture:
     Args:
         num_experts: E, gated MLPs in each block.
         experts_per_token: of them, those that a token visits: the ones with the largest router logits.
-        normalizes_weights: their softmax weights are divided by their sum.
-        shared_width: of one more MLP that every token visits, times the sigmoid of a gate; 0 for none.
+        normalizes_weights: their weights, the softmax or sigmoid of the logits, are divided by their sum.
+        shared_width: of one more MLP that every token visits; 0 for none.
+        shared_is_gated: times the sigmoid of a gate.
+        routing: sigmoid: of fp32 logits, and experts are chosen by it plus a bias of each expert that no
+            gradient reaches (arXiv:2408.15664).
+        num_groups, groups_per_token: a token's experts are all of the groups, equal runs of experts, in which
+            the two largest make the largest sums.
+        weights_factor: of the weights, once they are normalised.
+        num_dense_layers: the first layers, which have a gated MLP of `dense_width` instead.
     """
 
     num_experts: int
     experts_per_token: int
     normalizes_weights: bool
     shared_width: int = 0
+    # What records of older checkpoints do not have.
+    shared_is_gated: bool = True
+    routing: Routing = "softmax"
+    num_groups: int = 1
+    groups_per_token: int = 1
+    weights_factor: float = 1.0
+    num_dense_layers: int = 0
+    dense_width: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise UserError(
                 f"experts_per_token = {self.experts_per_token} must lie between 1 and num_experts = "
                 f"{self.num_experts}"
+            )
+        if self.num_experts % self.num_groups:
+            raise UserError(f"{self.num_experts} experts do not divide into {self.num_groups} groups")
+        # Megatron adds the largest experts_per_token // groups_per_token of each group.
+        if self.num_groups > 1 and self.experts_per_token // self.groups_per_token != 2:
+            raise UserError(
+                f"{self.experts_per_token} experts of {self.groups_per_token} of {self.num_groups} groups: "
+                "groups are only supported with two experts for each group that a token visits"
             )
 
 
@@ -238,6 +263,15 @@ class Architecture:
         if layer in self.no_rope_layers:
             return None
         return self.window_rope if self.window_rope and layer in self.window_layers else self.rope
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has a mixture in place of its MLP."""
+        return self.mixture is not None and layer >= self.mixture.num_dense_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers of a mixture that have an MLP, the first ones."""
+        return self.mixture.num_dense_layers if self.mixture else 0
 
 
 def from_section(section: ArchitectureSection) -> Architecture:
@@ -338,7 +372,7 @@ def padded_vocab_size(vocab_size: int, tp: int, *, multiple: int = 1) -> int:
 
 
 def num_parameters(architecture: Architecture) -> int:
-    """Trainable parameters, without vocabulary padding; a tied output layer is counted once."""
+    """Parameters, without vocabulary padding; a tied output layer is counted once."""
     a = architecture
     embedding = a.vocab_size * a.hidden_size
     query_width, key_width = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
@@ -346,11 +380,14 @@ def num_parameters(architecture: Architecture) -> int:
     attention += (query_width + 2 * key_width) if a.qkv_bias else 0
     if a.qk_norm:
         attention += (query_width + key_width) if a.qk_norm_spans_heads else 2 * a.head_dim
-    mlp = 3 * a.hidden_size * a.ffn_hidden_size
-    if a.mixture is not None:
-        mlp = a.mixture.num_experts * (mlp + a.hidden_size)
-        if a.mixture.shared_width:
-            mlp += a.hidden_size * (3 * a.mixture.shared_width + 1)
+    mlp = a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size
+    if (mixture := a.mixture) is not None:
+        experts = mixture.num_experts * (3 * a.hidden_size * a.ffn_hidden_size + a.hidden_size)
+        experts += mixture.num_experts * (mixture.routing == "sigmoid")
+        if mixture.shared_width:
+            experts += a.hidden_size * (3 * mixture.shared_width + mixture.shared_is_gated)
+        mlp = (a.num_layers - a.num_dense_layers) * experts
+        mlp += a.num_dense_layers * 3 * a.hidden_size * mixture.dense_width
     norms = (4 if a.norms == "both" else 2) * a.hidden_size
     ends = embedding * (1 if a.tie_embeddings else 2) + a.hidden_size
-    return a.num_layers * (attention + mlp + norms) + ends
+    return a.num_layers * (attention + norms) + mlp + ends

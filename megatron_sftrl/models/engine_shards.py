@@ -90,6 +90,8 @@ def check_cut(architecture: Architecture, tp: int) -> None:
         problems.append(f"ffn_hidden_size = {a.ffn_hidden_size} is not a multiple of it")
     if a.mixture and a.mixture.shared_width % tp:
         problems.append(f"the width of the shared expert, {a.mixture.shared_width}, is not a multiple of it")
+    if a.mixture and a.mixture.dense_width % tp:
+        problems.append(f"the width of the first MLPs, {a.mixture.dense_width}, is not a multiple of it")
     padded = padded_vocab_size(a.vocab_size, 1, multiple=VOCAB_MULTIPLE)
     if padded % tp:
         problems.append(f"the vocabulary padded to {padded} is not a multiple of it")

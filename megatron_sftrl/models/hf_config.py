@@ -81,6 +81,25 @@ _MIXTURE_KEYS = frozenset(
     }
 )
 
+# Of a sigmoid router and what comes with it.
+_SIGMOID_KEYS = frozenset(
+    {
+        "first_k_dense_replace",
+        "moe_intermediate_size",
+        "n_group",
+        "n_routed_experts",
+        "n_shared_experts",
+        "norm_topk_prob",
+        "num_experts_per_tok",
+        "output_router_logits",
+        "routed_scaling_factor",
+        "router_aux_loss_coef",
+        "topk_group",
+    }
+)
+DRAFT_KEYS = ("num_mtp_layers", "num_nextn_predict_layers")
+"""Layers that draft tokens, under transformers' name and that of the published files."""
+
 _SHARED = "shared_expert_intermediate_size"
 _DROPOUTS = frozenset({"embd_pdrop", "resid_pdrop"})
 
@@ -142,10 +161,14 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     norm_eps = reader.number("rms_norm_eps", line.norm_eps)
     init_std = reader.number("initializer_range", 0.02)
     tie_embeddings = reader.flag("tie_word_embeddings", line.tie_word_embeddings)
-    mixture = _mixture_values(reader, line)
+    read_mixture = _mixture_values if line.mixture is None or line.mixture.routing == "softmax" else _sigmoid
+    mixture = read_mixture(reader, line, num_layers)
     qkv_bias = has_qkv_bias(line.family)
     if line.bias_key is not None:
         qkv_bias = reader.flag(line.bias_key, qkv_bias)
+    qk_norm = has_qk_norm(line.family)
+    if line.qk_norm_key is not None:
+        qk_norm = reader.flag(line.qk_norm_key, qk_norm)
     multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
     reader.raise_problems()
     try:
@@ -165,7 +188,7 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
             norm_eps=norm_eps,
             tie_embeddings=tie_embeddings,
             qkv_bias=qkv_bias,
-            qk_norm=has_qk_norm(line.family),
+            qk_norm=qk_norm,
             mixture=mixture,
             init_std=init_std,
             norms=line.norms,
@@ -201,7 +224,7 @@ def _ffn_hidden_size(reader: JsonReader, line: HfFamily) -> int:
     return reader.whole(line.mixture.width_key, line.mixture.width)
 
 
-def _mixture_values(reader: JsonReader, line: HfFamily) -> Mixture | None:
+def _mixture_values(reader: JsonReader, line: HfFamily, _: int) -> Mixture | None:
     """The experts; problems are added to the reader."""
     if line.mixture is None:
         return None
@@ -231,6 +254,40 @@ def _mixture_values(reader: JsonReader, line: HfFamily) -> Mixture | None:
         return None
 
 
+def _sigmoid(reader: JsonReader, line: HfFamily, num_layers: int) -> Mixture | None:
+    """The experts behind a sigmoid router; problems are added to the reader."""
+    assert line.mixture is not None
+    if not reader.flag("norm_topk_prob", default=True):
+        reader.say("norm_topk_prob", " False: a sigmoid router's weights are always normalised here")
+    width = reader.whole(line.mixture.width_key, line.mixture.width)
+    dense_layers = _count(reader, "first_k_dense_replace", line.mixture.num_dense_layers)
+    num_shared = _count(reader, "n_shared_experts", 1)
+    if num_shared == 0:
+        reader.say("n_shared_experts", " 0: expected at least one")
+    try:
+        return Mixture(
+            num_experts=reader.whole("n_routed_experts", line.mixture.num_experts),
+            experts_per_token=reader.whole("num_experts_per_tok", line.mixture.experts_per_token),
+            normalizes_weights=True,
+            shared_width=width * num_shared,
+            shared_is_gated=False,
+            routing="sigmoid",
+            num_groups=reader.whole("n_group", 1),
+            groups_per_token=reader.whole("topk_group", 1),
+            weights_factor=reader.number("routed_scaling_factor", 1.0),
+            num_dense_layers=min(dense_layers, num_layers),
+            dense_width=reader.whole("intermediate_size") if dense_layers else 0,
+        )
+    except ValueError as error:
+        reader.problems.append(str(error))
+        return None
+
+
+def _count(reader: JsonReader, key: str, default: int) -> int:
+    """A whole number that may be 0."""
+    return 0 if reader.values.get(key, default) == 0 else reader.whole(key, default)
+
+
 def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     say = reader.problems.append
     if reader.get("auto_map"):
@@ -243,7 +300,8 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     if activation != "silu":
         say(f"hidden_act {activation!r}: only silu (SwiGLU) is supported")
     # Qwen2 does not read attention_bias: its q, k and v always carry biases and its output never does.
-    if reader.get("attention_bias") and not has_qkv_bias(line.family):
+    has_bias = has_qkv_bias(line.family) or line.bias_key == "attention_bias"
+    if reader.get("attention_bias") and not has_bias:
         say("attention_bias: biases on all four projections are not supported")
     if reader.get("mlp_bias"):
         say("mlp_bias: biases in the MLP are not supported")
@@ -257,8 +315,14 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
         if reader.get(key) is not None:
             say(f"{key} {reader.get(key)!r}: a soft-cap on logits is not supported")
     known = _READ_KEYS | _KEYS_WITHOUT_EFFECT | line.keys | line.refuses.keys()
-    known |= {line.bias_key} if line.bias_key else set()
-    if line.mixture is not None:
+    known |= {key for key in (line.bias_key, line.qk_norm_key) if key}
+    if line.has_drafts:
+        known |= {*DRAFT_KEYS}
+        if count := max(reader.get(key) or 0 for key in DRAFT_KEYS):
+            reader.note(DRAFT_KEYS[1], f" {count}: layers that draft tokens are left out, also of exports")
+    if line.mixture is not None and line.mixture.routing == "sigmoid":
+        known |= _SIGMOID_KEYS
+    elif line.mixture is not None:
         known |= _MIXTURE_KEYS | ({_SHARED} if line.mixture.shared_width is not None else set())
         _refuse_other_mixtures(reader, line)
     judge_other_keys(reader, line, reader.values.keys() - known)
@@ -318,9 +382,12 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         **{key: getattr(a, field) for key, field in MULTIPLIERS.items() if key in line.keys},
         **dict.fromkeys(line.states, False),
         **dict.fromkeys(line.keys & _DROPOUTS, 0.0),
+        **(dict.fromkeys(DRAFT_KEYS[1:], 0) if line.has_drafts else {}),
     }
     if line.bias_key is not None:
         values[line.bias_key] = a.qkv_bias
+    if line.qk_norm_key is not None:
+        values[line.qk_norm_key] = a.qk_norm
     if dtype is not None:
         values["dtype"] = str(dtype).removeprefix("torch.")
     return dict(sorted(values.items()))
@@ -330,6 +397,8 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
     if a.mixture is None:
         return {}
     assert line.mixture is not None
+    if line.mixture.routing == "sigmoid":
+        return _keys_of_sigmoid(a, a.mixture)
     values: dict[str, Any] = {
         "num_experts_per_tok": a.mixture.experts_per_token,
         "output_router_logits": False,
@@ -348,4 +417,20 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
         "norm_topk_prob": a.mixture.normalizes_weights,
         "num_experts": a.mixture.num_experts,
         **({_SHARED: a.mixture.shared_width} if line.mixture.shared_width is not None else {}),
+    }
+
+
+def _keys_of_sigmoid(a: Architecture, mixture: Mixture) -> dict[str, Any]:
+    return {
+        "first_k_dense_replace": mixture.num_dense_layers,
+        "intermediate_size": mixture.dense_width or a.ffn_hidden_size,
+        "moe_intermediate_size": a.ffn_hidden_size,
+        "n_group": mixture.num_groups,
+        "n_routed_experts": mixture.num_experts,
+        "n_shared_experts": mixture.shared_width // a.ffn_hidden_size,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": mixture.experts_per_token,
+        "output_router_logits": False,
+        "routed_scaling_factor": mixture.weights_factor,
+        "topk_group": mixture.groups_per_token,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Family, Norms, has_qk_norm, has_qkv_bias
+from megatron_sftrl.models.architecture import Family, Norms, Routing, has_qk_norm, has_qkv_bias
 from megatron_sftrl.models.json_reader import JsonReader, shown
 
 
@@ -15,7 +15,8 @@ from megatron_sftrl.models.json_reader import JsonReader, shown
 class MixtureDefaults:
     """Experts that transformers assumes; `width` of one, under `width_key`, is None if it must be given.
 
-    `shared_width` is that of a shared expert; None for a family that has none.
+    `shared_width` is that of a shared expert; None for a family that has none. With `routing` sigmoid the
+    keys are DeepSeek-V3's: groups of experts, shared experts counted, the first layers dense.
     """
 
     num_experts: int
@@ -23,6 +24,8 @@ class MixtureDefaults:
     width_key: str
     width: int | None
     shared_width: int | None = None
+    routing: Routing = "softmax"
+    num_dense_layers: int = 0
 
 
 MULTIPLIERS = {
@@ -56,6 +59,8 @@ class HfFamily:
         norms, qk_norm_spans_heads: as in an Architecture.
         fused: what the files hold as one tensor: q, k and v, or gate and up.
         bias_key: says whether q, k and v have biases; None for a family that always or never has them.
+        qk_norm_key: says whether q and k are normalised; None for a family that always or never does it.
+        has_drafts: layers behind the last one that draft tokens may be in the files; they are left out.
         rope_kinds: that transformers and vLLM read alike in this family.
         rope: the set that stands for an absent one.
         partial_rotary: when absent, the fraction of a head that turns; None where it is always the whole.
@@ -85,6 +90,8 @@ class HfFamily:
     qk_norm_spans_heads: bool = False
     fused: frozenset[Literal["qkv", "gate_up"]] = frozenset()
     bias_key: str | None = None
+    qk_norm_key: str | None = None
+    has_drafts: bool = False
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     rope: Mapping[str, Any] | None = None
     partial_rotary: float | None = None
@@ -290,6 +297,30 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         partial_rotary=0.5,
         interleaved=True,
     ),
+    HfFamily(
+        family="glm4_moe",
+        architecture="Glm4MoeForCausalLM",
+        num_key_value_heads=8,
+        null_key_value_heads=False,
+        null_head_dim=False,
+        max_position_embeddings=131072,
+        norm_eps=1e-5,
+        window="none",
+        mixture=MixtureDefaults(
+            num_experts=128,
+            experts_per_token=8,
+            width_key="moe_intermediate_size",
+            width=1408,
+            routing="sigmoid",
+            num_dense_layers=1,
+        ),
+        bias_key="attention_bias",
+        qk_norm_key="use_qk_norm",
+        has_drafts=True,
+        rope_kinds=("default",),
+        partial_rotary=0.5,
+        refuses=dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
+    ),
 )
 
 _GEMMA = frozenset({"gemma2", "gemma3", "gemma3_text"})
@@ -340,7 +371,7 @@ _NETWORK = "vLLM builds another network with it, transformers does not"
 _ATTENTION = "it changes which positions are attended to"
 _NESTED = "it holds the configuration of another model, whose sizes are not read here"
 _QUANTISED = "quantised weights cannot be trained; use the unquantised model"
-_MIXTURE = "only the experts of MixtralForCausalLM, Qwen3MoeForCausalLM and Qwen2MoeForCausalLM are supported"
+_MIXTURE = "only the experts of the supported mixtures are built, and each by its own keys"
 _ROPE = "give the positions as rope_theta and rope_parameters"
 
 _OBEYED_ELSEWHERE: Mapping[str, str] = {

@@ -95,12 +95,18 @@ def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
     return HfAssets(files={**assets.files, CONFIG: edited.encode("utf-8")})
 
 
-def with_keys(assets: HfAssets, added: Mapping[str, object]) -> HfAssets:
-    """New assets with these keys in their config.json where it has none of the name."""
-    values = _json_object(assets.files[CONFIG], CONFIG)
-    if added.keys() <= values.keys():
+def with_keys(
+    assets: HfAssets, added: Mapping[str, object], *, instead: Mapping[str, object] | None = None
+) -> HfAssets:
+    """New assets with `added` keys in their config.json where it has none of the name, and with the values
+    of `instead` where it has.
+    """
+    before = _json_object(assets.files[CONFIG], CONFIG)
+    values = {**added, **before}
+    values |= {key: value for key, value in (instead or {}).items() if values.get(key, value) != value}
+    if values == before:
         return assets
-    text = json.dumps({**added, **values}, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return HfAssets(files={**assets.files, CONFIG: text.encode("utf-8")})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_tensor_file import (
     StoredTensor,
     read_part,
     read_pickle_header,
     read_safetensors_header,
 )
-from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions
+from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf_shapes
 
 # Which files of a model directory hold its weights, and where each tensor is.
 
@@ -346,7 +348,21 @@ class HfWeights:
         if not is_direct:
             target.copy_(found)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    def check_model(self, architecture: Architecture) -> None:
+        """As check(), of the model of this architecture; layers that draft tokens may be there, too."""
+        names: list[str] = []
+        if hf_family(architecture.family).has_drafts:
+            layers = ((name, re.match(r"model\.layers\.(\d+)\.", name)) for name in self.shapes)
+            names = [name for name, found in layers if found and int(found[1]) >= architecture.num_layers]
+        self.check(hf_shapes(architecture), tied=architecture.tie_embeddings, left_out=frozenset(names))
+
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        *,
+        tied: bool,
+        left_out: frozenset[str] = frozenset(),
+    ) -> None:
         """Refuse weights that are not exactly those of a model.
 
         Two extras are harmless: rotary frequencies of early Llama files, and in a model with tied embeddings
@@ -368,7 +384,8 @@ class HfWeights:
                     f"wrong dtype: {name}: expected a float of 16, 32 or 64 bits, got {str(dtype)[6:]}: "
                     "a quantised model must be dequantised first"
                 )
-        missing, unexpected = list(self._missing(expected)), list(self._unexpected(expected, tied=tied))
+        missing = list(self._missing(expected))
+        unexpected = list(self._unexpected({*expected, *left_out}, tied=tied))
         if count := len(missing) + len(unexpected) + len(other):
             raise UserError(
                 "\n  ".join(
@@ -401,7 +418,7 @@ class HfWeights:
                 )
                 yield f"{name} {list(shape)}{hint}"
 
-    def _unexpected(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> Iterator[str]:
+    def _unexpected(self, expected: Collection[str], *, tied: bool) -> Iterator[str]:
         for name, shape in self.shapes.items():
             if name in expected or is_old_rope_buffer(name):
                 continue
@@ -448,7 +465,7 @@ def open_weights(directory: Path, *, allow_pickle: bool = False) -> HfWeights:
 class ModelWeights(Protocol):
     """A whole model by Hugging Face names; HfWeights says what each method does."""
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None: ...
+    def check_model(self, architecture: Architecture) -> None: ...
     def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None: ...
 
 

@@ -169,21 +169,30 @@ _MIXTURE_MLP = {
     ),
     "qwen3_moe": _QWEN_MIXTURE,
     "qwen2_moe": _QWEN_MIXTURE,
+    "glm4_moe": _QWEN_MIXTURE,
 }
-_SHARED_EXPERT = (
-    _Rule(megatron="mlp.shared_experts.gate_weight", hf=("mlp.shared_expert_gate.weight",)),
-    _Rule(
-        megatron="mlp.shared_experts.linear_fc1.weight",
-        hf=("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
-        rows="halves",
-        shard="rows",
-    ),
-    _Rule(
-        megatron="mlp.shared_experts.linear_fc2.weight",
-        hf=("mlp.shared_expert.down_proj.weight",),
-        shard="columns",
-    ),
-)
+_ROUTING_BIAS = _Rule(megatron="mlp.router.expert_bias", hf=("mlp.gate.e_score_correction_bias",))
+
+
+def _shared_expert(name: str) -> tuple[_Rule, ...]:
+    return (
+        _Rule(
+            megatron="mlp.shared_experts.linear_fc1.weight",
+            hf=(f"mlp.{name}.gate_proj.weight", f"mlp.{name}.up_proj.weight"),
+            rows="halves",
+            shard="rows",
+        ),
+        _Rule(
+            megatron="mlp.shared_experts.linear_fc2.weight",
+            hf=(f"mlp.{name}.down_proj.weight",),
+            shard="columns",
+        ),
+    )
+
+
+_SHARED_GATE = _Rule(megatron="mlp.shared_experts.gate_weight", hf=("mlp.shared_expert_gate.weight",))
+_GATED_SHARED_EXPERT = (_SHARED_GATE, *_shared_expert("shared_expert"))
+_SHARED_EXPERT = _shared_expert("shared_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +218,8 @@ class MegatronTensor:
         is_expert: expert parallelism spreads it, and etp cuts it instead of tp.
         has_padding: rows of padding may follow in a model (vocabulary).
         rows: what it is made of, in order.
+        layer, expert: whose it is, counted from 0.
+        is_fp32: whatever the model's dtype is; no gradient reaches it.
     """
 
     key: str
@@ -220,6 +231,9 @@ class MegatronTensor:
     is_expert: bool
     has_padding: bool
     rows: tuple[HfRows, ...]
+    layer: int | None
+    expert: int | None
+    is_fp32: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +249,7 @@ def megatron_tensors(architecture: Architecture) -> Iterator[MegatronTensor]:
     """Every tensor of the model, in the order of its computation; a tied output layer is not one."""
     yield _tensor(_EMBEDDING, architecture)
     for layer in range(architecture.num_layers):
-        for rule in _layer_rules(architecture):
+        for rule in _layer_rules(architecture, layer):
             if architecture.mixture is not None and "{expert}" in rule.hf[0]:
                 for expert in range(architecture.mixture.num_experts):
                     yield _tensor(rule, architecture, layer=layer, expert=expert)
@@ -271,7 +285,7 @@ def hf_regions(tensor: MegatronTensor, region: Region) -> Iterator[HfRegion]:
         first += run.num_rows
 
 
-def _layer_rules(architecture: Architecture) -> Iterator[_Rule]:
+def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
     a, fused = architecture, hf_family(architecture.family).fused
     yield from _norm(a, "before attention", "self_attention.linear_qkv.layer_norm_weight")
     yield _FUSED_QKV if "qkv" in fused else _QKV
@@ -281,36 +295,48 @@ def _layer_rules(architecture: Architecture) -> Iterator[_Rule]:
         yield from _SPANNING_QK_NORM if a.qk_norm_spans_heads else _QK_NORM
     yield _PROJECTION
     yield from _norm(a, "behind attention", "post_self_attn_layernorm.weight")
-    if a.mixture is None:
+    if not a.has_experts(layer):
         yield from _norm(a, "before mlp", "mlp.linear_fc1.layer_norm_weight")
         yield from (_FUSED_FC1 if "gate_up" in fused else _FC1, _FC2)
     else:
+        assert a.mixture is not None
         yield from _norm(a, "before mlp", "pre_mlp_layernorm.weight")
         yield from _MIXTURE_MLP[a.family]
-        yield from _SHARED_EXPERT if a.mixture.shared_width else ()
+        if a.mixture.routing == "sigmoid":
+            yield _ROUTING_BIAS
+        if a.mixture.shared_width:
+            yield from _GATED_SHARED_EXPERT if a.mixture.shared_is_gated else _SHARED_EXPERT
     yield from _norm(a, "behind mlp", "post_mlp_layernorm.weight")
 
 
 def _tensor(
     rule: _Rule, architecture: Architecture, *, layer: int | None = None, expert: int | None = None
 ) -> MegatronTensor:
-    index = tuple(number for number in (layer, expert) if number is not None)
-    mixture = architecture.mixture
-    stack = (architecture.num_layers, mixture.num_experts if mixture else 0)[: len(index)]
-    prefix = "" if layer is None else f"model.layers.{layer}."
+    mixture, prefix, key = architecture.mixture, "", rule.megatron
+    places = [] if expert is None or mixture is None else [(expert, mixture.num_experts)]
+    if layer is not None:
+        prefix, key = f"model.layers.{layer}.", f"decoder.layers.{key}"
+        if architecture.num_dense_layers:
+            # Megatron stacks layers that are alike alone.
+            key = f"decoder.layers.{layer}.{rule.megatron}"
+        else:
+            places.insert(0, (layer, architecture.num_layers))
     names = [prefix + name.format(expert=expert) for name in rule.hf]
     rows = tuple(_rows(rule, names, architecture))
     columns = _num_columns(rule, architecture)
     return MegatronTensor(
-        key=("" if layer is None else "decoder.layers.") + rule.megatron,
-        index=index,
-        stack=stack,
+        key=key,
+        index=tuple(at for at, _ in places),
+        stack=tuple(size for _, size in places),
         shape=(sum(run.num_rows for run in rows), *((columns,) if columns else ())),
         shard=rule.shard,
         num_parts=2 if rule.rows == "halves" else 1,
         is_expert=expert is not None,
         has_padding=rule in (_EMBEDDING, _OUTPUT),
         rows=rows,
+        layer=layer,
+        expert=expert,
+        is_fp32=rule is _ROUTING_BIAS,
     )
 
 
@@ -343,17 +369,17 @@ def _num_rows(rule: _Rule, a: Architecture) -> int:
     if rule in _SPANNING_QK_NORM:
         heads = a.num_attention_heads if rule is _SPANNING_QK_NORM[0] else a.num_query_groups
         return heads * a.head_dim
-    if rule.megatron.endswith("router.weight"):
+    if ".router." in rule.megatron:
         assert a.mixture is not None
         return a.mixture.num_experts
-    if rule is _SHARED_EXPERT[0]:
+    if rule is _SHARED_GATE:
         return 1
     return _ffn_width(rule, a) if rule.rows == "halves" else a.hidden_size
 
 
 def _num_columns(rule: _Rule, a: Architecture) -> int | None:
     """Columns of a rule's tensors, None for vectors."""
-    if rule is _QKV_BIAS or rule.megatron.endswith(("norm.weight", "norm_weight")):
+    if rule.megatron.endswith(("norm.weight", "norm_weight", "bias")):
         return None
     if rule.megatron.endswith("linear_proj.weight"):
         return a.num_attention_heads * a.head_dim
@@ -361,4 +387,6 @@ def _num_columns(rule: _Rule, a: Architecture) -> int | None:
 
 
 def _ffn_width(rule: _Rule, a: Architecture) -> int:
-    return a.mixture.shared_width if a.mixture and rule in _SHARED_EXPERT else a.ffn_hidden_size
+    if a.mixture and ".shared_experts." in rule.megatron:
+        return a.mixture.shared_width
+    return a.mixture.dense_width if a.mixture and ".experts." not in rule.megatron else a.ffn_hidden_size

@@ -33,7 +33,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_tensor_file import read_safetensors_header
 from megatron_sftrl.models.hf_weights import HfWeights, mismatch_lines, open_weights
-from megatron_sftrl.models.tensors import Region, hf_shapes
+from megatron_sftrl.models.tensors import Region
 from megatron_sftrl.trainers.origins import hash_of_weights
 
 LOGGER = logging.getLogger(__name__)
@@ -90,8 +90,8 @@ class MergedWeights:
     def __init__(self, base: HfWeights, adapters: StoredAdapters) -> None:
         self._base, self._adapters = base, adapters
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
-        self._base.check(expected, tied=tied)
+    def check_model(self, architecture: Architecture) -> None:
+        self._base.check_model(architecture)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, fp32 where there is an adapter, else of the stored dtype."""
@@ -125,7 +125,7 @@ def open_base(
         )
     # Pickled files are read as tensors only, and the run has been told to.
     weights = open_weights(directory, allow_pickle=True)
-    weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+    weights.check_model(architecture)
     found = hash_of_weights(directory, weights)
     if found != lora["base"]:
         raise UserError(

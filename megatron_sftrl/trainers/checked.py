@@ -27,7 +27,7 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import hf_config_values, is_hugging_face
 from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
 from megatron_sftrl.models.hf_weights import open_weights
-from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors
+from megatron_sftrl.models.tensors import megatron_tensors
 from megatron_sftrl.observability.trackers import check_trackers
 from megatron_sftrl.trainers.adapters import open_start
 from megatron_sftrl.types import SamplingParams
@@ -115,7 +115,7 @@ def checked_configuration(config: ConfigT, *, world_size: int | None = None) -> 
     architecture, notes = architecture_of(config.model), notes_on(config.model)
     if config.model.hf is not None:
         with open_weights(config.model.hf, allow_pickle=config.model.allow_pickle) as weights:
-            weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+            weights.check_model(architecture)
             notes += weights.notes
     say_notes(notes)
     loss = _loss(config)
@@ -158,7 +158,9 @@ def check_targets(config: TrainingConfig, architecture: Architecture) -> None:
     """
     if config.lora is None:
         return
-    matrices = [each for each in megatron_tensors(architecture) if each.index and len(each.shape) == 2]
+    matrices = [
+        each for each in megatron_tensors(architecture) if each.layer is not None and len(each.shape) == 2
+    ]
     there = list(dict.fromkeys(run.name.split(".")[-2] for each in matrices for run in each.rows))
     if missing := [name for name in config.lora.names if name not in there]:
         raise UserError(

@@ -89,7 +89,12 @@ def engine_numbers(cases: list[Case]) -> list[Numbers]:
         share = batch.token_weight / len(case.tokens) / context.pp_size / context.dp_size
         batch = dataclasses.replace(batch, token_weight=share)
         policy.forward_backward([batch] * context.pp_size, build_loss("sft", {}))
-        grads = {id(p): p.main_grad for chunk in policy.chunks for p in chunk.parameters()}  # type: ignore[attr-defined]
+        grads = {
+            id(p): p.main_grad  # type: ignore[attr-defined]
+            for chunk in policy.chunks
+            for p in chunk.parameters()
+            if p.requires_grad
+        }
         gradients = _hf_parts(policy, case.architecture, grads)
         responses = _greedy(policy, case.prompts, case.num_new) if case.prompts else []
         found.append(

@@ -51,6 +51,14 @@ _QWEN3_MOE = {
     "num_experts": 8,
     "num_experts_per_tok": 3,
 }
+_GLM4_MOE = {
+    "model_type": "glm4_moe",
+    **_DEEP,
+    "head_dim": 16,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
@@ -139,6 +147,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
     },
     "glm4": {"model_type": "glm4", **_BASE, "head_dim": 16, "attention_bias": True},
+    # Groups of experts, of which a token visits two each; biases and norms of q and k.
+    "glm4_moe": {
+        **_GLM4_MOE,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe_ungrouped": {**_GLM4_MOE, "n_shared_experts": 2, "first_k_dense_replace": 3},
 }
 
 
@@ -161,6 +181,9 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
             if "norm" in parameter_name:
                 parameter.add_(1.0)
             parameter.copy_(parameter.bfloat16())
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     model.save_pretrained(directory)
     return model.eval()
 

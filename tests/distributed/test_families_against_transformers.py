@@ -21,7 +21,9 @@ from tests.grid import is_full
 from tests.hf_models import read_tensors
 from tests.ranks import run_ranks
 
-NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
+NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4", "glm4_moe")
+if is_full():
+    NAMES += ("glm4_moe_ungrouped",)
 LENGTHS = [12, 100, 4, 72]  # multiples of 4 for cp 2; below and several times as long as a window
 PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 83))]
 NUM_NEW = 3 * WINDOW
@@ -134,11 +136,18 @@ def planned_sizes(case: Case, world_size: int) -> list[list[list[int]]]:
     found = []
     for rank in range(world_size):
         stage = rank // (world_size // grid.pp)
-        layers = grid.chunk_layers(case.architecture, stage=stage)
+        a, layers = case.architecture, grid.chunk_layers(case.architecture, stage=stage)
         ends = [(stage == 0 and c == 0, stage == grid.pp - 1 and c == grid.vp - 1) for c in range(grid.vp)]
         chunks = [
-            chunk_parameters(case.architecture, grid, num_layers=layers, has_embedding=first, has_output=last)
-            for first, last in ends
+            chunk_parameters(
+                a,
+                grid,
+                num_layers=layers,
+                has_embedding=first,
+                has_output=last,
+                num_dense=grid.dense_layers(a, stage=stage, chunk=chunk),
+            )
+            for chunk, (first, last) in enumerate(ends)
         ]
         found.append([[parameter.num_elements for parameter in chunk] for chunk in chunks])
     return found
@@ -149,6 +158,6 @@ def is_possible(name: str, parallel: dict[str, Any]) -> bool:
     config = CONFIGS[name]
     if "vp" in parallel and config["num_hidden_layers"] < 4:
         return False
-    if "num_experts" in config:
+    if {"num_experts", "n_routed_experts"} & config.keys():
         return "tp" not in parallel or "sequence_parallel" in parallel
     return "ep" not in parallel

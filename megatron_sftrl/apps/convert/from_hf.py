@@ -17,7 +17,7 @@ from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.hf_config import read_hf_config
 from megatron_sftrl.models.hf_output import read_assets
 from megatron_sftrl.models.hf_weights import HfWeights, fill_part, open_weights
-from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_shapes, megatron_tensors
+from megatron_sftrl.models.tensors import MegatronTensor, Region, megatron_tensors
 from megatron_sftrl.models.tokenizer_files import has_tokenizer
 
 
@@ -69,7 +69,7 @@ def convert_from_hf(
     architecture, notes = read_hf_config(hf)
     check_layout(layout, architecture)
     with open_weights(hf, allow_pickle=allow_pickle) as weights:
-        weights.check(hf_shapes(architecture), tied=architecture.tie_embeddings)
+        weights.check_model(architecture)
         if dist.get_rank() == 0:
             for note in (*notes, *weights.notes):
                 print(f"note: {note}", file=sys.stderr)
@@ -107,12 +107,12 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
 def _regions(architecture: Architecture, layout: Layout) -> Iterator[_OwnedRegion]:
     last_stage, layers_per_stage = layout.pp - 1, architecture.num_layers // layout.pp
     for tensor in megatron_tensors(architecture):
-        stage = tensor.index[0] // layers_per_stage if tensor.index else 0
-        if not tensor.index and not tensor.key.startswith("embedding"):
+        stage = 0 if tensor.layer is None else tensor.layer // layers_per_stage
+        if tensor.layer is None and not tensor.key.startswith("embedding"):
             stage = last_stage
         expert_rank = 0
-        if tensor.is_expert:
-            expert_rank = tensor.index[1] * layout.ep // tensor.stack[1]
+        if tensor.expert is not None:
+            expert_rank = tensor.expert * layout.ep // tensor.stack[-1]
         for rank, region in _cuts(tensor, layout.tp):
             yield _OwnedRegion(tensor=tensor, region=region, owner=(stage, expert_rank, rank))
 
@@ -153,14 +153,15 @@ def _dtypes(
     found: dict[str, set[torch.dtype]] = {}
     for tensor in megatron_tensors(architecture):
         found.setdefault(tensor.key, set()).update(weights.dtypes[run.name] for run in tensor.rows)
+    always = {tensor.key: torch.float32 for tensor in megatron_tensors(architecture) if tensor.is_fp32}
     if dtype is not None:
-        return dict.fromkeys(found, dtype)
+        return {**dict.fromkeys(found, dtype), **always}
     if mixed := sorted(key for key, dtypes in found.items() if len(dtypes) > 1):
         raise UserError(
             f"{', '.join(mixed)}: layers or joined tensors have different dtypes in the Hugging Face files, "
             "and a checkpoint stores them as one tensor; choose one with --dtype"
         )
-    return {key: next(iter(dtypes)) for key, dtypes in found.items()}
+    return {**{key: next(iter(dtypes)) for key, dtypes in found.items()}, **always}
 
 
 def _part(owned: _OwnedRegion, dtype: torch.dtype, weights: HfWeights) -> StoredPart:

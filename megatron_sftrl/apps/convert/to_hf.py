@@ -23,7 +23,8 @@ from megatron_sftrl.engine.checkpoint import CheckpointRecord, StoredModel, find
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, from_record
-from megatron_sftrl.models.hf_config import hf_config_values
+from megatron_sftrl.models.hf_config import DRAFT_KEYS, hf_config_values
+from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_output import (
     HfAssets,
     HfFile,
@@ -35,7 +36,7 @@ from megatron_sftrl.models.hf_output import (
 )
 from megatron_sftrl.models.hf_positions import FOR_VLLM
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
-from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors
 from megatron_sftrl.trainers.adapters import open_base
 
 # The exported tokenizer gives the ids that training saw, also to programs that load it by its class.
@@ -141,18 +142,18 @@ def convert_to_hf(
     if base is not None:
         raise UserError(f"--base has no effect: {path} holds a whole model and no adapters")
     stored = on_every_rank(lambda: StoredModel(path, architecture))
-    sizes = _sizes(stored, dtype)
+    dtypes = _dtypes(stored, architecture, dtype)
+    sizes = {name: math.prod(stored.shapes[name]) * each.itemsize for name, each in dtypes.items()}
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
     with closing(stored), new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
         mine = files[dist.get_rank() :: dist.get_world_size()]
         try:
-            on_every_rank(lambda: _write_files(temporary, mine, stored, dtype, sizes, on_bytes))
+            on_every_rank(lambda: _write_files(temporary, mine, stored, dtypes, on_bytes))
         finally:
             # A damaged file is named as such, whatever else went wrong with it before.
             verification.finish()
         on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
-        kept = dtype or stored.dtypes[_EMBEDDING]
-        assets = _with_config(stored_assets(path), architecture, kept)
+        assets = _with_config(stored_assets(path), architecture, dtypes[_EMBEDDING])
         on_rank_zero(lambda: write_assets(temporary, with_ids_of_tokenizer_json(assets)))
     return out
 
@@ -189,25 +190,25 @@ def _convert_merged(
         on_rank_zero(lambda: write_assets(temporary, with_ids_of_tokenizer_json(assets)))
 
 
-def _sizes(stored: StoredModel, dtype: torch.dtype | None) -> dict[str, int]:
-    """Bytes of each Hugging Face tensor, in the order of the model."""
-    return {
-        name: math.prod(shape) * (dtype or stored.dtypes[name]).itemsize
-        for name, shape in stored.shapes.items()
-    }
+def _dtypes(
+    stored: StoredModel, architecture: Architecture, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Of each Hugging Face tensor, in the order of the model; None keeps the stored one."""
+    always = {run.name for tensor in megatron_tensors(architecture) if tensor.is_fp32 for run in tensor.rows}
+    return {name: torch.float32 if name in always else dtype or stored.dtypes[name] for name in stored.shapes}
 
 
 def _write_files(
     directory: Path,
     files: list[HfFile],
     stored: StoredModel,
-    dtype: torch.dtype | None,
-    sizes: dict[str, int],
+    wanted: dict[str, torch.dtype],
     on_bytes: Callable[[int, int], None],
 ) -> None:
-    total, done = sum(sizes[name] for file in files for name in file.tensors), 0
-    shapes, dtypes = stored.shapes, stored.dtypes
+    shapes, dtypes, done = stored.shapes, stored.dtypes, 0
     names = [name for file in files for name in file.tensors]
+    sizes = {name: math.prod(shapes[name]) * wanted[name].itemsize for name in names}
+    total = sum(sizes.values())
     largest = max((math.prod(shapes[name]) * dtypes[name].itemsize for name in names), default=0)
     # One piece of memory for all tensors, one after the other: fresh pages would cost as much as copying.
     memory = np.empty(largest, np.uint8)
@@ -219,10 +220,10 @@ def _write_files(
         stored.read_into(whole, name)
         done += sizes[name]
         on_bytes(done, total)
-        return whole.to(dtype or dtypes[name])
+        return whole.to(wanted[name])
 
     for file in files:
-        kinds = {name: (dtype or dtypes[name], shapes[name]) for name in file.tensors}
+        kinds = {name: (wanted[name], shapes[name]) for name in file.tensors}
         write_safetensors(directory / file.name, kinds, tensor)
 
 
@@ -230,6 +231,8 @@ def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtyp
     """The config.json that came with the weights and what vLLM needs in it, or the architecture's."""
     values = hf_config_values(architecture, dtype=dtype)
     if "config.json" in assets.files:
-        return with_keys(with_dtype(assets, dtype), {key: values[key] for key in FOR_VLLM if key in values})
+        added = {key: values[key] for key in FOR_VLLM if key in values}
+        changed = {key: 0 for key in DRAFT_KEYS if hf_family(architecture.family).has_drafts}
+        return with_keys(with_dtype(assets, dtype), added, instead=changed)
     text = json.dumps(values, indent=2) + "\n"
     return HfAssets(files={**assets.files, "config.json": text.encode()})

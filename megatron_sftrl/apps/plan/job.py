@@ -67,13 +67,15 @@ def attention_flops(architecture: Architecture, *, tokens: int, length: int) -> 
 
 
 def mlp_flops(architecture: Architecture, *, tokens: int) -> float:
-    """Of the MLP, or of the router and the experts that a token visits."""
+    """Of the MLP, or of the router and the experts that a token visits; the mean over the blocks."""
     a = architecture
-    visits, router = (a.mixture.experts_per_token, a.mixture.num_experts) if a.mixture else (1, 0)
-    width = visits * 3 * a.ffn_hidden_size + router
-    if a.mixture and a.mixture.shared_width:
-        width += 3 * a.mixture.shared_width + 1
-    return tokens * 2.0 * a.hidden_size * width
+    if (mixture := a.mixture) is None:
+        return tokens * 6.0 * a.hidden_size * a.ffn_hidden_size
+    width = mixture.experts_per_token * 3 * a.ffn_hidden_size + mixture.num_experts
+    if mixture.shared_width:
+        width += 3 * mixture.shared_width + mixture.shared_is_gated
+    dense = a.num_dense_layers / a.num_layers
+    return tokens * 2.0 * a.hidden_size * ((1 - dense) * width + dense * 3 * mixture.dense_width)
 
 
 def head_flops(architecture: Architecture, *, tokens: int) -> float:

@@ -50,6 +50,12 @@ class Grid:
         """Blocks of each model chunk on a pipeline stage."""
         return stage_layers(self, architecture.num_layers)[stage] // self.vp
 
+    def dense_layers(self, architecture: Architecture, *, stage: int, chunk: int) -> int:
+        """Of them, those that have an MLP in a mixture: the first of the model, whose chunks go round."""
+        layers = [each // self.vp for each in stage_layers(self, architecture.num_layers)]
+        before = chunk * sum(layers) + sum(layers[:stage])
+        return min(max(architecture.num_dense_layers - before, 0), layers[stage])
+
     def deepest_stage(self, architecture: Architecture) -> int:
         """The pipeline stage with most blocks, the first of equal ones."""
         layers = stage_layers(self, architecture.num_layers)
@@ -86,6 +92,7 @@ _ORDER = (
     "linear_fc1.layer_norm_weight",
     "pre_mlp_layernorm.weight",
     "router.weight",
+    "router.expert_bias",
     "shared_experts.gate_weight",
     "linear_fc1.weight",
     "linear_fc2.weight",
@@ -101,26 +108,36 @@ class Parameter:
     Args:
         is_expert: lives on the experts' grid.
         is_shared: the embedding of a tied model that the first and the last stage both hold.
+        is_frozen: fp32, without gradient, outside Megatron's buffers.
     """
 
     key: str
     num_elements: int
     is_expert: bool = False
     is_shared: bool = False
+    is_frozen: bool = False
 
 
 @functools.lru_cache(maxsize=64)
 def chunk_parameters(
-    architecture: Architecture, grid: Grid, *, num_layers: int, has_embedding: bool, has_output: bool
+    architecture: Architecture,
+    grid: Grid,
+    *,
+    num_layers: int,
+    has_embedding: bool,
+    has_output: bool,
+    num_dense: int = 0,
 ) -> tuple[Parameter, ...]:
     """The parameters of a model chunk of `num_layers` blocks on one rank, as Megatron's DDP meets them.
 
-    Only the first chunk of the first pipeline stage has the embedding, only the last of the last the output.
+    The first `num_dense` blocks of a mixture's chunk have an MLP. Only the first chunk of the first pipeline
+    stage has the embedding, only the last of the last the output.
     """
     vocabulary = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp * architecture.hidden_size
     is_shared = architecture.tie_embeddings and grid.pp > 1
-    block = _block(architecture, tp=grid.tp, ep=grid.ep, etp=grid.etp)
-    found = [*block * num_layers]
+    cuts = dict(tp=grid.tp, ep=grid.ep, etp=grid.etp)
+    found = [*_block(architecture, is_dense=True, **cuts) * num_dense] if num_dense else []
+    found += _block(architecture, is_dense=False, **cuts) * (num_layers - num_dense)
     if has_embedding:
         key = "embedding.word_embeddings.weight"
         found.insert(0, Parameter(key=key, num_elements=vocabulary, is_shared=is_shared))
@@ -132,28 +149,38 @@ def chunk_parameters(
 
 
 @functools.lru_cache(maxsize=256)
-def _block(architecture: Architecture, *, tp: int, ep: int, etp: int) -> tuple[Parameter, ...]:
-    """The parameters of one block on any rank."""
-    mine = _block_tensors(architecture, ep=ep)
+def _block(
+    architecture: Architecture, *, tp: int, ep: int, etp: int, is_dense: bool
+) -> tuple[Parameter, ...]:
+    """The parameters of one block on any rank, `is_dense` of those of a mixture that have an MLP."""
+    mine = _block_tensors(architecture, ep=ep, is_dense=is_dense)
     return tuple(
         Parameter(
             key=tensor.key,
             num_elements=math.prod(tensor.shape) // _cuts(tensor, tp=tp, etp=etp),
             is_expert=tensor.is_expert,
+            is_frozen=tensor.is_fp32,
         )
         for tensor in sorted(mine, key=_place)
     )
 
 
-def _block_tensors(architecture: Architecture, *, ep: int) -> list[MegatronTensor]:
+def _block_tensors(architecture: Architecture, *, ep: int, is_dense: bool) -> list[MegatronTensor]:
     """The whole tensors of one block, with the experts of one rank."""
     # One block tells for all: the table of a large mixture has tens of thousands of lines.
+    mixture = architecture.mixture
     one = replace(
-        architecture, num_layers=1, sliding_window=None, window_layers=(), window_rope=None, no_rope_layers=()
+        architecture,
+        num_layers=1,
+        sliding_window=None,
+        window_layers=(),
+        window_rope=None,
+        no_rope_layers=(),
+        mixture=mixture and replace(mixture, num_dense_layers=int(is_dense)),
     )
-    tensors = [tensor for tensor in megatron_tensors(one) if tensor.index]
-    num_experts = architecture.mixture.num_experts // ep if architecture.mixture else 0
-    return [tensor for tensor in tensors if not tensor.is_expert or tensor.index[1] < num_experts]
+    tensors = [tensor for tensor in megatron_tensors(one) if tensor.layer is not None]
+    num_experts = mixture.num_experts // ep if mixture else 0
+    return [tensor for tensor in tensors if tensor.expert is None or tensor.expert < num_experts]
 
 
 Adapted = tuple[int, tuple[str, ...]]
@@ -174,15 +201,32 @@ def trained_parameters(
     num_layers: int,
     has_embedding: bool,
     has_output: bool,
+    num_dense: int = 0,
 ) -> tuple[Parameter, ...]:
     """Of a chunk's parameters those that have gradients: all, or A and B of each adapter (engine/lora.py)."""
-    if adapted is None:
-        return chunk_parameters(
-            architecture, grid, num_layers=num_layers, has_embedding=has_embedding, has_output=has_output
+    if adapted is not None:
+        dense, other = (
+            _block_adapters(architecture, grid, adapted, is_dense=is_dense) if count else []
+            for is_dense, count in ((True, num_dense), (False, num_layers - num_dense))
         )
+        return tuple(dense * num_dense + other * (num_layers - num_dense))
+    members = chunk_parameters(
+        architecture,
+        grid,
+        num_layers=num_layers,
+        has_embedding=has_embedding,
+        has_output=has_output,
+        num_dense=num_dense,
+    )
+    return tuple(each for each in members if not each.is_frozen)
+
+
+def _block_adapters(
+    architecture: Architecture, grid: Grid, adapted: Adapted, *, is_dense: bool
+) -> list[Parameter]:
     rank, names = adapted
     block = []
-    for tensor in _block_tensors(architecture, ep=grid.ep):
+    for tensor in _block_tensors(architecture, ep=grid.ep, is_dense=is_dense):
         cuts, sizes = _cuts(tensor, tp=grid.tp, etp=grid.etp), dict[str, int]()
         for run in tensor.rows if len(tensor.shape) == 2 else ():
             sizes[run.name] = sizes.get(run.name, 0) + run.num_rows
@@ -195,7 +239,7 @@ def trained_parameters(
                 Parameter(key=tensor.key, num_elements=rank * side, is_expert=tensor.is_expert)
                 for side in (down, up)
             ]
-    return tuple(block * num_layers)
+    return block
 
 
 def has_own_reference(config: TrainingConfig) -> bool:
@@ -213,8 +257,8 @@ def _cuts(tensor: MegatronTensor, *, tp: int, etp: int) -> int:
 def _place(tensor: MegatronTensor) -> tuple[float, int]:
     """Experts follow each other, each with both of its matrices; then a shared one and norms behind."""
     within = next(place for place, name in enumerate(_ORDER) if tensor.key.endswith(name))
-    if tensor.is_expert:
-        return len(_ORDER) + tensor.index[1], within
+    if tensor.expert is not None:
+        return len(_ORDER) + tensor.expert, within
     is_last = ".shared_experts." in tensor.key or ".post_" in tensor.key
     return (math.inf if is_last else within), within
 
@@ -296,6 +340,7 @@ def model_state(
             num_layers=grid.chunk_layers(architecture, stage=stage),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
+            num_dense=grid.dense_layers(architecture, stage=stage, chunk=chunk),
             is_distributed=config.parallel.distributed_optimizer,
             is_bucketed=config.parallel.overlap_grad_reduce,
             adapted=adapted_by(config),
@@ -304,6 +349,7 @@ def model_state(
         for chunk in range(grid.vp)
     ]
     owned, matrices = sum(part.owned for part in parts), sum(part.matrices for part in parts)
+    biases = _FP32 * sum(part.biases for part in parts)
     away = round(owned * config.optim.cpu_offload)
     # Adam with moments of fewer bits reads gradients as they are; every other one is given fp32.
     is_copied = per_gradient < _FP32 and not config.optim.has_low_moments
@@ -312,14 +358,14 @@ def model_state(
     # Of weights in fp32 a reference of its own is the average itself.
     averaged = sum(part.trained for part in parts) * (element < _FP32 or not has_reference)
     return ModelState(
-        parameters=element * sum(part.held + part.frozen for part in parts),
-        frozen=element * sum(part.frozen for part in parts),
+        parameters=element * sum(part.held + part.frozen for part in parts) + biases,
+        frozen=element * sum(part.frozen for part in parts) + biases,
         gradients=per_gradient * sum(part.held for part in parts),
         fp32_gradients=_FP32 * (owned - away) * is_copied,
         optimizer=per_weight * (owned - away),
         optimizer_on_host=(per_weight + _FP32) * away,
         eight_bit=matrices * (2 + has_reference) * (config.train.fp8 is not None),
-        reference=element * sum(part.plain for part in parts) * has_reference,
+        reference=(element * sum(part.plain for part in parts) + biases) * has_reference,
         reference_average=_FP32 * averaged * is_averaged,
         reference_ends=element * sum(part.ends for part in parts) * has_reference,
     )
@@ -346,7 +392,7 @@ def gradient_bytes(config: TrainingConfig) -> int:
 class _Elements:
     """Of one chunk: all weights but adapters without padding, of them those that are not trained, those
     outside the blocks, the blocks' matrices (routers are none); what is trained without padding, in buffers,
-    in this rank's optimizer.
+    in this rank's optimizer; and fp32 biases of routers, which nothing trains, counted nowhere else.
     """
 
     plain: int
@@ -356,6 +402,7 @@ class _Elements:
     trained: int
     held: int
     owned: int
+    biases: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -366,14 +413,21 @@ def _chunk_elements(
     num_layers: int,
     has_embedding: bool,
     has_output: bool,
+    num_dense: int,
     is_distributed: bool,
     is_bucketed: bool,
     adapted: Adapted | None,
     ranks: tuple[int | None, int | None],
 ) -> _Elements:
-    members = chunk_parameters(
-        architecture, grid, num_layers=num_layers, has_embedding=has_embedding, has_output=has_output
+    all_members = chunk_parameters(
+        architecture,
+        grid,
+        num_layers=num_layers,
+        has_embedding=has_embedding,
+        has_output=has_output,
+        num_dense=num_dense,
     )
+    members = [each for each in all_members if not each.is_frozen]
     plain = sum(each.num_elements for each in members)
     ends = sum(each.num_elements for each in members if not each.key.startswith("decoder."))
     matrices = sum(each.num_elements for each in members if each.key.endswith(_MATRICES))
@@ -384,6 +438,7 @@ def _chunk_elements(
         num_layers=num_layers,
         has_embedding=has_embedding,
         has_output=has_output,
+        num_dense=num_dense,
     )
     size = sum(each.num_elements for each in trained)
     found = _Elements(
@@ -394,6 +449,7 @@ def _chunk_elements(
         trained=size,
         held=size,
         owned=size,
+        biases=sum(each.num_elements for each in all_members if each.is_frozen),
     )
     if not is_distributed:
         return found

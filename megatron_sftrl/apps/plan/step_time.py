@@ -120,6 +120,7 @@ def _stage_sizes(
             num_layers=grid.chunk_layers(architecture, stage=stage),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
+            num_dense=grid.dense_layers(architecture, stage=stage, chunk=chunk),
         )
         for chunk in range(grid.vp)
     ]
@@ -135,6 +136,7 @@ def _chunk_sizes(
     num_layers: int,
     has_embedding: bool,
     has_output: bool,
+    num_dense: int,
 ) -> tuple[int, int]:
     """Elements of one chunk outside and inside of experts."""
     members = trained_parameters(
@@ -144,6 +146,7 @@ def _chunk_sizes(
         num_layers=num_layers,
         has_embedding=has_embedding,
         has_output=has_output,
+        num_dense=num_dense,
     )
     experts = sum(each.num_elements for each in members if each.is_expert)
     return sum(each.num_elements for each in members) - experts, experts

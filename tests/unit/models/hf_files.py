@@ -27,6 +27,7 @@ CLASSES = {
     "ministral3": "Ministral3",
     "qwen2_moe": "Qwen2Moe",
     "glm4": "Glm4",
+    "glm4_moe": "Glm4Moe",
 }
 
 
@@ -53,8 +54,8 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
     return from_hf_config(file)
 
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
-OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe")
+OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe")
 """Families that do not read every rope, in the one spelling of the others."""
 
 

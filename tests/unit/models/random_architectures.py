@@ -28,12 +28,12 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
     max_positions = rng.randint(8, 9000)
     line, head_dim = hf_family(family), 2 * rng.randint(1, 8)
     window, window_layers = _window(rng, line, num_layers, max_positions)
-    rope = _rope(rng, line, head_dim)
+    rope, width = _rope(rng, line, head_dim), rng.randint(1, 24)
     return Architecture(
         family=family,
         num_layers=num_layers,
         hidden_size=heads * rng.randint(1, 3) if family == "llama" else rng.randint(3, 24),
-        ffn_hidden_size=rng.randint(1, 24),
+        ffn_hidden_size=width,
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=head_dim,
@@ -45,8 +45,8 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
         norm_eps=10 ** rng.uniform(-7, -3),
         tie_embeddings=rng.random() < 0.5,
         qkv_bias=has_qkv_bias(family) if line.bias_key is None else rng.random() < 0.5,
-        qk_norm=has_qk_norm(family),
-        mixture=_mixture(rng, family),
+        qk_norm=has_qk_norm(family) if line.qk_norm_key is None else rng.random() < 0.5,
+        mixture=_mixture(rng, family, num_layers, width),
         init_std=rng.uniform(0.001, 0.5),
         norms=line.norms,
         qk_norm_spans_heads=line.qk_norm_spans_heads,
@@ -116,13 +116,34 @@ def _some(rng: random.Random, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in layers if rng.random() < 0.6) or layers
 
 
-def _mixture(rng: random.Random, family: Family) -> Mixture | None:
+def _mixture(rng: random.Random, family: Family, num_layers: int, width: int) -> Mixture | None:
     if family not in MIXTURE_FAMILIES:
         return None
+    if family == "glm4_moe":
+        return _sigmoid(rng, num_layers, width)
     num_experts = rng.randint(1, 5)
     return Mixture(
         num_experts=num_experts,
         experts_per_token=rng.randint(1, num_experts),
         normalizes_weights=family == "mixtral" or rng.random() < 0.5,
         shared_width=rng.randint(1, 24) if family == "qwen2_moe" else 0,
+    )
+
+
+def _sigmoid(rng: random.Random, num_layers: int, width: int) -> Mixture:
+    groups = rng.choice([1, 2, 4])
+    per_token = rng.randint(1, groups)
+    dense = rng.randint(0, num_layers)
+    return Mixture(
+        num_experts=4 * groups,
+        experts_per_token=2 * per_token,
+        normalizes_weights=True,
+        shared_width=width * rng.randint(1, 2),
+        shared_is_gated=False,
+        routing="sigmoid",
+        num_groups=groups,
+        groups_per_token=per_token,
+        weights_factor=rng.choice([1.0, rng.uniform(0.5, 3)]),
+        num_dense_layers=dense,
+        dense_width=rng.randint(1, 24) if dense else 0,
     )

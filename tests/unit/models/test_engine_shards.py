@@ -22,6 +22,8 @@ def cuttable(rng: random.Random, family, tp: int) -> Architecture:
     heads = groups * tp * rng.randint(1, 2)
     if (mixture := architecture.mixture) and mixture.shared_width:
         mixture = replace(mixture, shared_width=tp * rng.randint(1, 5))
+    if mixture and mixture.dense_width:
+        mixture = replace(mixture, dense_width=tp * rng.randint(1, 5))
     return replace(
         architecture,
         mixture=mixture,

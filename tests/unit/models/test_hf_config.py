@@ -50,6 +50,7 @@ def test_every_size_is_what_transformers_reads(
         "qwen3_moe": (),
         "qwen2_moe": ("num_local_experts",),
         "mixtral": ("moe_intermediate_size", "norm_topk_prob"),
+        "glm4_moe": ("num_experts", "num_local_experts"),
     }.get(family, tuple(changes) if "num_experts_per_tok" in changes else ())
     if family in ("olmo3", "ministral3"):
         not_read = (*not_read, "rope_theta", "rope_parameters", "rope_scaling")
@@ -76,8 +77,10 @@ def test_every_size_is_what_transformers_reads(
     if ours.mixture is None:
         assert family not in MIXTURES
     else:
-        assert ours.mixture.num_experts == theirs.num_experts
-        assert ours.mixture.shared_width == getattr(theirs, "shared_expert_intermediate_size", 0)
+        num_experts = theirs.num_experts if hasattr(theirs, "num_experts") else theirs.num_local_experts
+        shared = width * getattr(theirs, "n_shared_experts", 0)
+        assert ours.mixture.num_experts == num_experts
+        assert ours.mixture.shared_width == getattr(theirs, "shared_expert_intermediate_size", shared)
         assert ours.mixture.experts_per_token == theirs.num_experts_per_tok
         assert ours.mixture.normalizes_weights == getattr(theirs, "norm_topk_prob", True)
 
@@ -86,7 +89,10 @@ def test_every_size_is_what_transformers_reads(
 @pytest.mark.parametrize("use_diff", [False, True])
 def test_what_transformers_itself_writes_is_accepted(tmp_path: Path, family: str, use_diff: bool) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(family, architectures=[f"{CLASSES[family]}ForCausalLM"])
+    # transformers' own default of hidden_size is no multiple of its number of heads.
+    head_dim = {"head_dim": 128} if family == "glm4_moe" else {}
+    names = [f"{CLASSES[family]}ForCausalLM"]
+    config = transformers.AutoConfig.for_model(family, architectures=names, **head_dim)
     (tmp_path / "config.json").write_text(config.to_json_string(use_diff=use_diff))
     assert from_hf_config(tmp_path).num_layers == config.num_hidden_layers
 
@@ -184,6 +190,18 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
         ("glm4", {"attention_bias": False}, {"qkv_bias": False}),
         ("ministral3", {"rope_parameters": MINISTRAL}, {"rope.query_beta": 0.3, "rope.factor": 4.0}),
         ("qwen2_moe", {"qkv_bias": False}, {"qkv_bias": False}),
+        ("glm4_moe", {"attention_bias": True}, {"qkv_bias": True}),
+        ("glm4_moe", {"use_qk_norm": True}, {"qk_norm": True}),
+        ("glm4_moe", {"n_routed_experts": 16}, {"mixture.num_experts": 16}),
+        ("glm4_moe", {"n_shared_experts": 2}, {"mixture.shared_width": 2816}),
+        ("glm4_moe", {"routed_scaling_factor": 2.5}, {"mixture.weights_factor": 2.5}),
+        ("glm4_moe", {"first_k_dense_replace": 0}, {"mixture.num_dense_layers": 0}),
+        ("glm4_moe", {"intermediate_size": 5}, {"mixture.dense_width": 5}),
+        (
+            "glm4_moe",
+            {"n_group": 8, "topk_group": 4},
+            {"mixture.num_groups": 8, "mixture.groups_per_token": 4},
+        ),
         ("qwen2_moe", {"shared_expert_intermediate_size": 7}, {"mixture.shared_width": 7}),
         ("mixtral", {"num_local_experts": 3}, {"mixture.num_experts": 3}),
         ("mixtral", {"num_experts_per_tok": 5}, {"mixture.experts_per_token": 5}),

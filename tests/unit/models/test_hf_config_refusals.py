@@ -16,7 +16,8 @@ WINDOWS = ["sliding_attention"] * 4
 SUPPORTED = (
     "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
     "MixtralForCausalLM, Qwen3MoeForCausalLM, SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, "
-    "GraniteForCausalLM, Phi3ForCausalLM, Ministral3ForCausalLM, Qwen2MoeForCausalLM, Glm4ForCausalLM"
+    "GraniteForCausalLM, Phi3ForCausalLM, Ministral3ForCausalLM, Qwen2MoeForCausalLM, Glm4ForCausalLM, "
+    "Glm4MoeForCausalLM"
 )
 GEMMA = (
     "Gemma 2 and 3 cannot be built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight "
@@ -52,7 +53,7 @@ def refusal(tmp_path: Path, content: dict[str, object]) -> str:
         ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0: a soft-cap on logits"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0: a soft-cap on logits"),
-        ({"num_experts": 8}, "num_experts 8: only the experts of Mixtral"),
+        ({"num_experts": 8}, "num_experts 8: only the experts of the supported mixtures"),
         (
             {"dual_chunk_attention_config": {"chunk_size": 1}},
             "dual_chunk_attention_config {'chunk_size': 1}: it",
@@ -238,6 +239,20 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
         ("qwen2_moe", {"num_local_experts": 8}, "num_local_experts: Qwen2MoeForCausalLM does not read it"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: expected a"),
         ("qwen2_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]: only a mixture in every layer"),
+        (
+            "glm4_moe",
+            {"norm_topk_prob": False},
+            "norm_topk_prob False: a sigmoid router's weights are always",
+        ),
+        ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts 0: expected at least one"),
+        ("glm4_moe", {"n_group": 3}, "128 experts do not divide into 3 groups"),
+        (
+            "glm4_moe",
+            {"n_group": 4, "topk_group": 2},
+            "8 experts of 2 of 4 groups: groups are only supported",
+        ),
+        ("glm4_moe", {"num_local_experts": 8}, "num_local_experts: give n_routed_experts"),
+        ("glm4_moe", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
         ("glm4", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
         ("glm4", {"attention_bias": None}, "attention_bias: expected true or false, got None"),
         ("qwen3", {"num_local_experts": 8}, "num_local_experts 8: only the experts of"),

@@ -54,11 +54,13 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
             assert torch.equal(inverse_frequencies(rope, ours.head_dim), frequencies)
             assert rope.attention_factor == factor
         if ours.mixture is not None:
-            assert theirs.num_experts == ours.mixture.num_experts
+            shared = ours.ffn_hidden_size * getattr(theirs, "n_shared_experts", 0)
+            name = "num_local_experts" if family == "glm4_moe" else "num_experts"
+            assert getattr(theirs, name) == ours.mixture.num_experts
             assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
         if ours.mixture is not None and family != "mixtral":
             assert theirs.norm_topk_prob == ours.mixture.normalizes_weights
-            assert getattr(theirs, "shared_expert_intermediate_size", 0) == ours.mixture.shared_width
+            assert getattr(theirs, "shared_expert_intermediate_size", shared) == ours.mixture.shared_width
         for key, field in MULTIPLIERS.items():
             if hf_family(family).keys & {key}:
                 assert getattr(theirs, key) == getattr(ours, field)

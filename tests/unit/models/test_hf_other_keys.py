@@ -17,6 +17,8 @@ from megatron_sftrl.models.hf_config import (
     _KEYS_WITHOUT_EFFECT,
     _MIXTURE_KEYS,
     _READ_KEYS,
+    _SIGMOID_KEYS,
+    DRAFT_KEYS,
     read_hf_config,
 )
 from megatron_sftrl.models.hf_families import _OBEYED_ELSEWHERE, hf_family
@@ -85,7 +87,8 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
     more = {"use_qk_norm": family != "qwen3", "rope_interleaved": True, "is_llama_config": True}
     more |= {"max_sequence_length": 3, "axolotl_config": "run.yml", "embedding_multiplier": 12.0}
     more |= {"residual_multiplier": 0.2, "hidden_dropout": 0.5, "resid_pdrop": 0.5, "is_decoder": True}
-    more = {key: value for key, value in more.items() if key not in hf_family(family).keys}
+    line = hf_family(family)
+    more = {key: value for key, value in more.items() if key not in {*line.keys, line.qk_norm_key}}
     sizes |= {"shared_expert_intermediate_size": 8, "pad_token_id": None, "bos_token_id": None}
     tokens = torch.arange(12)[None] * 5 % 31
     logits = []
@@ -132,7 +135,7 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     }
     line = hf_family(family)
     known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
-    known |= {line.bias_key, "rope_parameters"}
+    known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *DRAFT_KEYS}
     assert len(read_there) > 5
     assert read_there - known - settings_of_vllm == set()
 

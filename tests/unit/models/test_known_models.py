@@ -201,6 +201,28 @@ GLM_4_9B = config(
     rms_norm_eps=1e-05,
     rope_theta=10000.0,
 )
+GLM_4_5_AIR = config(
+    "glm4_moe",
+    (4096, 10944, 46, 96, 8, 151552),
+    attention_bias=True,
+    first_k_dense_replace=1,
+    head_dim=128,
+    max_position_embeddings=131072,
+    moe_intermediate_size=1408,
+    n_group=1,
+    n_routed_experts=128,
+    n_shared_experts=1,
+    norm_topk_prob=True,
+    num_experts_per_tok=8,
+    num_nextn_predict_layers=1,
+    partial_rotary_factor=0.5,
+    rms_norm_eps=1e-05,
+    rope_scaling=None,
+    rope_theta=1000000,
+    routed_scaling_factor=1.0,
+    topk_group=1,
+    use_qk_norm=False,
+)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +245,7 @@ GLM_4_9B = config(
         (PHI_4, 14_659_507_200),
         (QWEN1_5_MOE, 14_315_784_192),
         (GLM_4_9B, 9_400_279_040),
+        (GLM_4_5_AIR, 106_852_245_504 + 45 * 128),  # transformers does not count the routers' biases
     ],
 )
 def test_a_published_model_has_its_published_number_of_parameters(

@@ -47,8 +47,8 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         return hf["lm_head.weight"]
     if tensor.key == "decoder.final_layernorm.weight":
         return hf["model.norm.weight"]
-    block = f"model.layers.{tensor.index[0]}."
-    name = tensor.key.removeprefix("decoder.layers.")
+    block = f"model.layers.{tensor.layer}."
+    name = tensor.key.removeprefix("decoder.layers.").removeprefix(f"{tensor.layer}.")
     if name.startswith("self_attention.linear_qkv.") and "layer_norm" not in name:
         kind = name.rsplit(".", 1)[1]
         if a.family == "phi3":
@@ -71,7 +71,7 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "mlp.linear_fc2.weight": "mlp.down_proj.weight",
         "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
-        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_expert.down_proj.weight",
+        "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
         "post_self_attn_layernorm.weight": (
             "post_self_attn_layernorm.weight" if a.family == "glm4" else "post_attention_layernorm.weight"
         ),
@@ -90,9 +90,9 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
     if name == "mlp.router.weight":
         return hf[f"{mlp}gate.weight"]
     if name.startswith("mlp.shared_experts."):
-        mlp = f"{mlp}shared_expert."
+        mlp = f"{mlp}shared_expert{'s' * (a.family == 'glm4_moe')}."
     if tensor.is_expert:
-        mlp = f"{mlp}experts.{tensor.index[1]}."
+        mlp = f"{mlp}experts.{tensor.expert}."
     if name.endswith("linear_fc2.weight"):
         return hf[f"{mlp}{down}.weight"]
     assert name.endswith("linear_fc1.weight")
