@@ -17,7 +17,7 @@ def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp:
     last = name.rsplit(".", 2)[-2]
     if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
         return _vocab_parallel(weight, tp, tp_rank)
-    if last == "q_proj":
+    if last in ("q_proj", "q_b_proj"):
         num_heads = architecture.num_attention_heads // tp
         shard_size = num_heads * architecture.head_dim
         return weight.narrow(0, tp_rank * shard_size, shard_size)
@@ -29,6 +29,11 @@ def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp:
     if last in ("o_proj", "down_proj", "w2"):
         shard_size = weight.shape[1] // tp
         return weight.narrow(1, tp_rank * shard_size, shard_size)
+    if last == "kv_b_proj":
+        shard_size = weight.shape[0] // tp
+        return weight.narrow(0, tp_rank * shard_size, shard_size)
+    if last in ("q_a_proj", "kv_a_proj_with_mqa"):
+        return weight  # ReplicatedLinear, DeepSeekV2FusedQkvAProjLinear
     if last in ("qkv_proj", "gate_up_proj"):
         return weight  # it narrows each of the parts inside
     assert (

@@ -27,7 +27,7 @@ from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.blocks import query_factors
 from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
 from megatron_sftrl.engine.local_layers import layer_window, rms_norm
-from megatron_sftrl.models.architecture import Architecture, Rope
+from megatron_sftrl.models.architecture import Architecture, Latent, Rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,8 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
         for layer, rope, window in zip(layers, ropes, windows, strict=True):
             attention = layer.self_attention
             normed = _before(hidden, names.attention, layer, architecture)
-            output = _attention(attention, architecture, normed, group, places, turns[rope], masks[window])
+            attend = _attention if architecture.latent is None else _latent_attention
+            output = attend(attention, architecture, normed, group, places, turns[rope], masks[window])
             hidden = _added(hidden, output, "post_self_attn_layernorm", layer, architecture)
             if isinstance(layer.mlp, MoELayer):
                 normed = _before(hidden, names.experts, layer, architecture)
@@ -214,14 +215,55 @@ def _attention(
     if turn is not None and turn.query is not None:
         query = query * turn.query.to(x.dtype)
     places.cache.write(attention.layer_number, places, key, value)
+    return _attended(attention, query, group, places, mask)
+
+
+def _latent_attention(
+    attention: Any,
+    _: Architecture,
+    x: Tensor,  # [T, H]
+    group: dist.ProcessGroup,
+    places: CacheSlots,
+    turn: _Turn | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """latent_attention.py's; the cache holds keys and values of each head."""
+    latent: Latent = attention.latent
+    assert turn is not None
+    if latent.query_rank is None:
+        query = F.linear(x, attention.linear_q_proj.weight)
+    else:
+        query = attention.q_layernorm(F.linear(x, attention.linear_q_down_proj.weight))
+        query = F.linear(query, attention.linear_q_up_proj.weight)
+    small, turning = F.linear(x, attention.linear_kv_down_proj.weight).split(
+        [latent.rank, latent.rope_dim], -1
+    )
+    both = F.linear(attention.kv_layernorm(small), attention.linear_kv_up_proj.weight)
+
+    def turned(part: Tensor) -> Tensor:
+        return _turned(part[:, :, None], turn)[:, :, 0]
+
+    query, key, value = attention.heads_of(query, turned(turning[:, None]), both, turned)
+    places.cache.write(attention.layer_number, places, key, value)
+    return _attended(attention, query[:, :, None], group, places, mask)
+
+
+def _attended(
+    attention: Any,
+    query: Tensor,  # [T, groups/tp, heads per group, head_dim]
+    group: dist.ProcessGroup,
+    places: CacheSlots,
+    mask: Tensor | None,
+) -> Tensor:
+    """[T, H] of the cache, where the new tokens' keys and values are already."""
     keys, values = places.cache.read(attention.layer_number, places)
     num = len(keys)
     # The query heads of a group stand where other tokens would: the group's keys are read once for all.
     attended = F.scaled_dot_product_attention(
-        query[:num], keys, values, attn_mask=mask, scale=config.softmax_scale
+        query[:num], keys, values, attn_mask=mask, scale=attention.config.softmax_scale
     ).flatten(1)
-    if num < len(x):
-        attended = F.pad(attended, (0, 0, 0, len(x) - num))
+    if num < len(query):
+        attended = F.pad(attended, (0, 0, 0, len(query) - num))
     return _row_parallel(attention.linear_proj, attended, group)
 
 

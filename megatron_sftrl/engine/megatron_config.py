@@ -243,6 +243,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
     with_te = uses_transformer_engine(run.model, is_cuda=is_cuda)
     problems = [
         *_missing_packages(run, is_cuda=is_cuda, with_te=with_te),
+        *_latent_problems(run, architecture, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:
@@ -260,6 +261,16 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
             f"megatron-core {megatron.core.__version__} refuses the settings of model, parallel, train and "
             f"optim{f' with parallel.megatron {written}' if written else ''}: {error}"
         ) from error
+
+
+def _latent_problems(run: TrainingConfig, architecture: Architecture, *, with_te: bool) -> Iterator[str]:
+    if architecture.latent is not None and with_te:
+        yield (
+            f"model.layers = {run.model.layers}: latent attention ({architecture.family}) does not know "
+            "Transformer Engine's layers yet: set model.layers = torch"
+        )
+    if architecture.latent is not None and run.lora is not None:
+        yield f"lora does not know latent attention ({architecture.family}) yet: remove it"
 
 
 def check_fp8(train: TrainSection, device: torch.device) -> None:

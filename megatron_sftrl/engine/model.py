@@ -42,6 +42,7 @@ from torch import Tensor
 from megatron_sftrl.engine.blocks import SpanningNorm, complete_blocks
 from megatron_sftrl.engine.decode_step import new_token_states
 from megatron_sftrl.engine.kv_cache import CacheSlots
+from megatron_sftrl.engine.latent_attention import LatentAttention
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
 from megatron_sftrl.engine.mixtures import (
     add_routing_biases,
@@ -168,7 +169,7 @@ def build_model_chunks(
     """This rank's model chunks (one, or vp of them), parameters allocated but not initialised."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     frequencies = {
-        rope: inverse_frequencies(rope, architecture.head_dim).to(parallel.device)
+        rope: inverse_frequencies(rope, architecture.rope_head_dim).to(parallel.device)
         for rope in (architecture.rope, architecture.window_rope)
         if rope is not None
     }
@@ -332,6 +333,12 @@ def _layer_spec(architecture: Architecture, config: TransformerConfig, *, has_ex
         # The norm before a router stands alone in Transformer Engine's layers, so it keeps its own name here.
         del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    if architecture.latent is not None:
+        sizes = {"latent": architecture.latent, "attention_factor": architecture.rope.attention_factor}
+        submodules.self_attention = ModuleSpec(module=LatentAttention, params=sizes)
+        # No projection of its own stands behind this norm.
+        del submodules.sharded_state_dict_keys_map["input_layernorm."]
+        return layer
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.add_qkv_bias:

@@ -33,6 +33,7 @@ class Rope:
         attention_factor: multiplies cos and sin (yarn), 1 otherwise.
         fraction: of each head's dimensions that turn, the first ones.
         interleaved: neighbours turn together; otherwise dimensions that are half of the turning ones apart.
+        mscale, mscale_all_dim: what attention_factor was made of, for who reads them alone (yarn).
         query_beta: b > 0 multiplies a query at position p by 1 + b ln(1 + floor(p / original_length)).
     """
 
@@ -49,6 +50,8 @@ class Rope:
     fraction: float = 1.0
     interleaved: bool = False
     query_beta: float = 0.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
 
     def turning(self, head_dim: int) -> int:
         """Dimensions of a head that turn."""
@@ -103,12 +106,18 @@ def _yarn(powers: Tensor, rope: Rope, head_dim: int) -> Tensor:
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
     """0.1 ln(factor) + 1 (arXiv:2309.00071, eq. 22), or the ratio of two of these with given multipliers."""
 
-    def concentration(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
     if mscale and mscale_all_dim:
-        return concentration(mscale) / concentration(mscale_all_dim)
-    return concentration(1.0)
+        return _concentration(factor, mscale) / _concentration(factor, mscale_all_dim)
+    return _concentration(factor, 1.0)
+
+
+def latent_attention_multiplier(rope: Rope, head_dim: int) -> float:
+    """Of queries times keys in latent attention, where yarn's concentration is squared into it."""
+    return _concentration(rope.factor, rope.mscale_all_dim) ** 2 / math.sqrt(head_dim)
+
+
+def _concentration(factor: float, multiplier: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
 
 
 Family = Literal[
@@ -127,10 +136,11 @@ Family = Literal[
     "qwen2_moe",
     "glm4",
     "glm4_moe",
+    "deepseek_v3",
 ]
 Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
-MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe")
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +191,26 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """Keys and values of all heads out of one vector a token: latent attention (arXiv:2405.04434, 2.1).
+
+    Args:
+        query_rank: width of the vector that queries are made of; None where it is the residual stream.
+        rank: width of the vector that keys and values are made of.
+        rope_dim: dimensions of each head that turn, the last ones; of keys they are the same in every head.
+        value_dim: of each head.
+        norm_eps: of the norms of both vectors.
+    """
+
+    query_rank: int | None
+    rank: int
+    rope_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+    """transformers gives these norms no other, whatever rms_norm_eps says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A transformer with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
 
@@ -209,6 +239,7 @@ class Architecture:
         attention_multiplier: of queries times keys; None for 1 / sqrt(head_dim).
         residual_multiplier: of what attention and MLP add to the residual stream.
         logits_divisor: of the logits.
+        latent: None for keys and values out of the residual stream; head_dim is that of queries and keys.
     Raises:
         UserError: sizes that cannot form a network.
     """
@@ -240,6 +271,7 @@ class Architecture:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -247,8 +279,9 @@ class Architecture:
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups = {self.num_query_groups}: every group serves as many query heads"
             )
-        if self.rope.turning(self.head_dim) % 2:
+        if self.rope.turning(self.rope_head_dim) % 2:
             part = "" if self.rope.fraction == 1 else f", of which {self.rope.fraction:g} turn"
+            part = part if self.latent is None else f", of which {self.latent.rope_dim} turn"
             raise UserError(f"head_dim = {self.head_dim}{part}: rotary positions need an even number")
         if self.family == "llama" and self.hidden_size % self.num_attention_heads:
             raise UserError(
@@ -257,6 +290,22 @@ class Architecture:
                 "use family mistral, which has the same blocks"
             )
         assert (self.sliding_window is None) == (not self.window_layers)
+
+    @property
+    def rope_head_dim(self) -> int:
+        """Dimensions of a head of which a rope turns all or its fraction."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Of each head."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    def cached_by_vllm(self, tp: int) -> int:
+        """Elements that vLLM keeps of a token in each layer, on one of `tp` ranks."""
+        if self.latent is not None:
+            return self.latent.rank + self.latent.rope_dim
+        return 2 * max(1, self.num_query_groups // tp) * self.head_dim
 
     def rope_of(self, layer: int) -> Rope | None:
         """Positions in a layer, counted from 0; None where there are none."""
@@ -318,7 +367,8 @@ def from_record(record: Mapping[str, Any]) -> Architecture:
     """
     fields = dict(record)
     try:
-        for name, kind in (("rope", Rope), ("window_rope", Rope), ("mixture", Mixture)):
+        kinds = {"rope": Rope, "window_rope": Rope, "mixture": Mixture, "latent": Latent}
+        for name, kind in kinds.items():
             if fields.get(name) is not None:
                 fields[name] = kind(**fields[name])
         fields["window_layers"] = tuple(fields["window_layers"])
@@ -375,11 +425,7 @@ def num_parameters(architecture: Architecture) -> int:
     """Parameters, without vocabulary padding; a tied output layer is counted once."""
     a = architecture
     embedding = a.vocab_size * a.hidden_size
-    query_width, key_width = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    attention = a.hidden_size * (2 * query_width + 2 * key_width)
-    attention += (query_width + 2 * key_width) if a.qkv_bias else 0
-    if a.qk_norm:
-        attention += (query_width + key_width) if a.qk_norm_spans_heads else 2 * a.head_dim
+    attention = _attention_parameters(a) if a.latent is None else _latent_parameters(a, a.latent)
     mlp = a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size
     if (mixture := a.mixture) is not None:
         experts = mixture.num_experts * (3 * a.hidden_size * a.ffn_hidden_size + a.hidden_size)
@@ -391,3 +437,25 @@ def num_parameters(architecture: Architecture) -> int:
     norms = (4 if a.norms == "both" else 2) * a.hidden_size
     ends = embedding * (1 if a.tie_embeddings else 2) + a.hidden_size
     return a.num_layers * (attention + norms) + mlp + ends
+
+
+def _attention_parameters(a: Architecture) -> int:
+    query_width, key_width = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    count = a.hidden_size * (2 * query_width + 2 * key_width)
+    count += (query_width + 2 * key_width) if a.qkv_bias else 0
+    if a.qk_norm:
+        count += (query_width + key_width) if a.qk_norm_spans_heads else 2 * a.head_dim
+    return count
+
+
+def _latent_parameters(a: Architecture, latent: Latent) -> int:
+    return latent_matrices(a, latent) + latent.rank + (latent.query_rank or 0)
+
+
+def latent_matrices(a: Architecture, latent: Latent) -> int:
+    """Elements of the projections of one layer's latent attention, without norms."""
+    still = a.head_dim - latent.rope_dim
+    heads = latent.rank * (still + latent.value_dim) + a.hidden_size * latent.value_dim
+    heads += (latent.query_rank or a.hidden_size) * a.head_dim
+    down = latent.rank + latent.rope_dim + (latent.query_rank or 0)
+    return a.num_attention_heads * heads + a.hidden_size * down

@@ -14,10 +14,12 @@ import torch
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import (
     Architecture,
+    Latent,
     Mixture,
     divided_head_dim,
     has_qk_norm,
     has_qkv_bias,
+    latent_attention_multiplier,
 )
 from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, asked_family, hf_family, judge_other_keys
 from megatron_sftrl.models.hf_positions import (
@@ -27,7 +29,7 @@ from megatron_sftrl.models.hf_positions import (
     rope_values,
     window_values,
 )
-from megatron_sftrl.models.json_reader import JsonReader, read_json_object
+from megatron_sftrl.models.json_reader import JsonReader, read_json_object, shown
 
 _READ_KEYS = frozenset(
     {
@@ -97,6 +99,17 @@ _SIGMOID_KEYS = frozenset(
         "topk_group",
     }
 )
+_LATENT_KEYS = frozenset(
+    {
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_head_dim",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "rope_interleave",
+        "v_head_dim",
+    }
+)
 DRAFT_KEYS = ("num_mtp_layers", "num_nextn_predict_layers")
 """Layers that draft tokens, under transformers' name and that of the published files."""
 
@@ -144,7 +157,11 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     _refuse_what_is_not_supported(reader, line)
     num_layers, hidden_size = reader.whole("num_hidden_layers"), reader.whole("hidden_size")
     heads, vocab_size = reader.whole("num_attention_heads"), reader.whole("vocab_size")
-    groups, head_dim = _num_query_groups(reader, line, heads), _head_dim(reader, line)
+    groups, latent = _num_query_groups(reader, line, heads), None
+    if line.has_latent:
+        latent, head_dim = _latent(reader, heads=heads, groups=groups)
+    else:
+        head_dim = _head_dim(reader, line)
     max_positions = reader.whole("max_position_embeddings", line.max_position_embeddings)
     rope, window_rope = read_ropes(reader, line, max_position_embeddings=max_positions)
     if rope.kind == "yarn" and line.family == "mixtral" and head_dim is None:
@@ -170,6 +187,8 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     if line.qk_norm_key is not None:
         qk_norm = reader.flag(line.qk_norm_key, qk_norm)
     multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
+    if head_dim is not None and rope.mscale_all_dim:
+        multipliers["attention_multiplier"] = latent_attention_multiplier(rope, head_dim)
     reader.raise_problems()
     try:
         architecture = Architecture(
@@ -195,6 +214,7 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
             qk_norm_spans_heads=line.qk_norm_spans_heads,
             window_rope=window_rope,
             no_rope_layers=no_rope_layers,
+            latent=latent,
             **multipliers,
         )
     except ValueError as error:
@@ -216,6 +236,32 @@ def _head_dim(reader: JsonReader, line: HfFamily) -> int | None:
     if reader.get("head_dim") is None and line.null_head_dim:
         return None
     return reader.whole("head_dim", 1)
+
+
+def _latent(reader: JsonReader, *, heads: int, groups: int) -> tuple[Latent, int]:
+    """Latent attention and the width of its queries' and keys' heads; problems are added to the reader."""
+    rope_dim, still = reader.whole("qk_rope_head_dim", 64), reader.whole("qk_nope_head_dim", 128)
+    for key, built in (("head_dim", rope_dim), ("qk_head_dim", still + rope_dim)):
+        if reader.has(key) and reader.get(key) != built:
+            reader.say(
+                key, f" {reader.get(key)!r} contradicts qk_rope_head_dim and qk_nope_head_dim: {built}"
+            )
+    if groups != heads:
+        reader.say("num_key_value_heads", f" {groups}: only num_attention_heads = {heads} is supported")
+    if not reader.flag("rope_interleave", default=True):
+        reader.say("rope_interleave", " False: vLLM turns neighbours together all the same")
+    if reader.get("rms_norm_eps") not in (None, 1e-6):
+        reader.note(
+            "rms_norm_eps", ": the norms inside latent attention have 1e-6 in transformers, this in vLLM"
+        )
+    has_query_rank = not reader.has("q_lora_rank") or reader.get("q_lora_rank") is not None
+    latent = Latent(
+        query_rank=reader.whole("q_lora_rank", 1536) if has_query_rank else None,
+        rank=reader.whole("kv_lora_rank", 512),
+        rope_dim=rope_dim,
+        value_dim=reader.whole("v_head_dim", 128),
+    )
+    return latent, still + rope_dim
 
 
 def _ffn_hidden_size(reader: JsonReader, line: HfFamily) -> int:
@@ -272,9 +318,9 @@ def _sigmoid(reader: JsonReader, line: HfFamily, num_layers: int) -> Mixture | N
             shared_width=width * num_shared,
             shared_is_gated=False,
             routing="sigmoid",
-            num_groups=reader.whole("n_group", 1),
-            groups_per_token=reader.whole("topk_group", 1),
-            weights_factor=reader.number("routed_scaling_factor", 1.0),
+            num_groups=reader.whole("n_group", line.mixture.num_groups),
+            groups_per_token=reader.whole("topk_group", line.mixture.groups_per_token),
+            weights_factor=reader.number("routed_scaling_factor", line.mixture.weights_factor),
             num_dense_layers=min(dense_layers, num_layers),
             dense_width=reader.whole("intermediate_size") if dense_layers else 0,
         )
@@ -290,10 +336,13 @@ def _count(reader: JsonReader, key: str, default: int) -> int:
 
 def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     say = reader.problems.append
-    if reader.get("auto_map"):
+    if reader.get("auto_map") and line.has_code:
+        reader.note(
+            "auto_map", f": transformers' own {line.architecture} is meant; the model's code never runs"
+        )
+    elif reader.get("auto_map"):
         say("auto_map asks for code that comes with the model: remote code is never run")
-    if reader.get("quantization_config"):
-        say("quantization_config: quantised weights cannot be trained; use the unquantised model")
+    _judge_quantisation(reader)
     if reader.get("is_encoder_decoder"):
         say("is_encoder_decoder: only decoder-only models are supported")
     activation = reader.values.get("hidden_act", "silu")
@@ -315,7 +364,11 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
         if reader.get(key) is not None:
             say(f"{key} {reader.get(key)!r}: a soft-cap on logits is not supported")
     known = _READ_KEYS | _KEYS_WITHOUT_EFFECT | line.keys | line.refuses.keys()
-    known |= {key for key in (line.bias_key, line.qk_norm_key) if key}
+    known |= {key for key in (line.bias_key, line.qk_norm_key) if key} | line.for_vllm.keys()
+    known |= _LATENT_KEYS if line.has_latent else frozenset()
+    for key, built in line.for_vllm.items():
+        if reader.has(key) and reader.get(key) != built:
+            reader.say(key, f" {reader.get(key)!r}: only {built!r} is supported")
     if line.has_drafts:
         known |= {*DRAFT_KEYS}
         if count := max(reader.get(key) or 0 for key in DRAFT_KEYS):
@@ -326,6 +379,27 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
         known |= _MIXTURE_KEYS | ({_SHARED} if line.mixture.shared_width is not None else set())
         _refuse_other_mixtures(reader, line)
     judge_other_keys(reader, line, reader.values.keys() - known)
+
+
+def _judge_quantisation(reader: JsonReader) -> None:
+    key = "quantization_config"
+    asked = reader.get(key)
+    if not asked:
+        return
+    block = asked.get("weight_block_size") if isinstance(asked, dict) else None
+    if (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(each) is int and each > 0 for each in block)
+        and (asked.get("quant_method"), asked.get("fmt", "e4m3")) == ("fp8", "e4m3")
+    ):
+        reader.note(key, ": the weights are dequantised while they are read, and exported so")
+    else:
+        reader.say(
+            key,
+            f" {shown(asked)}: only quant_method fp8 (e4m3) with weight_block_size is dequantised; use the "
+            "unquantised model",
+        )
 
 
 def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:
@@ -361,7 +435,7 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": None,
-        "head_dim": a.head_dim,
+        "head_dim": a.rope_head_dim,
         "hidden_act": "silu",
         "hidden_size": a.hidden_size,
         "initializer_range": a.init_std,
@@ -380,6 +454,8 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         **window_values(a, line),
         **_keys_of_mixture(a, line),
         **{key: getattr(a, field) for key, field in MULTIPLIERS.items() if key in line.keys},
+        **(_keys_of_latent(a, a.latent) if a.latent else {}),
+        **line.for_vllm,
         **dict.fromkeys(line.states, False),
         **dict.fromkeys(line.keys & _DROPOUTS, 0.0),
         **(dict.fromkeys(DRAFT_KEYS[1:], 0) if line.has_drafts else {}),
@@ -391,6 +467,18 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
     if dtype is not None:
         values["dtype"] = str(dtype).removeprefix("torch.")
     return dict(sorted(values.items()))
+
+
+def _keys_of_latent(a: Architecture, latent: Latent) -> dict[str, Any]:
+    return {
+        "kv_lora_rank": latent.rank,
+        "q_lora_rank": latent.query_rank,
+        "qk_head_dim": a.head_dim,
+        "qk_nope_head_dim": a.head_dim - latent.rope_dim,
+        "qk_rope_head_dim": latent.rope_dim,
+        "rope_interleave": True,
+        "v_head_dim": latent.value_dim,
+    }
 
 
 def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:

@@ -26,6 +26,9 @@ class MixtureDefaults:
     shared_width: int | None = None
     routing: Routing = "softmax"
     num_dense_layers: int = 0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    weights_factor: float = 1.0
 
 
 MULTIPLIERS = {
@@ -60,6 +63,8 @@ class HfFamily:
         fused: what the files hold as one tensor: q, k and v, or gate and up.
         bias_key: says whether q, k and v have biases; None for a family that always or never has them.
         qk_norm_key: says whether q and k are normalised; None for a family that always or never does it.
+        has_latent: attention is DeepSeek-V3's.
+        has_code: published files name code of their own, of which transformers has its own version.
         has_drafts: layers behind the last one that draft tokens may be in the files; they are left out.
         rope_kinds: that transformers and vLLM read alike in this family.
         rope: the set that stands for an absent one.
@@ -69,6 +74,7 @@ class HfFamily:
         no_rope_every: when no_rope_layers is absent, every so manieth layer is without positions.
         keys: that only this family reads.
         states: keys of transformers' class that can only be false here, which an export writes.
+        for_vllm: keys that vLLM alone reads, and without which it builds another network.
         refuses: why, for keys whose presence is refused.
     """
 
@@ -91,6 +97,8 @@ class HfFamily:
     fused: frozenset[Literal["qkv", "gate_up"]] = frozenset()
     bias_key: str | None = None
     qk_norm_key: str | None = None
+    has_latent: bool = False
+    has_code: bool = False
     has_drafts: bool = False
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     rope: Mapping[str, Any] | None = None
@@ -100,6 +108,7 @@ class HfFamily:
     no_rope_every: int | None = None
     keys: frozenset[str] = frozenset()
     states: tuple[str, ...] = ()
+    for_vllm: Mapping[str, Any] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -321,6 +330,38 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         partial_rotary=0.5,
         refuses=dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
     ),
+    HfFamily(
+        family="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        num_key_value_heads=128,
+        null_key_value_heads=True,
+        max_position_embeddings=4096,
+        window="none",
+        mixture=MixtureDefaults(
+            num_experts=256,
+            experts_per_token=8,
+            width_key="moe_intermediate_size",
+            width=2048,
+            routing="sigmoid",
+            num_dense_layers=3,
+            num_groups=8,
+            groups_per_token=4,
+            weights_factor=2.5,
+        ),
+        has_latent=True,
+        has_code=True,
+        has_drafts=True,
+        rope_kinds=("default", "yarn"),
+        interleaved=True,
+        states=("attention_bias",),
+        for_vllm={
+            "moe_layer_freq": 1,
+            "moe_router_dtype": "float32",
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+        refuses=dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
+    ),
 )
 
 _GEMMA = frozenset({"gemma2", "gemma3", "gemma3_text"})
@@ -345,6 +386,12 @@ def asked_family(reader: JsonReader) -> HfFamily:
         raise UserError(
             f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}): Gemma 2 and 3 cannot be "
             "built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight are not supported"
+        )
+    if model_type == "kimi_k2":
+        raise UserError(
+            f"{reader.file}: model_type 'kimi_k2': transformers does not know it without the model's own "
+            "code, which is never run; its network is DeepSeek-V3's: set model_type to deepseek_v3 and "
+            "architectures to DeepseekV3ForCausalLM, and remove auto_map"
         )
     if asked is None:
         chosen = [line for line in HF_FAMILIES if line.family == model_type]

@@ -68,11 +68,19 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
         files |= _read_named(Path(model), _MODEL_FILES)
         if CONFIG not in files:
             raise UserError(f"no {CONFIG} in {model}: expected a Hugging Face model directory")
+        files[CONFIG] = _without_what_stays(files[CONFIG])
     if tokenizer is not None:
         files |= _read_tokenizer(Path(tokenizer))
     if chat_template is not None:
         files = _with_template(files, _read(Path(chat_template)))
     return HfAssets(files=files)
+
+
+def _without_what_stays(config: bytes) -> bytes:
+    """A config.json without keys about files that are not carried along: code, and weights of fewer bits."""
+    values = _json_object(config, CONFIG)
+    kept = {key: value for key, value in values.items() if key not in ("auto_map", "quantization_config")}
+    return config if kept == values else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:

@@ -164,6 +164,8 @@ def _read_set(
         original_length=original_length,
         **_yarn(rope, theta, original_length, max_position_embeddings),
     )
+    if family.has_latent:
+        yarn = replace(yarn, **_mscales(rope))
     return replace(yarn, query_beta=_query_beta(reader, rope, yarn)) if _BETA in own else yarn
 
 
@@ -257,6 +259,19 @@ def _attention_factor(rope: JsonReader, factor: float) -> float:
         for key in ("mscale", "mscale_all_dim")
     )
     return yarn_attention_factor(factor, mscale, mscale_all_dim)
+
+
+def _mscales(rope: JsonReader) -> dict[str, float]:
+    """What latent attention reads beside the other keys of yarn, where transformers and vLLM agree."""
+    for key in ("attention_factor", "truncate"):
+        if rope.get(key) is not None:
+            rope.say(key, f" {rope.get(key)!r}: vLLM does not read it in latent attention, remove it")
+    if rope.get("factor") is None:
+        rope.say("factor", " is missing: latent attention reads it")
+    mscale, of_all = (rope.get(key) or 0.0 for key in ("mscale", "mscale_all_dim"))
+    if bool(mscale) != bool(of_all) and (mscale, of_all) != (1, 0):
+        rope.say("mscale", f" {mscale}, mscale_all_dim {of_all}: only both above 0, or none, are supported")
+    return {"mscale": float(mscale), "mscale_all_dim": float(of_all)} if of_all else {}
 
 
 def _or_default(rope: JsonReader, key: str, default: float) -> float:
@@ -435,12 +450,11 @@ def _rope_set(rope: Rope, family: HfFamily) -> dict[str, Any]:
     if rope.kind == "llama3":
         values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
-        values |= {
-            "attention_factor": rope.attention_factor,
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-            "truncate": rope.truncate,
-        }
+        values |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        if not family.has_latent:
+            values |= {"attention_factor": rope.attention_factor, "truncate": rope.truncate}
+        elif rope.mscale:
+            values |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
     if family.partial_rotary is not None:
         values["partial_rotary_factor"] = rope.fraction
     if family.rope is not None:

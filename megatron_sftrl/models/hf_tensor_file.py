@@ -28,12 +28,24 @@ from megatron_sftrl.errors import UserError, error_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where a contiguous tensor lies: its first byte in the file, shape, () for a scalar, and dtype."""
+    """Where a contiguous tensor lies: its first byte in the file, shape, () for a scalar, and dtype.
+
+    `scales` are what the values have to be multiplied with; None for values that are themselves.
+    """
 
     file: Path
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scales: BlockScales | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockScales:
+    """A factor of each block of (rows, columns) of a matrix; the last blocks may be smaller."""
+
+    stored: StoredTensor
+    block: tuple[int, int]
 
 
 def read_part(

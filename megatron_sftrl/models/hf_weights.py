@@ -17,6 +17,7 @@ from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_tensor_file import (
+    BlockScales,
     StoredTensor,
     read_part,
     read_pickle_header,
@@ -27,6 +28,7 @@ from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf
 # Which files of a model directory hold its weights, and where each tensor is.
 
 
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_FILE = "pytorch_model.bin"
@@ -69,7 +71,7 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
         tensors = _read_sharded(path, is_pickled=name == _PICKLE_INDEX)
     else:
         tensors = _read_header(path, is_pickled=name == _PICKLE_FILE)
-    return WeightFiles(tensors=_experts_apart(directory, tensors), notes=notes)
+    return WeightFiles(tensors=_experts_apart(directory, _with_scales(directory, tensors)), notes=notes)
 
 
 def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...]]:
@@ -188,6 +190,37 @@ def _disagreements(
             yield f"{name}: in {found[0]}, but not in the index"
 
 
+# Weights of 8 bits with a factor for each block of rows and columns, as DeepSeek publishes them. They are
+# multiplied when they are read; nothing else knows of them.
+
+
+_SCALES = ".weight_scale_inv"
+
+
+def _with_scales(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors, each of 8 bits together with its scales; UserError: scales of another shape."""
+    quantised = _config_value(directory, "quantization_config")
+    block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
+    if not block:
+        return tensors
+    found = dict(tensors)
+    for name in [name for name in tensors if name.endswith(_SCALES)]:
+        weight = f"{name.removesuffix(_SCALES)}.weight"
+        stored = tensors.get(weight)
+        if stored is None or stored.dtype != torch.float8_e4m3fn:
+            continue  # check() says that nobody expects it
+        expected = tuple(-(-size // length) for size, length in zip(stored.shape, block, strict=True))
+        if tensors[name].shape != expected or tensors[name].dtype not in _READABLE:
+            raise UserError(
+                f"{directory}: {name}: expected a float for each block of {block[0]} x {block[1]} of "
+                f"{weight} {list(stored.shape)}, {list(expected)}, got {list(tensors[name].shape)} of "
+                f"{str(tensors[name].dtype)[6:]}"
+            )
+        scales = BlockScales(stored=found.pop(name), block=(block[0], block[1]))
+        found[weight] = replace(stored, scales=scales)
+    return found
+
+
 # Mixtures that transformers 5 saved as it holds them (save_original_format=False): each layer's experts are
 # two tensors, gate_up_proj [E, 2 width, H] and down_proj [E, H, width]. Their parts lie in the file as those
 # of single experts would, one behind the other.
@@ -300,7 +333,6 @@ def _hint(unexpected: Sequence[str], missing: Sequence[str]) -> list[str]:
     ]
 
 
-_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_BYTES = 32 * 2**20
 """Of each of two tensors that are compared, in memory at a time."""
@@ -318,17 +350,21 @@ class HfWeights:
         self.directory = directory
         self.notes = notes
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in tensors.items()}
-        self.dtypes: Mapping[str, torch.dtype] = {name: entry.dtype for name, entry in tensors.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {
+            name: entry.dtype if entry.scales is None else torch.bfloat16 for name, entry in tensors.items()
+        }
+        """Of what read() gives; of products with scales that in which such models compute."""
         self._tensors = tensors
         self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, sorted."""
-        return tuple(sorted({entry.file for entry in self._tensors.values()}))
+        scales = (entry.scales.stored for entry in self._tensors.values() if entry.scales)
+        return tuple(sorted({entry.file for entry in (*self._tensors.values(), *scales)}))
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
-        """Read only the bytes of a tensor or a region: CPU, stored dtype, contiguous, memory of its own.
+        """Read only the bytes of a tensor or a region: CPU, of its dtype, contiguous, memory of its own.
 
         Args:
             part: slices of step 1 of the leading dimensions, the others whole; None for the whole tensor.
@@ -336,11 +372,16 @@ class HfWeights:
             UserError: the file was cut short after it was opened.
         """
         stored = self._tensors[name]
+        if stored.scales is not None:
+            return self._scaled(stored, stored.scales, part or ()).to(self.dtypes[name])
         return read_part(self._descriptors[stored.file], stored, part or ())
 
     def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
         """As read(), into a tensor of the region's shape, any dtype and device; directly where both agree."""
         stored = self._tensors[name]
+        if stored.scales is not None:
+            target.copy_(self._scaled(stored, stored.scales, part))
+            return
         is_direct = target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous()
         found = read_part(
             self._descriptors[stored.file], stored, part, out=target.detach() if is_direct else None
@@ -396,6 +437,18 @@ class HfWeights:
                     ]
                 )
             )
+
+    def _scaled(self, stored: StoredTensor, scales: BlockScales, part: tuple[slice, ...]) -> Tensor:
+        """[*part] fp32: the values times the factors of their blocks."""
+        values = read_part(self._descriptors[stored.file], stored, part).float()
+        parts = (*part, *[slice(None)] * (2 - len(part)))
+        bounds = [range(size)[each] for size, each in zip(stored.shape, parts, strict=True)]
+        pairs = [*zip(bounds, scales.block, strict=True)]
+        blocks = [slice(bound.start // length, -(-bound.stop // length)) for bound, length in pairs]
+        factors = read_part(self._descriptors[scales.stored.file], scales.stored, blocks).float()
+        for dim, (bound, length) in enumerate(pairs):
+            factors = factors.repeat_interleave(length, dim).narrow(dim, bound.start % length, len(bound))
+        return values.mul_(factors)
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_sftrl.models.architecture import Architecture, Norms
+from megatron_sftrl.models.architecture import Architecture, Latent, Norms
 from megatron_sftrl.models.hf_families import hf_family
 
 Shard = Literal["rows", "columns"]
@@ -123,6 +123,21 @@ _FC1 = _Rule(
     shard="rows",
 )
 _FC2 = _Rule(megatron="mlp.linear_fc2.weight", hf=("mlp.down_proj.weight",), shard="columns")
+_LATENT_QUERY = _Rule(
+    megatron="self_attention.linear_q_proj.weight", hf=("self_attn.q_proj.weight",), shard="rows"
+)
+_QUERY_DOWN = _Rule(megatron="self_attention.linear_q_down_proj.weight", hf=("self_attn.q_a_proj.weight",))
+_QUERY_NORM = _Rule(megatron="self_attention.q_layernorm.weight", hf=("self_attn.q_a_layernorm.weight",))
+_QUERY_UP = _Rule(
+    megatron="self_attention.linear_q_up_proj.weight", hf=("self_attn.q_b_proj.weight",), shard="rows"
+)
+_LATENT_DOWN = _Rule(
+    megatron="self_attention.linear_kv_down_proj.weight", hf=("self_attn.kv_a_proj_with_mqa.weight",)
+)
+_LATENT_NORM = _Rule(megatron="self_attention.kv_layernorm.weight", hf=("self_attn.kv_a_layernorm.weight",))
+_LATENT_UP = _Rule(
+    megatron="self_attention.linear_kv_up_proj.weight", hf=("self_attn.kv_b_proj.weight",), shard="rows"
+)
 _FUSED_QKV = replace(_QKV, hf=("self_attn.qkv_proj.weight",))
 _FUSED_FC1 = replace(_FC1, hf=("mlp.gate_up_proj.weight",))
 
@@ -170,6 +185,7 @@ _MIXTURE_MLP = {
     "qwen3_moe": _QWEN_MIXTURE,
     "qwen2_moe": _QWEN_MIXTURE,
     "glm4_moe": _QWEN_MIXTURE,
+    "deepseek_v3": _QWEN_MIXTURE,
 }
 _ROUTING_BIAS = _Rule(megatron="mlp.router.expert_bias", hf=("mlp.gate.e_score_correction_bias",))
 
@@ -287,12 +303,17 @@ def hf_regions(tensor: MegatronTensor, region: Region) -> Iterator[HfRegion]:
 
 def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
     a, fused = architecture, hf_family(architecture.family).fused
-    yield from _norm(a, "before attention", "self_attention.linear_qkv.layer_norm_weight")
-    yield _FUSED_QKV if "qkv" in fused else _QKV
-    if a.qkv_bias:
-        yield _QKV_BIAS
-    if a.qk_norm:
-        yield from _SPANNING_QK_NORM if a.qk_norm_spans_heads else _QK_NORM
+    if a.latent is not None:
+        yield from _norm(a, "before attention", "input_layernorm.weight")
+        yield from (_QUERY_DOWN, _QUERY_NORM, _QUERY_UP) if a.latent.query_rank else (_LATENT_QUERY,)
+        yield from (_LATENT_DOWN, _LATENT_NORM, _LATENT_UP)
+    else:
+        yield from _norm(a, "before attention", "self_attention.linear_qkv.layer_norm_weight")
+        yield _FUSED_QKV if "qkv" in fused else _QKV
+        if a.qkv_bias:
+            yield _QKV_BIAS
+        if a.qk_norm:
+            yield from _SPANNING_QK_NORM if a.qk_norm_spans_heads else _QK_NORM
     yield _PROJECTION
     yield from _norm(a, "behind attention", "post_self_attn_layernorm.weight")
     if not a.has_experts(layer):
@@ -362,6 +383,8 @@ def _rows(rule: _Rule, names: list[str], a: Architecture) -> Iterator[HfRows]:
 
 def _num_rows(rule: _Rule, a: Architecture) -> int:
     """Rows of each part of a rule that is not `groups`."""
+    if a.latent is not None and (shape := _latent_shape(rule, a, a.latent)) is not None:
+        return shape[0]
     if rule in (_EMBEDDING, _OUTPUT):
         return a.vocab_size
     if rule in _QK_NORM:
@@ -381,9 +404,27 @@ def _num_columns(rule: _Rule, a: Architecture) -> int | None:
     """Columns of a rule's tensors, None for vectors."""
     if rule.megatron.endswith(("norm.weight", "norm_weight", "bias")):
         return None
+    if a.latent is not None and (shape := _latent_shape(rule, a, a.latent)) is not None:
+        return shape[1]
     if rule.megatron.endswith("linear_proj.weight"):
-        return a.num_attention_heads * a.head_dim
+        return a.num_attention_heads * a.value_dim
     return _ffn_width(rule, a) if rule.megatron.endswith("linear_fc2.weight") else a.hidden_size
+
+
+def _latent_shape(rule: _Rule, a: Architecture, latent: Latent) -> tuple[int, int] | None:
+    """(rows, columns) of what latent attention alone has, the latter without meaning for norms; else None."""
+    query_rank = latent.query_rank or 0
+    queries = a.num_attention_heads * a.head_dim
+    both = a.num_attention_heads * (a.head_dim - latent.rope_dim + latent.value_dim)
+    return {
+        _LATENT_QUERY: (queries, a.hidden_size),
+        _QUERY_DOWN: (query_rank, a.hidden_size),
+        _QUERY_NORM: (query_rank, 0),
+        _QUERY_UP: (queries, query_rank),
+        _LATENT_DOWN: (latent.rank + latent.rope_dim, a.hidden_size),
+        _LATENT_NORM: (latent.rank, 0),
+        _LATENT_UP: (both, latent.rank),
+    }.get(rule)
 
 
 def _ffn_width(rule: _Rule, a: Architecture) -> int:

@@ -50,7 +50,10 @@ class VllmSettings:
 
 def environment(parallel: ParallelContext) -> dict[str, str]:
     """Variables that vLLM runs with, where the user says nothing else."""
+    on_cpu = parallel.device.type == "cpu"
     return {
+        # Its latent attention on the CPU takes bf16 and the published models' widths alone.
+        **({"VLLM_MLA_DISABLE": "1"} if on_cpu else {}),
         # The engine's core runs in this process: its workers are the job's ranks.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # No telephone home from a training job.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,19 @@ SIZES = {
 VOCAB_SIZE = 101
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
-EXPERTS: dict[str, dict[str, int]] = {
+OTHER_NAMES += ("deepseek_v3",)
+EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "deepseek_v3": {
+        "num_key_value_heads": None,
+        "head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 48,
+        "v_head_dim": 32,
+        "kv_lora_rank": 64,
+        "moe_intermediate_size": 64,
+    },
 }
 
 

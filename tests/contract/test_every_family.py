@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_sftrl.rollout.api import RolloutEngine
     from megatron_sftrl.types import RolloutGroup
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2": (2, {"tp": 2}),

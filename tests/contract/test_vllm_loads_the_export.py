@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama with llama3 rope": ("llama_llama3", {}),
     "llama with yarn rope": ("llama_yarn", {}),
     "ministral3": ("ministral3", {}),  # vLLM reads a key that transformers does not write
+    "deepseek_v3": ("deepseek_v3", EXPERTS["deepseek_v3"]),  # as well
     "mixtral": ("mixtral", {"intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 64}),
 }
@@ -64,6 +65,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB; its default wants nearly all of the memory
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_MLA_DISABLE": "1",  # its latent attention on the CPU does not know fp32
 }
 
 

@@ -13,12 +13,14 @@ All products of these would take minutes and say no more than a set that covers
 from __future__ import annotations
 
 import functools
+import json
 import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_sftrl.apps.convert.from_hf import Layout, convert_from_hf
 from megatron_sftrl.apps.convert.to_hf import convert_to_hf
@@ -176,6 +178,37 @@ def test_the_tools_give_back_every_bit(family: str, num_processes: int, tmp_path
         assert (found / "model.safetensors.index.json").exists()
 
 
+def test_a_published_deepseek_comes_back_with_every_bit_in_bf16_and_without_what_is_not_trained(
+    tmp_path: Path,
+) -> None:
+    """Matrices of 8 bits with scales by blocks, layers that draft tokens, the name of its own code."""
+    hf = write_model(tmp_path / "hf", "deepseek_v3", dtype=torch.bfloat16, num_hidden_layers=4)
+    tensors, expected = read_tensors(hf), read_tensors(hf)
+    tensors["model.layers.4.eh_proj.weight"] = torch.ones(8, 8)
+    block, matrices = 16, [name for name in expected if name.endswith("_proj.weight")]
+    for name in matrices:
+        values = expected[name].float()
+        rows, columns = (torch.arange(size) // block for size in values.shape)
+        scales = torch.rand(int(rows[-1]) + 1, int(columns[-1]) + 1) * 1e-2
+        each = scales[rows][:, columns]
+        tensors[name] = (values / each).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        expected[name] = (tensors[name].float() * each).bfloat16()
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
+    config = json.loads((hf / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    config |= {"num_nextn_predict_layers": 1, "auto_map": {"AutoModel": "modeling_deepseek.Model"}}
+    (hf / "config.json").write_text(json.dumps(config))
+
+    run_ranks(1, convert_there_and_back, hf, tmp_path, [Layout(tp=2, pp=2, ep=2)])
+    assert differing(expected, read_tensors(tmp_path / "export-0")) == []
+    exported = json.loads((tmp_path / "export-0" / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & exported.keys()
+    assert exported["num_nextn_predict_layers"] == 0
+    # vLLM chooses its router by them, and transformers does not write them.
+    assert (exported["topk_method"], exported["scoring_func"]) == ("noaux_tc", "sigmoid")
+
+
 def convert_on_full_disks(hf: Path, folder: Path) -> list[str]:
     """What the user is told where no file may grow beyond 20 kB, there and back."""
     limits, said = resource.getrlimit(resource.RLIMIT_FSIZE), []
@@ -202,6 +235,7 @@ def test_a_disk_that_fills_up_is_told_as_the_users_error_and_nothing_is_left(tmp
 
 
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
+DEEPSEEK = Source(name="deepseek_v3", dtype="bf16", changes={"num_hidden_layers": 4})
 ENGINE = {
     "llama tp2": (2, {"tp": 2}, "bf16", Source(name="llama", dtype="bf16")),
     "llama tied pp2 vp2": (
@@ -250,6 +284,8 @@ ENGINE = {
     ),
     "qwen3_moe ep2, fp16 files": (2, {"ep": 2}, "fp32", Source(name="qwen3_moe", dtype="fp16")),
     "qwen3_moe tp2 etp1 ep2": (2, {**SEQUENCE, "etp": 1, "ep": 2}, "fp32", Source(name="qwen3_moe")),
+    "deepseek_v3 tp2 ep2": (2, {**SEQUENCE, "etp": 1, "ep": 2}, "bf16", DEEPSEEK),
+    "deepseek_v3 vp2": (2, {"pp": 2, "vp": 2}, "bf16", DEEPSEEK),
     "qwen3_moe vp2": (
         2,
         {"pp": 2, "vp": 2},

@@ -22,8 +22,9 @@ from tests.hf_models import read_tensors
 from tests.ranks import run_ranks
 
 NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4", "glm4_moe")
+NAMES += ("deepseek_v3",)
 if is_full():
-    NAMES += ("glm4_moe_ungrouped",)
+    NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain")  # the latter for vp, too
 LENGTHS = [12, 100, 4, 72]  # multiples of 4 for cp 2; below and several times as long as a window
 PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 83))]
 NUM_NEW = 3 * WINDOW

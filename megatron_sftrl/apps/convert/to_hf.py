@@ -231,8 +231,9 @@ def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtyp
     """The config.json that came with the weights and what vLLM needs in it, or the architecture's."""
     values = hf_config_values(architecture, dtype=dtype)
     if "config.json" in assets.files:
-        added = {key: values[key] for key in FOR_VLLM if key in values}
-        changed = {key: 0 for key in DRAFT_KEYS if hf_family(architecture.family).has_drafts}
+        line = hf_family(architecture.family)
+        added = {key: values[key] for key in (*FOR_VLLM, *line.for_vllm) if key in values}
+        changed = {key: 0 for key in DRAFT_KEYS if line.has_drafts}
         return with_keys(with_dtype(assets, dtype), added, instead=changed)
     text = json.dumps(values, indent=2) + "\n"
     return HfAssets(files={**assets.files, "config.json": text.encode()})

@@ -18,7 +18,7 @@ from typing import Literal
 from megatron_sftrl.apps.plan.model_state import Adapted, Grid, adapted_by, element_bytes
 from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import LossSection, TrainingConfig
-from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.architecture import Architecture, Latent, padded_vocab_size
 from megatron_sftrl.vocab_parallel.arithmetic import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from megatron_sftrl.vocab_parallel.output_layer import logits_bytes
 
@@ -151,9 +151,13 @@ def _norm_bytes(width: int, batch: Microbatch, tokens: int | None = None, out: b
 def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     """Norm, q/k/v, rotation, attention, output projection."""
     t, e = batch.tokens, batch.element
-    query = t * (a.num_attention_heads // grid.tp) * a.head_dim * e
+    heads = t * (a.num_attention_heads // grid.tp) * e
+    query, output = heads * a.head_dim, heads * a.value_dim
     keys = t * (a.num_query_groups // grid.tp) * a.head_dim * e
+    values = t * (a.num_query_groups // grid.tp) * a.value_dim * e
     total = _num_norms(a) * _norm_bytes(a.hidden_size, batch)
+    if a.latent is not None:
+        total += _latent_bytes(a, a.latent, grid, batch)
     if a.qk_norm and a.qk_norm_spans_heads:
         width = (a.num_attention_heads + a.num_query_groups) // grid.tp * a.head_dim
         total += _norm_bytes(width, batch, tokens=t, out=False)
@@ -162,15 +166,23 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
             total += _norm_bytes(a.head_dim, batch, tokens=t * (heads // grid.tp), out=False)
     total += t * (a.num_attention_heads // grid.tp) * _FP32  # log-sum-exp
     if batch.kernels == "transformer_engine":
-        return total + 2 * query + 2 * keys  # q, k, v and the output, which the projection reads as well
+        return total + query + keys + values + output  # the last is read by the projection as well
     if a.qkv_bias and grid.sequence_parallel:  # BiasedColumnParallelLinear keeps the gathered input
         total += (t - batch.residual_tokens) * a.hidden_size * e
-    total += 3 * t * a.head_dim * e  # cos and sin
+    total += 3 * t * a.rope_head_dim * e  # cos and sin
     total += t * (3 * _INT64 + 1)  # rows of the packed tokens
     if grid.cp > 1:  # the mask by positions, as SDPA's additive values
         total += t * batch.longest * (e + 1)
     # Reading the packed sequences out copies q, k and v; putting them back copies the output.
-    return total + query + 2 * grid.cp * keys + query + query
+    return total + query + grid.cp * (keys + values) + output + output
+
+
+def _latent_bytes(a: Architecture, latent: Latent, grid: Grid, batch: Microbatch) -> int:
+    """The small vectors behind their norms, which both projections of each keep, gathered over tp."""
+    total, gathered = 0, batch.tokens - batch.residual_tokens
+    for width in (latent.query_rank or 0, latent.rank):
+        total += _norm_bytes(width, batch) * bool(width) + gathered * width * batch.element
+    return total
 
 
 # Times [tokens, F] that a SwiGLU keeps for its backward: both halves of fc1 and the product that fc2 reads;

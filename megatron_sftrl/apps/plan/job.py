@@ -10,7 +10,7 @@ from megatron_sftrl.apps.plan.activations import Kernels
 from megatron_sftrl.apps.plan.model_state import Grid
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.architecture import Architecture, latent_matrices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,18 @@ def block_flops(architecture: Architecture, *, tokens: int, length: int) -> floa
     """Operations of one block's forward over its ranks: attention, and 2 for a weight that a token meets."""
     a = architecture
     query, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    projections = tokens * 2.0 * a.hidden_size * (2 * query + 2 * keys)
-    return projections + attention_flops(a, tokens=tokens, length=length) + mlp_flops(a, tokens=tokens)
+    matrices = latent_matrices(a, a.latent) if a.latent else a.hidden_size * (2 * query + 2 * keys)
+    return (
+        tokens * 2.0 * matrices
+        + attention_flops(a, tokens=tokens, length=length)
+        + mlp_flops(a, tokens=tokens)
+    )
 
 
 def attention_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
     """Of scores and their sums over values; a query meets half of its sequence's keys on average."""
-    return tokens * 2.0 * length * architecture.num_attention_heads * architecture.head_dim
+    a = architecture
+    return float(tokens * length * a.num_attention_heads * (a.head_dim + a.value_dim))
 
 
 def mlp_flops(architecture: Architecture, *, tokens: int) -> float:

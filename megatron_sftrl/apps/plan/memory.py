@@ -55,8 +55,7 @@ def rollout_memory(
     vllm, element = config.rollout.vllm, element_bytes(config)
     num_elements, loading = _engine_elements(architecture, vllm.tp)
     weights = float(num_elements * element)
-    heads = max(1, architecture.num_query_groups // vllm.tp)
-    per_token = 2 * architecture.num_layers * heads * architecture.head_dim * element
+    per_token = architecture.num_layers * architecture.cached_by_vllm(vllm.tp) * element
     cache = vllm.gpu_memory_utilization * hardware.gpu_memory - weights - VLLM_WORK
     fits = int(max(0.0, cache) // (per_token * config.max_length))
     return RolloutMemory(
@@ -106,7 +105,7 @@ def _in_process(
         )
     num_layers = max(stage_layers(grid, architecture.num_layers))
     groups = architecture.num_query_groups // grid.tp
-    per_token = 2 * num_layers * groups * architecture.head_dim * batch.element
+    per_token = num_layers * groups * (architecture.head_dim + architecture.value_dim) * batch.element
     cache = float((slots + 1) * longest * per_token)
     prompt_length, missing = config.data.max_prompt_length, 0.0
     is_more = bool(config.held_out) or config.filters.dynamic_sampling

@@ -84,11 +84,18 @@ def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
 # blocks have norms elsewhere; that moves padding, of at most 63 elements a tensor.
 _ORDER = (
     "linear_qkv.layer_norm_weight",
+    "input_layernorm.weight",
     "linear_proj.weight",
     "linear_qkv.weight",
     "linear_qkv.bias",
+    "linear_q_proj.weight",
+    "linear_q_down_proj.weight",
+    "linear_q_up_proj.weight",
+    "linear_kv_down_proj.weight",
+    "linear_kv_up_proj.weight",
     "q_layernorm.weight",
     "k_layernorm.weight",
+    "kv_layernorm.weight",
     "linear_fc1.layer_norm_weight",
     "pre_mlp_layernorm.weight",
     "router.weight",

@@ -76,7 +76,8 @@ def block_traffic(architecture: Architecture, grid: Grid, batch: Microbatch) -> 
     once = _ring(stream, grid.tp) * 2 * num_regions
     # Under sequence parallelism the backward gathers the inputs of the matrix products again.
     again = _ring(stream, grid.tp) * num_regions * grid.sequence_parallel
-    keys = 2.0 * batch.tokens * grid.cp * (a.num_query_groups // grid.tp) * a.head_dim * batch.element
+    keys = float(batch.tokens * grid.cp * (a.num_query_groups // grid.tp) * batch.element)
+    keys *= a.head_dim + a.value_dim
     over_cp = _ring(keys, grid.cp)
     visits, over_etp = 0.0, 0.0
     if a.mixture is not None:

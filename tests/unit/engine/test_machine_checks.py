@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from megatron_sftrl.config.schema import TrainSection
 from megatron_sftrl.engine import megatron_config
 from megatron_sftrl.engine.megatron_config import check_fp8, check_megatron
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models import architecture_of
+from megatron_sftrl.models import architecture_of, from_hf_config
 from megatron_sftrl.trainers.checked import batch_layout
 from tests.unit.config.example import example
 from tests.unit.config.test_checks import MIXTURE
+from tests.unit.models.hf_files import values
 
 BF16 = ("model.dtype=bf16", "parallel.distributed_optimizer=true")
 FP8 = ("model.dtype=bf16", "train.fp8={}")
@@ -55,6 +58,19 @@ def test_what_is_not_there_is_named(overrides: tuple[str, ...], is_cuda: bool, p
     with pytest.raises(UserError) as refused:
         check(*overrides, is_cuda=is_cuda)
     assert part in str(refused.value)
+
+
+def test_latent_attention_has_torchs_layers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values("deepseek_v3")))
+    architecture = from_hf_config(tmp_path)
+    monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda model, is_cuda: is_cuda)
+    with pytest.raises(
+        UserError, match=r"latent attention \(deepseek_v3\) does not know Transformer Engine's"
+    ):
+        check_megatron(example(), architecture, is_cuda=True)
+    check_megatron(example(), architecture, is_cuda=False)
+    with pytest.raises(UserError, match=r"lora does not know latent attention \(deepseek_v3\) yet"):
+        check_megatron(example("lora={rank: 2, alpha: 4}"), architecture, is_cuda=False)
 
 
 def test_where_the_packages_are_there_the_settings_pass(monkeypatch: pytest.MonkeyPatch) -> None:

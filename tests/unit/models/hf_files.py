@@ -28,6 +28,7 @@ CLASSES = {
     "qwen2_moe": "Qwen2Moe",
     "glm4": "Glm4",
     "glm4_moe": "Glm4Moe",
+    "deepseek_v3": "DeepseekV3",
 }
 
 
@@ -42,6 +43,8 @@ def values(model_type: str = "llama", **changes: object) -> dict[str, object]:
         "num_attention_heads": 32,
         "vocab_size": 1000,
         "pad_token_id": None,
+        # Without it transformers has more heads of keys than of queries.
+        **({"num_key_value_heads": 32} if model_type == "deepseek_v3" else {}),
         **changes,
     }
 
@@ -54,8 +57,8 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
     return from_hf_config(file)
 
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe")
-OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3")
+OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3")
 """Families that do not read every rope, in the one spelling of the others."""
 
 

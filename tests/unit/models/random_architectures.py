@@ -11,10 +11,13 @@ from megatron_sftrl.models.architecture import (
     MIXTURE_FAMILIES,
     Architecture,
     Family,
+    Latent,
     Mixture,
     Rope,
     has_qk_norm,
     has_qkv_bias,
+    latent_attention_multiplier,
+    yarn_attention_factor,
 )
 from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, hf_family
 
@@ -24,11 +27,16 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 def random_architecture(rng: random.Random, family: Family) -> Architecture:
     """Sizes that form a network and that no two fields share by construction."""
     groups, num_layers = rng.randint(1, 4), rng.randint(1, 4)
-    heads = groups * rng.randint(1, 4)
-    max_positions = rng.randint(8, 9000)
     line, head_dim = hf_family(family), 2 * rng.randint(1, 8)
+    heads = groups if line.has_latent else groups * rng.randint(1, 4)
+    max_positions = rng.randint(8, 9000)
+    latent = _latent(rng) if line.has_latent else None
+    head_dim = latent.rope_dim + rng.randint(1, 9) if latent else head_dim
     window, window_layers = _window(rng, line, num_layers, max_positions)
-    rope, width = _rope(rng, line, head_dim), rng.randint(1, 24)
+    rope, width = _rope(rng, line, head_dim), rng.randint(2, 24)
+    factors = {field: rng.uniform(0.1, 9) for key, field in MULTIPLIERS.items() if key in line.keys}
+    if rope.mscale_all_dim:
+        factors["attention_multiplier"] = latent_attention_multiplier(rope, head_dim)
     return Architecture(
         family=family,
         num_layers=num_layers,
@@ -52,7 +60,17 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
         qk_norm_spans_heads=line.qk_norm_spans_heads,
         window_rope=_rope(rng, line, head_dim) if line.rope_by_layer_type and window_layers else None,
         no_rope_layers=_some(rng, num_layers) if line.no_rope_every else (),
-        **{field: rng.uniform(0.1, 9) for key, field in MULTIPLIERS.items() if key in line.keys},
+        latent=latent,
+        **factors,
+    )
+
+
+def _latent(rng: random.Random) -> Latent:
+    return Latent(
+        query_rank=rng.choice([None, rng.randint(1, 9)]),
+        rank=rng.randint(1, 9),
+        rope_dim=2 * rng.randint(1, 4),
+        value_dim=rng.randint(1, 9),
     )
 
 
@@ -62,6 +80,11 @@ def _rope(rng: random.Random, line: HfFamily, head_dim: int) -> Rope:
         rope = replace(rope, truncate=True)
     if line.rope is not None:
         rope = replace(rope, query_beta=rng.choice([0.0, rng.uniform(0.1, 2)]))
+    if line.has_latent and rope.kind == "yarn":
+        multipliers = rng.choice([(0.0, 0.0), (rng.uniform(0.1, 2), rng.uniform(0.1, 2))])
+        factor = yarn_attention_factor(rope.factor, *multipliers)
+        rope = replace(rope, truncate=True, attention_factor=factor)
+        rope = replace(rope, mscale=multipliers[0], mscale_all_dim=multipliers[1])
     if line.partial_rotary is not None:
         turning = 2 * rng.randint(1, head_dim // 2)
         fraction = turning / head_dim if int(head_dim * (turning / head_dim)) == turning else 1.0
@@ -119,7 +142,7 @@ def _some(rng: random.Random, num_layers: int) -> tuple[int, ...]:
 def _mixture(rng: random.Random, family: Family, num_layers: int, width: int) -> Mixture | None:
     if family not in MIXTURE_FAMILIES:
         return None
-    if family == "glm4_moe":
+    if family in ("glm4_moe", "deepseek_v3"):
         return _sigmoid(rng, num_layers, width)
     num_experts = rng.randint(1, 5)
     return Mixture(

@@ -20,6 +20,8 @@ def cuttable(rng: random.Random, family, tp: int) -> Architecture:
     architecture = random_architecture(rng, family)
     groups = rng.choice([size for size in (1, 2, 4, 8) if size % tp == 0 or tp % size == 0])
     heads = groups * tp * rng.randint(1, 2)
+    if architecture.latent:
+        groups = heads
     if (mixture := architecture.mixture) and mixture.shared_width:
         mixture = replace(mixture, shared_width=tp * rng.randint(1, 5))
     if mixture and mixture.dense_width:

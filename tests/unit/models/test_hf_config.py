@@ -26,6 +26,7 @@ MINISTRAL = {
     "original_max_position_embeddings": 4096,
     "llama_4_scaling_beta": 0.3,
 }
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
@@ -51,16 +52,20 @@ def test_every_size_is_what_transformers_reads(
         "qwen2_moe": ("num_local_experts",),
         "mixtral": ("moe_intermediate_size", "norm_topk_prob"),
         "glm4_moe": ("num_experts", "num_local_experts"),
+        "deepseek_v3": ("num_experts", "num_local_experts", "num_key_value_heads", "head_dim"),
     }.get(family, tuple(changes) if "num_experts_per_tok" in changes else ())
     if family in ("olmo3", "ministral3"):
         not_read = (*not_read, "rope_theta", "rope_parameters", "rope_scaling")
-    ours = read(tmp_path, values(family, **{k: v for k, v in changes.items() if k not in not_read}))
+    changes = {key: value for key, value in changes.items() if key not in not_read}
+    if family == "deepseek_v3":
+        changes |= {"n_group": 1, "topk_group": 1}
+    ours = read(tmp_path, values(family, **changes))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.num_layers, ours.hidden_size) == (theirs.num_hidden_layers, theirs.hidden_size)
     width = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert (ours.ffn_hidden_size, ours.num_query_groups) == (width, theirs.num_key_value_heads)
-    assert (ours.head_dim, ours.vocab_size) == (head_dim, theirs.vocab_size)
+    assert (ours.rope_head_dim, ours.vocab_size) == (head_dim, theirs.vocab_size)
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     rope = theirs.rope_parameters
     assert ours.rope.theta == rope.get("full_attention", rope)["rope_theta"]
@@ -202,6 +207,15 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
             {"n_group": 8, "topk_group": 4},
             {"mixture.num_groups": 8, "mixture.groups_per_token": 4},
         ),
+        ("deepseek_v3", {"q_lora_rank": None}, {"latent.query_rank": None}),
+        ("deepseek_v3", {"q_lora_rank": 8}, {"latent.query_rank": 8}),
+        ("deepseek_v3", {"kv_lora_rank": 8}, {"latent.rank": 8}),
+        ("deepseek_v3", {"v_head_dim": 8}, {"latent.value_dim": 8}),
+        ("deepseek_v3", {"qk_nope_head_dim": 8}, {"head_dim": 72}),
+        ("deepseek_v3", {"qk_rope_head_dim": 8}, {"latent.rope_dim": 8, "head_dim": 136}),
+        ("deepseek_v3", {"routed_scaling_factor": 1.0}, {"mixture.weights_factor": 1.0}),
+        ("deepseek_v3", {"num_nextn_predict_layers": 1, "auto_map": {"AutoModel": "x.Y"}}, {}),
+        ("deepseek_v3", {"quantization_config": FP8, "topk_method": "noaux_tc"}, {}),
         ("qwen2_moe", {"shared_expert_intermediate_size": 7}, {"mixture.shared_width": 7}),
         ("mixtral", {"num_local_experts": 3}, {"mixture.num_experts": 3}),
         ("mixtral", {"num_experts_per_tok": 5}, {"mixture.experts_per_token": 5}),

@@ -13,11 +13,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 WINDOWS = ["sliding_attention"] * 4
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 SUPPORTED = (
     "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
     "MixtralForCausalLM, Qwen3MoeForCausalLM, SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, "
     "GraniteForCausalLM, Phi3ForCausalLM, Ministral3ForCausalLM, Qwen2MoeForCausalLM, Glm4ForCausalLM, "
-    "Glm4MoeForCausalLM"
+    "Glm4MoeForCausalLM, DeepseekV3ForCausalLM"
 )
 GEMMA = (
     "Gemma 2 and 3 cannot be built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight "
@@ -43,9 +44,15 @@ def refusal(tmp_path: Path, content: dict[str, object]) -> str:
         ({"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}, GEMMA),
         ({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, GEMMA),
         ({"architectures": None, "model_type": "gemma2"}, GEMMA),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"},
+            "model_type 'kimi_k2': transformers does not know it without the model's own code",
+        ),
         ({"model_type": "qwen3"}, "model_type 'qwen3' contradicts architectures"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}: only quant_method fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "only quant_method fp8 (e4m3) with weight_block"),
+        ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "only quant_method fp8 (e4m3) with weight_block"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu': only silu"),
         ({"attention_bias": True}, "attention_bias"),
@@ -253,6 +260,45 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
         ),
         ("glm4_moe", {"num_local_experts": 8}, "num_local_experts: give n_routed_experts"),
         ("glm4_moe", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
+        ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads 8: only num_attention_heads = 32"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False: vLLM turns neighbours together"),
+        (
+            "deepseek_v3",
+            {"head_dim": 128},
+            "head_dim 128 contradicts qk_rope_head_dim and qk_nope_head_dim: 64",
+        ),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "of which 7 turn: rotary positions need an even number"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax': only 'sigmoid' is supported"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method 'greedy': only 'noaux_tc' is supported"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq 2: only 1 is supported"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias"),
+        ("deepseek_v3", {"num_local_experts": 8}, "num_local_experts: give n_routed_experts"),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+            "attention_factor 1.0: vLLM does",
+        ),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {**YARN, "truncate": False}},
+            "truncate False: vLLM does not read it",
+        ),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {**YARN, "mscale": 0.7}},
+            "rope mscale 0.7, mscale_all_dim 0.0: only",
+        ),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {**YARN, "factor": None}},
+            "rope factor is missing: latent attention",
+        ),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "only default, yarn are supported",
+        ),
+        ("deepseek_v3", {"index_topk": 8}, "index_topk 8: it changes which positions are attended to"),
         ("glm4", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
         ("glm4", {"attention_bias": None}, "attention_bias: expected true or false, got None"),
         ("qwen3", {"num_local_experts": 8}, "num_local_experts 8: only the experts of"),

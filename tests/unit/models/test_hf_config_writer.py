@@ -51,11 +51,11 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
             ropes = {kind: rope for kind, rope in ropes.items() if kind in kinds}
         for kind, rope in ropes.items():
             frequencies, factor = transformers_rotary(theirs, kind)
-            assert torch.equal(inverse_frequencies(rope, ours.head_dim), frequencies)
+            assert torch.equal(inverse_frequencies(rope, ours.rope_head_dim), frequencies)
             assert rope.attention_factor == factor
         if ours.mixture is not None:
             shared = ours.ffn_hidden_size * getattr(theirs, "n_shared_experts", 0)
-            name = "num_local_experts" if family == "glm4_moe" else "num_experts"
+            name = "num_local_experts" if ours.mixture.routing == "sigmoid" else "num_experts"
             assert getattr(theirs, name) == ours.mixture.num_experts
             assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
         if ours.mixture is not None and family != "mixtral":
@@ -96,6 +96,7 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
     # Most of its classes have no field for head_dim, but their attention reads it; vLLM has its own key for
     # the factors on queries.
     added = {"llama_4_scaling"} if family == "ministral3" else {"head_dim"} - own_keys
+    added |= hf_family(family).for_vllm.keys()
     assert newer.keys() == (own_keys - left_out) | added
 
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)

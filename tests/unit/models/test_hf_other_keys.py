@@ -15,6 +15,7 @@ from megatron_sftrl.models import notes_on
 from megatron_sftrl.models.architecture import Family
 from megatron_sftrl.models.hf_config import (
     _KEYS_WITHOUT_EFFECT,
+    _LATENT_KEYS,
     _MIXTURE_KEYS,
     _READ_KEYS,
     _SIGMOID_KEYS,
@@ -89,6 +90,8 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
     more |= {"residual_multiplier": 0.2, "hidden_dropout": 0.5, "resid_pdrop": 0.5, "is_decoder": True}
     line = hf_family(family)
     more = {key: value for key, value in more.items() if key not in {*line.keys, line.qk_norm_key}}
+    if family == "deepseek_v3":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 64}
     sizes |= {"shared_expert_intermediate_size": 8, "pad_token_id": None, "bos_token_id": None}
     tokens = torch.arange(12)[None] * 5 % 31
     logits = []
@@ -123,7 +126,8 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     elif family in ("smollm3", "olmo2", "olmo3"):
         pytest.skip("vLLM runs transformers' own code for it")
     else:
-        name = {"phi3": "llama", "ministral3": "mistral"}.get(family, family)
+        others = {"phi3": "llama", "ministral3": "mistral", "deepseek_v3": "deepseek_v2"}
+        name = others.get(family, family)
         file = f"model_executor/models/{name}.py"
     source = (root / file).read_text()
     read_there = {*re.findall(r"\bconfig\.([a-z_]+)", source)}
@@ -133,9 +137,13 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     settings_of_vllm |= {f"{name}_config" for name in ("cache", "model", "quant", "parallel")} | {
         "quant_config"
     }
+    if family == "deepseek_v3":  # read with index_topk alone, which is refused
+        settings_of_vllm |= {"index_head_dim", "index_n_heads", "index_skip_topk_offset", "index_topk_freq"}
+        settings_of_vllm |= {"index_topk_pattern", "indexer_rope_interleave", "attn_module_list_cfg"}
     line = hf_family(family)
     known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
     known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *DRAFT_KEYS}
+    known |= _LATENT_KEYS | line.for_vllm.keys()
     assert len(read_there) > 5
     assert read_there - known - settings_of_vllm == set()
 

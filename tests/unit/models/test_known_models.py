@@ -223,6 +223,73 @@ GLM_4_5_AIR = config(
     topk_group=1,
     use_qk_norm=False,
 )
+DEEPSEEK = {
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "scoring_func": "sigmoid",
+    "auto_map": {"A": "B"},
+}
+DEEPSEEK_V3 = config(
+    "deepseek_v3",
+    (7168, 18432, 61, 128, 128, 129280),
+    **DEEPSEEK,
+    attention_bias=False,
+    ep_size=1,
+    first_k_dense_replace=3,
+    kv_lora_rank=512,
+    max_position_embeddings=163840,
+    moe_intermediate_size=2048,
+    moe_layer_freq=1,
+    n_group=8,
+    n_routed_experts=256,
+    norm_topk_prob=True,
+    num_nextn_predict_layers=1,
+    q_lora_rank=1536,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    quantization_config={
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    rms_norm_eps=1e-06,
+    rope_scaling={
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    rope_theta=10000,
+    routed_scaling_factor=2.5,
+    topk_group=4,
+    topk_method="noaux_tc",
+    v_head_dim=128,
+)
+MOONLIGHT = config(
+    "deepseek_v3",
+    (2048, 11264, 27, 16, 16, 163840),
+    **{**DEEPSEEK, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    aux_loss_alpha=0.001,
+    first_k_dense_replace=1,
+    kv_lora_rank=512,
+    max_position_embeddings=8192,
+    moe_intermediate_size=1408,
+    n_group=1,
+    n_routed_experts=64,
+    num_nextn_predict_layers=0,
+    q_lora_rank=None,
+    rms_norm_eps=1e-05,
+    rope_scaling=None,
+    rope_theta=50000.0,
+    routed_scaling_factor=2.446,
+    seq_aux=True,
+    topk_group=1,
+    topk_method="noaux_tc",
+)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +312,8 @@ GLM_4_5_AIR = config(
         (PHI_4, 14_659_507_200),
         (QWEN1_5_MOE, 14_315_784_192),
         (GLM_4_9B, 9_400_279_040),
+        (DEEPSEEK_V3, 671_026_404_352 + 58 * 256),
+        (MOONLIGHT, 15_960_108_544 + 26 * 64),
         (GLM_4_5_AIR, 106_852_245_504 + 45 * 128),  # transformers does not count the routers' biases
     ],
 )

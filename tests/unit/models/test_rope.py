@@ -66,7 +66,7 @@ def test_without_a_request_the_family_s_default_base_is_used(tmp_path: Path) -> 
         ours = read(tmp_path, values(family))
         layers = "full_attention_" if family == "olmo3" else ""
         frequencies, factor = transformers_rotary(transformers.AutoConfig.from_pretrained(tmp_path), layers)
-        assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), frequencies), family
+        assert torch.equal(inverse_frequencies(ours.rope, ours.rope_head_dim), frequencies), family
         assert ours.rope.attention_factor == factor
 
 
@@ -135,3 +135,19 @@ def test_llama3_scaling_is_what_megatron_computes_for_the_values_that_it_fixes()
     ours = Rope(kind="llama3", theta=500000.0, factor=8.0, original_length=8192)
     # The same fp32 formula up to the order of operations; a wrong constant changes entries by up to 8x.
     torch.testing.assert_close(inverse_frequencies(ours, 128), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scales", [{}, {"mscale": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.2}])
+def test_yarn_in_latent_attention_is_that_of_transformers(tmp_path: Path, scales: dict[str, float]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, **scales}
+    ours = read(tmp_path, values("deepseek_v3", rope_scaling=yarn))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    frequencies, factor = transformers_rotary(config)
+    assert torch.equal(inverse_frequencies(ours.rope, ours.rope_head_dim), frequencies)
+    assert ours.rope.attention_factor == factor
+    with torch.device("meta"):
+        scaling = DeepseekV3Attention(config, 0).scaling
+    assert (ours.attention_multiplier or ours.head_dim**-0.5) == pytest.approx(scaling, rel=1e-15)

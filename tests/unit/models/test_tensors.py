@@ -75,10 +75,19 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         "post_self_attn_layernorm.weight": (
             "post_self_attn_layernorm.weight" if a.family == "glm4" else "post_attention_layernorm.weight"
         ),
+        "input_layernorm.weight": "input_layernorm.weight",
+        "self_attention.linear_q_proj.weight": "self_attn.q_proj.weight",
+        "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+        "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+        "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+        "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
+        "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
         "post_mlp_layernorm.weight": (
             "post_mlp_layernorm.weight" if a.family == "glm4" else "post_feedforward_layernorm.weight"
         ),
     }
+    if a.latent:
+        simple["self_attention.q_layernorm.weight"] = "self_attn.q_a_layernorm.weight"
     if a.family in ("phi3", "glm4"):
         simple["mlp.linear_fc1.weight"] = "mlp.gate_up_proj.weight"
     if name in simple:
@@ -90,7 +99,7 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
     if name == "mlp.router.weight":
         return hf[f"{mlp}gate.weight"]
     if name.startswith("mlp.shared_experts."):
-        mlp = f"{mlp}shared_expert{'s' * (a.family == 'glm4_moe')}."
+        mlp = f"{mlp}shared_expert{'s' * (a.family in ('glm4_moe', 'deepseek_v3'))}."
     if tensor.is_expert:
         mlp = f"{mlp}experts.{tensor.expert}."
     if name.endswith("linear_fc2.weight"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -312,3 +313,70 @@ def test_a_closed_reader_holds_no_file(tmp_path: Path) -> None:
     with open_weights(tmp_path):
         assert num_open() == 1
     assert num_open() == 0
+
+
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 8]}}
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+def write_scaled(directory: Path, shape: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A weight of 8 bits and its scales, each in a file of its own."""
+    generator = torch.Generator().manual_seed(7)
+    values = (100 * torch.randn(shape, generator=generator)).to(torch.float8_e4m3fn)
+    scales = torch.rand(grid, generator=generator) * 1e-3
+    write_sharded(
+        directory, {"a.safetensors": {WEIGHT: values}, "b.safetensors": {f"{WEIGHT}_scale_inv": scales}}
+    )
+    (directory / "config.json").write_text(json.dumps(FP8))
+    return values, scales
+
+
+PARTS = [(), (slice(3, 9), slice(0, 24)), (slice(4, 5),), (slice(11, 12), slice(7, 17)), (slice(2, 2),)]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_of_8_bits_are_what_transformers_dequantises_them_to(
+    tmp_path: Path, part: tuple[slice, ...]
+) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    values, scales = write_scaled(tmp_path, (12, 24), (3, 3))
+    with open_weights(tmp_path) as weights:
+        weights.check({WEIGHT: (12, 24)}, tied=False)
+        assert weights.dtypes == {WEIGHT: torch.bfloat16}
+        for dtype in (torch.bfloat16, torch.float32):
+            expected = Fp8Dequantize(None)._dequantize_one(values, scales, output_dtype=dtype)[part]
+            target = torch.empty(expected.shape, dtype=dtype)
+            weights.read_into(target, WEIGHT, part)
+            assert torch.equal(target, expected)
+        assert torch.equal(weights.read(WEIGHT, part), expected.bfloat16())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_last_blocks_of_a_weight_of_8_bits_may_be_smaller(
+    tmp_path: Path, part: tuple[slice, ...]
+) -> None:
+    """As in DeepSeek-V3's kv_a_proj_with_mqa, 576 rows in blocks of 128, which transformers 5.19 refuses."""
+    values, scales = write_scaled(tmp_path, (14, 27), (4, 4))
+    rows, columns = torch.arange(14) // 4, torch.arange(27) // 8
+    expected = (values.float() * scales[rows][:, columns])[part]
+    with open_weights(tmp_path) as weights:
+        target = torch.empty(expected.shape)
+        weights.read_into(target, WEIGHT, part)
+    assert torch.equal(target, expected)
+
+
+def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
+    write_scaled(tmp_path, (12, 24), (2, 3))
+    with pytest.raises(
+        UserError, match=r"a float for each block of 4 x 8 .*, \[3, 3\], got \[2, 3\] of float32"
+    ):
+        open_weights(tmp_path)
+
+
+def test_weights_of_8_bits_without_the_key_that_explains_them_are_refused(tmp_path: Path) -> None:
+    write_scaled(tmp_path, (12, 24), (3, 3))
+    (tmp_path / "config.json").write_text("{}")
+    message = refusal(tmp_path, {WEIGHT: (12, 24)})
+    assert f"wrong dtype: {WEIGHT}" in message
+    assert f"these weights are quantised ({WEIGHT}_scale_inv): give the unquantised model" in message
