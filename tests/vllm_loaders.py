@@ -2,7 +2,8 @@
 
 Written beside our own rule on purpose: `layers/linear.py` (ColumnParallelLinear, MergedColumnParallelLinear,
 QKVParallelLinear, RowParallelLinear.weight_loader), `layers/vocab_parallel_embedding.py` (_get_indices,
-weight_loader), `layers/fused_moe/routed_experts.py` (_load_w13, _load_w2).
+weight_loader), `layers/fused_moe/routed_experts.py` (_load_w13, _load_w2),
+`models/gpt_oss.py` (_load_weights_other).
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from megatron_sftrl.models.architecture import Architecture
 
 def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp: int, tp_rank: int) -> Tensor:
     """The part of `weight` that is copied into the rank's parameter, a view."""
+    if architecture.family == "gpt_oss" and ".experts." in name:
+        per_rank = architecture.ffn_hidden_size // tp
+        if "gate_up_proj" in name:
+            return weight.narrow(-1, 2 * tp_rank * per_rank, 2 * per_rank)
+        return weight if name.endswith("bias") else weight.narrow(1, tp_rank * per_rank, per_rank)
+    if name.endswith("sinks"):
+        heads = architecture.num_attention_heads // tp
+        return weight.narrow(0, tp_rank * heads, heads)
     last = name.rsplit(".", 2)[-2]
+    if name.endswith("o_proj.bias") or ".router." in name:
+        return weight
     if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
         return _vocab_parallel(weight, tp, tp_rank)
     if last in ("q_proj", "q_b_proj"):

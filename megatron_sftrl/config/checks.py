@@ -148,6 +148,8 @@ class ModelSizes(Protocol):
     def max_position_embeddings(self) -> int: ...
     @property
     def mixture(self) -> MixtureSizes | None: ...
+    @property
+    def all_biases(self) -> bool: ...
 
 
 class StageSizes(Protocol):
@@ -356,6 +358,11 @@ def _expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
             f"the {architecture.ffn_hidden_size} columns of an expert (ffn_hidden_size) do not divide by "
             f"parallel.etp = {etp}{'' if parallel.etp else ' (as tp)'}: choose etp among the divisors of "
             f"{architecture.ffn_hidden_size}"
+        )
+    if architecture.all_biases and etp > 1:
+        yield (
+            f"parallel.etp = {etp}{'' if parallel.etp else ' (as tp)'}: experts with biases, as this model "
+            "has them, are not cut (megatron-core refuses it): set parallel.etp = 1"
         )
     if parallel.tp % etp:
         yield (

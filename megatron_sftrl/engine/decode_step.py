@@ -259,12 +259,36 @@ def _attended(
     keys, values = places.cache.read(attention.layer_number, places)
     num = len(keys)
     # The query heads of a group stand where other tokens would: the group's keys are read once for all.
-    attended = F.scaled_dot_product_attention(
-        query[:num], keys, values, attn_mask=mask, scale=attention.config.softmax_scale
-    ).flatten(1)
+    sinks = getattr(attention.core_attention, "softmax_offset", None)
+    if sinks is None:
+        attended = F.scaled_dot_product_attention(
+            query[:num], keys, values, attn_mask=mask, scale=attention.config.softmax_scale
+        )
+    else:
+        attended = _attended_with_sinks(
+            query[:num], keys, values, mask, sinks, attention.core_attention.scale
+        )
+    attended = attended.flatten(1)
     if num < len(query):
         attended = F.pad(attended, (0, 0, 0, len(query) - num))
     return _row_parallel(attention.linear_proj, attended, group)
+
+
+def _attended_with_sinks(
+    query: Tensor,  # [S, groups/tp, heads per group, head_dim]
+    keys: Tensor,  # [S, groups/tp, L, head_dim]
+    values: Tensor,  # [S, groups/tp, L, head_dim]
+    mask: Tensor | None,
+    sinks: Tensor,  # [heads/tp]
+    scale: float,
+) -> Tensor:
+    """As scaled_dot_product_attention, with a logit of each head's own that has no value."""
+    logits = (query @ keys.mT).float() * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    own = sinks.float().view(1, *query.shape[1:3], 1).expand(len(query), -1, -1, 1)
+    weights = torch.cat((logits, own), dim=-1).softmax(dim=-1)[..., :-1]
+    return weights.to(values.dtype) @ values
 
 
 def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -286,6 +310,8 @@ def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tenso
     partial = F.linear(x, projection.weight)
     if group.size() > 1:
         dist.all_reduce(partial, group=group)
+    if projection.config.add_bias_linear:
+        partial = partial + projection.bias
     return _adapted(projection, x, partial)
 
 

@@ -58,7 +58,11 @@ class LiveWeights:
 
 
 def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) -> LiveWeights:
-    """The weights of this rank's chunks, in any layout, as they are now."""
+    """The weights of this rank's chunks, in any layout, as they are now.
+
+    What is fp32 in a model of bf16 is seen as twice as many bf16 numbers: its bits.
+    """
+    dtype: torch.dtype = chunks[0].config.params_dtype
     table = {(tensor.key, tensor.index): tensor for tensor in megatron_tensors(architecture)}
     num_stacked = {key: len(index) for key, index in table}
     parts: dict[str, dict[Region, Tensor]] = {}
@@ -70,7 +74,11 @@ def live_weights(chunks: Sequence[LanguageModel], architecture: Architecture) ->
         assert shard.data is not None
         data = shard.data.detach().view(shape)
         for each in hf_regions(tensor, Region.of(shape, shard.global_offset[stacked:])):
-            parts.setdefault(each.name, {})[each.source] = data[each.target.slices]
+            place, view = each.source, each.as_in_file(data[each.target.slices])
+            if tensor.is_fp32:
+                words = view.element_size() // dtype.itemsize
+                place, view = place.stretched(words), view.view(dtype)
+            parts.setdefault(each.name, {})[place] = view
     return LiveWeights(parts=parts, added=low_ranks(chunks))
 
 

@@ -17,10 +17,11 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_sftrl.engine.packed_sequences import PackedSequences
@@ -77,6 +78,9 @@ class PackedAttention(torch.nn.Module):
     rank holds chunks r and 2 cp - 1 - r of every sequence (Megatron's zig-zag order); keys and values are
     gathered over the group and the rank's queries are masked by position; so are the queries of a layer with
     a sliding window, in sequences longer than it.
+
+    With softmax_type learnable each head's sink, a logit without a value, is one more key: the one before a
+    sequence, whose product with a query is the sink. So it needs no other kernel and no mask of its own.
     """
 
     def __init__(
@@ -95,6 +99,14 @@ class PackedAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.window = layer_window(config, layer_number)
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            self.tp_group = pg_collection.tp
+            heads = config.num_attention_heads // self.tp_group.size()
+            self.softmax_offset = torch.nn.Parameter(
+                torch.zeros(heads, dtype=config.params_dtype, device=torch.cuda.current_device())
+            )
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(
         self,
@@ -119,17 +131,52 @@ class PackedAttention(torch.nn.Module):
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)[plan.whole_order]
         outputs = []
         for call in plan.calls:
-            attended = F.scaled_dot_product_attention(
-                query[call.queries].transpose(1, 2),
-                key[call.keys].transpose(1, 2),
-                value[call.keys].transpose(1, 2),
-                attn_mask=call.mask,
-                is_causal=call.mask is None,
-                scale=self.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )  # [S, heads/tp, q, head_dim]
-            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+            attended = self._attend(query[call.queries], key[call.keys], value[call.keys], call.mask)
+            outputs.append(attended.flatten(0, 1))
         return torch.cat(outputs)[plan.back].flatten(1)  # [T, heads/tp * head_dim]
+
+    def _attend(
+        self,
+        query: Tensor,  # [S, q, heads/tp, head_dim]
+        key: Tensor,  # [S, k, groups/tp, head_dim]
+        value: Tensor,  # [S, k, groups/tp, head_dim]
+        mask: Tensor | None,
+    ) -> Tensor:
+        """[S, q, heads/tp, head_dim]."""
+        head_dim = query.shape[-1]
+        if self.softmax_offset is not None:
+            # One more dimension, 1 in the sink's key alone; a query before the others keeps the mask causal.
+            sinks = (self.softmax_offset / self.scale)[:, None].expand(*query.shape[:3], 1)
+            query = F.pad(torch.cat((query, sinks), dim=-1), (0, 0, 0, 0, 1, 0))
+            key = F.pad(key, (0, 1, 0, 0, 1, 0))
+            key[:, 0, :, -1] = 1
+            value = F.pad(value, (0, 1, 0, 0, 1, 0))
+            mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        ).transpose(1, 2)
+        return attended if self.softmax_offset is None else attended[:, 1:, :, :head_dim]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The sinks, cut over tensor-parallel ranks; nothing without them."""
+        if self.softmax_offset is None:
+            return {}
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import megatron.core
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import (
@@ -72,12 +73,15 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        activation_func=_gate(architecture.gate_slope),
+        activation_func_clamp_value=architecture.gate_limit,
+        glu_linear_offset=architecture.gate_offset,
+        add_bias_linear=architecture.all_biases,
         add_qkv_bias=architecture.qkv_bias,
         # False for norms over all heads: Megatron would sum the gradient of a weight that ranks share out.
         qk_layernorm=architecture.qk_norm and not architecture.qk_norm_spans_heads,
         softmax_scale=architecture.attention_multiplier,
+        softmax_type="learnable" if architecture.has_sinks else "vanilla",
         rotary_interleaved=architecture.rope.interleaved,
         no_rope_freq=[int(i in architecture.no_rope_layers) for i in range(architecture.num_layers)]
         if architecture.no_rope_layers
@@ -115,6 +119,11 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         # Weights come from initialize_weights() or a checkpoint, the same in every layout.
         perform_initialization=False,
     )
+
+
+def _gate(slope: float) -> Callable[[Tensor], Tensor]:
+    """g sigmoid(slope g)."""
+    return F.silu if slope == 1 else lambda gate: gate * torch.sigmoid(slope * gate)
 
 
 def _of_the_layout(parallel: ParallelSection, *, is_cuda: bool) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def _of_the_kernels(
         apply_rope_fusion=with_te and rope.attention_factor == 1.0 and not rope.interleaved,
         bias_dropout_fusion=is_cuda,
         # SwiGLU, of dense blocks and of experts, of Transformer Engine's layers and of torch's.
-        bias_activation_fusion=is_cuda,
+        bias_activation_fusion=is_cuda and architecture.gate_limit is None,
         # Products add to fp32 gradients: Transformer Engine's own way, or Apex's.
         gradient_accumulation_fusion=with_te or (is_cuda and _has_module("fused_weight_gradient_mlp_cuda")),
         moe_permute_fusion=parallel.moe_permute_fusion,
@@ -244,6 +253,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
     problems = [
         *_missing_packages(run, is_cuda=is_cuda, with_te=with_te),
         *_latent_problems(run, architecture, with_te=with_te),
+        *_sink_problems(run, architecture, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:
@@ -271,6 +281,14 @@ def _latent_problems(run: TrainingConfig, architecture: Architecture, *, with_te
         )
     if architecture.latent is not None and run.lora is not None:
         yield f"lora does not know latent attention ({architecture.family}) yet: remove it"
+
+
+def _sink_problems(run: TrainingConfig, architecture: Architecture, *, with_te: bool) -> Iterator[str]:
+    if architecture.has_sinks and with_te:
+        yield (
+            f"model.layers = {run.model.layers}: the sinks and experts of a {architecture.family} are only "
+            "known with torch's layers: set model.layers = torch"
+        )
 
 
 def check_fp8(train: TrainSection, device: torch.device) -> None:

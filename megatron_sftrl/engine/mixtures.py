@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
@@ -137,6 +138,22 @@ def add_routing_biases(chunk: torch.nn.Module) -> None:
             module.expert_bias = torch.nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
 
+def let_experts_add_biases(chunk: torch.nn.Module) -> None:
+    """Give Megatron's experts an output of their own: they add a bias to it in place.
+
+    Where nothing is reduced it is a view, on which autograd refuses that (megatron-core 0.16.1).
+    """
+    for module in chunk.modules():
+        if isinstance(module, SequentialMLP) and module.config.add_bias_linear:
+            for expert in module.local_experts:
+                expert.linear_fc2.register_forward_hook(_own_output)  # type: ignore[union-attr]
+
+
+def _own_output(_: torch.nn.Module, __: tuple, output: tuple) -> tuple:
+    product, bias = output
+    return product.clone(), bias
+
+
 def mark_expert_parameters(chunk: torch.nn.Module) -> None:
     """Tell Megatron's DDP and optimizer which parameters live on the experts' grid (etp x ep x edp).
 
@@ -150,3 +167,5 @@ def mark_expert_parameters(chunk: torch.nn.Module) -> None:
             for parameter in module.experts.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                # Else the biases of experts on different tensor-parallel ranks would share their gradients.
+                parameter.sequence_parallel = False  # type: ignore[attr-defined]

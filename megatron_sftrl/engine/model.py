@@ -47,6 +47,7 @@ from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, Packe
 from megatron_sftrl.engine.mixtures import (
     add_routing_biases,
     balance_experts,
+    let_experts_add_biases,
     mark_expert_parameters,
     submodules_of_mlp,
 )
@@ -201,6 +202,7 @@ def build_model_chunks(
         chunks[-1].architecture, chunks[-1].frequencies = architecture, frequencies
         complete_blocks(chunks[-1], architecture, frequencies, _norm(config))
         add_routing_biases(chunks[-1])
+        let_experts_add_biases(chunks[-1])
         chunks[-1].to(parallel.device)
         _add_gradients_in_layers(chunks[-1], config)
         _mark_tensor_parallel_parameters(chunks[-1])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
@@ -48,29 +47,33 @@ def complete_recomputation(
 
 
 class ForgetfulMLP(MLP):
-    """Megatron's MLP without biases, which keeps fc1's output alone: [T, 2 F/tp] instead of 3 to 6 F/tp."""
+    """Megatron's MLP, which keeps fc1's output alone: [T, 2 F/tp] instead of 3 to 6 F/tp."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: object) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, per_token_scale)
         both, bias = self.linear_fc1(hidden_states)
-        assert bias is None
+        both = both if bias is None else both + bias
         checkpoint = CheckpointWithoutOutput()
         product = checkpoint.checkpoint(self._activated, both, per_token_scale)
         output, bias = self.linear_fc2(product)
         # fc2 has saved `product`, whose memory comes back before its backward.
         checkpoint.discard_output_and_register_recompute(output)
+        if bias is not None and per_token_scale is not None:
+            output, bias = output + (bias * per_token_scale.unsqueeze(-1)).to(output.dtype), None
         return output, bias
 
     def _activated(self, both: Tensor, per_token_scale: Tensor | None) -> Tensor:
-        """silu(first half) * second half, times the router's weight of each token, as Megatron does it."""
+        """Gate (first half) * second half, times the router's weight of each token, as Megatron does it."""
         scale = None if per_token_scale is None else per_token_scale.unsqueeze(-1)
         if self.config.bias_activation_fusion:
             if scale is None:
                 return bias_swiglu_impl(both, None)
             return weighted_bias_swiglu_impl(both, None, scale)
         gate, linear = both.chunk(2, dim=-1)
-        product = F.silu(gate) * linear
+        if (limit := self.config.activation_func_clamp_value) is not None:
+            gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
+        product = self.config.activation_func(gate) * (linear + self.config.glu_linear_offset)
         return product if scale is None else (product * scale).to(product.dtype)
 
 

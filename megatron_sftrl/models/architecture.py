@@ -137,10 +137,11 @@ Family = Literal[
     "glm4",
     "glm4_moe",
     "deepseek_v3",
+    "gpt_oss",
 ]
 Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
-MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3")
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +241,11 @@ class Architecture:
         residual_multiplier: of what attention and MLP add to the residual stream.
         logits_divisor: of the logits.
         latent: None for keys and values out of the residual stream; head_dim is that of queries and keys.
+        has_sinks: each query head attends to a logit of its own, besides, that has no value.
+        all_biases: the output of attention, the router and both matrices of the experts have biases, too.
+        gate_slope: the gate g of an MLP becomes g sigmoid(gate_slope g).
+        gate_limit: g is cut off above it, what it is multiplied with above and below; None for neither.
+        gate_offset: is added to the latter.
     Raises:
         UserError: sizes that cannot form a network.
     """
@@ -272,6 +278,11 @@ class Architecture:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     latent: Latent | None = None
+    has_sinks: bool = False
+    all_biases: bool = False
+    gate_slope: float = 1.0
+    gate_limit: float | None = None
+    gate_offset: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -392,7 +403,7 @@ def _mixture(section: ArchitectureSection) -> Mixture | None:
 
 def has_qkv_bias(family: Family) -> bool:
     """Families with biases on q, k and v, those of HfFamily.bias_key where a config.json is silent."""
-    return family in ("qwen2", "qwen2_moe", "glm4")
+    return family in ("qwen2", "qwen2_moe", "glm4", "gpt_oss")
 
 
 def has_qk_norm(family: Family) -> bool:
@@ -430,6 +441,8 @@ def num_parameters(architecture: Architecture) -> int:
     if (mixture := a.mixture) is not None:
         experts = mixture.num_experts * (3 * a.hidden_size * a.ffn_hidden_size + a.hidden_size)
         experts += mixture.num_experts * (mixture.routing == "sigmoid")
+        if a.all_biases:
+            experts += mixture.num_experts * (1 + 2 * a.ffn_hidden_size + a.hidden_size)
         if mixture.shared_width:
             experts += a.hidden_size * (3 * mixture.shared_width + mixture.shared_is_gated)
         mlp = (a.num_layers - a.num_dense_layers) * experts
@@ -445,7 +458,7 @@ def _attention_parameters(a: Architecture) -> int:
     count += (query_width + 2 * key_width) if a.qkv_bias else 0
     if a.qk_norm:
         count += (query_width + key_width) if a.qk_norm_spans_heads else 2 * a.head_dim
-    return count
+    return count + a.hidden_size * a.all_biases + a.num_attention_heads * a.has_sinks
 
 
 def _latent_parameters(a: Architecture, latent: Latent) -> int:

@@ -10,6 +10,8 @@ one region for each rank.
     o_proj, down                an equal run of columns
     embedding, output layer     the vocabulary padded to a multiple of 64 is cut evenly, padding is not read
     norms, routers              everything
+    sinks                       an equal run of query heads
+    matrices of all experts     the same rows or columns of each expert
     fused q/k/v and gate/up     everything: of each part an equal run of rows, which are no one region
 """
 
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.models.tensors import MegatronTensor, Region, megatron_tensors
+from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_boxes, megatron_tensors
 
 _WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight")
 VOCAB_MULTIPLE = 64
@@ -65,13 +67,18 @@ def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict
     """The region of every Hugging Face tensor that rank `tp_rank` of an engine reads, in the model's order.
 
     Returns:
-        One region for each name of `hf_shapes(architecture)`; empty where only padding falls to the rank.
+        One region for each name of `hf_boxes(architecture)`; empty where only padding falls to the rank.
     Raises:
         UserError: heads, widths or vocabulary that an engine of this tp cannot cut.
     """
     check_cut(architecture, tp)
     regions: dict[str, Region] = {}
+    boxes = hf_boxes(architecture)
     for tensor in megatron_tensors(architecture):
+        if (run := tensor.rows[0]).expert is not None:
+            if run.name not in regions:
+                regions[run.name] = _region_of_all(tensor, Region.of(boxes[run.name]), tp, tp_rank)
+            continue
         for name, rows in _rows_of_names(tensor).items():
             whole = Region.of((rows, *tensor.shape[1:]))
             regions[name] = _region(tensor, name, whole, architecture, tp, tp_rank)
@@ -123,6 +130,14 @@ def _region(
         heads = min(tp, architecture.num_query_groups)
         return whole.along(0, *_run(rows, heads, tp_rank * heads // tp))
     return whole.along(0, *_run(rows, tp, tp_rank))
+
+
+def _region_of_all(tensor: MegatronTensor, whole: Region, tp: int, tp_rank: int) -> Region:
+    """Of a tensor of all experts."""
+    if tensor.shard is None:
+        return whole
+    dim = 1 if tensor.shard == "columns" else len(whole.stop) - (1 if tensor.rows[0].half is None else 2)
+    return whole.along(dim, *_run(whole.stop[dim], tp, tp_rank))
 
 
 def _run(size: int, parts: int, part: int) -> tuple[int, int]:

@@ -113,6 +113,9 @@ _LATENT_KEYS = frozenset(
 DRAFT_KEYS = ("num_mtp_layers", "num_nextn_predict_layers")
 """Layers that draft tokens, under transformers' name and that of the published files."""
 
+# Of GPT-OSS's gates, where a config.json is silent.
+_SLOPE, _LIMIT = 1.702, 7.0
+
 _SHARED = "shared_expert_intermediate_size"
 _DROPOUTS = frozenset({"embd_pdrop", "resid_pdrop"})
 
@@ -186,6 +189,14 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     qk_norm = has_qk_norm(line.family)
     if line.qk_norm_key is not None:
         qk_norm = reader.flag(line.qk_norm_key, qk_norm)
+    if line.all_biases and not reader.flag("attention_bias", default=True):
+        reader.say("attention_bias", f" False: {line.architecture} is only built with all of its biases")
+    gate: dict[str, float] = {}
+    if "swiglu_limit" in line.keys:
+        gate = {
+            "gate_slope": reader.number("swiglu_alpha", _SLOPE),
+            "gate_limit": reader.number("swiglu_limit", _LIMIT),
+        }
     multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
     if head_dim is not None and rope.mscale_all_dim:
         multipliers["attention_multiplier"] = latent_attention_multiplier(rope, head_dim)
@@ -215,6 +226,10 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
             window_rope=window_rope,
             no_rope_layers=no_rope_layers,
             latent=latent,
+            has_sinks=line.has_sinks,
+            all_biases=line.all_biases,
+            gate_offset=line.gate_offset,
+            **gate,
             **multipliers,
         )
     except ValueError as error:
@@ -283,7 +298,7 @@ def _mixture_values(reader: JsonReader, line: HfFamily, _: int) -> Mixture | Non
     if len(counts) > 1:
         reader.problems.append("num_experts and num_local_experts contradict each other")
     per_token = reader.whole("num_experts_per_tok", line.mixture.experts_per_token)
-    normalizes = True if line.family == "mixtral" else reader.flag("norm_topk_prob")
+    normalizes = True if "norm_topk_prob" in line.refuses else reader.flag("norm_topk_prob")
     num_experts = min(counts, default=line.mixture.num_experts)
     shared_width = 0
     if line.mixture.shared_width is not None:
@@ -342,7 +357,7 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
         )
     elif reader.get("auto_map"):
         say("auto_map asks for code that comes with the model: remote code is never run")
-    _judge_quantisation(reader)
+    _judge_quantisation(reader, line)
     if reader.get("is_encoder_decoder"):
         say("is_encoder_decoder: only decoder-only models are supported")
     activation = reader.values.get("hidden_act", "silu")
@@ -381,25 +396,27 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     judge_other_keys(reader, line, reader.values.keys() - known)
 
 
-def _judge_quantisation(reader: JsonReader) -> None:
+def _judge_quantisation(reader: JsonReader, line: HfFamily) -> None:
+    """Weights that are dequantised while they are read are welcome."""
     key = "quantization_config"
     asked = reader.get(key)
     if not asked:
         return
-    block = asked.get("weight_block_size") if isinstance(asked, dict) else None
-    if (
-        isinstance(block, list)
-        and len(block) == 2
-        and all(type(each) is int and each > 0 for each in block)
-        and (asked.get("quant_method"), asked.get("fmt", "e4m3")) == ("fp8", "e4m3")
-    ):
+    values = asked if isinstance(asked, dict) else {}
+    method, block = values.get("quant_method"), values.get("weight_block_size")
+    has_blocks = (
+        isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block)
+    )
+    is_fp8 = method == "fp8" and values.get("fmt", "e4m3") == "e4m3" and has_blocks
+    if is_fp8 or (method is not None and method == line.quantised):
         reader.note(key, ": the weights are dequantised while they are read, and exported so")
-    else:
-        reader.say(
-            key,
-            f" {shown(asked)}: only quant_method fp8 (e4m3) with weight_block_size is dequantised; use the "
-            "unquantised model",
-        )
+        return
+    known = "fp8 (e4m3) with weight_block_size" + (f" or {line.quantised}" if line.quantised else "")
+    reader.say(
+        key,
+        f" ({method or shown(asked)}): quantised weights cannot be trained, and only quant_method {known} is "
+        "dequantised; use the unquantised model",
+    )
 
 
 def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:
@@ -458,6 +475,8 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         **line.for_vllm,
         **dict.fromkeys(line.states, False),
         **dict.fromkeys(line.keys & _DROPOUTS, 0.0),
+        **({"swiglu_alpha": a.gate_slope, "swiglu_limit": a.gate_limit} if a.gate_limit else {}),
+        **({"attention_bias": True} if a.all_biases else {}),
         **(dict.fromkeys(DRAFT_KEYS[1:], 0) if line.has_drafts else {}),
     }
     if line.bias_key is not None:
@@ -493,10 +512,12 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
     }
     if "num_local_experts" not in line.refuses:
         values["num_local_experts"] = a.mixture.num_experts
-    if a.family == "mixtral":
+    if "norm_topk_prob" in line.refuses:
         if not a.mixture.normalizes_weights:
-            raise UserError("normalizes_weights = False: a Mixtral always divides the weights by their sum")
-        return {**values, "router_jitter_noise": 0.0}
+            raise UserError(
+                f"normalizes_weights = False: a {a.family.title()} always divides the weights by their sum"
+            )
+        return values | ({"router_jitter_noise": 0.0} if a.family == "mixtral" else {})
     return {
         **values,
         "decoder_sparse_step": 1,

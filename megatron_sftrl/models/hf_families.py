@@ -60,11 +60,13 @@ class HfFamily:
         full_every: with window `layers` and without `layer_types`, every so manieth layer attends to all.
         mixture: None for a dense family.
         norms, qk_norm_spans_heads: as in an Architecture.
-        fused: what the files hold as one tensor: q, k and v, or gate and up.
+        fused: what the files hold as one tensor: q, k and v; gate and up; a matrix of all experts.
         bias_key: says whether q, k and v have biases; None for a family that always or never has them.
         qk_norm_key: says whether q and k are normalised; None for a family that always or never does it.
         has_latent: attention is DeepSeek-V3's.
         has_code: published files name code of their own, of which transformers has its own version.
+        has_sinks, all_biases, gate_offset: as in an Architecture.
+        quantised: the quant_method of files whose weights are dequantised while they are read; None for none.
         has_drafts: layers behind the last one that draft tokens may be in the files; they are left out.
         rope_kinds: that transformers and vLLM read alike in this family.
         rope: the set that stands for an absent one.
@@ -94,11 +96,15 @@ class HfFamily:
     mixture: MixtureDefaults | None = None
     norms: Norms = "before"
     qk_norm_spans_heads: bool = False
-    fused: frozenset[Literal["qkv", "gate_up"]] = frozenset()
+    fused: frozenset[Literal["qkv", "gate_up", "experts"]] = frozenset()
     bias_key: str | None = None
     qk_norm_key: str | None = None
     has_latent: bool = False
     has_code: bool = False
+    has_sinks: bool = False
+    all_biases: bool = False
+    gate_offset: float = 0.0
+    quantised: str | None = None
     has_drafts: bool = False
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     rope: Mapping[str, Any] | None = None
@@ -361,6 +367,41 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
             "topk_method": "noaux_tc",
         },
         refuses=dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
+    ),
+    HfFamily(
+        family="gpt_oss",
+        architecture="GptOssForCausalLM",
+        num_key_value_heads=8,
+        null_key_value_heads=True,
+        head_dim=64,
+        max_position_embeddings=131072,
+        norm_eps=1e-5,
+        rope_theta=150000.0,
+        window="pattern",
+        sliding_window=128,
+        full_every=2,
+        mixture=MixtureDefaults(
+            num_experts=128, experts_per_token=4, width_key="intermediate_size", width=2880
+        ),
+        fused=frozenset({"experts"}),
+        has_sinks=True,
+        all_biases=True,
+        gate_offset=1.0,
+        quantised="mxfp4",
+        rope_kinds=("yarn",),
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        keys=frozenset({"swiglu_alpha", "swiglu_limit"}),
+        refuses=dict.fromkeys(
+            ("norm_topk_prob", "moe_intermediate_size"),
+            "GptOssForCausalLM does not read it, remove it",
+        ),
     ),
 )
 

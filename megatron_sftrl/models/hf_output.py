@@ -104,13 +104,17 @@ def with_dtype(assets: HfAssets, dtype: torch.dtype) -> HfAssets:
 
 
 def with_keys(
-    assets: HfAssets, added: Mapping[str, object], *, instead: Mapping[str, object] | None = None
+    assets: HfAssets,
+    added: Mapping[str, object],
+    *,
+    instead: Mapping[str, object] | None = None,
+    without: Collection[str] = (),
 ) -> HfAssets:
-    """New assets with `added` keys in their config.json where it has none of the name, and with the values
-    of `instead` where it has.
+    """New assets with `added` keys in their config.json where it has none of the name, with the values of
+    `instead` where it has, and without some.
     """
     before = _json_object(assets.files[CONFIG], CONFIG)
-    values = {**added, **before}
+    values = {key: value for key, value in {**added, **before}.items() if key not in without}
     values |= {key: value for key, value in (instead or {}).items() if values.get(key, value) != value}
     if values == before:
         return assets

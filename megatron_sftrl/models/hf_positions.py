@@ -457,7 +457,7 @@ def _rope_set(rope: Rope, family: HfFamily) -> dict[str, Any]:
             values |= {"mscale": rope.mscale, "mscale_all_dim": rope.mscale_all_dim}
     if family.partial_rotary is not None:
         values["partial_rotary_factor"] = rope.fraction
-    if family.rope is not None:
+    if _BETA in (family.rope or {}):
         values[_BETA] = rope.query_beta
     return values
 

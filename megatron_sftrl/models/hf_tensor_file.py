@@ -239,6 +239,90 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
     return f"{file} is not a valid safetensors file: {error}; {again}"
 
 
+# Tensors of experts that a file holds in MXFP4, as the bf16 tensors that transformers makes of them.
+#
+# A tensor [experts, columns, rows] lies in two of bytes, its columns cut into groups of 32:
+#
+#     <name>_blocks  [experts, rows, groups, 16]  two elements a byte, the first in its lower four bits
+#     <name>_scales  [experts, rows, groups]      exponent of two of a group, plus 127
+#
+# An element is a sign and an index into 0, 0.5, 1, 1.5, 2, 3, 4, 6 (Open Compute Project, MX formats 1.0).
+
+
+BLOCKS, SCALES = "_blocks", "_scales"
+_GROUP, _BIAS = 32, 127
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedTensor:
+    """The two tensors of bytes behind a bf16 tensor."""
+
+    blocks: StoredTensor
+    scales: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[experts, columns, rows]."""
+        experts, rows, groups, _ = self.blocks.shape
+        return experts, groups * _GROUP, rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+
+def packed_experts(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedTensor]:
+    """By the name of the tensor that they stand for, all pairs of blocks and scales.
+
+    Raises:
+        UserError: blocks and scales whose shapes or dtypes are not those of MXFP4.
+    """
+    found = {}
+    for name, blocks in tensors.items():
+        whole = name.removesuffix(BLOCKS)
+        if whole == name or (scales := tensors.get(whole + SCALES)) is None:
+            continue
+        fits = len(blocks.shape) == 4 and blocks.shape == (*scales.shape, _GROUP // 2)
+        if not fits or {blocks.dtype, scales.dtype} != {torch.uint8}:
+            raise UserError(
+                f"{blocks.file}: {name} {list(blocks.shape)} {str(blocks.dtype)[6:]} with scales "
+                f"{list(scales.shape)} {str(scales.dtype)[6:]} is no MXFP4: expected bytes, blocks of "
+                "[experts, rows, groups, 16] and scales of [experts, rows, groups]"
+            )
+        found[whole] = PackedTensor(blocks=blocks, scales=scales)
+    return found
+
+
+def read_packed(
+    read: Callable[[StoredTensor, tuple[slice, ...]], Tensor], packed: PackedTensor, part: Sequence[slice]
+) -> Tensor:
+    """A region of the tensor, bf16, contiguous.
+
+    Args:
+        read: a region of one of the two.
+        part: slices of step 1 of the leading dimensions, the others whole.
+    """
+    whole = (*part, *(slice(None) for _ in range(3 - len(part))))
+    bounds = [range(size)[each] for size, each in zip(packed.shape, whole, strict=True)]
+    experts, columns, rows = (slice(each.start, each.stop) for each in bounds)
+    groups = slice(columns.start // _GROUP, -(-columns.stop // _GROUP))
+    values = dequantised(
+        read(packed.blocks, (experts, rows, groups)), read(packed.scales, (experts, rows, groups))
+    )
+    first = groups.start * _GROUP
+    return values[:, :, columns.start - first : columns.stop - first].mT.contiguous()
+
+
+def dequantised(blocks: Tensor, scales: Tensor) -> Tensor:
+    """[..., groups, 16] and [..., groups] bytes -> [..., 32 groups] bf16."""
+    table = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], dtype=torch.bfloat16)
+    elements = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    # Powers of two move no bit of an element; the smallest are subnormal, which ldexp rounds as transformers.
+    values = torch.ldexp(table[elements.int()], scales.int()[..., None] - _BIAS)
+    return values.to(torch.bfloat16).flatten(-2)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file that did not exist; all of it is on the disk when the block has ended without an error."""

@@ -17,8 +17,12 @@ from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_tensor_file import (
+    BLOCKS,
+    SCALES,
     BlockScales,
     StoredTensor,
+    packed_experts,
+    read_packed,
     read_part,
     read_pickle_header,
     read_safetensors_header,
@@ -349,10 +353,18 @@ class HfWeights:
     ) -> None:
         self.directory = directory
         self.notes = notes
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in tensors.items()}
-        self.dtypes: Mapping[str, torch.dtype] = {
-            name: entry.dtype if entry.scales is None else torch.bfloat16 for name, entry in tensors.items()
+        self._packed = packed_experts(tensors)
+        plain = {
+            name: entry
+            for name, entry in tensors.items()
+            if name.removesuffix(BLOCKS).removesuffix(SCALES) not in self._packed
         }
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: entry.shape for name, entry in {**plain, **self._packed}.items()
+        }
+        self.dtypes: Mapping[str, torch.dtype] = {
+            name: entry.dtype if entry.scales is None else torch.bfloat16 for name, entry in plain.items()
+        } | {name: entry.dtype for name, entry in self._packed.items()}
         """Of what read() gives; of products with scales that in which such models compute."""
         self._tensors = tensors
         self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
@@ -366,18 +378,33 @@ class HfWeights:
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
         """Read only the bytes of a tensor or a region: CPU, of its dtype, contiguous, memory of its own.
 
+        Tensors of experts in MXFP4 are dequantised to bf16.
+
         Args:
             part: slices of step 1 of the leading dimensions, the others whole; None for the whole tensor.
+                One more than the tensor has dimensions: the last one is seen as [..., 2].
         Raises:
             UserError: the file was cut short after it was opened.
         """
+        if part is not None and len(part) > len(self.shapes[name]):
+            *outer, last, half = part
+            pairs = self.read(name, (*outer, slice(2 * last.start, 2 * last.stop)))
+            return pairs.unflatten(-1, (-1, 2))[..., half].contiguous()
+        if (packed := self._packed.get(name)) is not None:
+            return read_packed(self._read_stored, packed, part or ())
         stored = self._tensors[name]
         if stored.scales is not None:
             return self._scaled(stored, stored.scales, part or ()).to(self.dtypes[name])
-        return read_part(self._descriptors[stored.file], stored, part or ())
+        return self._read_stored(stored, part or ())
+
+    def _read_stored(self, stored: StoredTensor, part: tuple[slice, ...]) -> Tensor:
+        return read_part(self._descriptors[stored.file], stored, part)
 
     def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
         """As read(), into a tensor of the region's shape, any dtype and device; directly where both agree."""
+        if name in self._packed or len(part) > len(self.shapes[name]):
+            target.copy_(self.read(name, part))
+            return
         stored = self._tensors[name]
         if stored.scales is not None:
             target.copy_(self._scaled(stored, stored.scales, part))
@@ -527,7 +554,7 @@ def fill_part(part: Tensor, tensor: MegatronTensor, offset: tuple[int, ...], wei
     if tensor.has_padding and offset[0] + part.shape[0] > tensor.shape[0]:
         part.zero_()
     for each in hf_regions(tensor, Region.of(part.shape, offset)):
-        weights.read_into(part[each.target.slices], each.name, each.source.slices)
+        weights.read_into(each.as_in_file(part[each.target.slices]), each.name, each.source.slices)
 
 
 def fill_whole(
@@ -540,4 +567,5 @@ def fill_whole(
     """
     for each in hf_regions(tensor, Region.of(tensor.shape)):
         if each.name == name:
-            read_into(whole[each.source.slices], each.target.start)
+            box = whole if each.run.half is None else whole.unflatten(-1, (-1, 2))
+            read_into(each.as_in_megatron(box[each.source.slices]), each.target.start)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import Tensor
+
 from megatron_sftrl.models.architecture import Architecture, Latent, Norms
 from megatron_sftrl.models.hf_families import hf_family
 
@@ -62,6 +64,11 @@ class Region:
         )
         return self.intersect(cut)
 
+    def stretched(self, times: int) -> Region:
+        """Of a vector, each element of which is that many."""
+        (start,), (stop,) = self.start, self.stop
+        return Region((start * times,), (stop * times,))
+
     def relative_to(self, origin: Sequence[int]) -> Region:
         """The same elements, counted from `origin`."""
         return Region(
@@ -82,12 +89,15 @@ class _Rule:
             hold all parts one below the other in a single tensor.
         shard: the dimension that tensor parallelism cuts; of `halves` each half is cut. None: every rank has
             all of it.
+        fused: the file has one tensor of all experts, [experts, columns, rows] or [experts, rows]; the rows
+            of halves take turns in it.
     """
 
     megatron: str
     hf: tuple[str, ...]
     rows: Literal["one", "halves", "groups"] = "one"
     shard: Shard | None = None
+    fused: bool = False
 
 
 _EMBEDDING = _Rule(
@@ -116,6 +126,8 @@ _SPANNING_QK_NORM = tuple(replace(rule, shard="rows") for rule in _QK_NORM)
 _PROJECTION = _Rule(
     megatron="self_attention.linear_proj.weight", hf=("self_attn.o_proj.weight",), shard="columns"
 )
+_PROJECTION_BIAS = _Rule(megatron="self_attention.linear_proj.bias", hf=("self_attn.o_proj.bias",))
+_SINKS = _Rule(megatron="self_attention.core_attention.softmax_offset", hf=("self_attn.sinks",), shard="rows")
 _FC1 = _Rule(
     megatron="mlp.linear_fc1.weight",
     hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -160,13 +172,44 @@ def _norm(architecture: Architecture, place: str, megatron: str) -> Iterator[_Ru
         yield _Rule(megatron=megatron, hf=(f"{name}.weight",))
 
 
+_EXPERTS = "mlp.experts.experts."
+
+
 def _mixture(router: str, gate: str, up: str, down: str) -> tuple[_Rule, ...]:
-    experts = "mlp.experts.experts."
     return (
         _Rule(megatron="mlp.router.weight", hf=(router,)),
-        _Rule(megatron=f"{experts}linear_fc1.weight", hf=(gate, up), rows="halves", shard="rows"),
-        _Rule(megatron=f"{experts}linear_fc2.weight", hf=(down,), shard="columns"),
+        _Rule(megatron=f"{_EXPERTS}linear_fc1.weight", hf=(gate, up), rows="halves", shard="rows"),
+        _Rule(megatron=f"{_EXPERTS}linear_fc2.weight", hf=(down,), shard="columns"),
     )
+
+
+_FUSED_FC1_OF_EXPERTS = _Rule(
+    megatron=f"{_EXPERTS}linear_fc1.weight",
+    hf=("mlp.experts.gate_up_proj",),
+    rows="halves",
+    shard="rows",
+    fused=True,
+)
+_FUSED_FC2_OF_EXPERTS = _Rule(
+    megatron=f"{_EXPERTS}linear_fc2.weight", hf=("mlp.experts.down_proj",), shard="columns", fused=True
+)
+_BIASED_MIXTURE = (
+    _Rule(megatron="mlp.router.weight", hf=("mlp.router.weight",)),
+    _Rule(megatron="mlp.router.bias", hf=("mlp.router.bias",)),
+    _FUSED_FC1_OF_EXPERTS,
+    replace(
+        _FUSED_FC1_OF_EXPERTS,
+        megatron=f"{_EXPERTS}linear_fc1.bias",
+        hf=("mlp.experts.gate_up_proj_bias",),
+    ),
+    _FUSED_FC2_OF_EXPERTS,
+    replace(
+        _FUSED_FC2_OF_EXPERTS,
+        megatron=f"{_EXPERTS}linear_fc2.bias",
+        hf=("mlp.experts.down_proj_bias",),
+        shard=None,
+    ),
+)
 
 
 _QWEN_MIXTURE = _mixture(
@@ -186,6 +229,7 @@ _MIXTURE_MLP = {
     "qwen2_moe": _QWEN_MIXTURE,
     "glm4_moe": _QWEN_MIXTURE,
     "deepseek_v3": _QWEN_MIXTURE,
+    "gpt_oss": _BIASED_MIXTURE,
 }
 _ROUTING_BIAS = _Rule(megatron="mlp.router.expert_bias", hf=("mlp.gate.e_score_correction_bias",))
 
@@ -213,11 +257,27 @@ _SHARED_EXPERT = _shared_expert("shared_experts")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfRows:
-    """`num_rows` consecutive rows of a Hugging Face tensor, from its row `start`."""
+    """`num_rows` consecutive rows of a Hugging Face tensor, from its row `start`.
+
+    Of a tensor of all experts, [experts, columns, rows] or [experts, rows], `expert` says whose they are;
+    where rows of two halves take turns it is seen as [..., rows, 2], and `half` is the last index.
+    """
 
     name: str
     start: int
     num_rows: int
+    expert: int | None = None
+    half: int | None = None
+
+    def in_file(self, rows: Region) -> Region:
+        """Where a region of the tensor's rows (and columns) lies in the file's."""
+        if self.expert is None:
+            return rows
+        half = () if self.half is None else (self.half,)
+        return Region(
+            (self.expert, *rows.start[::-1], *half),
+            (self.expert + 1, *rows.stop[::-1], *(each + 1 for each in half)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,11 +314,33 @@ class MegatronTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfRegion:
-    """A region of the Hugging Face tensor `name`, and its place in a region of a Megatron tensor."""
+    """A region of the Hugging Face tensor `run.name`, and its place in a region of a Megatron tensor.
 
-    name: str
+    Args:
+        source: in the tensor as hf_boxes() has it.
+    """
+
+    run: HfRows
     source: Region
     target: Region
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    def as_in_file(self, values: Tensor) -> Tensor:
+        """A view of the Megatron tensor's values in the dimensions of `source`."""
+        if self.run.expert is None:
+            return values
+        values = values.mT[None] if values.dim() == 2 else values[None]
+        return values if self.run.half is None else values[..., None]
+
+    def as_in_megatron(self, values: Tensor) -> Tensor:
+        """The other way round."""
+        if self.run.expert is None:
+            return values
+        values = values[0] if self.run.half is None else values[0, ..., 0]
+        return values.mT if values.dim() == 2 else values
 
 
 def megatron_tensors(architecture: Architecture) -> Iterator[MegatronTensor]:
@@ -266,7 +348,7 @@ def megatron_tensors(architecture: Architecture) -> Iterator[MegatronTensor]:
     yield _tensor(_EMBEDDING, architecture)
     for layer in range(architecture.num_layers):
         for rule in _layer_rules(architecture, layer):
-            if architecture.mixture is not None and "{expert}" in rule.hf[0]:
+            if architecture.mixture is not None and rule.megatron.startswith(_EXPERTS):
                 for expert in range(architecture.mixture.num_experts):
                     yield _tensor(rule, architecture, layer=layer, expert=expert)
             else:
@@ -278,12 +360,31 @@ def megatron_tensors(architecture: Architecture) -> Iterator[MegatronTensor]:
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a Hugging Face checkpoint of this architecture holds."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    return {
+        name: box if half is None else (*box[:-2], 2 * box[-2])
+        for name, (box, half) in _boxes(architecture).items()
+    }
+
+
+def hf_boxes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The same tensors as regions count them: [..., rows, 2] where the rows of two halves take turns."""
+    return {name: box for name, (box, _) in _boxes(architecture).items()}
+
+
+def _boxes(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """With the half of the rows that takes the first turn, None where all rows are one behind the other."""
+    found: dict[str, tuple[tuple[int, ...], int | None]] = {}
     for tensor in megatron_tensors(architecture):
         for run in tensor.rows:
-            rows = max(run.start + run.num_rows, shapes.get(run.name, (0,))[0])
-            shapes[run.name] = (rows, *tensor.shape[1:])
-    return shapes
+            if run.expert is None:
+                rows = max(run.start + run.num_rows, found.get(run.name, ((0,), None))[0][0])
+                found[run.name] = (rows, *tensor.shape[1:]), None
+            elif run.name not in found:
+                whole = run.in_file(Region.of((run.num_rows, *tensor.shape[1:])))
+                last = () if run.half is None else (2,)
+                middle = whole.shape[1:] if run.half is None else whole.shape[1:-1]
+                found[run.name] = (tensor.stack[-1], *middle, *last), run.half
+    return found
 
 
 def hf_regions(tensor: MegatronTensor, region: Region) -> Iterator[HfRegion]:
@@ -294,8 +395,8 @@ def hf_regions(tensor: MegatronTensor, region: Region) -> Iterator[HfRegion]:
         if shared.numel:
             first_of_name = (first - run.start, *(0 for _ in tensor.shape[1:]))
             yield HfRegion(
-                name=run.name,
-                source=shared.relative_to(first_of_name),
+                run=run,
+                source=run.in_file(shared.relative_to(first_of_name)),
                 target=shared.relative_to(region.start),
             )
         first += run.num_rows
@@ -314,7 +415,11 @@ def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
             yield _QKV_BIAS
         if a.qk_norm:
             yield from _SPANNING_QK_NORM if a.qk_norm_spans_heads else _QK_NORM
+        if a.has_sinks:
+            yield _SINKS
     yield _PROJECTION
+    if a.all_biases:
+        yield _PROJECTION_BIAS
     yield from _norm(a, "behind attention", "post_self_attn_layernorm.weight")
     if not a.has_experts(layer):
         yield from _norm(a, "before mlp", "mlp.linear_fc1.layer_norm_weight")
@@ -343,7 +448,7 @@ def _tensor(
         else:
             places.insert(0, (layer, architecture.num_layers))
     names = [prefix + name.format(expert=expert) for name in rule.hf]
-    rows = tuple(_rows(rule, names, architecture))
+    rows = tuple(_rows(rule, names, architecture, expert if rule.fused else None))
     columns = _num_columns(rule, architecture)
     return MegatronTensor(
         key=key,
@@ -361,7 +466,8 @@ def _tensor(
     )
 
 
-def _rows(rule: _Rule, names: list[str], a: Architecture) -> Iterator[HfRows]:
+def _rows(rule: _Rule, names: list[str], a: Architecture, expert: int | None) -> Iterator[HfRows]:
+    """What a tensor is made of; `expert` where the file has one tensor of all."""
     if rule.rows == "groups":
         heads = (a.num_attention_heads // a.num_query_groups, 1, 1)
         firsts = (0, a.num_attention_heads, a.num_attention_heads + a.num_query_groups)
@@ -375,7 +481,10 @@ def _rows(rule: _Rule, names: list[str], a: Architecture) -> Iterator[HfRows]:
                 yield HfRows(name=name, start=start, num_rows=num * a.head_dim)
         return
     num_rows = _num_rows(rule, a)
-    if rule.rows == "halves" and len(names) == 1:
+    if expert is not None:
+        for half in (0, 1) if rule.rows == "halves" else (None,):
+            yield HfRows(name=names[0], start=0, num_rows=num_rows, expert=expert, half=half)
+    elif rule.rows == "halves" and len(names) == 1:
         yield from (HfRows(name=names[0], start=half * num_rows, num_rows=num_rows) for half in (0, 1))
     else:
         yield from (HfRows(name=name, start=0, num_rows=num_rows) for name in names)
@@ -395,6 +504,8 @@ def _num_rows(rule: _Rule, a: Architecture) -> int:
     if ".router." in rule.megatron:
         assert a.mixture is not None
         return a.mixture.num_experts
+    if rule is _SINKS:
+        return a.num_attention_heads
     if rule is _SHARED_GATE:
         return 1
     return _ffn_width(rule, a) if rule.rows == "halves" else a.hidden_size
@@ -402,7 +513,7 @@ def _num_rows(rule: _Rule, a: Architecture) -> int:
 
 def _num_columns(rule: _Rule, a: Architecture) -> int | None:
     """Columns of a rule's tensors, None for vectors."""
-    if rule.megatron.endswith(("norm.weight", "norm_weight", "bias")):
+    if rule.megatron.endswith(("norm.weight", "norm_weight", "bias", "softmax_offset")):
         return None
     if a.latent is not None and (shape := _latent_shape(rule, a, a.latent)) is not None:
         return shape[1]

@@ -24,7 +24,7 @@ from megatron_sftrl.engine.together import on_every_rank
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout, engine_regions
-from megatron_sftrl.models.tensors import Region, hf_shapes
+from megatron_sftrl.models.tensors import Region, hf_boxes, hf_shapes, megatron_tensors
 from megatron_sftrl.rollout.reshard_plan import Holdings, NamedRegion, Round, plan_rounds
 
 # A sum over the exact bits of a tensor, computed where the tensor lies.
@@ -208,7 +208,9 @@ class StreamPlan:
     """What a rank's stream yields and where it comes from.
 
     Args:
-        shapes: of every tensor, in the order of the stream.
+        shapes: of every tensor, in the order of the stream, as regions count it (hf_boxes); of fp32 tensors
+            among others as many elements of `dtype` as they have bits for.
+        yielded: the dtype and shape in which the engine gets it.
         share: the region of each that the rank's engine reads.
         rounds: the rank's exchanges.
         is_checked: fill what the engine does not read with NaN.
@@ -216,6 +218,7 @@ class StreamPlan:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    yielded: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     share: Mapping[str, Region]
     rounds: Sequence[Round]
     dtype: torch.dtype
@@ -360,7 +363,8 @@ class WeightStream:
                     count.yielded.append(name)
                     # No reference stays here: the consumer's is the only one.
                     taken, whole = whole, whole.new_empty(0)
-                    yield name, taken
+                    wanted, shape = plan.yielded[name]
+                    yield name, taken.view(wanted).view(shape)
                     del taken
             # Else this round's messages would still be there when the one after the next begins.
             del received, parts
@@ -448,12 +452,21 @@ class Resharder:
                 f"weights of one dtype are expected, got {sorted(map(str, dtypes))}: set model.dtype"
             )
         (dtype,) = dtypes
-        shapes = hf_shapes(architecture)
+        boxes, words = hf_boxes(architecture), torch.float32.itemsize // dtype.itemsize
+        fp32 = [each.rows[0].name for each in megatron_tensors(architecture) if each.is_fp32]
+        for name in fp32:
+            boxes[name] = Region.of(boxes[name]).stretched(words).stop
+        for each in shares:
+            each.update({name: each[name].stretched(words) for name in fp32})
         self._plan = StreamPlan(
-            shapes=shapes,
+            shapes=boxes,
+            yielded={
+                name: (torch.float32 if name in fp32 else dtype, shape)
+                for name, shape in hf_shapes(architecture).items()
+            },
             share=wanted[parallel.rank],
             rounds=plan_rounds(
-                shapes,
+                boxes,
                 wanted,
                 [each for each, _ in holdings],
                 rank=parallel.rank,

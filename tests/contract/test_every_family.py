@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_sftrl.rollout.api import RolloutEngine
     from megatron_sftrl.types import RolloutGroup
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2": (2, {"tp": 2}),
@@ -77,7 +77,9 @@ def observe(
     for name, directories in families.items():
         # Megatron's experts want sequence parallelism beside tensor parallelism.
         sequence = {"sequence_parallel": True} if name in MIXTURES and "tp" in parallel else {}
-        config = engine_config(directories[0], {**parallel, **sequence}, "fp32")
+        # And experts with biases uncut.
+        whole = {"etp": 1} if name == "gpt_oss" and "tp" in parallel else {}
+        config = engine_config(directories[0], {**parallel, **sequence, **whole}, "fp32")
         context = initialize_parallel(config.parallel)
         policy = PolicyEngine(architecture_of(config.model), config, context, with_optimizer=False)
         engine = make_engine(policy)

@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 if is_full():
     MODELS |= {
+        "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64}),
+        "gpt_oss": ("gpt_oss", {"intermediate_size": 64, "swiglu_limit": 7.0}),
         "granite": ("granite", {}),
         "phi3": ("phi3", {}),
         "glm4": ("glm4", {}),

@@ -127,7 +127,9 @@ def _hf_parts(
         data = shard.data.detach().view(shape)
         region = Region.of(shape, offset[depth[key] :])
         for each in hf_regions(table[key, tuple(offset[: depth[key]])], region):
-            parts.setdefault(each.name, []).append((each.source, data[each.target.slices].clone()))
+            parts.setdefault(each.name, []).append(
+                (each.source, each.as_in_file(data[each.target.slices]).clone())
+            )
     return parts
 
 

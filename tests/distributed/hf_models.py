@@ -72,6 +72,15 @@ _DEEPSEEK_V3 = {
     "num_experts_per_tok": 3,
     "first_k_dense_replace": 1,
 }
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    **_DEEP,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": WINDOW,
+    "rope_parameters": {**_YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
@@ -187,6 +196,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
     },
     "deepseek_v3_plain": {**_DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {**_GPT_OSS, "swiglu_limit": 0.6},
+    "gpt_oss_other_gates": {
+        **_GPT_OSS,
+        "head_dim": 8,
+        "num_experts_per_tok": 2,
+        "swiglu_alpha": 1.2,
+        "layer_types": [*["full_attention"] * 2, "sliding_attention", "full_attention"],
+        "rope_parameters": {**_YARN, "truncate": True, "attention_factor": 1.2},
+    },
     "glm4_moe_ungrouped": {**_GLM4_MOE, "n_shared_experts": 2, "first_k_dense_replace": 3},
 }
 
@@ -194,19 +212,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
     """Write the named model to `directory` and return it, fp32, with weights that bf16 represents exactly.
 
-    It runs transformers' default attention, sdpa: the eager one is at 4200 tokens in fp32 up to 1.2e-5 of the
-    logit scale away from float64 (measured), which is more than the bound between it and us.
+    It runs transformers' default attention, sdpa, where the model has it: the eager one is at 4200 tokens in
+    fp32 up to 1.2e-5 of the logit scale away from float64 (measured), more than the bound between it and us.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**CONFIGS[name])
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    attention = "eager" if config.model_type == "gpt_oss" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             # Large enough that attention and routing are far from uniform: an error in a window, an angle
             # or an expert's weight moves the logits by far more than the tolerance.
-            parameter.normal_(std=0.3)
+            # In a GPT-OSS half as large: transformers' own fp32 gradients would be 3.5e-5 from float64.
+            parameter.normal_(std=0.15 if config.model_type == "gpt_oss" else 0.3)
             if "norm" in parameter_name:
                 parameter.add_(1.0)
             parameter.copy_(parameter.bfloat16())

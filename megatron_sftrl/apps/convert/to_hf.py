@@ -234,6 +234,7 @@ def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtyp
         line = hf_family(architecture.family)
         added = {key: values[key] for key in (*FOR_VLLM, *line.for_vllm) if key in values}
         changed = {key: 0 for key in DRAFT_KEYS if line.has_drafts}
-        return with_keys(with_dtype(assets, dtype), added, instead=changed)
+        # Weights that were dequantised while they were read are written as they were trained.
+        return with_keys(with_dtype(assets, dtype), added, instead=changed, without=("quantization_config",))
     text = json.dumps(values, indent=2) + "\n"
     return HfAssets(files={**assets.files, "config.json": text.encode()})

@@ -85,7 +85,9 @@ def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
 _ORDER = (
     "linear_qkv.layer_norm_weight",
     "input_layernorm.weight",
+    "core_attention.softmax_offset",
     "linear_proj.weight",
+    "linear_proj.bias",
     "linear_qkv.weight",
     "linear_qkv.bias",
     "linear_q_proj.weight",
@@ -99,10 +101,13 @@ _ORDER = (
     "linear_fc1.layer_norm_weight",
     "pre_mlp_layernorm.weight",
     "router.weight",
+    "router.bias",
     "router.expert_bias",
     "shared_experts.gate_weight",
     "linear_fc1.weight",
+    "linear_fc1.bias",
     "linear_fc2.weight",
+    "linear_fc2.bias",
     "post_self_attn_layernorm.weight",
     "post_mlp_layernorm.weight",
 )

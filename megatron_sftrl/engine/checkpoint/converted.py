@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,11 +85,14 @@ class StoredModel:
         self._stored = StoredTensors(checkpoint)
         tensors = list(megatron_tensors(architecture))
         _check_stored(checkpoint, self._stored, {tensor.key: tensor for tensor in tensors})
-        self._sources = {run.name: tensor for tensor in tensors for run in tensor.rows}
+        self._sources: dict[str, list[MegatronTensor]] = {}
+        for tensor in tensors:
+            for name in dict.fromkeys(run.name for run in tensor.rows):
+                self._sources.setdefault(name, []).append(tensor)
         self.shapes: Mapping[str, tuple[int, ...]] = hf_shapes(architecture)
         """Of each tensor, in the order of the model."""
         self.dtypes: Mapping[str, torch.dtype] = {
-            name: self._stored.dtypes[f"policy.{source.key}"] for name, source in self._sources.items()
+            name: self._stored.dtypes[f"policy.{sources[0].key}"] for name, sources in self._sources.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -99,14 +103,12 @@ class StoredModel:
 
     def read_into(self, whole: Tensor, name: str) -> None:
         """The same, into contiguous memory of its shape and dtype."""
-        source = self._sources[name]
-        stack = len(source.index)
+        for source in self._sources[name]:
+            fill_whole(whole, name, source, functools.partial(self._read_part, source))
 
-        def read_into(part: Tensor, offset: tuple[int, ...]) -> None:
-            stacked = part.view((1,) * stack + tuple(part.shape)) if stack else part
-            self._stored.read_into(stacked, f"policy.{source.key}", (*source.index, *offset))
-
-        fill_whole(whole, name, source, read_into)
+    def _read_part(self, source: MegatronTensor, part: Tensor, offset: tuple[int, ...]) -> None:
+        stacked = part[(None,) * len(source.index)]
+        self._stored.read_into(stacked, f"policy.{source.key}", (*source.index, *offset))
 
     def close(self) -> None:
         self._stored.close()

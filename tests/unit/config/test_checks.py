@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -243,6 +244,30 @@ def test_settings_that_do_not_fit_are_named_with_what_to_do(
 ) -> None:
     with pytest.raises(ValueError, match="the run cannot start") as raised:
         check(*overrides, world_size=world_size)
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "mixture", "part"),
+    [
+        ((), {"all_biases": True}, {}, "parallel.etp = 2 (as tp): experts with biases"),
+        (
+            ("model.moe_aux_loss_coeff=0.1",),
+            {},
+            {"routing": "sigmoid"},
+            "the router's biases keep the experts",
+        ),
+    ],
+)
+def test_settings_that_experts_of_some_families_cannot_have_are_named(
+    overrides: tuple[str, ...], changes: dict[str, bool], mixture: dict[str, str], part: str
+) -> None:
+    config = example(*SPLIT_MIXTURE, *overrides)
+    plain = architecture_of(config.model)
+    assert plain.mixture is not None
+    architecture = replace(plain, mixture=replace(plain.mixture, **mixture), **changes)
+    with pytest.raises(ValueError, match="1 problem") as raised:
+        check_run(config, architecture, 2, loss_needs=("reference",))
     assert part in str(raised.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_latent_attention_has_torchs_layers_alone(tmp_path: Path, monkeypatch: p
     check_megatron(example(), architecture, is_cuda=False)
     with pytest.raises(UserError, match=r"lora does not know latent attention \(deepseek_v3\) yet"):
         check_megatron(example("lora={rank: 2, alpha: 4}"), architecture, is_cuda=False)
+
+
+def test_sinks_ask_for_torch_s_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda *_, **__: True)
+    run = example(*BF16)
+    architecture = replace(architecture_of(run.model), has_sinks=True)
+    with pytest.raises(UserError, match=r"sinks and experts of a .*: set model\.layers = torch"):
+        check_megatron(run, architecture, is_cuda=True)
 
 
 def test_where_the_packages_are_there_the_settings_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ CLASSES = {
     "glm4": "Glm4",
     "glm4_moe": "Glm4Moe",
     "deepseek_v3": "DeepseekV3",
+    "gpt_oss": "GptOss",
 }
 
 
@@ -57,8 +58,8 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
     return from_hf_config(file)
 
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3")
-OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
+OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3", "gpt_oss")
 """Families that do not read every rope, in the one spelling of the others."""
 
 

@@ -59,6 +59,11 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
         norms=line.norms,
         qk_norm_spans_heads=line.qk_norm_spans_heads,
         window_rope=_rope(rng, line, head_dim) if line.rope_by_layer_type and window_layers else None,
+        has_sinks=line.has_sinks,
+        all_biases=line.all_biases,
+        gate_slope=rng.uniform(1, 2) if line.gate_offset else 1.0,
+        gate_limit=rng.uniform(1, 9) if line.gate_offset else None,
+        gate_offset=line.gate_offset,
         no_rope_layers=_some(rng, num_layers) if line.no_rope_every else (),
         latent=latent,
         **factors,
@@ -78,7 +83,7 @@ def _rope(rng: random.Random, line: HfFamily, head_dim: int) -> Rope:
     rope = random_rope(rng, line.rope_kinds)
     if line.rope_by_layer_type:
         rope = replace(rope, truncate=True)
-    if line.rope is not None:
+    if line.family == "ministral3":
         rope = replace(rope, query_beta=rng.choice([0.0, rng.uniform(0.1, 2)]))
     if line.has_latent and rope.kind == "yarn":
         multipliers = rng.choice([(0.0, 0.0), (rng.uniform(0.1, 2), rng.uniform(0.1, 2))])
@@ -148,7 +153,7 @@ def _mixture(rng: random.Random, family: Family, num_layers: int, width: int) ->
     return Mixture(
         num_experts=num_experts,
         experts_per_token=rng.randint(1, num_experts),
-        normalizes_weights=family == "mixtral" or rng.random() < 0.5,
+        normalizes_weights=family in ("mixtral", "gpt_oss") or rng.random() < 0.5,
         shared_width=rng.randint(1, 24) if family == "qwen2_moe" else 0,
     )
 

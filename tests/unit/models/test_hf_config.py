@@ -53,8 +53,9 @@ def test_every_size_is_what_transformers_reads(
         "mixtral": ("moe_intermediate_size", "norm_topk_prob"),
         "glm4_moe": ("num_experts", "num_local_experts"),
         "deepseek_v3": ("num_experts", "num_local_experts", "num_key_value_heads", "head_dim"),
+        "gpt_oss": ("moe_intermediate_size", "norm_topk_prob"),
     }.get(family, tuple(changes) if "num_experts_per_tok" in changes else ())
-    if family in ("olmo3", "ministral3"):
+    if family in ("olmo3", "ministral3", "gpt_oss"):
         not_read = (*not_read, "rope_theta", "rope_parameters", "rope_scaling")
     changes = {key: value for key, value in changes.items() if key not in not_read}
     if family == "deepseek_v3":
@@ -195,6 +196,9 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
         ("glm4", {"attention_bias": False}, {"qkv_bias": False}),
         ("ministral3", {"rope_parameters": MINISTRAL}, {"rope.query_beta": 0.3, "rope.factor": 4.0}),
         ("qwen2_moe", {"qkv_bias": False}, {"qkv_bias": False}),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, {"gate_slope": 1.5}),
+        ("gpt_oss", {"swiglu_limit": 5.0}, {"gate_limit": 5.0}),
+        ("gpt_oss", {"sliding_window": 64}, {"sliding_window": 64}),
         ("glm4_moe", {"attention_bias": True}, {"qkv_bias": True}),
         ("glm4_moe", {"use_qk_norm": True}, {"qk_norm": True}),
         ("glm4_moe", {"n_routed_experts": 16}, {"mixture.num_experts": 16}),

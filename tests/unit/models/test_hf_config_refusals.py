@@ -18,7 +18,7 @@ SUPPORTED = (
     "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
     "MixtralForCausalLM, Qwen3MoeForCausalLM, SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, "
     "GraniteForCausalLM, Phi3ForCausalLM, Ministral3ForCausalLM, Qwen2MoeForCausalLM, Glm4ForCausalLM, "
-    "Glm4MoeForCausalLM, DeepseekV3ForCausalLM"
+    "Glm4MoeForCausalLM, DeepseekV3ForCausalLM, GptOssForCausalLM"
 )
 GEMMA = (
     "Gemma 2 and 3 cannot be built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight "
@@ -259,6 +259,27 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
             "8 experts of 2 of 4 groups: groups are only supported",
         ),
         ("glm4_moe", {"num_local_experts": 8}, "num_local_experts: give n_routed_experts"),
+        (
+            "gpt_oss",
+            {"attention_bias": False},
+            "attention_bias False: GptOssForCausalLM is only built with all",
+        ),
+        ("gpt_oss", {"rope_parameters": {"rope_theta": 1.0}}, "rope_type 'default': only yarn"),
+        ("gpt_oss", {"norm_topk_prob": True}, "norm_topk_prob: GptOssForCausalLM does not read it"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit: expected a number > 0, got 0"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config (gptq): quantised",
+        ),
+        ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "(awq): quantised weights cannot be"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "bitsandbytes"}}, "(bitsandbytes): quantised"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "modelopt"}}, "or one of mxfp4, which is"),
+        (
+            "qwen3",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "quantization_config (mxfp4): quantised",
+        ),
         ("glm4_moe", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
         ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads 8: only num_attention_heads = 32"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False: vLLM turns neighbours together"),

@@ -55,10 +55,11 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
             assert rope.attention_factor == factor
         if ours.mixture is not None:
             shared = ours.ffn_hidden_size * getattr(theirs, "n_shared_experts", 0)
-            name = "num_local_experts" if ours.mixture.routing == "sigmoid" else "num_experts"
+            is_local = ours.mixture.routing == "sigmoid" or family == "gpt_oss"
+            name = "num_local_experts" if is_local else "num_experts"
             assert getattr(theirs, name) == ours.mixture.num_experts
             assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
-        if ours.mixture is not None and family != "mixtral":
+        if ours.mixture is not None and family not in ("mixtral", "gpt_oss"):
             assert theirs.norm_topk_prob == ours.mixture.normalizes_weights
             assert getattr(theirs, "shared_expert_intermediate_size", shared) == ours.mixture.shared_width
         for key, field in MULTIPLIERS.items():

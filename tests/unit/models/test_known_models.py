@@ -201,6 +201,32 @@ GLM_4_9B = config(
     rms_norm_eps=1e-05,
     rope_theta=10000.0,
 )
+GPT_OSS_20B = config(
+    "gpt_oss",
+    (2880, 2880, 24, 64, 8, 201088),
+    attention_bias=True,
+    experts_per_token=4,
+    head_dim=64,
+    initial_context_length=4096,
+    layer_types=["sliding_attention", "full_attention"] * 12,
+    max_position_embeddings=131072,
+    num_experts_per_tok=4,
+    num_local_experts=32,
+    quantization_config={"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"},
+    rms_norm_eps=1e-05,
+    rope_scaling={
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    rope_theta=150000,
+    router_aux_loss_coef=0.9,
+    sliding_window=128,
+    swiglu_limit=7.0,
+)
 GLM_4_5_AIR = config(
     "glm4_moe",
     (4096, 10944, 46, 96, 8, 151552),
@@ -314,6 +340,7 @@ MOONLIGHT = config(
         (GLM_4_9B, 9_400_279_040),
         (DEEPSEEK_V3, 671_026_404_352 + 58 * 256),
         (MOONLIGHT, 15_960_108_544 + 26 * 64),
+        (GPT_OSS_20B, 20_914_757_184),
         (GLM_4_5_AIR, 106_852_245_504 + 45 * 128),  # transformers does not count the routers' biases
     ],
 )
