@@ -11,7 +11,7 @@ import torch
 
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture, yarn_attention_factor
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout, check_cut
 
 _OLDEST_VLLM = (0, 32)
@@ -88,28 +88,15 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             "known to give the trainer's numbers at tp 1 alone: set it, or use rollout.engine: in_process"
         )
     if a.family == "gpt_oss":
-        _check_gpt_oss(a)
+        raise UserError(
+            "vLLM 0.32 takes the experts of a gpt_oss when it starts and not again, so that an update of the "
+            "policy would not reach them: use rollout.engine: in_process"
+        )
     if a.family in ("qwen2", "qwen2_moe") and a.head_dim * a.num_attention_heads != a.hidden_size:
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
             f"the width of a {a.family}'s heads, whatever head_dim says, which is {a.head_dim} here: use "
             "rollout.engine: in_process"
-        )
-
-
-def _check_gpt_oss(a: Architecture) -> None:
-    """Refuse what vLLM's GptOssForCausalLM does not read: it has the published models' values instead."""
-    found = {
-        "sliding windows in every second layer from the first on": a.window_layers
-        in ((), tuple(range(0, a.num_layers, 2))),
-        "swiglu_alpha 1.702 and swiglu_limit 7": (a.gate_slope, a.gate_limit) == (1.702, 7.0),
-        "yarn's own attention_factor": a.rope.attention_factor
-        == yarn_attention_factor(a.rope.factor, None, None),
-    }
-    if missing := [name for name, is_there in found.items() if not is_there]:
-        raise UserError(
-            f"vLLM runs a {a.family} with {'; '.join(missing)}, whatever its config.json says, and this "
-            "model has others: use rollout.engine: in_process"
         )
 
 
