@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.config.schema import RunConfig
-from megatron_sftrl.models.architecture import from_section
+from megatron_sftrl.models import architecture_of
 from megatron_sftrl.types import TokenBatch
 from tests.distributed.uncounted_collectives import LABEL, UncountedCollectives
 
@@ -98,8 +98,7 @@ def policy_and_reference(
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.engine.reference import ReferenceModel, SharedReference
 
-    assert run.model.architecture is not None
-    architecture = from_section(run.model.architecture)
+    architecture = architecture_of(run.model)
     policy = PolicyEngine(architecture, run, context)
     if run.reference is None:
         return policy, None

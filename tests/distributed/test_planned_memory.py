@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,10 @@ from megatron_sftrl.apps.plan.model_state import (
     model_state,
 )
 from megatron_sftrl.config.schema import RunConfig
+from megatron_sftrl.models import architecture_of
 from megatron_sftrl.models.architecture import from_section
+from megatron_sftrl.models.hf_families import hf_family
+from tests.distributed.hf_models import CONFIGS
 from tests.distributed.memory_runs import Held, measure
 from tests.distributed.test_layouts import make_config
 from tests.grid import cases
@@ -95,8 +100,7 @@ def test_parameters_gradients_and_optimizer_are_planned_to_the_byte(name: str, k
 
 def planned_and_held(run: RunConfig, world_size: int) -> list[tuple[Held, ModelState]]:
     """Of each rank."""
-    assert run.model.architecture is not None
-    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, world_size)
+    architecture, grid = architecture_of(run.model), grid_of(run.parallel, world_size)
     return [
         (
             held,
@@ -111,6 +115,25 @@ def planned_and_held(run: RunConfig, world_size: int) -> list[tuple[Held, ModelS
         )
         for held in run_ranks(world_size, measure_small, run)
     ]
+
+
+FAMILIES = {
+    "glm4_moe": {"pp": 2, "ep": 2, **SHARDED},
+    "gpt_oss": {"tp": 2, "sequence_parallel": True, "etp": 1, "ep": 2, **SHARDED},
+}
+
+
+@pytest.mark.parametrize("family", cases(FAMILIES, rarely=["gpt_oss"]))
+def test_the_state_of_other_families_is_planned_to_the_byte(family: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({**CONFIGS[family], "architectures": [hf_family(family).architecture]})  # type: ignore[arg-type]
+    )
+    tree = make_config(FAMILIES[family]).model_dump(exclude_unset=True)
+    tree |= {"loss": {"name": "gift", "beta": 4.0}, "reference": {"kind": "frozen"}}
+    run = RunConfig.model_validate({**tree, "model": {"hf_config": tmp_path, "dtype": "bf16"}})
+    for held, planned in planned_and_held(run, 4):
+        assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
+        assert (planned.optimizer, planned.reference) == (held.optimizer, held.reference)
 
 
 def measure_small(run: RunConfig) -> Held:
