@@ -44,10 +44,13 @@ def run_to_megatron(
         UserError: a directory that cannot be converted, an output that exists, sides that differ.
     """
     return_freed_memory()
-    check_layout(layout, from_hf_config(hf))
+    architecture = from_hf_config(hf)
+    check_layout(layout, architecture)
     section = ParallelSection()
     if with_verify:
-        section = ParallelSection(tp=layout.tp, pp=layout.pp, ep=layout.ep)
+        # Experts with biases are stored as tp would cut them, and run uncut.
+        etp = 1 if architecture.all_biases else None
+        section = ParallelSection(tp=layout.tp, pp=layout.pp, ep=layout.ep, etp=etp)
     with parallel_context(section) as parallel:
         with ByteProgress("converting") as progress:
             convert_from_hf(

@@ -132,7 +132,11 @@ def measure_turns(
         file: a line for what it is `of`, and one for each matrix that is done. One of other stages is begun
             again.
     """
-    shapes = {name: shape for name, shape in hf_shapes(architecture).items() if len(shape) == 2}
+    shapes = {
+        name: shape
+        for name, shape in hf_shapes(architecture).items()
+        if len(shape) == 2 and not name.endswith("bias")  # of all experts
+    }
     # Those of about one size side by side: a round takes as long as its largest.
     names = sorted(shapes, key=lambda name: (-shapes[name][0] * shapes[name][1], name))
     done = on_rank_zero(lambda: _read(file, of))
