@@ -271,7 +271,8 @@ def _attended(
     attended = attended.flatten(1)
     if num < len(query):
         attended = F.pad(attended, (0, 0, 0, len(query) - num))
-    return _row_parallel(attention.linear_proj, attended, group)
+    output = _row_parallel(attention.linear_proj, attended, group)
+    return output + attention.linear_proj.bias if attention.config.add_bias_linear else output
 
 
 def _attended_with_sinks(
@@ -310,8 +311,6 @@ def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tenso
     partial = F.linear(x, projection.weight)
     if group.size() > 1:
         dist.all_reduce(partial, group=group)
-    if projection.config.add_bias_linear:
-        partial = partial + projection.bias
     return _adapted(projection, x, partial)
 
 
