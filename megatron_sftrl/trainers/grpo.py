@@ -336,7 +336,9 @@ class GrpoTrainer:
     ) -> None:
         config, parallel, tokenizer = run.config, run.parallel, checked.tokenizer
         self.run, self.config, self.engine, self.valid, self.tokenizer = run, config, engine, valid, tokenizer
-        self.sft_term, self._looks_ahead = sft_term, looks_ahead
+        self.sft_term = sft_term
+        # An update draws dropout, an engine does not: the policy that sampled is the one without.
+        self._looks_ahead = looks_ahead or (config.lora is not None and config.lora.dropout > 0)
         self.samples: SampleLog | None = None  # rank 0 opens it once the run directory is the run's own
         self.sampling = SamplingParams(
             temperature=config.rollout.temperature,
