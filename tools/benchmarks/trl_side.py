@@ -111,7 +111,7 @@ def grpo_trainer(rows: list[dict], settings: dict[str, Any], clock: Clock) -> GR
     )
 
 
-def even_words(completions: list[list[dict[str, str]]], **_: object) -> list[float]:
+def even_words(completions: list[list[dict[str, str]]], **_: object) -> list[float | None]:
     """The reward that beside_trl.py registers with ours."""
     texts = [completion[0]["content"].split() for completion in completions]
     return [float(sum(word[-1] in "02468" for word in words)) for words in texts]
