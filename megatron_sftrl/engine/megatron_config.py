@@ -102,7 +102,7 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         # As in transformers: logits of a softmax in the model's dtype, of sigmoids in fp32, both of these in
         # fp32, and every token reaches its experts.
         moe_router_score_function=mixture.routing if mixture else "softmax",
-        moe_router_dtype="fp32" if mixture and mixture.routing == "sigmoid" else None,
+        **({"moe_router_dtype": "fp32"} if mixture and mixture.routing == "sigmoid" else {}),
         moe_router_num_groups=mixture.num_groups if mixture and mixture.num_groups > 1 else None,
         moe_router_group_topk=mixture.groups_per_token if mixture and mixture.num_groups > 1 else None,
         moe_router_topk_scaling_factor=mixture.weights_factor

@@ -183,20 +183,8 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     tie_embeddings = reader.flag("tie_word_embeddings", line.tie_word_embeddings)
     read_mixture = _mixture_values if line.mixture is None or line.mixture.routing == "softmax" else _sigmoid
     mixture = read_mixture(reader, line, num_layers)
-    qkv_bias = has_qkv_bias(line.family)
-    if line.bias_key is not None:
-        qkv_bias = reader.flag(line.bias_key, qkv_bias)
-    qk_norm = has_qk_norm(line.family)
-    if line.qk_norm_key is not None:
-        qk_norm = reader.flag(line.qk_norm_key, qk_norm)
-    if line.all_biases and not reader.flag("attention_bias", default=True):
-        reader.say("attention_bias", f" False: {line.architecture} is only built with all of its biases")
-    gate: dict[str, float] = {}
-    if "swiglu_limit" in line.keys:
-        gate = {
-            "gate_slope": reader.number("swiglu_alpha", _SLOPE),
-            "gate_limit": reader.number("swiglu_limit", _LIMIT),
-        }
+    qkv_bias, qk_norm = _biases_and_norms(reader, line)
+    gate = _gate(reader, line)
     multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
     if head_dim is not None and rope.mscale_all_dim:
         multipliers["attention_multiplier"] = latent_attention_multiplier(rope, head_dim)
@@ -235,6 +223,28 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
     return architecture, tuple(f"{file}: {note}" for note in dict.fromkeys(reader.notes))
+
+
+def _biases_and_norms(reader: JsonReader, line: HfFamily) -> tuple[bool, bool]:
+    """Whether q, k and v have biases, and whether q and k are normalised."""
+    qkv_bias, qk_norm = has_qkv_bias(line.family), has_qk_norm(line.family)
+    if line.bias_key is not None:
+        qkv_bias = reader.flag(line.bias_key, qkv_bias)
+    if line.qk_norm_key is not None:
+        qk_norm = reader.flag(line.qk_norm_key, qk_norm)
+    if line.all_biases and not reader.flag("attention_bias", default=True):
+        reader.say("attention_bias", f" False: {line.architecture} is only built with all of its biases")
+    return qkv_bias, qk_norm
+
+
+def _gate(reader: JsonReader, line: HfFamily) -> dict[str, float]:
+    """Of the MLP, where a file can say it."""
+    if "swiglu_limit" not in line.keys:
+        return {}
+    return {
+        "gate_slope": reader.number("swiglu_alpha", _SLOPE),
+        "gate_limit": reader.number("swiglu_limit", _LIMIT),
+    }
 
 
 def _num_query_groups(reader: JsonReader, line: HfFamily, heads: int) -> int:

@@ -50,7 +50,7 @@ def refusal(tmp_path: Path, content: dict[str, object]) -> str:
         ),
         ({"model_type": "qwen3"}, "model_type 'qwen3' contradicts architectures"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}: only quant_method fp8"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config ({'bits': 4}): quantised weights cannot"),
         ({"quantization_config": {"quant_method": "fp8"}}, "only quant_method fp8 (e4m3) with weight_block"),
         ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "only quant_method fp8 (e4m3) with weight_block"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
@@ -274,7 +274,7 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
         ),
         ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "(awq): quantised weights cannot be"),
         ("gpt_oss", {"quantization_config": {"quant_method": "bitsandbytes"}}, "(bitsandbytes): quantised"),
-        ("gpt_oss", {"quantization_config": {"quant_method": "modelopt"}}, "or one of mxfp4, which is"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "modelopt"}}, "weight_block_size or mxfp4 is"),
         (
             "qwen3",
             {"quantization_config": {"quant_method": "mxfp4"}},
