@@ -21,7 +21,9 @@ def generate_with(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> N
         torch.empty(2**60, dtype=torch.uint8)  # more than any address space
 
     monkeypatch.setattr(in_process, "generate_in_flight", forward)
-    parallel: Any = SimpleNamespace(rank=0, dp_rank=0, dp_size=1)
+    places = {"dp_rank": 0, "tp_rank": 0, "pp_rank": 0, "cp_rank": 0}
+    sizes = {"dp_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1}
+    parallel: Any = SimpleNamespace(rank=0, **places, **sizes)
     architecture = SimpleNamespace(max_position_embeddings=64, vocab_size=8)
     config = SimpleNamespace(context_parallel_size=1, fp8=None, fp4=None)
     policy: Any = SimpleNamespace(architecture=architecture, config=config)
