@@ -236,7 +236,8 @@ _MIXTRAL_ROUTER = re.compile(r"(.*\.)mlp\.gate\.weight")
 
 def _experts_apart(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
     """The tensors under their published names, one of each expert; UserError: an expert is there twice."""
-    if not any(_STACK.fullmatch(name) for name in tensors):
+    # Those with biases beside them are published so (GPT-OSS).
+    if not any(_STACK.fullmatch(name) and f"{name}_bias" not in tensors for name in tensors):
         return tensors
     is_mixtral = "mixtral" in str(_config_value(directory, "architectures")).lower()
     is_mixtral |= _config_value(directory, "model_type") == "mixtral"
