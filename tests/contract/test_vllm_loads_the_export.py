@@ -36,17 +36,17 @@ SIZES = {
 }
 MODELS: dict[str, tuple[str, dict]] = {
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
     "llama tied": ("llama_tied", {}),
-    "llama with llama3 rope": ("llama_llama3", {}),
     "llama with yarn rope": ("llama_yarn", {}),
     "ministral3": ("ministral3", {}),  # vLLM reads a key that transformers does not write
     "deepseek_v3": ("deepseek_v3", EXPERTS["deepseek_v3"]),  # as well
-    "mixtral": ("mixtral", {"intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 64}),
 }
 if is_full():
     MODELS |= {
+        "qwen3": ("qwen3", {}),
+        "llama with llama3 rope": ("llama_llama3", {}),
+        "mixtral": ("mixtral", {"intermediate_size": 64}),
         "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64}),
         "gpt_oss": ("gpt_oss", {"intermediate_size": 64, "swiglu_limit": 7.0}),
         "granite": ("granite", {}),

@@ -135,6 +135,7 @@ def measure(run: GrpoConfig, num_held_out: int) -> Held:
 
 
 SELDOM = ["fp32", "bf16, biases", "a large vocabulary", "a cache that grows twice", "tp 2", "dp 2"]
+SELDOM += ["an evaluation of many prompts"]
 
 
 @pytest.mark.parametrize("name", cases(GENERATIONS, rarely=SELDOM))
