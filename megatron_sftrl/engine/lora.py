@@ -208,7 +208,8 @@ def add_adapters(
                 is_wanted = any(_short(run.name) in section.names for run in tensor.rows)
                 if index != layer.layer_number - 1 or not is_wanted:
                     continue
-                path = key.removeprefix("decoder.layers.").removesuffix(".weight")
+                # Layers that are not alike have their number in the key.
+                path = key.removeprefix("decoder.layers.").removeprefix(f"{index}.").removesuffix(".weight")
                 linear = attrgetter(path)(layer)
                 adapter = Adapter(tensor, section, parallel, linear.weight.dtype)
                 adapter.initialize(section.init, seed)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 NUM_STEPS = 20 if is_full() else 6
 OPTIM = {"lr": 0.003, "eps": 1e-4, "weight_decay": 0.1, "clip_grad": 1.0}
-MODEL, MIXTURE = "qwen2_window", "qwen3_moe"  # the first: four layers, biases, a window, tied embeddings
+MODEL = "qwen2_window"  # the first: four layers, biases, a window, tied embeddings
 RANK, ALPHA = 4, 6.0
 LAYOUTS = {
     "one process": (1, {}, {}),
@@ -41,6 +41,11 @@ LAYOUTS = {
     "vp2": (2, {"pp": 2, "vp": 2}, {}),
     "cp2": (2, {"cp": 2}, {}),
     "ep2, attention of a mixture": (2, {"ep": 2}, {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "pp2, attention of a mixture with dense layers": (
+        2,
+        {"pp": 2},
+        {"targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    ),
     "dp2, distributed optimizer": (
         2,
         {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
@@ -50,7 +55,10 @@ LAYOUTS = {
 
 
 FUSED = ["sp2, Transformer Engine's layers"]
-MIXTURES = ["ep2, attention of a mixture"]
+MIXTURES = {
+    "ep2, attention of a mixture": "qwen3_moe",
+    "pp2, attention of a mixture with dense layers": "glm4_moe",
+}
 """Of LAYOUTS those with other layers, and with another model."""
 Part = tuple[str, tuple[int, ...]]
 """Name of a tensor, and where the part of a rank begins in it."""
@@ -199,7 +207,7 @@ def name(place: Any) -> Part:
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By model."""
-    found = {name: tmp_path_factory.mktemp("base") for name in (MODEL, MIXTURE)}
+    found = {name: tmp_path_factory.mktemp("base") for name in (MODEL, *MIXTURES.values())}
     for name, path in found.items():
         save_model(name, path)
     return found
@@ -236,7 +244,7 @@ def test_every_layout_trains_what_peft_trains(
     directories: dict[str, Path], truth_of: Callable[[str, str], Truth], layout: str
 ) -> None:
     world_size, parallel, lora = LAYOUTS[layout]
-    name = MIXTURE if layout in MIXTURES else MODEL
+    name = MIXTURES.get(layout, MODEL)
     truth = truth_of(name, json.dumps(lora))
     train = train_fused_layers if layout in FUSED else train_engine
     ranks = run_ranks(world_size, train, directories[name], parallel, lora, truth.start)
