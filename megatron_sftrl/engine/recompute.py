@@ -1,4 +1,4 @@
-"""What Megatron's own recomputation lacks: SwiGLU alone, and the padding in blocks that keep everything."""
+"""What is kept for a backward where Megatron keeps more than it needs: SwiGLU, and recomputation it lacks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
@@ -27,38 +28,46 @@ def own_modules(*, with_te: bool) -> tuple[str, ...]:
 def complete_recomputation(
     chunks: Sequence[torch.nn.Module], config: TransformerConfig, train: TrainSection
 ) -> None:
-    """Add to a policy's chunks what train.recompute asks for and Megatron's configuration does not do."""
+    """Add to a policy's chunks what train.recompute asks for and Megatron's configuration does not do.
+
+    Without train.recompute a SwiGLU that is not fused keeps as little as a fused one, to the same bits.
+    """
     with_te = config.transformer_impl == "transformer_engine"
     modules = recomputed_modules(train, is_mixture=config.num_moe_experts is not None, with_te=with_te)
     forgets = not set(own_modules(with_te=with_te)).isdisjoint(modules)
+    spares = not (with_te or config.bias_activation_fusion)
     for chunk in chunks:
         if config.recompute_method == "block" and config.moe_aux_loss_coeff:
             assert config.recompute_num_layers is not None
             _KeptBlocks(chunk.decoder, config.recompute_num_layers)
         for module in chunk.modules():
             # Megatron names the class of an expert's MLP itself, so that no spec could ask for another one.
-            if forgets and type(module) is MLP:
-                module.__class__ = ForgetfulMLP
-                if config.fp8:
+            if (forgets or spares) and type(module) is MLP:
+                module.__class__ = ForgetfulMLP if forgets else LeanMLP
+                if forgets and config.fp8:
                     # Else fc2 keeps its input in eight bits, and what is made again would serve nothing.
                     from megatron.core.extensions.transformer_engine import set_save_original_input
 
                     set_save_original_input(module.linear_fc2)
 
 
-class ForgetfulMLP(MLP):
-    """Megatron's MLP, which keeps fc1's output alone: [T, 2 F/tp] instead of 3 to 6 F/tp."""
+class LeanMLP(MLP):
+    """Megatron's MLP, which keeps of SwiGLU fc1's output and its own alone: [T, 3 F/tp] instead of 5 F/tp."""
+
+    forgets = False
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: object) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, per_token_scale)
         both, bias = self.linear_fc1(hidden_states)
         both = both if bias is None else both + bias
-        checkpoint = CheckpointWithoutOutput()
-        product = checkpoint.checkpoint(self._activated, both, per_token_scale)
-        output, bias = self.linear_fc2(product)
-        # fc2 has saved `product`, whose memory comes back before its backward.
-        checkpoint.discard_output_and_register_recompute(output)
+        if self.forgets:
+            checkpoint = CheckpointWithoutOutput()
+            output, bias = self.linear_fc2(checkpoint.checkpoint(self._activated, both, per_token_scale))
+            # fc2 has saved its input, whose memory comes back before its backward.
+            checkpoint.discard_output_and_register_recompute(output)
+        else:
+            output, bias = self.linear_fc2(self._activated(both, per_token_scale))
         if bias is not None and per_token_scale is not None:
             output, bias = output + (bias * per_token_scale.unsqueeze(-1)).to(output.dtype), None
         return output, bias
@@ -66,15 +75,48 @@ class ForgetfulMLP(MLP):
     def _activated(self, both: Tensor, per_token_scale: Tensor | None) -> Tensor:
         """Gate (first half) * second half, times the router's weight of each token, as Megatron does it."""
         scale = None if per_token_scale is None else per_token_scale.unsqueeze(-1)
+        limit = self.config.activation_func_clamp_value
         if self.config.bias_activation_fusion:
             if scale is None:
                 return bias_swiglu_impl(both, None)
             return weighted_bias_swiglu_impl(both, None, scale)
-        gate, linear = both.chunk(2, dim=-1)
-        if (limit := self.config.activation_func_clamp_value) is not None:
-            gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
-        product = self.config.activation_func(gate) * (linear + self.config.glu_linear_offset)
+        if self.config.activation_func is F.silu and not self.config.glu_linear_offset and limit is None:
+            product = swiglu(both)
+        else:
+            gate, linear = both.chunk(2, dim=-1)
+            if limit is not None:
+                gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
+            product = self.config.activation_func(gate) * (linear + self.config.glu_linear_offset)
         return product if scale is None else (product * scale).to(product.dtype)
+
+
+class ForgetfulMLP(LeanMLP):
+    """Megatron's MLP, which keeps fc1's output alone: [T, 2 F/tp] instead of 3 to 6 F/tp."""
+
+    forgets = True
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """silu(first half) * second half, [T, 2 F/tp] -> [T, F/tp]; autograd's own bits, without its copies.
+
+    Megatron's function for this rounds each step of its backward where nothing compiles it.
+    """
+    return _SwiGLU.apply(both)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, linear = both.chunk(2, dim=-1)
+        return F.silu(gate) * linear
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        gate, linear = both.chunk(2, dim=-1)
+        gate_grad = torch.ops.aten.silu_backward(grad * linear, gate)
+        return torch.cat((gate_grad, grad * F.silu(gate)), dim=-1)
 
 
 class _KeptBlocks:

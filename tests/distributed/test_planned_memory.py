@@ -379,7 +379,7 @@ def test_recomputing_frees_what_the_plan_says(name: str) -> None:
     step = replace(plain, **{"recompute": "selective", **FREED[name]})
     before, after = (run_ranks(1, measure_step, run_of(each), each)[0].peak for each in (plain, step))
     planned = planned_peak(plain, 0) - planned_peak(step, 0)
-    assert before - after > 0.1 * before
+    assert before - after > 0.08 * before
     assert planned == pytest.approx(before - after, rel=0.1)
 
 

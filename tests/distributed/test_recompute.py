@@ -40,9 +40,19 @@ def ways(model: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def train(context: Any, parallel: dict[str, Any], model: dict[str, Any], how: dict[str, Any]) -> list[Step]:
+def train(
+    context: Any,
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+    how: dict[str, Any],
+    *,
+    with_megatrons: bool = False,
+) -> list[Step]:
     """(loss, gradient norm, load-balancing loss if any, every gradient) of two steps of this rank."""
+    from megatron.core.transformer.mlp import MLP
+
     from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.engine.recompute import LeanMLP
     from megatron_sftrl.losses.registry import build_loss
 
     tree = make_config(parallel, **model).model_dump(exclude_unset=True)
@@ -51,6 +61,12 @@ def train(context: Any, parallel: dict[str, Any], model: dict[str, Any], how: di
     run = RunConfig.model_validate(tree)
     assert run.model.architecture is not None
     policy = PolicyEngine(from_section(run.model.architecture), run, context)
+    lean: list[torch.nn.Module] = [
+        module for chunk in policy.chunks for module in chunk.modules() if isinstance(module, LeanMLP)
+    ]
+    assert lean, "Megatron's own MLP runs: its name or its fusion has changed"
+    for module in lean if with_megatrons else []:
+        module.__class__ = MLP
     found = []
     for step in range(2):
         batches = step_batches(
@@ -96,3 +112,43 @@ def differing(parallel: dict[str, Any], model: dict[str, Any]) -> list[str]:
 def test_recomputing_changes_no_loss_and_no_gradient(layout: str) -> None:
     world_size, parallel, model = LAYOUTS[layout]
     assert run_ranks(world_size, differing, parallel, model) == [[]] * world_size
+
+
+def differing_from_megatrons(model: dict[str, Any]) -> list[str]:
+    """What a policy computes otherwise than one with Megatron's own MLP."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.parallel import initialize_parallel
+
+    context = initialize_parallel(ParallelSection())
+    ours, theirs = (train(context, {}, model, {}, with_megatrons=which) for which in (False, True))
+    parallel_state.destroy_model_parallel()
+    problems = [] if ours[0][0] != ours[1][0] else ["nothing was learned: the test is blind"]
+    for mine, true in zip(ours, theirs, strict=True):
+        if mine[:3] != true[:3]:
+            problems.append(f"{mine[:3]}, expected {true[:3]}")
+        for (place, gradient), (_, expected) in zip(mine[3], true[3], strict=True):
+            if not torch.equal(gradient, expected):
+                problems.append(f"gradient of {place}")
+    return problems
+
+
+@pytest.mark.parametrize("model", [{}, QWEN3_MOE], ids=["dense", "experts"])
+def test_a_lean_mlp_computes_megatrons_bits(model: dict[str, Any]) -> None:
+    assert run_ranks(1, differing_from_megatrons, model) == [[]]
+
+
+def test_swiglu_rounds_as_autograd_does_in_bf16() -> None:
+    from megatron_sftrl.engine.recompute import swiglu
+
+    both, grad = torch.randn(2, 7, 32, generator=torch.manual_seed(0)).bfloat16()
+    ours, plain = both.clone().requires_grad_(), both.clone().requires_grad_()
+    gate, linear = plain.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * linear
+    product = swiglu(ours)
+    product.backward(grad[:, :16])
+    expected.backward(grad[:, :16])
+    assert torch.equal(product, expected)
+    assert ours.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(ours.grad, plain.grad)

@@ -185,17 +185,25 @@ def _latent_bytes(a: Architecture, latent: Latent, grid: Grid, batch: Microbatch
     return total
 
 
-# Times [tokens, F] that a SwiGLU keeps for its backward: both halves of fc1 and the product that fc2 reads;
-# Megatron's unfused one, which the CPU runs, also silu and the shifted linear half, and with experts the
-# product before it is weighted by the router.
+# Times [tokens, F] of fc1's output, which has both halves.
 _FC1_OUTPUT = 2
-_SWIGLU = {"torch": (5, 6), "transformer_engine": (3, 3)}
+
+
+def _kept_products(a: Architecture, batch: Microbatch, *, routed: bool, shared: bool = False) -> int:
+    """Times [tokens, F] that a SwiGLU keeps for its backward: fc1's output and the product that fc2 reads.
+
+    Unfused, as the CPU runs it, with routed experts also the product before the router weights it. Megatron's
+    own unfused one, that of shared experts and of clamped gates, also silu and the shifted linear half.
+    """
+    if batch.kernels == "transformer_engine":
+        return 3
+    return 3 + routed + 2 * (shared or a.gate_limit is not None)
 
 
 def _mlp_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     """Norm, fc1 and SwiGLU."""
     norms = _num_norms(a) * _norm_bytes(a.hidden_size, batch)
-    return norms + _SWIGLU[batch.kernels][0] * _widest(a, grid, batch)
+    return norms + _kept_products(a, batch, routed=False) * _widest(a, grid, batch)
 
 
 def _num_norms(a: Architecture) -> int:
@@ -210,9 +218,9 @@ def _expert_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     router = batch.residual_tokens * (
         a.mixture.experts_per_token * (2 * _INT64 + _FP32) + a.mixture.num_experts * (1 + batch.element)
     )
-    swiglu = _SWIGLU[batch.kernels][1] * _widest(a, grid, batch)
+    swiglu = _kept_products(a, batch, routed=True) * _widest(a, grid, batch)
     shared = batch.tokens * (a.mixture.shared_width // grid.tp) * batch.element
-    swiglu += _SWIGLU[batch.kernels][0] * shared
+    swiglu += _kept_products(a, batch, routed=False, shared=True) * shared
     norms = _num_norms(a) * _norm_bytes(a.hidden_size, batch)
     return norms + router + tokens * a.hidden_size * batch.element + swiglu
 
@@ -233,7 +241,8 @@ def _freed_bytes(a: Architecture, grid: Grid, batch: Microbatch, modules: tuple[
     if "moe" in modules:
         mlp += _expert_bytes(a, grid, batch) - norm
     if "mlp_act" in modules or "moe_act" in modules:
-        mlp += (_SWIGLU[batch.kernels][a.mixture is not None] - _FC1_OUTPUT) * _widest(a, grid, batch)
+        kept = _kept_products(a, batch, routed=a.mixture is not None)
+        mlp += (kept - _FC1_OUTPUT) * _widest(a, grid, batch)
     return attention, mlp
 
 
