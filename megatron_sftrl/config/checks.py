@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
-from megatron_sftrl.config.lora import ATTENTION_TARGETS
 from megatron_sftrl.config.schema import (
     GrpoConfig,
     ParallelSection,
@@ -186,7 +185,7 @@ def check_run(
         *_length_problems(config, architecture),
         *_reference_problems(config, loss_needs),
         *_schedule_problems(config),
-        *_lora_problems(config, architecture),
+        *_lora_problems(config),
         *_rollout_problems(config, loss_needs),
         *_idle_problems(config),
     ]
@@ -514,30 +513,20 @@ def _schedule_problems(config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _lora_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
-    if (lora := config.lora) is None:
+def _lora_problems(config: TrainingConfig) -> Iterator[str]:
+    if config.lora is None:
         return
-    if architecture.mixture is not None and (experts := sorted({*lora.names} - {*ATTENTION_TARGETS})):
+    if (checkpoint := config.model.init_checkpoint) is not None:
         yield (
-            f"lora.targets: a mixture of experts has {', '.join(experts)} in its experts, for which there "
-            f"are no adapters: choose among {', '.join(ATTENTION_TARGETS)}"
+            "lora trains adapters over the weights of a Hugging Face directory, and model.init_checkpoint is "
+            f"none: make one of it with `sftrl convert to-hf --checkpoint {checkpoint} --out DIR`, and give "
+            "that as model.hf in place of model.init_checkpoint"
         )
-        return
-    if config.model.hf is None:
-        yield (
-            "lora trains adapters over the weights of a Hugging Face directory: give it as model.hf (a "
-            "checkpoint becomes one with sftrl convert to-hf)"
-        )
+    elif config.model.hf is None:
+        yield "lora trains adapters over the weights of a Hugging Face directory: give it as model.hf"
     reference = config.reference
     if reference is not None and reference.placement == "offload" and reference.checkpoint is None:
         yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"
-    queries = architecture.num_attention_heads * architecture.head_dim
-    keys = architecture.num_query_groups * architecture.head_dim
-    other_side = {"q_proj": queries, "o_proj": queries, "k_proj": keys, "v_proj": keys}
-    for name in lora.names:
-        side = min(architecture.hidden_size, other_side.get(name, architecture.ffn_hidden_size))
-        if lora.rank > side:
-            yield f"lora.rank = {lora.rank} is larger than {name}, whose smaller side is {side}: lower it"
 
 
 def _rollout_problems(config: TrainingConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:

@@ -10,9 +10,26 @@ from pydantic import Field
 from megatron_sftrl.config.data import Section
 from megatron_sftrl.config.paths import ExpandedPath
 
-LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ATTENTION_TARGETS: tuple[LoraTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-_ALL: tuple[LoraTarget, ...] = get_args(LoraTarget)
+LoraTarget = Literal[
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "q_a_proj",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "w1",
+    "w3",
+    "w2",
+]
+WholeWeight = Literal["embed_tokens", "lm_head"]
+ALL_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 
 class LoraSection(Section):
@@ -23,8 +40,11 @@ class LoraSection(Section):
     alpha: float = Field(gt=0, allow_inf_nan=False)
     """scale = alpha / rank, with rslora alpha / sqrt(rank)."""
     targets: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
-    """The matrices that get an adapter, by their Hugging Face names: [q_proj, v_proj]. all-linear: all of
-    attention and MLP."""
+    """The matrices that get an adapter, by their Hugging Face names: [q_proj, v_proj]; of a mixture every
+    expert's. all-linear: all of attention, MLP and experts; a router stays as it is."""
+    modules_to_save: list[WholeWeight] = Field(default_factory=list)
+    """What is trained whole, beside the adapters: embed_tokens, lm_head, of a model that has both of them. A
+    reference has a copy of these weights."""
     dropout: float = Field(ge=0, lt=1, default=0.0)
     """Share of the entries of x that A does not see, drawn in each training forward; the others grow to make
     up for them. The matrices of one layer (q, k and v; gate and up) share a draw."""
@@ -43,5 +63,7 @@ class LoraSection(Section):
 
     @property
     def names(self) -> tuple[LoraTarget, ...]:
-        """The matrices that get an adapter, in the order of a block."""
-        return _ALL if self.targets == "all-linear" else tuple(each for each in _ALL if each in self.targets)
+        """The matrices that get an adapter where a model has them, in the order of a block."""
+        if self.targets == "all-linear":
+            return ALL_TARGETS
+        return tuple(each for each in ALL_TARGETS if each in self.targets)

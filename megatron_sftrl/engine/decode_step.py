@@ -231,14 +231,12 @@ def _latent_attention(
     latent: Latent = attention.latent
     assert turn is not None
     if latent.query_rank is None:
-        query = F.linear(x, attention.linear_q_proj.weight)
+        query = _linear(attention.linear_q_proj, x)
     else:
-        query = attention.q_layernorm(F.linear(x, attention.linear_q_down_proj.weight))
-        query = F.linear(query, attention.linear_q_up_proj.weight)
-    small, turning = F.linear(x, attention.linear_kv_down_proj.weight).split(
-        [latent.rank, latent.rope_dim], -1
-    )
-    both = F.linear(attention.kv_layernorm(small), attention.linear_kv_up_proj.weight)
+        query = attention.q_layernorm(_linear(attention.linear_q_down_proj, x))
+        query = _linear(attention.linear_q_up_proj, query)
+    small, turning = _linear(attention.linear_kv_down_proj, x).split([latent.rank, latent.rope_dim], -1)
+    both = _linear(attention.linear_kv_up_proj, attention.kv_layernorm(small))
 
     def turned(part: Tensor) -> Tensor:
         return _turned(part[:, :, None], turn)[:, :, 0]
@@ -293,8 +291,7 @@ def _attended_with_sinks(
 
 
 def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    both = _adapted(mlp.linear_fc1, x, F.linear(x, mlp.linear_fc1.weight))
-    gate, up = both.chunk(2, dim=-1)
+    gate, up = _linear(mlp.linear_fc1, x).chunk(2, dim=-1)
     if mlp.config.bias_activation_fusion:
         gate = gate.float()  # the kernel rounds its result alone
     return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up).to(x.dtype), group)
@@ -312,6 +309,10 @@ def _row_parallel(projection: Any, x: Tensor, group: dist.ProcessGroup) -> Tenso
     if group.size() > 1:
         dist.all_reduce(partial, group=group)
     return _adapted(projection, x, partial)
+
+
+def _linear(projection: Any, x: Tensor) -> Tensor:
+    return _adapted(projection, x, F.linear(x, projection.weight))
 
 
 def _adapted(projection: Any, x: Tensor, output: Tensor) -> Tensor:

@@ -33,15 +33,15 @@ class LiveWeights:
     """
 
     parts: Mapping[str, Mapping[Region, Tensor]]
-    added: Mapping[str, LowRank]
+    added: Mapping[str, Sequence[LowRank]]
 
     def read(self, name: str, region: Region) -> Tensor:
         """`region`, which lies inside one part: a view, or with adapters a copy that they are merged into."""
         for place, view in self.parts[name].items():
             if place.intersect(region) == region:
                 weight = view[region.relative_to(place.start).slices]
-                low_rank = self.added.get(name)
-                return weight if low_rank is None else low_rank.merged(weight, region)
+                low_ranks = [each for each in self.added.get(name, ()) if each.has(region)]
+                return low_ranks[0].merged(weight, region) if low_ranks else weight
         raise AssertionError(f"{name} {region} lies in none of {list(self.parts[name])}")
 
     def regions(self) -> dict[str, tuple[Region, ...]]:

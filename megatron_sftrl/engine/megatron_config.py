@@ -279,8 +279,6 @@ def _latent_problems(run: TrainingConfig, architecture: Architecture, *, with_te
             f"model.layers = {run.model.layers}: latent attention ({architecture.family}) does not know "
             "Transformer Engine's layers yet: set model.layers = torch"
         )
-    if architecture.latent is not None and run.lora is not None:
-        yield f"lora does not know latent attention ({architecture.family}) yet: remove it"
 
 
 def _sink_problems(run: TrainingConfig, architecture: Architecture, *, with_te: bool) -> Iterator[str]:

@@ -125,20 +125,27 @@ class LanguageModel(GPTModel):
         divisor = self.architecture.logits_divisor if self.post_process else 1.0
         return hidden_states if divisor == 1 else hidden_states / divisor
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Output layer on the last stage: [T, 1, H] (or its sequence-parallel share) -> [T, V_padded/tp]."""
-        weight = self.output_weight() if self.share_embeddings_and_output_weights else None
+    def logits(self, hidden_states: Tensor, *, weight: Tensor | None = None) -> Tensor:
+        """Output layer on the last stage: [T, 1, H] (or its sequence-parallel share) -> [T, V_padded/tp].
+
+        Args:
+            weight: in place of its own.
+        """
+        if weight is None and self.share_embeddings_and_output_weights:
+            weight = self.output_weight()
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return logits.squeeze(1)
 
-    def output(self, hidden_states: Tensor, *, chunk_bytes: int | None = None) -> OutputLayer:
+    def output(
+        self, hidden_states: Tensor, *, chunk_bytes: int | None = None, weight: Tensor | None = None
+    ) -> OutputLayer:
         """The same for a caller that makes the logits itself, a chunk of tokens at a time."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
             whole = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        weight = self.output_weight()
+        weight = self.output_weight() if weight is None else weight
         return OutputLayer(
             hidden=whole.squeeze(1),
             weight=weight,

@@ -38,18 +38,23 @@ Fused = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputHead:
-    """A model's last stage and its hidden states, after the final norm: [T, 1, H], or [T/tp, 1, H] split."""
+    """A model's last stage and its hidden states, after the final norm: [T, 1, H], or [T/tp, 1, H] split.
+
+    Args:
+        weight: of the output layer, where it is not the model's own.
+    """
 
     model: LanguageModel
     hidden_states: Tensor
+    weight: Tensor | None = None
 
     def layer(self, *, chunk_bytes: int | None = None) -> OutputLayer:
         """The output layer, no logits made."""
-        return self.model.output(self.hidden_states, chunk_bytes=chunk_bytes)
+        return self.model.output(self.hidden_states, chunk_bytes=chunk_bytes, weight=self.weight)
 
     def logits(self) -> Tensor:
         """[T, V_padded/tp]"""
-        return self.model.logits(self.hidden_states)
+        return self.model.logits(self.hidden_states, weight=self.weight)
 
 
 class Objective:

@@ -37,6 +37,7 @@ class ParallelContext:
             of its ranks run the same number of micro-batches.
         ep_rank, ep_size: rank r holds experts [r * E / ep, (r + 1) * E / ep).
         edp_group: the ranks that hold the same experts.
+        etp_group: the ranks that hold the slices of the same experts, and see the same tokens there.
         etp_rank, etp_size: place of this rank's slice in each of its experts.
         vp_size: model chunks on this pipeline stage.
         timeout: after which a collective that waits for a rank fails; for groups that are made later.
@@ -52,6 +53,7 @@ class ParallelContext:
     dp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     edp_group: dist.ProcessGroup
+    etp_group: dist.ProcessGroup
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -136,6 +138,7 @@ def initialize_parallel(
         dp_cp_group=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ep_group=_group(parallel_state.get_expert_model_parallel_group()),
         edp_group=_group(parallel_state.get_expert_data_parallel_group()),
+        etp_group=_group(parallel_state.get_expert_tensor_parallel_group()),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=section.tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.determinism import named_operator
-from megatron_sftrl.engine.lora import add_adapters
+from megatron_sftrl.engine.lora import add_adapters, lora_targets
 from megatron_sftrl.engine.megatron_config import check_fp8, transformer_config
 from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
 from megatron_sftrl.engine.model import (
@@ -197,10 +197,12 @@ class PolicyEngine:
         """What checkpoint.json says about the adapters and their base; None without LoRA."""
         if self.lora is None:
             return None
+        whole = {"modules_to_save": list(self.lora.modules_to_save)} if self.lora.modules_to_save else {}
         return {
+            **whole,  # older records have no such key
             "rank": self.lora.rank,
             "alpha": self.lora.alpha,
-            "targets": list(self.lora.names),
+            "targets": lora_targets(self.architecture, self.lora),
             "rslora": self.lora.rslora,
             "dropout": self.lora.dropout,
             "base": self.base.weights if self.base else None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.config.schema import ReferenceSection, TrainingConfig
-from megatron_sftrl.engine.lora import adapter_parameters, other_adapters
+from megatron_sftrl.engine.lora import other_adapters, trained_weights, whole_weights
 from megatron_sftrl.engine.megatron_config import transformer_config
 from megatron_sftrl.engine.model import LanguageModel, build_model_chunks
 from megatron_sftrl.engine.objective import OutputHead
@@ -219,6 +219,8 @@ class ReferenceModel:
 class SharedReference(ReferenceModel):
     """The policy's own weights with other adapters, for a run that trains adapters: no second copy of them.
 
+    What is trained beside adapters (lora.modules_to_save) it has a copy of, from the start.
+
     Args:
         chunks: the policy's.
         keeps_start: the adapters' start adds something, so that the reference has a copy of it.
@@ -236,24 +238,31 @@ class SharedReference(ReferenceModel):
     ) -> None:
         self.section, self.parallel, self.chunks = section, parallel, list(chunks)
         self._host = None
-        self._own: dict[int, Tensor] = {}
         if keeps_start or section.kind == "moving_average":
-            self._own = {
-                id(each): each.detach().to(torch.float32, copy=True) for each in adapter_parameters(chunks)
-            }
+            kept = trained_weights(chunks)
+        else:
+            kept = whole_weights(chunks)
+        dtype = torch.float32 if section.kind == "moving_average" else None
+        self._own = {id(each): each.detach().to(dtype or each.dtype, copy=True) for each in kept}
 
     def averages(self) -> Mapping[int, Tensor]:
-        """By the id() of an adapter of the policy, the reference's, fp32; empty where it has none."""
-        return self._own
+        """By the id() of a trained weight of the policy, the average of it, fp32."""
+        return self._own if self.section.kind == "moving_average" else {}
+
+    def head(self, hidden_states: Tensor) -> OutputHead:
+        last = self.chunks[-1]
+        own = self._own.get(id(last.output_weight()))
+        weight = None if own is None else own.to(last.config.params_dtype)
+        return OutputHead(model=last, hidden_states=hidden_states, weight=weight)
 
     def _as_reference(self) -> contextlib.AbstractContextManager[None]:
-        return other_adapters(self.chunks, self._own or None)
+        return other_adapters(self.chunks, self._own)
 
     def _pairs(self, policy_chunks: Sequence[LanguageModel]) -> list[tuple[Tensor, Tensor]]:
         for chunk in policy_chunks:
             chunk.wait_for_weights()
         return [
-            (self._own[id(each)], each) for each in adapter_parameters(policy_chunks) if id(each) in self._own
+            (self._own[id(each)], each) for each in trained_weights(policy_chunks) if id(each) in self._own
         ]
 
     def _rounded(self) -> list[tuple[Tensor, Tensor]]:

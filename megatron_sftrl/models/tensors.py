@@ -9,7 +9,7 @@ Loading, saving, the conversion tools and the resharding to a rollout engine all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -105,6 +105,9 @@ _EMBEDDING = _Rule(
 )
 _FINAL_NORM = _Rule(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",))
 _OUTPUT = _Rule(megatron="output_layer.weight", hf=("lm_head.weight",), shard="rows")
+
+WHOLE_WEIGHTS = {rule.hf[0].split(".")[-2]: (rule.hf[0], rule.megatron) for rule in (_EMBEDDING, _OUTPUT)}
+"""By the names of lora.modules_to_save, the tensor's name in Hugging Face's files and in Megatron's model."""
 
 _QKV = _Rule(
     megatron="self_attention.linear_qkv.weight",
@@ -291,6 +294,7 @@ class MegatronTensor:
         shape: (rows,) or (rows, columns).
         shard: the dimension that tensor parallelism cuts; None for a tensor that every rank has whole.
         num_parts: equal parts of the rows that tensor parallelism cuts one by one (2 for a gated MLP).
+        num_blocks: see `blocks`.
         is_expert: expert parallelism spreads it, and etp cuts it instead of tp.
         has_padding: rows of padding may follow in a model (vocabulary).
         rows: what it is made of, in order.
@@ -304,12 +308,24 @@ class MegatronTensor:
     shape: tuple[int, ...]
     shard: Shard | None
     num_parts: int
+    num_blocks: int
     is_expert: bool
     has_padding: bool
     rows: tuple[HfRows, ...]
     layer: int | None
     expert: int | None
     is_fp32: bool
+
+    @property
+    def num_turns(self) -> int:
+        """How often each of the blocks has its turn."""
+        return len(self.rows) // self.num_blocks
+
+    @property
+    def blocks(self) -> tuple[HfRows, ...]:
+        """What takes turns in the rows: q, k and v, or gate and up; of matrices of their own or of one."""
+        firsts = self.rows[: self.num_blocks]
+        return tuple(replace(first, num_rows=first.num_rows * self.num_turns) for first in firsts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,6 +380,20 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         name: box if half is None else (*box[:-2], 2 * box[-2])
         for name, (box, half) in _boxes(architecture).items()
     }
+
+
+def hf_matrices(architecture: Architecture, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the blocks' matrices with such a short_name, by their full names."""
+    return {
+        name: shape
+        for name, shape in hf_shapes(architecture).items()
+        if len(shape) == 2 and name.startswith("model.layers.") and short_name(name) in names
+    }
+
+
+def short_name(name: str) -> str:
+    """q_proj of model.layers.0.self_attn.q_proj.weight."""
+    return name.split(".")[-2]
 
 
 def hf_boxes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -457,6 +487,7 @@ def _tensor(
         shape=(sum(run.num_rows for run in rows), *((columns,) if columns else ())),
         shard=rule.shard,
         num_parts=2 if rule.rows == "halves" else 1,
+        num_blocks=3 if rule.rows == "groups" else len(rows),
         is_expert=expert is not None,
         has_padding=rule in (_EMBEDDING, _OUTPUT),
         rows=rows,

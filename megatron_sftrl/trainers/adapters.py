@@ -23,7 +23,7 @@ from megatron_sftrl.engine.checkpoint import (
 )
 from megatron_sftrl.engine.checkpoint.directory import read_record
 from megatron_sftrl.engine.checkpoint.store import check_architecture
-from megatron_sftrl.engine.live_weights import load_hf_weights
+from megatron_sftrl.engine.live_weights import live_weights, load_hf_weights
 from megatron_sftrl.engine.lora import PREFIX, adapter_shapes, adapters_of
 from megatron_sftrl.engine.model import LanguageModel
 from megatron_sftrl.engine.parallel import ParallelContext
@@ -33,7 +33,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_tensor_file import read_safetensors_header
 from megatron_sftrl.models.hf_weights import HfWeights, mismatch_lines, open_weights
-from megatron_sftrl.models.tensors import Region
+from megatron_sftrl.models.tensors import WHOLE_WEIGHTS, Region
 from megatron_sftrl.trainers.origins import hash_of_weights
 
 LOGGER = logging.getLogger(__name__)
@@ -49,30 +49,46 @@ class StoredAdapters:
 
     Args:
         lora: of the checkpoint's record.
+        vocab_size: of the model.
     """
 
-    def __init__(self, path: Path, lora: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, lora: Mapping[str, Any], vocab_size: int) -> None:
         self.lora = lora
         self._stored = StoredTensors(path)
         self.scale = LoraSection.model_validate({key: lora[key] for key in _SCALED}).scale
-        self.kinds = {
-            key.removeprefix(_STORED): (self._stored.dtypes[key], shape)
-            for key, shape in self._stored.shapes.items()
-            if key.startswith(_STORED)
+        whole = (WHOLE_WEIGHTS[name] for name in lora.get("modules_to_save", ()))
+        self._keys = {hf: f"policy.{megatron}" for hf, megatron in whole}
+        self.whole_names = (*self._keys,)
+        """Of weights that were trained as they are."""
+        self._keys |= {
+            key.removeprefix(_STORED): key for key in self._stored.shapes if key.startswith(_STORED)
         }
-        """Dtype and shape of A and B of each matrix, by PEFT's names inside the model."""
+        self.kinds = {name: (self._stored.dtypes[key], self._shape(key)) for name, key in self._keys.items()}
+        """Dtype and shape of those, and of A and B of each matrix, by PEFT's names inside the model."""
+        for name in self.whole_names:
+            dtype, (_, columns) = self.kinds[name]
+            self.kinds[name] = dtype, (vocab_size, columns)  # rows of padding may follow
 
-    def read(self, name: str) -> Tensor:
+    def _shape(self, key: str) -> tuple[int, int]:
+        rows, columns = self._stored.shapes[key]
+        return rows, columns
+
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> Tensor:
+        """Of the weight or the A or B of that name `part`, the whole without."""
         dtype, shape = self.kinds[name]
-        whole = torch.empty(shape, dtype=dtype)
-        self._stored.read_into(whole, _STORED + name, (0, 0))
-        return whole
+        places = [each.indices(size) for each, size in zip(part or (slice(None),) * 2, shape, strict=True)]
+        found = torch.empty([stop - start for start, stop, _ in places], dtype=dtype)
+        self._stored.read_into(found, self._keys[name], tuple(start for start, _, _ in places))
+        return found
 
     def merged(self, name: str, weight: Tensor, part: tuple[slice, ...] = ()) -> Tensor:
-        """W + scale B A in fp32 of the Hugging Face weight `name`; the weight itself without an adapter.
+        """W + scale B A in fp32 of the Hugging Face weight `name`; the weight itself without an adapter, or
+        what was trained in its place.
 
         `part` is where `weight` lies in it, the whole without.
         """
+        if name in self.whole_names:
+            return self.read(name, part)
         module = name.removesuffix(".weight")
         if f"{module}.lora_A.weight" not in self.kinds:
             return weight
@@ -146,7 +162,8 @@ def open_merged(
         UserError: on every rank: what open_base refuses.
     """
     moved = None if Path(lora["base_path"]).is_dir() else base
-    return MergedWeights(open_base(path, lora, architecture, moved), StoredAdapters(path, lora))
+    weights = open_base(path, lora, architecture, moved)
+    return MergedWeights(weights, StoredAdapters(path, lora, architecture.vocab_size))
 
 
 def load_model(
@@ -202,6 +219,8 @@ def open_start(config: TrainingConfig, architecture: Architecture) -> HfWeights:
     if not problems:
         weights = HfWeights(directory, read_safetensors_header(directory / "adapter_model.safetensors"))
         expected = {_OUTER + name: shape for name, shape in adapter_shapes(architecture, lora).items()}
+        whole_shape = (architecture.vocab_size, architecture.hidden_size)
+        expected |= {_OUTER + WHOLE_WEIGHTS[name][0]: whole_shape for name in lora.modules_to_save}
         missing = [name for name in expected if name not in weights.shapes]
         unexpected = [name for name in weights.shapes if name not in expected]
         other = [
@@ -242,7 +261,6 @@ def _compared(said: Mapping[str, Any], lora: LoraSection) -> dict[str, tuple[Any
         "lora_bias": False,
         "fan_in_fan_out": False,
         "bias": "none",
-        "modules_to_save": None,
         "layers_to_transform": None,
         "trainable_token_indices": None,
         "target_parameters": None,
@@ -258,6 +276,7 @@ def _compared(said: Mapping[str, Any], lora: LoraSection) -> dict[str, tuple[Any
             sorted(targets) if isinstance(targets, list) and lora.targets != "all-linear" else targets,
             sorted(lora.names) if lora.targets != "all-linear" else targets,  # its tensors tell
         ),
+        "modules_to_save": (sorted(said.get("modules_to_save") or []), sorted(lora.modules_to_save)),
         "init_lora_weights": (initial, "any" if initial.startswith(_BASE_MOVES) else initial),
         **{key: (said.get(key) or value, value) for key, value in plain.items()},
     }
@@ -283,7 +302,11 @@ def load_start(policy: PolicyEngine, config: TrainingConfig, weights: HfWeights)
     LOGGER.info("adapters from lora.start: %s, trained over %s", config.lora.start, named)
     with torch.no_grad():
         for adapter in adapters_of(policy.chunks):
-            for place in adapter.places():
+            for _, place in adapter.places():
                 assert place.data is not None
                 region = Region.of(place.local_shape, place.global_offset)
                 weights.read_into(place.data, _OUTER + place.key.removeprefix(PREFIX), region.slices)
+        live = live_weights(policy.chunks, policy.architecture)
+        for name, _ in (WHOLE_WEIGHTS[each] for each in config.lora.modules_to_save):
+            for region, view in live.parts.get(name, {}).items():
+                weights.read_into(view, _OUTER + name, region.slices)

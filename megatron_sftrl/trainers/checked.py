@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import torch
 
 from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.lora import ALL_TARGETS
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import end_token_ids
@@ -27,7 +28,7 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_config import hf_config_values, is_hugging_face
 from megatron_sftrl.models.hf_output import GENERATION_CONFIG, HfAssets, end_ids, read_assets, with_end_ids
 from megatron_sftrl.models.hf_weights import open_weights
-from megatron_sftrl.models.tensors import megatron_tensors
+from megatron_sftrl.models.tensors import hf_matrices, short_name
 from megatron_sftrl.observability.trackers import check_trackers
 from megatron_sftrl.trainers.adapters import open_start
 from megatron_sftrl.types import SamplingParams
@@ -151,21 +152,32 @@ def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
 
 
 def check_targets(config: TrainingConfig, architecture: Architecture) -> None:
-    """Refuse adapters for matrices that the model's files have in one with others.
+    """Hold lora.targets and lora.rank against the matrices of the model.
 
     Raises:
-        UserError: naming the targets, and what there is instead.
+        UserError: naming what is not there, and what there is instead.
     """
-    if config.lora is None:
+    if (lora := config.lora) is None:
         return
-    matrices = [
-        each for each in megatron_tensors(architecture) if each.layer is not None and len(each.shape) == 2
-    ]
-    there = list(dict.fromkeys(run.name.split(".")[-2] for each in matrices for run in each.rows))
-    if missing := [name for name in config.lora.names if name not in there]:
+    sides: dict[str, int] = {}
+    for name, shape in hf_matrices(architecture, ALL_TARGETS).items():
+        target = short_name(name)
+        sides[target] = min(*shape, sides.get(target, shape[0]))
+    if lora.targets != "all-linear" and (missing := [name for name in lora.names if name not in sides]):
         raise UserError(
-            f"lora.targets: {', '.join(missing)} are no matrices of a {architecture.family}, which has "
-            f"{', '.join(there)}, and an adapter for several in one is not built: choose among the others"
+            f"lora.targets: a {architecture.family} has no {', '.join(missing)} that an adapter could be put "
+            f"beside: choose among {', '.join(name for name in ALL_TARGETS if name in sides)}"
+        )
+    if lora.modules_to_save and architecture.tie_embeddings:
+        raise UserError(
+            "lora.modules_to_save: the output layer of this model is its embedding, of which PEFT would make "
+            "two weights, another model: remove it"
+        )
+    too_large = [name for name in lora.names if lora.rank > sides.get(name, lora.rank)]
+    if too_large:
+        name = min(too_large, key=lambda each: sides[each])
+        raise UserError(
+            f"lora.rank = {lora.rank} is larger than {name}, whose smaller side is {sides[name]}: lower it"
         )
 
 

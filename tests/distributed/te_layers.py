@@ -26,6 +26,7 @@ def layers_like_transformer_engines() -> Iterator[None]:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.tensor_parallel import RowParallelLinear, gather_from_sequence_parallel_region
     from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     from megatron_sftrl.engine import megatron_config
     from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention
@@ -84,7 +85,7 @@ def layers_like_transformer_engines() -> Iterator[None]:
             self, num_gemms: int, inputs: int, outputs: int, *, config: Any, pg_collection: Any, **_: Any
         ) -> None:
             super().__init__()
-            shape = [outputs, inputs]
+            self.groups, shape = pg_collection, [outputs, inputs]
             shape[self.cut_dim] //= pg_collection.expt_tp.size()
             for number in range(num_gemms):
                 weight = torch.empty(shape, dtype=config.params_dtype)
@@ -93,6 +94,25 @@ def layers_like_transformer_engines() -> Iterator[None]:
         def forward(self, x: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
             parts = zip(x.split(tokens_per_expert), self.parameters(), strict=True)
             return torch.cat([F.linear(part, weight) for part, weight in parts]), None
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        ) -> dict[str, Any]:
+            groups, found = self.groups, {}
+            num = len([*self.parameters()])
+            for number, weight in enumerate(self.parameters()):
+                expert = (len(sharded_offsets), groups.ep.rank() * num + number, groups.ep.size() * num)
+                name = f"{prefix}weight"
+                made = make_sharded_tensors_for_checkpoint(
+                    {"weight": weight},
+                    prefix,
+                    {"weight": self.cut_dim},
+                    (*sharded_offsets, expert),
+                    tp_group=groups.expt_tp,
+                    dp_cp_group=groups.expt_dp,
+                )
+                found[f"{name}{number}"] = made[name]
+            return found
 
     class GroupedRowLinear(GroupedLinear):
         cut_dim = 1

@@ -42,7 +42,7 @@ def policy_over(directory: Path, parallel: dict, lora: dict, **more: Any) -> Any
         load_hf_weights(policy.chunks, weights, architecture, context)
     with torch.no_grad():
         for adapter in adapters_of(policy.chunks):
-            for place in adapter.places():
+            for _, place in adapter.places():
                 assert place.data is not None
                 place.data.copy_(drawn(place.key, place.global_shape)[place.global_slice()])
     policy.reload_optimizer_weights()
@@ -236,18 +236,22 @@ def test_a_block_that_is_computed_again_drops_what_it_dropped_before(directory: 
     assert kept == pytest.approx(again, rel=1e-6)
 
 
-def losses_of(policy: Any, reference: Any = None) -> Tensor:
-    """[1 or 2, T] nats of a step's labels by the policy, and by its reference."""
+def losses_of(policy: Any, reference: Any = None, *, is_one_group: bool = False) -> Tensor:
+    """[1 or 2, T] nats of a step's labels by the policy, and by its reference; nothing before the last stage.
+
+    Args:
+        is_one_group: every replica has the whole step.
+    """
     from tests.distributed.test_layouts import step_batches
 
     def ask(ours: Any, theirs: Any, labels: Tensor) -> list[Tensor]:
         return [each.logprobs(labels) for each in (ours, theirs) if each is not None]
 
     context = policy.parallel
-    batches = step_batches(
-        0, num_groups=context.dp_size, group=context.dp_rank, multiple=2 * context.tp_size, num_microbatches=2
-    )
-    return torch.cat(policy.token_numbers(batches, ask, reference), dim=1)
+    groups, group = (1, 0) if is_one_group else (context.dp_size, context.dp_rank)
+    multiple = 2 if is_one_group else 2 * context.tp_size
+    batches = step_batches(0, num_groups=groups, group=group, multiple=multiple, num_microbatches=2)
+    return torch.cat([torch.empty(0), *policy.token_numbers(batches, ask, reference)], dim=-1)
 
 
 def shift(policy: Any, by: float) -> None:

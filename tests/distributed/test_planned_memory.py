@@ -66,11 +66,14 @@ def make_run(parallel: dict[str, Any], model: dict[str, Any], dtype: str, **sect
 ADAPTED = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 ADAPTERS = {
     "tp 2, bf16, biases": ADAPTED,
-    "pp 2 vp 2, bf16, distributed": {"rank": 8, "alpha": 8},
+    "pp 2 vp 2, bf16, distributed": {"rank": 8, "alpha": 8, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "ep 2 of dp 2, bf16, distributed": {"rank": 4, "alpha": 8},
 }
 
 
-@pytest.mark.parametrize("name", cases(ADAPTERS, rarely=["tp 2, bf16, biases"]))
+@pytest.mark.parametrize(
+    "name", cases(ADAPTERS, rarely=["tp 2, bf16, biases", "ep 2 of dp 2, bf16, distributed"])
+)
 def test_adapters_are_planned_to_the_byte(name: str) -> None:
     world_size, parallel, model, dtype = STATES[name]
     sections = {"loss": {"name": "curiosft", "top_k": 16}, "reference": {"kind": "moving_average"}}

@@ -15,9 +15,9 @@ import yaml
 from megatron_sftrl.observability.run_lock import RunLock
 from tests.e2e.compare_runs import CompareProject, make_compare_project
 from tests.e2e.once import once
-from tests.e2e.product import TIMEOUT_S, Started, run_product, sftrl_each, start_product
+from tests.e2e.product import TIMEOUT_S, Started, run_product, sftrl, sftrl_each, start_product
 from tests.e2e.project import read_rows
-from tests.grid import is_full
+from tests.grid import HOW_TO_RUN_ALL, is_full
 
 FORKING = ("-m", "tests.e2e.compare_runs")
 ARMS, SEEDS = ("sft", "pear"), (0, 1)
@@ -114,6 +114,30 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
     with start(comparison, out, tmp_path / "log") as started:
         assert started.wait() == 0, started.output()
     assert (out / "report.json").read_text() == compared[1]
+
+
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_an_arm_of_adapters_is_compared_with_one_of_all_weights(
+    comparison: CompareProject, tmp_path: Path
+) -> None:
+    """Over a directory of Hugging Face's; RL goes on from the arm's merged weights."""
+    sftrl("convert", "to-hf", "--checkpoint", str(comparison.base), "--out", str(tmp_path / "hf"))
+    config = yaml.safe_load(comparison.yaml.read_text())
+    base, out = config["base"], tmp_path / "out"
+    base["sft"]["model"] = {"hf": str(tmp_path / "hf"), "dtype": "fp32"}
+    lora = {"rank": 2, "alpha": 4}
+    adapters = {"loss": {"name": "gift"}, "reference": {"kind": "frozen"}, "lora": lora}
+    config |= {"seeds": [0], "out_dir": str(out), "arms": {"adapters": adapters}}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run_product("compare", str(tmp_path / "compare.yaml"), log=tmp_path / "log")
+    report = json.loads((out / "report.json").read_text())
+    assert all(arm["failures"] == {} and arm["missing"] == [] for arm in report["arms"].values())
+    record = json.loads(next((out / "adapters/seed-0/sft/checkpoints").glob("*/checkpoint.json")).read_text())
+    assert record["lora"]["rank"] == 2
+    base["grpo"]["lora"] = lora
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (ended,) = sftrl_each([["compare", str(tmp_path / "compare.yaml"), f"out_dir={tmp_path / 'never'}"]])
+    assert "base.grpo: lora: expected none" in ended.expect(2).stderr
 
 
 def test_an_arm_that_fails_is_told_with_its_error_and_the_others_go_on(

@@ -24,8 +24,8 @@ Tree = dict[str, Any]
 Run = ExpandedPath | Tree
 """A run's YAML: the path of a file, or what would stand in it."""
 
-_OF_AN_ARM = ("loss", "reference", "optim", "batch", "parallel", "gates", "score")
-_WHOLE = ("loss", "reference", "gates")
+_OF_AN_ARM = ("loss", "reference", "lora", "optim", "batch", "parallel", "gates", "score")
+_WHOLE = ("loss", "reference", "lora", "gates")
 """Sections that an arm replaces: the options of one loss mean nothing to another."""
 
 
@@ -67,7 +67,8 @@ class BaseSection(Section):
     sft: Run
     """The run of SFT: path of its YAML, or its keys. train.steps is needed; run_dir and seed are set here."""
     grpo: Run
-    """The run of GRPO that follows, likewise; it starts from the weights of the arm's SFT."""
+    """The run of GRPO that follows, likewise; it starts from the weights of the arm's SFT, adapters merged
+    into them."""
     eval: EvalSection
 
 
@@ -111,9 +112,9 @@ class CompareConfig(Section):
     """Of first weights (where they are random), the order of data, and sampling; each arm runs under each."""
     base: BaseSection
     arms: dict[str, Tree]
-    """By name, what an arm changes in base.sft: loss, reference, optim, parallel, gates, batch.aggregation;
-    and score: {checkpoint: DIR}. loss, reference and gates are replaced, the others merged. The arm sft,
-    token_mean, is there in any case."""
+    """By name, what an arm changes in base.sft: loss, reference, lora, optim, parallel, gates,
+    batch.aggregation; and score: {checkpoint: DIR}. loss, reference, lora and gates are replaced, the others
+    merged. The arm sft, token_mean, is there in any case."""
     launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="after")

@@ -125,7 +125,7 @@ def _score_stages(config: CompareConfig, arm: str, tree: Tree, score: ScoreSecti
         return []
     writer = hashlib.sha256(json.dumps([str(score.checkpoint), score.model], sort_keys=True).encode())
     place = f"{SCORES}/{score.checkpoint.name}-{writer.hexdigest()[:6]}"
-    changes: dict[str, Any] = {"run_dir": str(config.out_dir / place), "seed": 0}
+    changes: dict[str, Any] = {"run_dir": str(config.out_dir / place), "seed": 0, "lora": None}
     if score.model is not None:
         changes |= {"model": score.model, "tokenizer": _tokenizer(tree)}
     text = yaml_of(tree, **changes)
@@ -244,6 +244,11 @@ def check(config: CompareConfig, stages: Sequence[Stage]) -> dict[str, str]:
         if stage.arm == BAR and stage.kind in ("grpo", "eval_grpo"):
             with _told_as("base.grpo" if stage.kind == "grpo" else "base.eval"):
                 run = loaded[stage.name]
+                if run.lora is not None:
+                    raise UserError(
+                        "lora: expected none: adapters are trained over a Hugging Face directory, and it "
+                        "begins with an arm's checkpoint; remove it, and all weights are trained from there"
+                    )
                 if architecture_of(run.model) != architecture:
                     raise UserError("its model has other sizes than that of base.sft, whose weights it takes")
                 # Its own first weights are yet to be made.

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_sftrl.engine.checkpoint import find_checkpoint
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.models.hf_output import HfFile, plan_files, write_index
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.hf_weights import HfWeights
@@ -42,7 +42,7 @@ def write_merged(
     mine = files[dist.get_rank() :: dist.get_world_size()]
 
     def write() -> None:
-        with closing(StoredAdapters(path, lora)) as adapters:
+        with closing(StoredAdapters(path, lora, architecture.vocab_size)) as adapters:
             merged = MergedWeights(weights, adapters)
             _write_files(temporary, mine, merged, sizes, shapes, dtype, on_bytes)
 
@@ -84,7 +84,8 @@ def convert_to_peft(checkpoint: Path, out: Path) -> Path:
     lora = record.lora
     if lora is None:
         raise UserError(f"{path} holds a whole model and no adapters: export it without --adapters")
-    with closing(StoredAdapters(path, lora)) as adapters:
+    vocab_size = from_record(record.architecture).vocab_size
+    with closing(StoredAdapters(path, lora, vocab_size)) as adapters:
         num_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in adapters.kinds.values())
         with new_directory_together(out, num_bytes=num_bytes) as temporary:
             on_rank_zero(lambda: _write_peft(temporary, adapters))
@@ -106,6 +107,7 @@ def _write_peft(directory: Path, adapters: StoredAdapters) -> None:
         "inference_mode": True,
         "lora_alpha": int(lora["alpha"]) if float(lora["alpha"]).is_integer() else lora["alpha"],
         "lora_dropout": lora["dropout"],
+        "modules_to_save": lora.get("modules_to_save"),
         "peft_type": "LORA",
         "r": lora["rank"],
         "target_modules": lora["targets"],

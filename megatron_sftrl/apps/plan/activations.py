@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_sftrl.apps.plan.model_state import Adapted, Grid, adapted_by, element_bytes
+from megatron_sftrl.apps.plan.model_state import Adapted, Grid, adapted_by, element_bytes, num_adapted
 from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import LossSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, Latent, padded_vocab_size
@@ -363,8 +363,8 @@ def _with_adapters(
 
     A frozen matrix has no gradient and keeps no input of its own, but the adapter beside it does.
     """
-    rank, names = adapted
-    inner = batch.tokens * rank * len(names) * batch.element
+    rank, names, _ = adapted
+    inner = batch.tokens * rank * num_adapted(a, names) * batch.element
     if has_dropout:
         attended = batch.tokens * (a.num_attention_heads // grid.tp) * a.head_dim * batch.element
         streams = 2 * batch.residual_tokens * a.hidden_size * batch.element

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from megatron_sftrl.config.checks import stage_layers
 from megatron_sftrl.config.schema import OptimSection, ParallelSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
-from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors
+from megatron_sftrl.models.tensors import WHOLE_WEIGHTS, MegatronTensor, megatron_tensors, short_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,13 +195,29 @@ def _block_tensors(architecture: Architecture, *, ep: int, is_dense: bool) -> li
     return [tensor for tensor in tensors if tensor.expert is None or tensor.expert < num_experts]
 
 
-Adapted = tuple[int, tuple[str, ...]]
-"""Rank of the adapters, and the matrices that have one."""
+Adapted = tuple[int, tuple[str, ...], tuple[str, ...]]
+"""Rank of the adapters, the matrices that may have one, and Megatron's keys of what is trained whole."""
 
 
 def adapted_by(config: TrainingConfig) -> Adapted | None:
     """None for a run that trains all weights."""
-    return None if config.lora is None else (config.lora.rank, config.lora.names)
+    if (lora := config.lora) is None:
+        return None
+    return lora.rank, lora.names, tuple(WHOLE_WEIGHTS[name][1] for name in lora.modules_to_save)
+
+
+def num_adapted(architecture: Architecture, names: tuple[str, ...]) -> int:
+    """Matrices with an adapter that a token goes through in a block."""
+    mixture = architecture.mixture
+    # Of one rank's experts: one.
+    tensors = _block_tensors(architecture, ep=mixture.num_experts if mixture else 1, is_dense=False)
+    found = {
+        run.name: mixture.experts_per_token if mixture and tensor.is_expert else 1
+        for tensor in tensors
+        for run in tensor.rows
+        if len(tensor.shape) == 2 and short_name(run.name) in names
+    }
+    return sum(found.values())
 
 
 @functools.lru_cache(maxsize=64)
@@ -215,13 +231,9 @@ def trained_parameters(
     has_output: bool,
     num_dense: int = 0,
 ) -> tuple[Parameter, ...]:
-    """Of a chunk's parameters those that have gradients: all, or A and B of each adapter (engine/lora.py)."""
-    if adapted is not None:
-        dense, other = (
-            _block_adapters(architecture, grid, adapted, is_dense=is_dense) if count else []
-            for is_dense, count in ((True, num_dense), (False, num_layers - num_dense))
-        )
-        return tuple(dense * num_dense + other * (num_layers - num_dense))
+    """Of a chunk's parameters those that have gradients: all, or with LoRA what is trained whole, and A and B
+    of each adapter (engine/lora.py).
+    """
     members = chunk_parameters(
         architecture,
         grid,
@@ -230,20 +242,27 @@ def trained_parameters(
         has_output=has_output,
         num_dense=num_dense,
     )
-    return tuple(each for each in members if not each.is_frozen)
+    if adapted is None:
+        return tuple(each for each in members if not each.is_frozen)
+    dense, other = (
+        _block_adapters(architecture, grid, adapted, is_dense=is_dense) if count else []
+        for is_dense, count in ((True, num_dense), (False, num_layers - num_dense))
+    )
+    whole = [each for each in members if each.key in adapted[2]]
+    return tuple(whole + dense * num_dense + other * (num_layers - num_dense))
 
 
 def _block_adapters(
     architecture: Architecture, grid: Grid, adapted: Adapted, *, is_dense: bool
 ) -> list[Parameter]:
-    rank, names = adapted
+    rank, names, _ = adapted
     block = []
     for tensor in _block_tensors(architecture, ep=grid.ep, is_dense=is_dense):
         cuts, sizes = _cuts(tensor, tp=grid.tp, etp=grid.etp), dict[str, int]()
         for run in tensor.rows if len(tensor.shape) == 2 else ():
             sizes[run.name] = sizes.get(run.name, 0) + run.num_rows
         for name, rows in sizes.items():
-            if name.split(".")[-2] not in names:
+            if short_name(name) not in names:
                 continue
             columns = tensor.shape[1]
             down, up = (columns // cuts, rows) if tensor.shard == "columns" else (columns, rows // cuts)
@@ -294,7 +313,8 @@ class ModelState:
         optimizer_on_host: the same of what optim.cpu_offload keeps there, with a copy of its gradients.
         eight_bit: copies of the blocks' matrices that Transformer Engine keeps for train.fp8, each with its
             transpose, and of the reference's without.
-        reference: weights of a reference model, which has no buffers and no padding; 0 without one.
+        reference: weights of a reference model, which has no buffers and no padding; 0 without one. With LoRA
+            a frozen one's copy of what is trained whole.
         reference_average: fp32 average behind the bf16 weights of a reference that follows the policy, or
             of its adapters.
         reference_ends: of them embedding and output layer, which are on the device while the policy runs even
@@ -369,6 +389,8 @@ def model_state(
     is_averaged = config.reference is not None and config.reference.kind == "moving_average"
     # Of weights in fp32 a reference of its own is the average itself.
     averaged = sum(part.trained for part in parts) * (element < _FP32 or not has_reference)
+    whole = 0 if config.lora is None else sum(part.plain - part.frozen for part in parts)
+    is_kept = config.reference is not None and not has_reference and not is_averaged
     return ModelState(
         parameters=element * sum(part.held + part.frozen for part in parts) + biases,
         frozen=element * sum(part.frozen for part in parts) + biases,
@@ -377,7 +399,8 @@ def model_state(
         optimizer=per_weight * (owned - away),
         optimizer_on_host=(per_weight + _FP32) * away,
         eight_bit=matrices * (2 + has_reference) * (config.train.fp8 is not None),
-        reference=(element * sum(part.plain for part in parts) + biases) * has_reference,
+        reference=(element * sum(part.plain for part in parts) + biases) * has_reference
+        + element * whole * is_kept,
         reference_average=_FP32 * averaged * is_averaged,
         reference_ends=element * sum(part.ends for part in parts) * has_reference,
     )
@@ -453,9 +476,10 @@ def _chunk_elements(
         num_dense=num_dense,
     )
     size = sum(each.num_elements for each in trained)
+    whole = sum(each.num_elements for each in trained if adapted is not None and each.key in adapted[2])
     found = _Elements(
         plain=plain,
-        frozen=0 if adapted is None else plain,
+        frozen=0 if adapted is None else plain - whole,
         ends=ends,
         matrices=matrices,
         trained=size,

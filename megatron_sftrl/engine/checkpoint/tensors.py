@@ -1,9 +1,10 @@
 """Every tensor of a checkpoint, named and placed in coordinates that no layout changes.
 
-    policy.<name>                weights, dtype of the model; with LoRA adapters alone, policy.lora.<name>
+    policy.<name>                weights, dtype of the model; with LoRA what it trains alone: adapters,
+                                 policy.lora.<name>, and weights of lora.modules_to_save
     optimizer.exp_avg.<name>     and exp_avg_sq, momentum_buffer: fp32 unless optim says bf16, shaped like it
     optimizer.main_param.<name>  fp32 weights behind bf16 ones
-    reference.<name>             a moving-average reference, fp32; with LoRA its adapters alone
+    reference.<name>             a moving-average reference, fp32; with LoRA of the same alone
     rng.<generator>              [world_size, bytes] uint8, one row a rank
 
 Names and coordinates come from Megatron's sharded_state_dict, where layers are counted over the whole
@@ -247,13 +248,13 @@ def model_tensors(
 
     Args:
         instead: by the id() of a weight, a tensor of its shape that takes its place.
-        adapters: those of LoRA, in place of the model's own weights.
+        adapters: what LoRA trains, in place of the model's own weights.
     """
     values = instead or {}
     return [
         tensor
         for piece in _pieces(chunks)
-        if piece.is_adapter == adapters
+        if (piece.parameter.requires_grad if adapters else not piece.is_adapter)
         for tensor in _placed(
             piece,
             values.get(id(piece.parameter), piece.parameter),
@@ -387,7 +388,7 @@ def weights_of(
         (parameter, values.get(id(parameter), parameter))
         for chunk in chunks
         for parameter in chunk.parameters()
-        if (id(parameter) in theirs) == adapters
+        if (parameter.requires_grad if adapters else id(parameter) not in theirs)
     ]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.lora import LoraSection
-from megatron_sftrl.engine.lora import adapter_shapes
+from megatron_sftrl.engine.lora import adapter_shapes, lora_targets
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
 from megatron_sftrl.trainers.adapters import open_start
@@ -25,8 +25,9 @@ LORA = ("lora={rank: 2, alpha: 4}", "model.architecture=null", "model.hf=BASE")
 
 def check(*overrides: str, sizes: tuple[str, ...] = ()) -> None:
     """`sizes` are those of the model, which BASE stands for."""
-    architecture = architecture_of(example(*sizes).model)
-    check_run(example(*LORA, *overrides), architecture, 1, loss_needs=("reference",))
+    config, architecture = example(*LORA, *overrides), architecture_of(example(*sizes).model)
+    check_run(config, architecture, 1, loss_needs=("reference",))
+    check_targets(config, architecture)
 
 
 def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
@@ -41,6 +42,10 @@ def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
         (["lora.rank=33"], "lora.rank = 33 is larger than k_proj, whose smaller side is 32"),
         (["lora.rank=65", "lora.targets=[up_proj]"], "larger than up_proj, whose smaller side is 64"),
         (["model.hf=null", "model.hf_config=BASE"], "give it as model.hf"),
+        (
+            ["model.hf=null", "model.hf_config=BASE", "model.init_checkpoint=RUN"],
+            "`sftrl convert to-hf --checkpoint RUN --out DIR`",
+        ),
         (["reference.placement=offload"], "reference.placement = offload"),
     ],
 )
@@ -50,19 +55,33 @@ def test_what_does_not_go_with_adapters_is_refused(overrides: list[str], part: s
     assert part in str(caught.value)
 
 
-def test_matrices_that_the_files_have_in_one_with_others_are_refused() -> None:
+def test_whole_weights_are_those_of_a_model_with_an_output_layer_of_its_own() -> None:
+    check("lora.modules_to_save=[embed_tokens, lm_head]")
+    with pytest.raises(UserError, match="of which PEFT would make two weights"):
+        check("lora.modules_to_save=[lm_head]", sizes=("model.architecture.tie_embeddings=true",))
+
+
+def test_targets_are_the_matrices_of_the_model_s_files() -> None:
     architecture = replace(architecture_of(example().model), family="phi3")
-    with pytest.raises(UserError, match="q_proj, k_proj, v_proj, gate_proj, up_proj are no matrices"):
-        check_targets(example(*LORA), architecture)
-    check_targets(example(*LORA, "lora.targets=[o_proj, down_proj]"), architecture)
+    missing = r"a phi3 has no q_proj, up_proj that .* choose among qkv_proj, o_proj, gate_up_proj, down_proj"
+    with pytest.raises(UserError, match=missing):
+        check_targets(example(*LORA, "lora.targets=[q_proj, up_proj, o_proj]"), architecture)
+    config = example(*LORA)
+    check_targets(config, architecture)
+    assert config.lora is not None
+    assert lora_targets(architecture, config.lora) == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
-def test_of_a_mixture_attention_has_adapters_and_experts_are_refused() -> None:
+def test_every_expert_has_adapters_and_a_router_has_none() -> None:
     sizes = ("family=qwen3_moe", "num_experts=4", "experts_per_token=2")
     mixture = tuple(f"model.architecture.{each}" for each in sizes)
-    check("lora.targets=[q_proj, o_proj]", sizes=mixture)
-    with pytest.raises(UserError, match="has down_proj, gate_proj, up_proj in its experts"):
-        check(sizes=mixture)
+    check("lora.targets=[q_proj, gate_proj]", sizes=mixture)
+    shapes = adapter_shapes(architecture_of(example(*mixture).model), LoraSection(rank=2, alpha=4))
+    in_experts = {name.split(".mlp.")[1] for name in shapes if ".mlp." in name}
+    assert len(in_experts) == 4 * 3 * 2
+    assert all(name.startswith("experts.") for name in in_experts)
+    with pytest.raises(UserError, match=r"a mixtral has no gate_proj .* w1, w3, w2"):
+        check("lora.targets=[gate_proj]", sizes=("model.architecture.family=mixtral", *mixture[1:]))
 
 
 def write_adapter(directory: Path, **said: object) -> Path:
@@ -85,7 +104,7 @@ def write_adapter(directory: Path, **said: object) -> Path:
         ({"r": 4}, [], "r: expected 2, got 4"),
         ({}, ["lora.alpha=8"], "lora_alpha: expected 8.0, got 4.0"),
         ({"init_lora_weights": "pissa_niter_4"}, [], "init_lora_weights: expected any, got pissa_niter_4"),
-        ({"modules_to_save": ["lm_head"]}, [], "modules_to_save: expected None, got ['lm_head']"),
+        ({"modules_to_save": ["lm_head"]}, [], "modules_to_save: expected [], got ['lm_head']"),
         ({"rank_pattern": {"q_proj": 8}}, [], "rank_pattern: expected {}, got {'q_proj': 8}"),
         (
             {},
