@@ -1,6 +1,6 @@
 """PEFT over transformers is the truth for LoRA: same losses, gradients, and adapters after some steps.
 
-Of mixtures it is the definition (lora_by_hand.py): PEFT 0.19 over transformers 5, which stacks the experts,
+Of mixtures it is the definition (lora_by_hand.py): PEFT 0.21 over transformers 5, which stacks the experts,
 gives gate and up one adapter of twice the rank, and nothing to dense layers and shared experts beside them.
 """
 

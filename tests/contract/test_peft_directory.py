@@ -134,8 +134,8 @@ def test_peft_has_our_numbers_and_a_run_goes_on_from_its_directory(name: str, tm
     assert (both[0] - both[1]).abs().max() > 0.1
 
 
-def vllm_losses(directory: Path, adapter: Path, sequences: list[list[int]]) -> list[list[float]]:
-    """Of each token but the first, by vLLM's own LoRA."""
+def answered_by_vllm(directory: Path, adapter: Path, prompts: list[list[int]]) -> list[tuple[list, list]]:
+    """Greedy tokens with vLLM's own LoRA, and their log-probabilities; it has none of prompts on the CPU."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -146,21 +146,22 @@ def vllm_losses(directory: Path, adapter: Path, sequences: list[list[int]]) -> l
         enable_lora=True,
         max_lora_rank=8,
         max_model_len=64,
-        max_num_seqs=len(sequences),
+        max_num_seqs=len(prompts),
         kv_cache_memory_bytes=2**24,
         enforce_eager=True,
         enable_prefix_caching=False,
         logprobs_mode="raw_logprobs",
     )
-    asked: list[Any] = [{"prompt_token_ids": tokens} for tokens in sequences]
-    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    answers = engine.generate(
-        asked, sampling, lora_request=LoRARequest("ours", 1, str(adapter)), use_tqdm=False
-    )
-    return [
-        [said[token].logprob for token, said in zip(tokens[1:], answer.prompt_logprobs[1:], strict=True)]
-        for tokens, answer in zip(sequences, answers, strict=True)
-    ]
+    asked: list[Any] = [{"prompt_token_ids": tokens} for tokens in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=0, detokenize=False, ignore_eos=True)
+    ours = LoRARequest("ours", 1, str(adapter))
+    found = []
+    for answer in engine.generate(asked, sampling, lora_request=ours, use_tqdm=False):
+        (output,) = answer.outputs
+        tokens, told = [*output.token_ids], output.logprobs
+        assert told is not None
+        found.append((tokens, [said[token].logprob for token, said in zip(tokens, told, strict=True)]))
+    return found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not here")
@@ -170,9 +171,11 @@ def test_vllm_reads_the_directory_with_its_own_lora(model: str, tmp_path: Path) 
     checkpoints, out = tmp_path / "checkpoints", tmp_path / "peft"
     run_ranks(1, saved, base, {}, LORA, checkpoints)
     run_ranks(1, export, checkpoints, out)
-    drawn = torch.randint(VOCAB_SIZE, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = with_adapter(base, out)(drawn).logits[:, :-1].double().log_softmax(-1)
-    ours = logits.gather(2, drawn[:, 1:, None])[..., 0]
-    (theirs,) = run_ranks(1, vllm_losses, base, out, drawn.tolist(), timeout_s=300)
-    torch.testing.assert_close(torch.tensor(theirs).double(), ours, rtol=0, atol=1e-5)
+    drawn = torch.randint(VOCAB_SIZE, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    (answers,) = run_ranks(1, answered_by_vllm, base, out, drawn, timeout_s=300)
+    adapted = with_adapter(base, out)
+    for prompt, (tokens, logprobs) in zip(drawn, answers, strict=True):
+        with torch.no_grad():
+            rows = adapted(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        ours = rows.double().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs).double(), ours, rtol=0, atol=1e-5)

@@ -138,30 +138,35 @@ def test_a_command_that_reads_a_checkpoint_of_adapters_gets_merged_weights(
     assert seen == truth.keys()
 
 
-def merged(directory: Path, scale: float = SCALE) -> dict[str, Tensor]:
-    """Every tensor of the model, with its adapter where LORA names one."""
+def merged(directory: Path, lora: dict = LORA) -> dict[str, Tensor]:
+    """Every tensor of the model, with its adapter where `lora` names one."""
     found = {}
     for name, weight in read_tensors(directory).items():
         module = name.removesuffix(".weight")
-        if module.split(".")[-1] in LORA["targets"]:
+        if module.split(".")[-1] in lora["targets"]:
             down = drawn(f"lora.{module}.lora_A.weight", (4, weight.shape[1]))
             up = drawn(f"lora.{module}.lora_B.weight", (weight.shape[0], 4))
-            weight = weight + scale * up @ down
+            weight = weight + SCALE * up @ down
         found[name] = weight
     return found
 
 
-ENGINES: dict[str, tuple[dict, int]] = {
-    "tp2 to one": ({"tp": 2}, 1),
-    "tp2 to tp2": ({"tp": 2}, 2),
-    "pp2 to tp2": ({"pp": 2}, 2),
+ENGINES: dict[str, tuple[str, dict, int]] = {
+    "tp2 to one": ("qwen2", {"tp": 2}, 1),
+    "tp2 to tp2": ("qwen2", {"tp": 2}, 2),
+    "pp2 to tp2": ("qwen2", {"pp": 2}, 2),
+    "q, k and v in one, tp2 to tp2": ("phi3", {"tp": 2}, 2),
+    "experts, ep2 to tp2": ("qwen3_moe", {"ep": 2}, 2),
 }
 
 
-@pytest.mark.parametrize("name", cases(ENGINES, rarely=["tp2 to tp2"]))
-def test_an_engine_is_sent_merged_weights(directory: Path, name: str) -> None:
-    (parallel, tp), truth = ENGINES[name], merged(directory)
-    ranks = run_ranks(2, streamed, directory, parallel, LORA, tp)
+@pytest.mark.parametrize("name", cases(ENGINES, rarely=["tp2 to tp2", "experts, ep2 to tp2"]))
+def test_an_engine_is_sent_merged_weights(tmp_path: Path, name: str) -> None:
+    model, parallel, tp = ENGINES[name]
+    directory = write_model(tmp_path / "base", model)
+    lora = {**LORA, "targets": ["qkv_proj", "gate_up_proj"]} if model == "phi3" else LORA
+    truth = merged(directory, lora)
+    ranks = run_ranks(2, streamed, directory, parallel, lora, tp)
     for tensor, whole in truth.items():
         filled = torch.zeros_like(whole, dtype=torch.bool)
         for found in ranks:

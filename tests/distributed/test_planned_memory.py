@@ -82,7 +82,8 @@ def test_adapters_are_planned_to_the_byte(name: str) -> None:
         assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
         assert planned.optimizer == held.optimizer
         assert (planned.reference, planned.reference_average) == (held.reference, held.average) != (0, 0)
-        assert 0 < planned.gradients < planned.frozen < planned.parameters
+        assert planned.gradients > 0
+        assert 0 < planned.frozen < planned.parameters
 
 
 MOVING = ("one process, fp32", "pp 2 vp 2, bf16, distributed")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.hf_weights import HfWeights
 from megatron_sftrl.models.tensors import hf_shapes
 from megatron_sftrl.trainers.adapters import MergedWeights, StoredAdapters
+
+LOGGER = logging.getLogger(__name__)
 
 
 def write_merged(
@@ -87,9 +90,28 @@ def convert_to_peft(checkpoint: Path, out: Path) -> Path:
     vocab_size = from_record(record.architecture).vocab_size
     with closing(StoredAdapters(path, lora, vocab_size)) as adapters:
         num_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in adapters.kinds.values())
+        if (passed_over := passed_over_by_peft(adapters.kinds)) and dist.get_rank() == 0:
+            LOGGER.warning(
+                "PEFT over transformers 5 passes over the adapters of %d matrices without a word (%s, ...): "
+                "they are named as those of experts, which are stacked there. Its numbers would not be the "
+                "run's; without --adapters they are merged",
+                len(passed_over),
+                passed_over[0],
+            )
         with new_directory_together(out, num_bytes=num_bytes) as temporary:
             on_rank_zero(lambda: _write_peft(temporary, adapters))
     return out
+
+
+def passed_over_by_peft(names: Collection[str]) -> list[str]:
+    """Of a mixture with experts' adapters, the matrices of dense layers and shared experts.
+
+    Args:
+        names: of tensors, as StoredAdapters.kinds has them.
+    """
+    modules = sorted({name.rsplit(".", 2)[0] for name in names})
+    stacked = {module.rsplit(".", 1)[1] for module in modules if ".experts." in module}
+    return [module for module in modules if ".experts." not in module and module.rsplit(".", 1)[1] in stacked]
 
 
 def _write_peft(directory: Path, adapters: StoredAdapters) -> None:

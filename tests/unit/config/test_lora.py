@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_sftrl.apps.convert.adapters import passed_over_by_peft
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.engine.lora import adapter_shapes, lora_targets
@@ -82,6 +83,17 @@ def test_every_expert_has_adapters_and_a_router_has_none() -> None:
     assert all(name.startswith("experts.") for name in in_experts)
     with pytest.raises(UserError, match=r"a mixtral has no gate_proj .* w1, w3, w2"):
         check("lora.targets=[gate_proj]", sizes=("model.architecture.family=mixtral", *mixture[1:]))
+
+
+def test_what_peft_passes_over_beside_stacked_experts_is_found() -> None:
+    sizes = ("family=qwen2_moe", "num_experts=4", "experts_per_token=2", "shared_expert_ffn_hidden_size=16")
+    architecture = architecture_of(example(*(f"model.architecture.{each}" for each in sizes)).model)
+    shapes = adapter_shapes(architecture, LoraSection(rank=2, alpha=4, targets=["q_proj", "up_proj"]))
+    found = passed_over_by_peft(shapes)
+    assert len(found) == architecture.num_layers
+    assert found[0] == "model.layers.0.mlp.shared_expert.up_proj"
+    attention = adapter_shapes(architecture, LoraSection(rank=2, alpha=4, targets=["q_proj"]))
+    assert passed_over_by_peft(attention) == []
 
 
 def write_adapter(directory: Path, **said: object) -> Path:
