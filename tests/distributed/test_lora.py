@@ -260,11 +260,11 @@ def losses_of(policy: Any, reference: Any = None, *, is_one_group: bool = False)
 
 
 def shift(policy: Any, by: float) -> None:
-    """Move every element of every adapter."""
-    from megatron_sftrl.engine.lora import adapter_parameters
+    """Move every element that is trained."""
+    from megatron_sftrl.engine.lora import trained_weights
 
     with torch.no_grad():
-        for parameter in adapter_parameters(policy.chunks):
+        for parameter in trained_weights(policy.chunks):
             parameter.add_(by)
     policy.reload_optimizer_weights()
 
@@ -280,7 +280,7 @@ def follow_with_adapters(directory: Path, parallel: dict, checkpoints: str, save
     from megatron_sftrl.engine.policy import Base
     from megatron_sftrl.engine.reference import SharedReference
 
-    policy, _ = policy_over(directory, parallel, LORA)
+    policy, _ = policy_over(directory, parallel, {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]})
     policy.base = Base(path=str(directory), weights="of the test")
     section = ReferenceSection(kind="moving_average", decay=0.75, sync_every=1)
     reference = SharedReference(section, policy.parallel, policy.chunks, keeps_start=False)

@@ -70,8 +70,6 @@ def test_latent_attention_has_torchs_layers_alone(tmp_path: Path, monkeypatch: p
     ):
         check_megatron(example(), architecture, is_cuda=True)
     check_megatron(example(), architecture, is_cuda=False)
-    with pytest.raises(UserError, match=r"lora does not know latent attention \(deepseek_v3\) yet"):
-        check_megatron(example("lora={rank: 2, alpha: 4}"), architecture, is_cuda=False)
 
 
 def test_sinks_ask_for_torch_s_layers(monkeypatch: pytest.MonkeyPatch) -> None:
