@@ -129,7 +129,10 @@ def test_an_arm_of_adapters_is_compared_with_one_of_all_weights(
     adapters = {"loss": {"name": "gift"}, "reference": {"kind": "frozen"}, "lora": lora}
     config |= {"seeds": [0], "out_dir": str(out), "arms": {"adapters": adapters}}
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    run_product("compare", str(tmp_path / "compare.yaml"), log=tmp_path / "log")
+    with start_product(
+        "compare", str(tmp_path / "compare.yaml"), log=tmp_path / "log", program=FORKING
+    ) as started:
+        assert started.wait() == 0, started.output()
     report = json.loads((out / "report.json").read_text())
     assert all(arm["failures"] == {} and arm["missing"] == [] for arm in report["arms"].values())
     record = json.loads(next((out / "adapters/seed-0/sft/checkpoints").glob("*/checkpoint.json")).read_text())

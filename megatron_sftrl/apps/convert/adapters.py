@@ -109,9 +109,10 @@ def passed_over_by_peft(names: Collection[str]) -> list[str]:
     Args:
         names: of tensors, as StoredAdapters.kinds has them.
     """
-    modules = sorted({name.rsplit(".", 2)[0] for name in names})
-    stacked = {module.rsplit(".", 1)[1] for module in modules if ".experts." in module}
-    return [module for module in modules if ".experts." not in module and module.rsplit(".", 1)[1] in stacked]
+    modules = sorted({name.rsplit(".", 2)[0] for name in names if ".lora_" in name})
+    in_experts = [module for module in modules if ".experts." in module]
+    stacked = {module.split(".")[-1] for module in in_experts}
+    return [module for module in modules if module not in in_experts and module.split(".")[-1] in stacked]
 
 
 def _write_peft(directory: Path, adapters: StoredAdapters) -> None:

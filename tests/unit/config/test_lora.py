@@ -86,14 +86,16 @@ def test_every_expert_has_adapters_and_a_router_has_none() -> None:
 
 
 def test_what_peft_passes_over_beside_stacked_experts_is_found() -> None:
-    sizes = ("family=qwen2_moe", "num_experts=4", "experts_per_token=2", "shared_expert_ffn_hidden_size=16")
-    architecture = architecture_of(example(*(f"model.architecture.{each}" for each in sizes)).model)
+    sizes = ("family=qwen3_moe", "num_experts=4", "experts_per_token=2")
+    plain = architecture_of(example(*(f"model.architecture.{each}" for each in sizes)).model)
+    assert plain.mixture is not None
+    architecture = replace(plain, family="qwen2_moe", mixture=replace(plain.mixture, shared_width=16))
     shapes = adapter_shapes(architecture, LoraSection(rank=2, alpha=4, targets=["q_proj", "up_proj"]))
     found = passed_over_by_peft(shapes)
     assert len(found) == architecture.num_layers
     assert found[0] == "model.layers.0.mlp.shared_expert.up_proj"
     attention = adapter_shapes(architecture, LoraSection(rank=2, alpha=4, targets=["q_proj"]))
-    assert passed_over_by_peft(attention) == []
+    assert passed_over_by_peft({**attention, "lm_head.weight": ()}) == []
 
 
 def write_adapter(directory: Path, **said: object) -> Path:
