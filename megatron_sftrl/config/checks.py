@@ -550,6 +550,26 @@ def _rollout_problems(config: TrainingConfig, loss_needs: tuple[str, ...]) -> It
             f"group_size = {prompts} * {group} = {prompts * group}: choose it among their divisors, such as "
             f"{prompts * group} for one update per step"
         )
+    yield from _ahead_problems(grpo, loss_needs)
+
+
+def _ahead_problems(grpo: GrpoConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:
+    rollout = grpo.rollout
+    if not rollout.ahead:
+        return
+    updates = rollout.passes * max(1, rollout.prompts_per_step * rollout.group_size // grpo.batch.global_size)
+    if updates > 1 and "rollout_logprobs" not in loss_needs:
+        yield (
+            f"rollout.ahead = 1 with {updates} updates per step (rollout.passes, batch.global_size) drifts "
+            f"from the weights that sampled, and loss '{grpo.loss.name}' does not correct for them: set "
+            "loss.correction = tis or icepop where the loss has it, make it one update, or remove "
+            "rollout.ahead"
+        )
+    if grpo.checkpoint.every == 1:
+        yield (
+            "rollout.ahead has no effect: checkpoint.every = 1, and the step after a checkpoint has "
+            "responses of its own weights; raise checkpoint.every, or remove rollout.ahead"
+        )
 
 
 def _idle_problems(config: TrainingConfig) -> Iterator[str]:

@@ -499,6 +499,12 @@ class RolloutSection(Section):
     offload: bool = False
     """On GPUs: while responses are generated, gradients are dropped and the optimizer's state waits in CPU
     memory. vLLM gives its own memory back while the trainer trains in any case."""
+    ahead: int = Field(default=0, ge=0, le=1)
+    """1: the prompts of the next step are answered before the updates of this one, so that they are judged
+    while it trains, and its responses are those of weights one step old (rollout/staleness). The loss then
+    weighs every token with the engine's own log-probability (loss.correction is tis where it is not given).
+    The step after a checkpoint (checkpoint.every) has responses of its own weights, and a resumed run is the
+    same."""
     save_samples: int = Field(default=4, ge=0)
     """Groups written to rollouts.jsonl each step."""
 

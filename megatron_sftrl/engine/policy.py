@@ -116,9 +116,9 @@ class Part:
     pipeline exchange tensors of one size.
 
     Args:
-        sampled_at: the temperature at which these very weights have sampled the tokens. Their old_logprobs
-            are then the policy's own in this forward, whatever the batches carry, and the report says what
-            was seen of each token. None where earlier weights have sampled them, or nothing has.
+        sampled_at: the temperature at which the tokens were sampled, where no update of their step has moved
+            the weights yet. Their old_logprobs are then the policy's own in this forward, whatever the
+            batches carry, and the report says what was seen of each token. None elsewhere.
     """
 
     batches: Sequence[TokenBatch]

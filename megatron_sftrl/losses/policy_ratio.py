@@ -5,8 +5,20 @@ are of one kind. The convention of this package: log softmax(z / T)[y], T the sa
 whole vocabulary, before top-k or top-p cut it.
 
     logprobs           the policy now, by the trainer
-    old_logprobs       the policy that sampled, by the trainer
+    old_logprobs       the policy at the beginning of the step, by the trainer
     rollout_logprobs   the policy that sampled, as the rollout engine computed it
+
+Ordinarily a step begins with the policy that sampled, and old differs from rollout by what two programs make
+of the same weights. Under rollout.ahead the samples are one step older, and old - rollout is that step, too.
+The whole ratio of the policy to its sampler has two factors,
+
+    exp(logprobs - rollout_logprobs) = exp(logprobs - old_logprobs) * exp(old_logprobs - rollout_logprobs)
+
+of which the first is clipped, around where the step begins, and the second is a constant weight with a bound
+of its own (correction_weight): the decoupled objective of arXiv:2110.00641, which AReaL (arXiv:2505.24298)
+takes for stale samples. One clip around the sampler instead would hold the policy back to where it was. In
+the first update the first factor is 1, and the gradient is that of truncated importance sampling with the
+engine's log-probability as the denominator. correction none takes the second factor for 1.
 
 Why before the cut: the trainer sees every logit and no cut. Had the engine renormalised over the kept
 tokens (vLLM's logprobs_mode="processed_logprobs" under top_p < 1 or top_k), old - rollout would be log S, S

@@ -121,18 +121,21 @@ def build_loss(
     options: Mapping[str, object] | None = None,
     modules: Iterable[str | Path] = (),
     *,
+    defaults: Mapping[str, object] | None = None,
     registry: Registry = DEFAULT_REGISTRY,
 ) -> Loss:
     """A loss by name, with its options checked.
 
-    `modules` are Python files (paths ending in .py) or importable names, imported first.
-
+    Args:
+        modules: Python files (paths ending in .py) or importable names, imported first.
+        defaults: options that hold where the loss has them and `options` does not give them.
     Raises:
         UserError: unknown name, unknown or invalid option, a module that cannot be found, a name taken twice.
     """
     registry.load(modules)
     entry = registry.get(name)
-    config = cast(LossOptions, registry.options_of(entry, options or {}))
+    known = {name: value for name, value in (defaults or {}).items() if name in entry.config.model_fields}
+    config = cast(LossOptions, registry.options_of(entry, {**known, **(options or {})}))
     needs = entry.needs + tuple(need for need in config.extra_needs() if need not in entry.needs)
     return Loss(
         name=name,

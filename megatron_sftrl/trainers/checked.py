@@ -197,11 +197,18 @@ def say_notes(notes: Sequence[str]) -> None:
 def _loss(config: TrainingConfig) -> Loss:
     """The run's loss; in GRPO at the temperature that responses are sampled at, which has one place.
 
+    Responses of earlier weights (rollout.ahead) are corrected for unless the run says that they are not.
+
     Raises:
         UserError: what build_loss refuses, a loss for another kind of run, or a temperature of its own.
     """
-    loss = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules)
-    if (grpo := config.grpo) is None:
+    grpo, defaults = config.grpo, {}
+    if grpo is not None:
+        defaults["temperature"] = grpo.rollout.temperature
+        if grpo.rollout.ahead:
+            defaults["correction"] = "tis"
+    loss = build_loss(config.loss.name, config.loss.options, modules=config.loss.modules, defaults=defaults)
+    if grpo is None:
         if "advantages" in loss.needs:
             raise UserError(f"loss '{loss.name}' needs advantages, which `sftrl grpo` makes of rewards")
         if loss.is_on_policy:
@@ -209,13 +216,10 @@ def _loss(config: TrainingConfig) -> Loss:
         return loss
     if not loss.is_on_policy:
         raise UserError(f"loss '{loss.name}' does not use advantages: `sftrl sft` trains with it")
-    _check_loss_of_responses(loss, grpo)
     if "temperature" in config.loss.options:
         raise UserError("loss.temperature follows rollout.temperature: set that one, and remove this one")
-    if "temperature" not in type(loss.config).model_fields:
-        return loss
-    options = {**config.loss.options, "temperature": grpo.rollout.temperature}
-    return build_loss(config.loss.name, options, modules=config.loss.modules)
+    _check_loss_of_responses(loss, grpo)
+    return loss
 
 
 def _check_loss_of_responses(loss: Loss, config: GrpoConfig) -> None:

@@ -33,6 +33,7 @@ class Response:
     Args:
         group: id of its prompt in the run.
         rollout: tokens and the engine's log-probabilities; of a demonstration 0 nats each.
+        version: steps behind the weights that sampled its group.
         is_demonstration: the response that the row has, in place of one that was generated.
         advantage: against the responses of its group that have a reward; 0 without one.
         old_logprobs: nats, the trainer's own for each response token, before the first update; empty where
@@ -44,6 +45,7 @@ class Response:
     row: PromptRow
     rollout: Rollout
     scored: Scored
+    version: int = 0
     is_demonstration: bool = False
     advantage: float = 0.0
     old_logprobs: tuple[float, ...] = ()

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
-import torch
-
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.data.packing import padded_batch
@@ -24,22 +22,16 @@ from megatron_sftrl.engine.policy import Part
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.losses.grpo import OF_DEMONSTRATIONS
 from megatron_sftrl.observability.run_directory import open_run_directory
-from megatron_sftrl.rl.advantages import (
-    logprob_mismatch,
-    mean_of_top_fifth,
-    mean_pass_at_k,
-    reward_statistics,
-)
 from megatron_sftrl.rl.rewards import (
     RewardPool,
     check_canaries,
     constant_answers,
     describe_failures,
-    reward_metrics,
 )
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
+from megatron_sftrl.trainers.answers import Answers
 from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
 from megatron_sftrl.trainers.demonstrations import SftTerm, open_sft_term
 from megatron_sftrl.trainers.engine_updates import EngineUpdates
@@ -48,15 +40,21 @@ from megatron_sftrl.trainers.experience import (
     Response,
     ask_logprobs_and_entropies,
     by_row,
-    first_rewards,
-    grouped,
-    known_rewards,
     look_at_tokens,
     sampled,
     with_seen,
 )
+from megatron_sftrl.trainers.grpo_numbers import (
+    HELD_OUT,
+    filling_metrics,
+    mismatch_metrics,
+    response_metrics,
+    staleness,
+    uncertain_entropy,
+)
 from megatron_sftrl.trainers.guards import named_step, stop_on_idle_streak, tell_skipped
 from megatron_sftrl.trainers.rollouts import (
+    Begun,
     Collected,
     Draws,
     RolloutCollector,
@@ -71,117 +69,6 @@ from megatron_sftrl.trainers.run import Run, StopRequest, hold, shared_progress
 from megatron_sftrl.types import SamplingParams, TokenBatch
 
 LOGGER = logging.getLogger(__name__)
-
-# The numbers of one GRPO step that its responses alone decide.
-
-
-SUCCESS = 0.5
-"""A response succeeds when the first reward of the run gives it at least this, before its weight."""
-
-HELD_OUT = tuple(
-    f"valid/{name}"
-    for name in (
-        "reward/mean",
-        "reward/lenient_mean",
-        "reward/pass_at_1",
-        "reward/unscored",
-        "rollout/response_tokens",
-    )
-)
-"""What an evaluation on held-out prompts measures."""
-
-
-def response_metrics(collected: Collected) -> dict[str, float]:
-    """Rewards, pass@k and lengths over everything that was generated, left-out groups included.
-
-    Demonstrations are no responses of the policy: they count in reward/zero_variance_groups, whose groups
-    they are members of, and their own mean reward is reward/demonstrations.
-
-    A response without a reward is neither right nor wrong. It is left out of every number about rewards but
-    its own, reward/unscored, and pass@k is over the groups of which k responses have one. A number that no
-    response is left for is not there.
-    """
-    responses = sampled(collected.generated)
-    lengths = [len(each.rollout.response_tokens) for each in responses]
-    return {
-        **_reward_numbers(collected.generated),
-        **reward_metrics([each.scored for each in responses]),
-        "rollout/prompts": len(grouped(responses)),
-        "rollout/trained_responses": sum(
-            each.scored.reward is not None for each in sampled(collected.responses)
-        ),
-        "rollout/response_tokens": sum(lengths) / len(lengths),
-        "rollout/longest_response": max(lengths),
-        "rollout/truncated": sum(not each.rollout.is_finished for each in responses) / len(responses),
-    }
-
-
-def _reward_numbers(members: Sequence[Response]) -> dict[str, float]:
-    """Spread of the rewards, and how often the first one says that a response is right."""
-    numbers: dict[str, float] = {}
-    responses = sampled(members)
-    if rewards := known_rewards(responses):
-        numbers["reward/std"] = reward_statistics(rewards).std
-    if rewards := known_rewards(members):
-        whole = reward_statistics(rewards)
-        numbers["reward/zero_variance_groups"] = whole.num_zero_variance_groups / whole.num_groups
-    shown = [each.scored.reward for each in members if each.is_demonstration]
-    if known := [reward for reward in shown if reward is not None]:
-        numbers["reward/demonstrations"] = sum(known) / len(known)
-    judged = [each.scored for each in responses if each.scored.first is not None]
-    if judged:
-        lenient = sum(each.parts[0].lenient >= SUCCESS for each in judged)
-        strict = sum(each.parts[0].reward >= SUCCESS for each in judged)
-        numbers["reward/format_loss"] = (lenient - strict) / len(judged)
-    successes = {
-        group: [reward >= SUCCESS for reward in rewards]
-        for group, rewards in first_rewards(responses).items()
-    }
-    for k in {1, min(map(len, grouped(responses).values()))}:
-        if large := {group: found for group, found in successes.items() if len(found) >= k}:
-            numbers[f"reward/pass_at_{k}"] = mean_pass_at_k(large, k)
-    return numbers
-
-
-def filling_metrics(collected: Collected, *, wanted: int) -> dict[str, float]:
-    """How dynamic sampling filled the step of `wanted` groups; nothing without it.
-
-    rollout/rounds of generation; rollout/useful_groups, the share of the groups whose first rewards differ;
-    rollout/filled, groups that are trained on over `wanted`; rollout/put_back, prompts that the next step
-    draws again.
-    """
-    if not collected.num_rounds:
-        return {}
-    draws = collected.draws
-    return {
-        "rollout/rounds": collected.num_rounds,
-        "rollout/useful_groups": draws.useful / draws.drawn,
-        "rollout/filled": len(grouped(collected.responses)) / wanted,
-        "rollout/put_back": draws.drawn - collected.num_prompts,
-    }
-
-
-def uncertain_entropy(responses: Sequence[Response]) -> float:
-    """rollout/entropy_top_fifth: mean over the fifth of a step's tokens with the highest entropy, in nats.
-
-    Of the tokens that are learned, before the first update, at the sampling temperature.
-    arXiv:2606.18487 speaks of worst-token entropy; that these tokens are meant is our reading.
-    """
-    return mean_of_top_fifth([value for each in responses for value in each.entropies])
-
-
-def mismatch_metrics(responses: Sequence[Response]) -> dict[str, float]:
-    """How far the engine's log-probabilities are from old_logprobs, over the tokens of these responses."""
-    responses = sampled(responses)
-    ours = torch.tensor([value for each in responses for value in each.old_logprobs])
-    engine = torch.tensor([value for each in responses for value in each.rollout.logprobs])
-    found = logprob_mismatch(ours, engine, torch.ones_like(ours, dtype=torch.bool))
-    return {
-        "mismatch/mean": found.mean,
-        "mismatch/max": found.maximum,
-        "mismatch/p999": found.percentile_999,
-        "mismatch/multiplicative_error": found.multiplicative_error,
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,9 +237,18 @@ class GrpoTrainer:
             stop=tuple(config.rollout.stop),
             seed=config.seed,
         )
-        self.collector = RolloutCollector(
-            config, prompts, tokenizer, parallel, rewards, self.sampling, run.timers, progress
+        self.answers = Answers(
+            engine,
+            tokenizer,
+            parallel,
+            rewards,
+            self.sampling,
+            config.advantages.estimator,
+            run.timers,
+            progress,
         )
+        self.collector = RolloutCollector(config, prompts, self.answers)
+        self._begun: Begun | None = None  # the next step, where it has been asked ahead
         self.batches = ExperienceBatches(
             batch=config.batch,
             layout=batch_layout(config, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size),
@@ -367,7 +263,8 @@ class GrpoTrainer:
     def train(self) -> bool:
         """Steps with evaluations and checkpoints between them, until the end (True) or a request to stop."""
         run = self.run
-        with run.recorded():
+        with run.recorded(), contextlib.ExitStack() as stack:
+            stack.callback(self._give_up)
             self.samples = on_every_rank(self._open_samples)
             while run.goes_on:
                 collected, scored, updates = self._step()
@@ -385,12 +282,17 @@ class GrpoTrainer:
         return run.is_finished
 
     def _step(self) -> tuple[Collected, list[Response], list[Update]]:
-        """The responses of one step, those that were trained on, and the updates that they gave."""
+        """The responses of one step, those that were trained on, and the updates that they gave.
+
+        With rollout.ahead the responses are there already, and the engine's turn is the next step's: its
+        rewards are found while this step's updates are made.
+        """
         run = self.run
         num_skipped = run.state.skipped_steps
         with named_step(run.state.step + 1):
             with self.updates.engine_turn(run.state.step, timed=run.timers("reshard")):
                 collected = self._collect()
+                self._begun = self._begin(after=collected) if self._asks_ahead else None
             with run.timers("old_logprobs"):
                 mini_batches = self._with_old_logprobs(self._mini_batches(collected.responses))
             with run.timers("update"):
@@ -413,24 +315,43 @@ class GrpoTrainer:
             return {}
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0, num_samples=1)
         rows = list(enumerate(self.valid.rows))
-        with (
-            named_step(self.run.state.step),
-            self.updates.engine_turn(self.run.state.step, timed=self.run.timers("evaluate")),
-        ):
-            responses = self.collector.answer(self.engine, rows, greedy, phases=("evaluate", "evaluate"))
+        with named_step(self.run.state.step):
+            if self._begun is not None:
+                self._begun.asked.responses()  # the verifiers are free for others then
+            with self.updates.engine_turn(self.run.state.step, timed=self.run.timers("evaluate")):
+                responses = self.answers.answer(rows, greedy, phases=("evaluate", "evaluate"))
         collected = Collected(responses=(), generated=tuple(responses), num_prompts=len(responses))
         numbers = response_metrics(collected)
         found = {name: numbers.get(name.removeprefix("valid/")) for name in HELD_OUT}
         return {name: value for name, value in found.items() if value is not None}
 
+    @property
+    def _asks_ahead(self) -> bool:
+        """The next step is asked before this one's updates.
+
+        Not where a checkpoint lies between them: a run that starts again there has its weights and no
+        earlier ones, and goes on as if it had never stopped.
+        """
+        return self.config.rollout.ahead > 0 and not self.run.is_due(self.config.checkpoint.every, steps=1)
+
     def _collect(self) -> Collected:
         size, group_size = self.config.batch.global_size, self.config.rollout.group_size
         return self.collector.collect(
-            self.engine,
-            consumed=self.run.state.consumed_samples,
-            recent=Draws(drawn=self.run.state.drawn_prompts, useful=self.run.state.useful_prompts),
-            multiple_of=math.lcm(size, group_size) // group_size,
+            self._begun or self._begin(), multiple_of=math.lcm(size, group_size) // group_size
         )
+
+    def _begin(self, after: Collected | None = None) -> Begun:
+        """Ask the step that follows the last one done, or the one `after` these responses."""
+        state = self.run.state
+        if after is None:
+            recent = Draws(drawn=state.drawn_prompts, useful=state.useful_prompts)
+            return self.collector.begin(consumed=state.consumed_samples, recent=recent)
+        return self.collector.begin(consumed=state.consumed_samples + after.num_prompts, recent=after.draws)
+
+    def _give_up(self) -> None:
+        """The run ends, or fails, with a step that was asked ahead: no verifier goes on with it."""
+        if self._begun is not None:
+            self._begun.asked.close()
 
     @property
     def _mu(self) -> float:
@@ -534,6 +455,9 @@ class GrpoTrainer:
         rollouts = [each.rollout for each in sampled(collected.generated)]
         num_generated = sum(len(rollout.response_tokens) for rollout in rollouts)
         num_tokens = num_generated + sum(len(rollout.prompt_tokens) for rollout in rollouts)
+        if self.config.rollout.ahead:
+            # The step is counted already.
+            numbers["rollout/staleness"] = staleness(collected.generated, step=self.run.state.step - 1)
         return {
             **numbers,
             **response_metrics(collected),
@@ -542,8 +466,8 @@ class GrpoTrainer:
             **({"rollout/entropy_top_fifth": uncertain_entropy(drawn)} if drawn else {}),
             **self.updates.numbers(),
             "updates": len(updates),
-            "rollout/tokens_per_second": num_generated / seconds["generate"],
-            "tokens_per_second": num_tokens / sum(seconds[phase] for phase in _PHASES),
+            "rollout/tokens_per_second": num_generated / collected.seconds,
+            "tokens_per_second": num_tokens / sum(seconds.get(phase, 0.0) for phase in _PHASES),
             **self.run.numbers(seconds),
         }
 

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch.distributed as dist
-
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.loader import SampleOrder, num_training_steps
-from megatron_sftrl.data.prompts import PromptRow, PromptSet, read_prompt_set
+from megatron_sftrl.data.prompts import PromptSet, read_prompt_set
 from megatron_sftrl.data.tokenizer import Tokenizer
-from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.engine.together import SharedProgress, on_every_rank
 from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
-from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.advantages import informative_groups
 from megatron_sftrl.rl.rewards import (
     OwnRow,
     Reward,
-    RewardInputs,
     RewardPool,
-    Scored,
-    Scoring,
     check_own_rows,
     failed_everywhere,
     spread,
     unearned_marks,
 )
 from megatron_sftrl.rl.rewards.registry import Json
-from megatron_sftrl.rollout.api import OnResponse, RolloutEngine, no_matter
-from megatron_sftrl.trainers.checked import CheckedRun, response_text
-from megatron_sftrl.trainers.experience import Response, first_rewards, grouped, with_advantages
-from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from megatron_sftrl.trainers.answers import Answers, Asked
+from megatron_sftrl.trainers.checked import CheckedRun
+from megatron_sftrl.trainers.experience import Response, first_rewards, grouped
 
 LOGGER = logging.getLogger(__name__)
 
@@ -131,6 +123,7 @@ class Collected:
         generated: all of them, left-out groups included.
         num_prompts: by which the order of the data has moved.
         draws, num_rounds: under dynamic sampling, what became of the prompts, and rounds of generation.
+        seconds: that it took to generate them.
     """
 
     responses: tuple[Response, ...]
@@ -138,60 +131,74 @@ class Collected:
     num_prompts: int
     draws: Draws = NO_DRAWS
     num_rounds: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A step whose first draw has been asked.
+
+    Args:
+        consumed: prompts drawn by the steps before.
+        recent: draws of the step before, under dynamic sampling.
+        count: prompts of the draw.
+    """
+
+    consumed: int
+    recent: Draws
+    count: int
+    asked: Asked
 
 
 class RolloutCollector:
-    """Draws prompts in the run's order and turns them into responses with rewards and advantages.
+    """Draws prompts in the run's order and has them answered until there is enough to learn from.
 
-    Every rank calls it and gets the same result: engines generate together, and each rank scores a share.
+    Every rank calls it and gets the same result.
     """
 
-    def __init__(
-        self,
-        config: GrpoConfig,
-        prompts: PromptSet,
-        tokenizer: Tokenizer,
-        parallel: ParallelContext,
-        rewards: RewardPool,
-        sampling: SamplingParams,
-        timers: Timers,
-        progress: SharedProgress | None = None,
-    ) -> None:
+    def __init__(self, config: GrpoConfig, prompts: PromptSet, answers: Answers) -> None:
         self._config = config
         self._prompts = prompts
-        self._tokenizer = tokenizer
-        self._parallel = parallel
-        self._rewards = rewards
-        self._sampling = sampling
-        self._timers = timers
-        self._progress = progress
+        self._answers = answers
         self._order = SampleOrder(
             len(prompts.rows), seed=config.seed, shuffle=config.data.shuffle, mixture=prompts.mixture
         )
 
-    def collect(
-        self, engine: RolloutEngine, *, consumed: int, recent: Draws = NO_DRAWS, multiple_of: int = 1
-    ) -> Collected:
-        """One step's responses; the engine is awake, with the policy's weights.
+    def begin(self, *, consumed: int, recent: Draws = NO_DRAWS) -> Begun:
+        """Ask a step's first draw; the engine is awake. The arguments are as in Begun."""
+        wanted, count = self._config.rollout.prompts_per_step, self._config.rollout.prompts_per_step
+        if self._config.filters.dynamic_sampling:
+            count = num_to_draw(wanted, seen=recent, wanted=wanted)
+        return Begun(consumed=consumed, recent=recent, count=count, asked=self._ask(consumed, count))
+
+    def collect(self, begun: Begun, *, multiple_of: int = 1) -> Collected:
+        """The responses of a step; the engine is awake, since dynamic sampling may draw further prompts.
 
         Args:
-            consumed: prompts drawn by the steps before.
-            recent: draws of the step before, under dynamic sampling.
             multiple_of: under dynamic sampling groups are trained in multiples of it.
         Raises:
             UserError: a reward failed on every response of the run's first step.
             RuntimeError: it did so in a later step.
         """
-        wanted, filters = self._config.rollout.prompts_per_step, self._config.filters
+        wanted, filters, consumed = (
+            self._config.rollout.prompts_per_step,
+            self._config.filters,
+            begun.consumed,
+        )
+        generated = tuple(begun.asked.responses())
+        stop_on_broken_reward(generated, is_first_step=consumed == 0)
         if not filters.dynamic_sampling:
-            generated = self._draw(engine, consumed, wanted)
-            stop_on_broken_reward(generated, is_first_step=consumed == 0)
-            return Collected(responses=generated, generated=generated, num_prompts=wanted)
-        generated, useful, draws, num_rounds = (), [], NO_DRAWS, 0
+            return Collected(
+                responses=generated, generated=generated, num_prompts=wanted, seconds=begun.asked.seconds
+            )
+        useful = useful_groups(generated)
+        draws, num_rounds, seconds = Draws(drawn=begun.count, useful=len(useful)), 1, begun.asked.seconds
         while num_rounds < filters.max_rounds and len(useful) < wanted:
-            count = num_to_draw(wanted - len(useful), seen=recent + draws, wanted=wanted)
-            responses = self._draw(engine, consumed + draws.drawn, count)
-            generated += responses
+            count = num_to_draw(wanted - len(useful), seen=begun.recent + draws, wanted=wanted)
+            with contextlib.closing(self._ask(consumed + draws.drawn, count)) as asked:
+                responses = asked.responses()
+            seconds += asked.seconds
+            generated += tuple(responses)
             stop_on_broken_reward(generated, is_first_step=consumed == 0)
             found = useful_groups(responses)
             useful += found
@@ -205,157 +212,15 @@ class RolloutCollector:
             num_prompts=filling.num_prompts,
             draws=draws,
             num_rounds=num_rounds,
+            seconds=seconds,
         )
 
-    def _draw(self, engine: RolloutEngine, start: int, count: int) -> tuple[Response, ...]:
+    def _ask(self, start: int, count: int) -> Asked:
         """Groups for the next prompts of the run's order, whose ids are their places in it."""
         numbers = range(start, start + count)
         rows = [self._prompts.rows[row] for row in self._order.rows(start, count)]
         copies = self._config.rollout.demonstrations
-        return tuple(self.answer(engine, list(zip(numbers, rows, strict=True)), copies=copies))
-
-    def answer(
-        self,
-        engine: RolloutEngine,
-        rows: Sequence[tuple[int, PromptRow]],
-        sampling: SamplingParams | None = None,
-        *,
-        phases: tuple[str, str] = ("generate", "reward"),
-        copies: int = 0,
-    ) -> list[Response]:
-        """Generate with an awake engine, score and compare within each group.
-
-        A response is scored when it has ended, while others are still being generated; the second phase is
-        what remains.
-
-        Args:
-            rows: (id of the prompt in the run, its row).
-            sampling: the run's when not given.
-            phases: what the time of both halves is counted for.
-            copies: of a group's responses, those that its row's demonstration takes the place of, where the
-                row has one.
-        Raises:
-            RuntimeError: the engine left a prompt or a response out.
-            FloatingPointError: the policy's logits are NaN or infinite.
-        """
-        sampling, row_of = sampling or self._sampling, dict(rows)
-        with Scoring(self._rewards) as scoring:
-            asked: list[tuple[int, int]] = []
-
-            def ask(number: int, place: int, rollout: Rollout) -> None:
-                asked.append((number, place))
-                scoring.add(lambda: self._reward_inputs(rollout, row_of[number]))
-
-            with self._timers(phases[0]):
-                for each in self._share_of_demonstrations(rows, sampling.num_samples, copies):
-                    ask(*each)
-                members = generate_groups(
-                    engine,
-                    rows,
-                    sampling,
-                    copies=copies,
-                    on_response=lambda prompt, place, rollout: ask(prompt.id, place, rollout),
-                )
-            with self._timers(phases[1]):
-                scored = on_every_rank(lambda: self._rewarded(scoring))
-                known = _of_every_rank(dict(zip(asked, scored, strict=True)), self._parallel)
-        responses = [
-            Response(
-                group=number,
-                row=row_of[number],
-                rollout=rollout,
-                scored=known[number, place],
-                is_demonstration=is_demonstration,
-            )
-            for number, place, rollout, is_demonstration in members
-        ]
-        return with_advantages(responses, self._config.advantages.estimator)
-
-    def _share_of_demonstrations(
-        self, rows: Sequence[tuple[int, PromptRow]], size: int, copies: int
-    ) -> list[tuple[int, int, Rollout]]:
-        """What this rank scores of them: every world_size-th. (id, place in its group, response)."""
-        shown = [
-            (number, size - copies + copy, _demonstrated(row))
-            for number, row in rows
-            if row.demonstration is not None
-            for copy in range(copies)
-        ]
-        return shown[self._parallel.rank :: self._parallel.world_size]
-
-    def _reward_inputs(self, rollout: Rollout, row: PromptRow) -> RewardInputs:
-        return RewardInputs(
-            prompt=self._tokenizer.decode(rollout.prompt_tokens),
-            response=response_text(self._tokenizer, rollout.response_tokens, self._sampling),
-            row=row.values,  # type: ignore[arg-type]
-            num_response_tokens=len(rollout.response_tokens),
-            is_finished=rollout.is_finished,
-        )
-
-    def _rewarded(self, scoring: Scoring) -> list[Scored]:
-        """Ranks are done at different times, and a slow verifier may take hours: all see it move."""
-        if self._progress is None:
-            return scoring.results()
-        moved = self._progress.moved
-        return self._progress.together(lambda: scoring.results(moved))
-
-
-_Place = tuple[int, int]
-"""The id of a prompt, and the place of a response in its group."""
-
-
-def _of_every_rank(mine: dict[_Place, Scored], parallel: ParallelContext) -> dict[_Place, Scored]:
-    shares: list[dict[_Place, Scored] | None] = [None] * parallel.world_size
-    dist.all_gather_object(shares, mine)
-    return {place: scored for share in shares if share for place, scored in share.items()}
-
-
-Member = tuple[int, int, Rollout, bool]
-"""The id of a prompt, the place of a response in its group, the response, whether it is the demonstration."""
-
-
-def generate_groups(
-    engine: RolloutEngine,
-    rows: Sequence[tuple[int, PromptRow]],
-    sampling: SamplingParams,
-    *,
-    copies: int,
-    on_response: OnResponse = no_matter,
-) -> list[Member]:
-    """Whole groups in the order of `rows`, demonstrations behind what was generated.
-
-    Args:
-        rows, copies: as for RolloutCollector.answer.
-        sampling: num_samples is the size of a whole group.
-        on_response: as for RolloutEngine.generate; not told of demonstrations.
-    Raises:
-        RuntimeError, FloatingPointError: as check_groups.
-    """
-    shown = {number for number, row in rows if copies and row.demonstration is not None}
-    found: dict[int, list[tuple[Rollout, bool]]] = {}
-    for size, is_shown in ((sampling.num_samples, False), (sampling.num_samples - copies, True)):
-        prompts = [
-            Prompt(id=number, tokens=row.tokens) for number, row in rows if (number in shown) == is_shown
-        ]
-        if not prompts:
-            continue
-        groups = engine.generate(prompts, replace(sampling, num_samples=size), on_response)
-        check_groups(groups, prompts, size=size)
-        for group in groups:
-            found[group.prompt.id] = [(rollout, False) for rollout in group.rollouts]
-    for number, row in rows:
-        if number in shown:
-            found[number] += [(_demonstrated(row), True)] * copies
-    return [(number, place, *member) for number, _ in rows for place, member in enumerate(found[number])]
-
-
-def _demonstrated(row: PromptRow) -> Rollout:
-    """A row's own response, as if a policy had generated it that gives it probability 1."""
-    assert row.demonstration is not None
-    said = tuple(row.demonstration)
-    return Rollout(
-        prompt_tokens=row.tokens, response_tokens=said, logprobs=(0.0,) * len(said), is_finished=True
-    )
+        return self._answers.ask(list(zip(numbers, rows, strict=True)), copies=copies)
 
 
 def useful_groups(responses: Sequence[Response]) -> list[int]:
@@ -383,30 +248,6 @@ def stop_on_broken_reward(responses: Sequence[Response], *, is_first_step: bool)
     if is_first_step:
         raise UserError(f"{text}; correct the reward, its options, reward_workers or the data")
     raise RuntimeError(f"{text}; the last checkpoint is sound")
-
-
-def check_groups(groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], *, size: int) -> None:
-    """Refuse what an engine must not hand over; every rank sees all groups and raises alike.
-
-    A prompt whose responses are missing would be left out of every mean without a word, and NaN would reach
-    the policy's weights.
-
-    Raises:
-        RuntimeError: a group that is empty, incomplete (fewer than `size`) or of another prompt.
-        FloatingPointError: log-probabilities that are not finite.
-    """
-    for prompt, group in zip(prompts, groups, strict=True):
-        lengths = [len(rollout.response_tokens) for rollout in group.rollouts]
-        if group.prompt.id != prompt.id or len(lengths) != size or 0 in lengths:
-            raise RuntimeError(
-                f"rollout: expected {size} responses of at least one token to prompt {prompt.id}, got "
-                f"responses of {lengths} tokens to prompt {group.prompt.id}: the engine is at fault, and "
-                "nothing was trained on them"
-            )
-        if not all(math.isfinite(each) for rollout in group.rollouts for each in rollout.logprobs):
-            raise FloatingPointError(
-                f"the engine's log-probabilities of its responses to prompt {prompt.id} are NaN or infinite"
-            )
 
 
 # rollouts.jsonl: what the policy answered, for people to read; in step with metrics.jsonl after a resume.

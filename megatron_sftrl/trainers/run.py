@@ -222,9 +222,10 @@ class Run(Generic[ConfigT]):
         """There is another step to do, and no request to stop."""
         return not self.is_finished and not self._is_asked
 
-    def is_due(self, every: int) -> bool:
-        """After every `every` steps, and at the end of the run in any case."""
-        return self.is_finished or (every > 0 and self.state.step % every == 0)
+    def is_due(self, every: int, *, steps: int = 0) -> bool:
+        """After every `every` steps, and at the end of the run in any case: now, or in so many steps."""
+        step = self.state.step + steps
+        return step >= self.num_steps or (every > 0 and step % every == 0)
 
     @property
     def is_evaluation_due(self) -> bool:

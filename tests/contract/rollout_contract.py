@@ -172,7 +172,7 @@ def _refusal(engine: RolloutEngine, prompts: Sequence[Prompt]) -> str:
 @torch.no_grad()
 def _diverged(engine: RolloutEngine, policy: PolicyEngine) -> str:
     """What the rollouts' check says once every weight is NaN."""
-    from megatron_sftrl.trainers.rollouts import check_groups
+    from megatron_sftrl.trainers.answers import check_groups
 
     for chunk in policy.chunks:
         for parameter in chunk.parameters():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
-from megatron_sftrl.data.prompts import PromptRow, PromptSet
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from tests.ranks import run_ranks
@@ -21,7 +21,7 @@ def answered(files: list[Path]) -> list[tuple[int, float | None, str]]:
     import torch.distributed as dist
 
     from megatron_sftrl.rl.rewards import RewardPool
-    from megatron_sftrl.trainers.rollouts import RolloutCollector
+    from megatron_sftrl.trainers.answers import Answers
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -52,23 +52,19 @@ def answered(files: list[Path]) -> list[tuple[int, float | None, str]]:
         return groups
 
     section = RewardSection(name="tells_its_file", modules=[str(JUDGES)])
-    config: Any = SimpleNamespace(
-        seed=0, data=SimpleNamespace(shuffle=True), advantages=SimpleNamespace(estimator="dr_grpo")
-    )
     rows = [PromptRow(tokens=(1,), values={"file": str(file)}, source="rows:1") for file in files]
     tokenizer: Any = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
     with RewardPool([section], RewardWorkersSection(num_workers=1)) as rewards:
-        collector = RolloutCollector(
-            config,
-            PromptSet(rows=tuple(rows), fingerprint=""),
+        answers = Answers(
+            SimpleNamespace(generate=generate),  # type: ignore[arg-type]
             tokenizer,
             SimpleNamespace(rank=rank, world_size=world_size),  # type: ignore[arg-type]
             rewards,
             SamplingParams(num_samples=2),
+            "dr_grpo",
             Timers(),
         )
-        engine: Any = SimpleNamespace(generate=generate)
-        found = collector.answer(engine, list(enumerate(rows)))
+        found = answers.answer(list(enumerate(rows)))
     return [(each.group, each.scored.reward, each.scored.outcome) for each in found]
 
 

@@ -112,6 +112,19 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("filters.max_rounds=2",),
         ("filters.max_rounds has no effect: filters.dynamic_sampling is off",),
     ),
+    "a step ahead with several updates and no correction": (
+        ("rollout.ahead=1", "loss={name: grpo, correction: none}"),
+        ("rollout.ahead = 1 with 4 updates per step", "set loss.correction = tis or icepop"),
+    ),
+    "a step ahead with several updates of a loss that cannot correct": (
+        ("rollout.ahead=1", "loss={name: ts_opsd, tau: 2.0}", "reference={kind: frozen}"),
+        ("rollout.ahead = 1 with 4 updates per step", "loss 'ts_opsd' does not correct"),
+    ),
+    "a step ahead with a checkpoint in every step": (
+        ("rollout.ahead=1", "checkpoint.every=1"),
+        ("rollout.ahead has no effect: checkpoint.every = 1",),
+    ),
+    "two steps ahead": (("rollout.ahead=2",), ("rollout.ahead", "less than or equal to 1")),
     "an offload without a GPU": (
         ("rollout.offload=true",),
         ("rollout.offload takes gradients", "this run has no GPU: remove it"),

@@ -36,6 +36,7 @@ from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.rewards import RewardPool, check_canaries
 from megatron_sftrl.rollout.api import RolloutEngine
 from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
+from megatron_sftrl.trainers.answers import Answers
 from megatron_sftrl.trainers.checked import batch_layout, checked_model, response_text, stop_ids
 from megatron_sftrl.trainers.experience import (
     ExperienceBatches,
@@ -45,8 +46,8 @@ from megatron_sftrl.trainers.experience import (
     grouped,
     look_at_responses,
 )
-from megatron_sftrl.trainers.grpo import SUCCESS
-from megatron_sftrl.trainers.rollouts import RolloutCollector, check_rows, try_own_answers
+from megatron_sftrl.trainers.grpo_numbers import SUCCESS
+from megatron_sftrl.trainers.rollouts import check_rows, try_own_answers
 from megatron_sftrl.trainers.weights import give_weights, weights_at, without_adapters
 from megatron_sftrl.types import SamplingParams
 
@@ -195,8 +196,14 @@ class _Answering:
             self._engine = build_engine(config, policy, self._tokenizer.decode)
         self._engine.update(policy, version=found.step or 0)
         arms = _arms(config, request, ends)
-        collector = RolloutCollector(
-            config, self._prompts, self._tokenizer, policy.parallel, self._rewards, arms["greedy"], Timers()
+        answers = Answers(
+            self._engine,
+            self._tokenizer,
+            policy.parallel,
+            self._rewards,
+            arms["greedy"],
+            config.advantages.estimator,
+            Timers(),
         )
         batches = ExperienceBatches(
             batch=config.batch,
@@ -210,7 +217,7 @@ class _Answering:
             for start in range(0, len(left), config.rollout.prompts_per_step):
                 places = left[start : start + config.rollout.prompts_per_step]
                 asked = [(place, rows[place]) for place in places]
-                groups = grouped(collector.answer(self._engine, asked, sampling))
+                groups = grouped(answers.answer(asked, sampling))
                 nats = _entropies(policy, batches, groups, arm)
                 lines = [
                     _line(arm, place, groups[place], nats[place], sampling, self._tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -12,7 +12,7 @@ from megatron_sftrl.data.prompts import PromptRow, PromptSet
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
 from megatron_sftrl.trainers.rollouts import NO_DRAWS, Collected, Draws, RolloutCollector, fill, num_to_draw
-from megatron_sftrl.types import Rollout, SamplingParams
+from megatron_sftrl.types import Rollout
 
 ROLLOUT = Rollout(prompt_tokens=(1,), response_tokens=(2,), logprobs=(0.0,), is_finished=True)
 WANTED = 512
@@ -41,27 +41,27 @@ class Drawing(RolloutCollector):
             data=SimpleNamespace(shuffle=False),
         )
         rows = tuple(PromptRow(tokens=(1,), values={}, source=f"rows.jsonl:{i}") for i in range(num_rows))
-        nothing: Any = None
-        super().__init__(
-            config, PromptSet(rows=rows, fingerprint=""), nothing, nothing, nothing, SamplingParams(), nothing
-        )
+        answers: Any = SimpleNamespace(ask=self.answered)
+        super().__init__(config, PromptSet(rows=rows, fingerprint=""), answers)
         self.share, self.draw, self.asked = share, random.Random(1), list[int]()
 
     def rewards(self, number: int) -> tuple[float | None, ...]:
         return (0.0, float(self.draw.random() < self.share))
 
-    def answer(
-        self, engine: Any, rows: Any, sampling: Any = None, *, phases: Any = ("", ""), copies: int = 0
-    ) -> list[Response]:
+    def answered(self, rows: Any, *, copies: int) -> Any:
         self.asked.append(len(rows))
-        return [response(number, row, reward) for number, row in rows for reward in self.rewards(number)]
+        found = [response(number, row, reward) for number, row in rows for reward in self.rewards(number)]
+        return SimpleNamespace(responses=lambda: found, seconds=1.0, close=lambda: None)
+
+    def step(self, *, consumed: int, recent: Draws = NO_DRAWS, **options: Any) -> Collected:
+        return self.collect(self.begin(consumed=consumed, recent=recent), **options)
 
 
 def steps(drawing: Drawing, count: int, **options: Any) -> list[Collected]:
     """Consecutive steps, each told of the draws of the one before."""
     made, consumed, recent = [], 0, NO_DRAWS
     for _ in range(count):
-        step = drawing.collect(cast(Any, None), consumed=consumed, recent=recent, **options)
+        step = drawing.step(consumed=consumed, recent=recent, **options)
         consumed, recent = consumed + step.num_prompts, step.draws
         made.append(step)
     return made
@@ -131,7 +131,7 @@ def test_a_group_is_useful_by_the_responses_that_could_be_judged() -> None:
     table = {0: (1.0, 1.0, None), 1: (1.0, None, 0.0), 2: (1.0, None, None), 3: (None, None, None)}
     drawing = Drawing(0, wanted=4, rounds=1)
     drawing.rewards = lambda number: table[number]  # type: ignore[method-assign]
-    step = drawing.collect(cast(Any, None), consumed=0)
+    step = drawing.step(consumed=0)
     assert [each.group for each in step.responses] == [1, 1, 1]
     assert step.draws == Draws(drawn=4, useful=1)
 
@@ -141,12 +141,11 @@ def test_a_reward_that_judges_nothing_of_a_step_ends_the_run(consumed: int, erro
     """In the first step it is the user's to correct; later the job is started again."""
 
     class Broken(Drawing):
-        def answer(
-            self, engine: Any, rows: Any, sampling: Any = None, *, phases: Any = ("", ""), copies: int = 0
-        ) -> list[Response]:
-            return [response(number, row, 1.0, second=None) for number, row in rows]
+        def answered(self, rows: Any, *, copies: int) -> Any:
+            found = [response(number, row, 1.0, second=None) for number, row in rows]
+            return SimpleNamespace(responses=lambda: found)
 
     drawing = Broken(0, wanted=4)
     with pytest.raises(error, match=r"reward 'judge' failed on all 4 responses of a step") as raised:
-        drawing.collect(cast(Any, None), consumed=consumed)
+        drawing.step(consumed=consumed)
     assert isinstance(raised.value, ValueError) == (consumed == 0)

@@ -10,7 +10,7 @@ import pytest
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
-from megatron_sftrl.trainers.grpo import filling_metrics, mismatch_metrics, response_metrics
+from megatron_sftrl.trainers.grpo_numbers import filling_metrics, mismatch_metrics, response_metrics
 from megatron_sftrl.trainers.rollouts import Collected, Draws
 from megatron_sftrl.types import Rollout
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_sftrl.data.prompts import PromptRow, PromptSet
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.observability.watch import Timers
+from megatron_sftrl.trainers.answers import Answers, check_groups, generate_groups
 from megatron_sftrl.trainers.guards import named_step
-from megatron_sftrl.trainers.rollouts import RolloutCollector, check_groups, generate_groups
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 ROW = PromptRow(tokens=(1, 2), values={}, source="rows.jsonl:1")
@@ -36,16 +36,16 @@ def answer(*groups: tuple[int, list[int]]) -> None:
         for number, lengths in groups
     ]
     nothing: Any = None
-    collector = RolloutCollector(
-        cast(Any, SimpleNamespace(seed=0, data=SimpleNamespace(shuffle=True))),
-        PromptSet(rows=(ROW,), fingerprint=""),
+    answers = Answers(
+        cast(Any, SimpleNamespace(generate=lambda *_: made)),
         nothing,
         cast(Any, SimpleNamespace(rank=0, world_size=1)),
         nothing,
         SamplingParams(num_samples=2),
+        "dr_grpo",
         Timers(),
     )
-    collector.answer(cast(Any, SimpleNamespace(generate=lambda *_: made)), [(4, ROW), (5, ROW)])
+    answers.answer([(4, ROW), (5, ROW)])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> Non
         asked.append(([prompt.id for prompt in prompts], sampling.num_samples))
         return [
             RolloutGroup(
-                prompt=prompt, rollouts=tuple(map(rollout, [1 + prompt.id] * sampling.num_samples)), version=0
+                prompt=prompt, rollouts=tuple(map(rollout, [1 + prompt.id] * sampling.num_samples)), version=3
             )
             for prompt in prompts
         ]
@@ -91,16 +91,17 @@ def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> Non
     rows = [(4, shown), (5, plain), (6, shown)]
     members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=1)
     assert asked == [([5], 3), ([4, 6], 2)]
-    assert [place for _, place, *_ in members] == [0, 1, 2] * 3
-    assert [(number, is_shown) for number, _, _, is_shown in members] == [
+    assert [each.place for each in members] == [0, 1, 2] * 3
+    assert {each.version for each in members} == {3}
+    assert [(each.prompt, each.is_demonstration) for each in members] == [
         *((4, False), (4, False), (4, True)),
         *((5, False), (5, False), (5, False)),
         *((6, False), (6, False), (6, True)),
     ]
-    for number, _, made, is_shown in members:
+    for number, _, made, is_shown, _ in members:
         expected = (7, 8) if is_shown else (3,) * (1 + number)
         assert (made.response_tokens, made.is_finished) == (expected, is_shown)
     asked.clear()
     plain_members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=0)
     assert asked == [([4, 5, 6], 3)]
-    assert not any(is_shown for *_, is_shown in plain_members)
+    assert not any(each.is_demonstration for each in plain_members)
