@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from megatron_sftrl.config.rewards import RewardSection, RewardWorkersSection
 from megatron_sftrl.data.prompts import PromptRow
@@ -16,7 +19,14 @@ from tests.ranks import run_ranks
 JUDGES = Path(__file__).parents[1] / "unit/rl/rewards/hostile.py"
 
 
-def answered(files: list[Path]) -> list[tuple[int, float | None, str]]:
+def wait_for(file: Path) -> None:
+    limit = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < limit, "nothing is judged before it is asked for"
+        time.sleep(0.01)
+
+
+def answered(files: list[Path], is_ahead: bool) -> list[tuple[int, float | None, str]]:
     """On every rank: prompt, reward and outcome of the responses to a prompt of each rank, two each."""
     import torch.distributed as dist
 
@@ -44,10 +54,8 @@ def answered(files: list[Path]) -> list[tuple[int, float | None, str]]:
         ]
         mine = groups[rank]
         on_response(mine.prompt, 0, mine.rollouts[0])
-        limit = time.monotonic() + 60
-        while not files[rank].exists():
-            assert time.monotonic() < limit, "nothing is judged before the last response"
-            time.sleep(0.01)
+        if not is_ahead:
+            wait_for(files[rank])
         on_response(mine.prompt, 1, mine.rollouts[1])
         return groups
 
@@ -64,12 +72,16 @@ def answered(files: list[Path]) -> list[tuple[int, float | None, str]]:
             "dr_grpo",
             Timers(),
         )
-        found = answers.answer(list(enumerate(rows)))
+        with contextlib.closing(answers.ask(list(enumerate(rows)))) as asked:
+            wait_for(files[rank])
+            found = asked.responses()
+            assert asked.responses() is found, "nothing is judged twice"
     return [(each.group, each.scored.reward, each.scored.outcome) for each in found]
 
 
-def test_ranks_judge_what_has_ended_while_they_wait_for_the_rest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["while others end", "while something else is done"])
+def test_ranks_judge_what_has_ended_while_they_wait_for_the_rest(is_ahead: bool, tmp_path: Path) -> None:
     files = [tmp_path / str(rank) for rank in range(2)]
     # Of the response "<prompt> <number>" the reward is 10 prompt + number.
     expected = [(0, 0.0, "ok"), (0, 1.0, "ok"), (1, 10.0, "ok"), (1, 11.0, "ok")]
-    assert run_ranks(2, answered, files) == [expected] * 2
+    assert run_ranks(2, answered, files, is_ahead) == [expected] * 2

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.curves import assert_same_curves
 from tests.e2e.grpo_project import GrpoProject, samples_of
 from tests.e2e.product import run_product, sftrl, sftrl_each, start_product
-from tests.e2e.project import metrics_of
+from tests.e2e.project import metrics_of, write_rows
 from tests.e2e.test_grpo_layouts import OTHER_ORDER
 from tests.e2e.test_grpo_resume import assert_same
 from tests.e2e.test_resume import wait_for_step
@@ -137,7 +137,12 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     name: str, grpo: GrpoProject, tmp_path: Path
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    common = (grpo.reward("hopeless"), "checkpoint.every=3", *HALVES[name])
+    # Two steps find their groups at once, so that the third draws no more, and nothing useful.
+    prompts = [
+        {"prompt": f"say {number}", "answer": "a", "is_hopeless": number % 16 >= 8} for number in range(48)
+    ]
+    data = (f"data.train=[{write_rows(tmp_path / 'rows.jsonl', prompts)}]", "data.shuffle=false")
+    common = (grpo.reward("hopeless"), *data, "checkpoint.every=3", *HALVES[name])
     lines = [
         grpo.command(whole, *common, "train.steps=6"),
         grpo.command(halves, *common, "train.steps=3"),
@@ -149,10 +154,12 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
     rows = metrics_of(whole)
     assert [row["rollout/staleness"] > 0 for row in rows] == [False, True, True, False, True, True]
     if name == "dynamic sampling":
-        mixed = [row for row in rows if 0 < row["rollout/staleness"] < 1]
-        assert mixed, "no step drew further prompts, of its own weights: the test is blind"
+        assert rows[2]["rollout/rounds"] > 1
+        assert 0 < rows[2]["rollout/staleness"] < 1, (
+            "further prompts are answered with the step's own weights"
+        )
     else:
-        assert all(row["updates"] == 4 for row in rows)
+        assert max(row["updates"] for row in rows) == 4
 
 
 @pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
