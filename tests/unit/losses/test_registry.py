@@ -112,6 +112,13 @@ def test_a_module_whose_own_import_fails_says_which(tmp_path: Path, monkeypatch:
         build_loss("sft", modules=["wants_more"])
 
 
+def test_defaults_hold_where_the_loss_has_them_and_nothing_else_is_said():
+    defaults = {"correction": "tis", "temperature": 0.7}
+    assert "rollout_logprobs" in build_loss("grpo", {"correction_cap": 3.0}, defaults=defaults).needs
+    assert "rollout_logprobs" not in build_loss("grpo", {"correction": "none"}, defaults=defaults).needs
+    build_loss("gift", {"beta": 3.0}, defaults=defaults)  # it has neither
+
+
 def test_needs_are_those_of_the_loss_and_of_its_base():
     assert build_loss("pear").needs == ("behavior_logprobs",)
     assert build_loss("pear", {"base": "gift"}).needs == ("behavior_logprobs", "reference")

@@ -10,7 +10,12 @@ import pytest
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.rewards import Part, Scored
 from megatron_sftrl.trainers.experience import Response
-from megatron_sftrl.trainers.grpo_numbers import filling_metrics, mismatch_metrics, response_metrics
+from megatron_sftrl.trainers.grpo_numbers import (
+    filling_metrics,
+    mismatch_metrics,
+    response_metrics,
+    staleness,
+)
 from megatron_sftrl.trainers.rollouts import Collected, Draws
 from megatron_sftrl.types import Rollout
 
@@ -162,3 +167,9 @@ def test_a_demonstration_is_no_response_but_a_member_of_its_group() -> None:
     apart = [replace(each, old_logprobs=(-5.0,) * 20) for each in shown]
     own = [response(7, 1.0, lenient=1.0, length=1, is_finished=True, apart=(0.5,))]
     assert mismatch_metrics([*apart, *own])["mismatch/max"] == 0.5
+
+
+def test_staleness_is_over_what_the_policy_has_sampled() -> None:
+    old, new = replace(RESPONSES[0], version=6), replace(RESPONSES[1], version=7)
+    shown = replace(old, is_demonstration=True)
+    assert staleness([old, new, new, new, shown], step=7) == 0.25
