@@ -124,7 +124,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("rollout.ahead=1", "checkpoint.every=1"),
         ("rollout.ahead has no effect: checkpoint.every = 1",),
     ),
-    "two steps ahead": (("rollout.ahead=2",), ("rollout.ahead", "less than or equal to 1")),
+    "two steps ahead": (("rollout.ahead=2",), ("rollout.ahead", "expected a number <= 1, got 2")),
     "an offload without a GPU": (
         ("rollout.offload=true",),
         ("rollout.offload takes gradients", "this run has no GPU: remove it"),
