@@ -128,6 +128,13 @@ class MixtureSizes(Protocol):
     def routing(self) -> str: ...
 
 
+class DeltaNetSizes(Protocol):
+    """The part of a DeltaNet that layouts are held against."""
+
+    @property
+    def num_key_heads(self) -> int: ...
+
+
 class ModelSizes(Protocol):
     """The part of an Architecture that layouts and lengths are held against."""
 
@@ -147,6 +154,8 @@ class ModelSizes(Protocol):
     def max_position_embeddings(self) -> int: ...
     @property
     def mixture(self) -> MixtureSizes | None: ...
+    @property
+    def delta_net(self) -> DeltaNetSizes | None: ...
     @property
     def all_biases(self) -> bool: ...
 
@@ -219,6 +228,13 @@ def _layout_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
     ]
     if architecture.mixture is None:
         cut.append(("MLP columns (ffn_hidden_size)", architecture.ffn_hidden_size))
+    if architecture.delta_net is not None:
+        cut.append(("key heads of gated delta nets", architecture.delta_net.num_key_heads))
+        if parallel.cp > 1:
+            yield (
+                f"parallel.cp = {parallel.cp}: a gated delta net reads its sequence from the first token to "
+                "the last, and is not split over cp: set cp = 1, and tp or pp for longer sequences"
+            )
     for what, count in cut:
         if count % parallel.tp:
             yield (

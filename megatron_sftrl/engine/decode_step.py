@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.blocks import query_factors
 from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
-from megatron_sftrl.engine.local_layers import layer_window, rms_norm
+from megatron_sftrl.engine.local_layers import layer_window, norm_from_zero, rms_norm
 from megatron_sftrl.models.architecture import Architecture, Latent, Rope
 
 
@@ -115,6 +115,8 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
             attention = layer.self_attention
             normed = _before(hidden, names.attention, layer, architecture)
             attend = _attention if architecture.latent is None else _latent_attention
+            if not architecture.attends(layer.layer_number - 1):
+                attend = _delta_net
             output = attend(attention, architecture, normed, group, places, turns[rope], masks[window])
             hidden = _added(hidden, output, "post_self_attn_layernorm", layer, architecture)
             if isinstance(layer.mlp, MoELayer):
@@ -146,6 +148,8 @@ def _added(residual: Tensor, output: Tensor, name: str, layer: Any, architecture
 
 
 def _norm(x: Tensor, weight: Tensor, config: TransformerConfig) -> Tensor:
+    if config.layernorm_zero_centered_gamma:
+        return norm_from_zero(x, weight, config.layernorm_epsilon)
     return (_divided_by_rms(x, config) * weight).to(x.dtype)
 
 
@@ -198,12 +202,19 @@ def _attention(
     mixed = F.linear(x, projection.weight, projection.bias if config.add_qkv_bias else None)
     mixed = _adapted(projection, x, mixed)
     # [T, groups/tp, heads per group + 2, head_dim]: the query heads of a group, its key, its value.
-    mixed = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim)
+    mixed, gate = mixed.view(len(x), attention.num_query_groups_per_partition, -1, head_dim), None
+    if architecture.has_output_gate:
+        num = mixed.shape[2] // 2 - 1
+        query, gate, others = mixed.split([num, num, 2], dim=2)
+        mixed = torch.cat((query, others), dim=2)
     turned, value = mixed[:, :, :-1], mixed[:, :, -1]
     if architecture.qk_norm_spans_heads:
         query, key = turned[:, :, :-1], turned[:, :, -1]
         query = attention.q_layernorm(query.flatten(1, 2)).view(query.shape)
         turned = torch.cat((query, attention.k_layernorm(key)[:, :, None]), dim=2)
+    elif architecture.qk_norm and architecture.norms_from_zero:
+        query, key = attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])
+        turned = torch.cat((query, key), dim=2)
     elif architecture.qk_norm:
         turned = _divided_by_rms(turned, config)
         turned[:, :, :-1].mul_(attention.q_layernorm.weight)
@@ -215,7 +226,19 @@ def _attention(
     if turn is not None and turn.query is not None:
         query = query * turn.query.to(x.dtype)
     places.cache.write(attention.layer_number, places, key, value)
-    return _attended(attention, query, group, places, mask)
+    return _attended(attention, query, group, places, mask, gate)
+
+
+def _delta_net(
+    net: Any,
+    _: Architecture,
+    x: Tensor,  # [T, H]
+    group: dist.ProcessGroup,
+    places: CacheSlots,
+    __: _Turn | None,
+    ___: Tensor | None,
+) -> Tensor:
+    return _row_parallel(net.linear_proj, net.step(x, places), group)
 
 
 def _latent_attention(
@@ -252,6 +275,7 @@ def _attended(
     group: dist.ProcessGroup,
     places: CacheSlots,
     mask: Tensor | None,
+    gate: Tensor | None = None,  # as the query
 ) -> Tensor:
     """[T, H] of the cache, where the new tokens' keys and values are already."""
     keys, values = places.cache.read(attention.layer_number, places)
@@ -266,6 +290,8 @@ def _attended(
         attended = _attended_with_sinks(
             query[:num], keys, values, mask, sinks, attention.core_attention.scale
         )
+    if gate is not None:
+        attended = (attended * torch.sigmoid(gate[:num].float())).to(attended.dtype)
     attended = attended.flatten(1)
     if num < len(query):
         attended = F.pad(attended, (0, 0, 0, len(query) - num))

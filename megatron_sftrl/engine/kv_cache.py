@@ -24,6 +24,7 @@ class KvCache:
         # Tokens that only fill a batch up are written to one slot more, which is never read.
         self.scratch_slot = num_slots
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: dict[tuple[int, str], Tensor] = {}
 
     def write(self, layer: int, at: CacheSlots, key: Tensor, value: Tensor) -> None:
         """Keep keys and values, [T, groups/tp, head_dim] each, of the tokens that `at` places."""
@@ -40,8 +41,24 @@ class KvCache:
         where = slice(*at.span)
         return keys[where, :, : at.longest], values[where, :, : at.longest]
 
+    def write_state(self, layer: int, name: str, slots: Tensor, values: Tensor) -> None:
+        """Keep what a layer without keys and values has of whole sequences: [N, ...], one in each slot."""
+        if (layer, name) not in self._states:
+            self._states[layer, name] = values.new_zeros(self.scratch_slot + 1, *values.shape[1:])
+        self._states[layer, name][slots] = values
+
+    def state(self, layer: int, name: str, at: CacheSlots) -> Tensor:
+        """The same, [S, ...] of the sequences in `at.span`, in place: a new token changes it."""
+        assert at.span is not None
+        return self._states[layer, name][slice(*at.span)]
+
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Give the slots `targets` the first `length` tokens of the slot `source`, in every layer."""
+        """Give the slots `targets` the first `length` tokens of the slot `source`, in every layer; states
+        are those behind its last token.
+        """
+        for state in self._states.values():
+            for target in targets:
+                state[target] = state[source]
         for pair in self._layers.values():
             for kept in pair:
                 for target in targets:

@@ -28,11 +28,14 @@ from megatron_sftrl.engine.packed_sequences import PackedSequences
 
 
 class RMSNorm(torch.nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), reduced in fp32."""
+    """y = weight * x / sqrt(mean(x^2) + eps), reduced in fp32.
+
+    With layernorm_zero_centered_gamma 1 + weight takes the place of the weight, in fp32.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.is_from_zero = eps, config.layernorm_zero_centered_gamma
         self.weight = torch.nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
@@ -40,12 +43,19 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_from_zero:
+            return norm_from_zero(x, self.weight, self.eps)
         return rms_norm(x, self.eps) * self.weight
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, reduced in fp32, rounded once."""
     return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+
+
+def norm_from_zero(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(1 + weight) x / sqrt(mean(x^2) + eps) in fp32, rounded once."""
+    return (rms_norm(x.float(), eps) * (1 + weight.float())).to(x.dtype)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):

@@ -71,6 +71,12 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.head_dim,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=architecture.norms_from_zero,
+        attention_output_gate=architecture.has_output_gate,
+        # Of hybrids, for the names in a checkpoint; the layers come from model.py.
+        linear_attention_freq=[int(not architecture.attends(i)) for i in range(architecture.num_layers)]
+        if architecture.delta_net
+        else None,
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
         activation_func=_gate(architecture.gate_slope),
@@ -254,6 +260,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
         *_missing_packages(run, is_cuda=is_cuda, with_te=with_te),
         *_latent_problems(run, architecture, with_te=with_te),
         *_sink_problems(run, architecture, with_te=with_te),
+        *_hybrid_problems(run, architecture, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:
@@ -287,6 +294,16 @@ def _sink_problems(run: TrainingConfig, architecture: Architecture, *, with_te: 
             f"model.layers = {run.model.layers}: the sinks and experts of a {architecture.family} are only "
             "known with torch's layers: set model.layers = torch"
         )
+
+
+def _hybrid_problems(run: TrainingConfig, architecture: Architecture, *, with_te: bool) -> Iterator[str]:
+    if architecture.delta_net is not None and with_te:
+        yield (
+            f"model.layers = {run.model.layers}: gated delta nets ({architecture.family}) are only known "
+            "with torch's layers: set model.layers = torch"
+        )
+    if architecture.delta_net is not None and run.lora is not None:
+        yield f"lora does not know gated delta nets ({architecture.family}) yet: remove it"
 
 
 def check_fp8(train: TrainSection, device: torch.device) -> None:

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from megatron_sftrl.engine.blocks import SpanningNorm, complete_blocks
 from megatron_sftrl.engine.decode_step import new_token_states
+from megatron_sftrl.engine.gated_delta_net import GatedDeltaNet
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.latent_attention import LatentAttention
 from megatron_sftrl.engine.local_layers import BiasedColumnParallelLinear, PackedAttention, RMSNorm
@@ -275,8 +276,9 @@ def _remember_prompts(chunk: LanguageModel) -> None:
 
     layers: Any = chunk.decoder.layers
     for layer in layers:
-        attention = layer.self_attention.core_attention
-        attention.register_forward_pre_hook(partial(write, layer.layer_number), with_kwargs=True)
+        if chunk.architecture.attends(layer.layer_number - 1):
+            attention = layer.self_attention.core_attention
+            attention.register_forward_pre_hook(partial(write, layer.layer_number), with_kwargs=True)
 
 
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
@@ -301,20 +303,25 @@ def _norm(config: TransformerConfig) -> Any:
 def _block_spec(
     architecture: Architecture, config: TransformerConfig, vp_stage: int | None, pp_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    if config.transformer_impl == "transformer_engine" and not architecture.num_dense_layers:
+    if config.transformer_impl == "transformer_engine" and not architecture.has_layers_of_kinds:
         return _fused_layer_spec(architecture, config, has_experts=architecture.mixture is not None)
     make = _fused_layer_spec if config.transformer_impl == "transformer_engine" else _layer_spec
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    kinds = [architecture.has_experts(layer) for layer in range(first, first + num_layers)]
-    specs = {kind: make(architecture, config, has_experts=kind) for kind in set(kinds)}
+    layers = range(first, first + num_layers)
+    kinds = [(architecture.has_experts(layer), architecture.attends(layer)) for layer in layers]
+    specs = {
+        (experts, attends): make(architecture, config, has_experts=experts, attends=attends)
+        for experts, attends in set(kinds)
+    }
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=_norm(config))
 
 
 def _fused_layer_spec(
-    architecture: Architecture, config: TransformerConfig, *, has_experts: bool
+    architecture: Architecture, config: TransformerConfig, *, has_experts: bool, attends: bool = True
 ) -> ModuleSpec:
     """A block of Transformer Engine's layers."""
+    assert attends, "check_megatron refuses hybrids"
     fused = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
@@ -329,7 +336,9 @@ def _fused_layer_spec(
     return fused
 
 
-def _layer_spec(architecture: Architecture, config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
+def _layer_spec(
+    architecture: Architecture, config: TransformerConfig, *, has_experts: bool, attends: bool = True
+) -> ModuleSpec:
     """A block of torch's layers."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if has_experts else None,
@@ -342,9 +351,15 @@ def _layer_spec(architecture: Architecture, config: TransformerConfig, *, has_ex
         # The norm before a router stands alone in Transformer Engine's layers, so it keeps its own name here.
         del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-    if architecture.latent is not None:
+    if not attends:
+        own = ModuleSpec(module=GatedDeltaNet, params={"net": architecture.delta_net})
+    elif architecture.latent is not None:
         sizes = {"latent": architecture.latent, "attention_factor": architecture.rope.attention_factor}
-        submodules.self_attention = ModuleSpec(module=LatentAttention, params=sizes)
+        own = ModuleSpec(module=LatentAttention, params=sizes)
+    else:
+        own = None
+    if own is not None:
+        submodules.self_attention = own
         # No projection of its own stands behind this norm.
         del submodules.sharded_state_dict_keys_map["input_layernorm."]
         return layer
@@ -416,10 +431,10 @@ def _fill(shard: ShardedTensor, architecture: Architecture, seed: int) -> None:
     data, stacked = shard.data, shard.prepend_axis_num
     assert data is not None
     if shard.key.endswith("bias"):
-        data.zero_()
+        data.fill_(float(shard.key.endswith("dt_bias")))
     elif "norm" in shard.key.rsplit("linear_", 1)[-1]:
         # "layer_norm_weight" of Transformer Engine's fused linear, or a norm of its own.
-        data.fill_(1.0)
+        data.fill_(float(not architecture.norms_from_zero or "out_norm" in shard.key))
     else:
         whole_shape = shard.global_shape[stacked:]
         offset = shard.global_offset[stacked:]
@@ -436,6 +451,9 @@ def _draw(
     is_output_projection = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
     std = architecture.init_std / (math.sqrt(2 * architecture.num_layers) if is_output_projection else 1.0)
     generator = named_generator(f"{seed}:{key}:{layer}")
+    if key.endswith("A_log"):
+        # A between 0.01 and 16, as transformers draws it.
+        return (torch.rand(shape, generator=generator) * 15.99 + 0.01).log()
     drawn = torch.zeros(shape)
     drawn[:rows] = torch.randn((rows, *shape[1:]), generator=generator) * std
     return drawn

@@ -30,6 +30,7 @@ class PackedSequences(PackedSeqParams):
     places: CacheSlots | None = None
     _plans: dict[int | None, AttentionPlan] = field(default_factory=dict, repr=False)
     _positions: Tensor | None = field(default=None, repr=False)
+    _rows_with_gaps: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -67,6 +68,14 @@ class PackedSequences(PackedSeqParams):
             parts = [zigzag_positions(length, *cut) for length in self.lengths]
             self._positions = torch.cat(parts).to(device, non_blocking=True)
         return self._positions
+
+    def rows_with_gaps(self, gap: int, device: torch.device) -> Tensor:
+        """[T] int64 row of each token where `gap` rows more stand before each sequence; made once."""
+        if self._rows_with_gaps is None:
+            lengths = torch.tensor(self.lengths)
+            gaps = torch.repeat_interleave(torch.arange(1, len(lengths) + 1) * gap, lengths)
+            self._rows_with_gaps = (torch.arange(len(gaps)) + gaps).to(device, non_blocking=True)
+        return self._rows_with_gaps
 
 
 def places_of(params: PackedSeqParams | None) -> CacheSlots | None:

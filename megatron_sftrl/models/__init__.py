@@ -15,7 +15,7 @@ def architecture_of(model: ModelSection) -> Architecture:
     """
     directory = model.hf if model.hf is not None else model.hf_config
     if directory is not None:
-        return from_hf_config(directory)
+        return from_hf_config(directory, text_only=model.text_only)
     assert model.architecture is not None, "ModelSection holds exactly one source"
     return from_section(model.architecture)
 
@@ -23,4 +23,4 @@ def architecture_of(model: ModelSection) -> Architecture:
 def notes_on(model: ModelSection) -> tuple[str, ...]:
     """A line on each key of the model's config.json that asks for something and yet changes nothing."""
     directory = model.hf if model.hf is not None else model.hf_config
-    return () if directory is None else read_hf_config(directory)[1]
+    return () if directory is None else read_hf_config(directory, text_only=model.text_only)[1]

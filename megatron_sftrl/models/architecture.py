@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,6 +138,7 @@ Family = Literal[
     "glm4_moe",
     "deepseek_v3",
     "gpt_oss",
+    "qwen3_5_text",
 ]
 Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
@@ -212,6 +213,54 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaNet:
+    """Layers that keep a matrix a head of the past instead of its keys and values (arXiv:2412.06464).
+
+    Args:
+        layers: which they are, counted from 0; the others attend.
+        num_key_heads, num_value_heads: each key head serves an equal run of value heads.
+        key_dim, value_dim: of each head.
+        kernel: tokens, the current one included, that the convolution of queries, keys and values sees.
+    """
+
+    layers: tuple[int, ...]
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    def __post_init__(self) -> None:
+        if self.num_value_heads % self.num_key_heads:
+            raise UserError(
+                f"linear_num_value_heads = {self.num_value_heads} is not a multiple of "
+                f"linear_num_key_heads = {self.num_key_heads}: every key head serves as many value heads"
+            )
+
+    @property
+    def value_heads_each(self) -> int:
+        """Value heads of a key head."""
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def channels_each(self) -> int:
+        """Of what the convolution sees, for a key head: its query, its key, its values."""
+        return 2 * self.key_dim + self.value_heads_each * self.value_dim
+
+    @property
+    def rows_each(self) -> int:
+        """Of the projection that a key head is made of: the same, gates, and two numbers a value head."""
+        return self.channels_each + self.value_heads_each * (self.value_dim + 2)
+
+
+class LayerKind(NamedTuple):
+    """Whether a layer has a mixture or an MLP, and attention or a gated delta net."""
+
+    has_experts: bool
+    attends: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """A transformer with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
 
@@ -246,6 +295,9 @@ class Architecture:
         gate_slope: the gate g of an MLP becomes g sigmoid(gate_slope g).
         gate_limit: g is cut off above it, what it is multiplied with above and below; None for neither.
         gate_offset: is added to the latter.
+        delta_net: of a hybrid, the layers that have no attention; None where all attend.
+        has_output_gate: what each query head has attended to is multiplied by the sigmoid of a gate.
+        norms_from_zero: norms multiply by 1 + weight.
     Raises:
         UserError: sizes that cannot form a network.
     """
@@ -283,6 +335,9 @@ class Architecture:
     gate_slope: float = 1.0
     gate_limit: float | None = None
     gate_offset: float = 0.0
+    delta_net: DeltaNet | None = None
+    has_output_gate: bool = False
+    norms_from_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -333,6 +388,19 @@ class Architecture:
         """Layers of a mixture that have an MLP, the first ones."""
         return self.mixture.num_dense_layers if self.mixture else 0
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has attention, not a gated delta net."""
+        return self.delta_net is None or layer not in self.delta_net.layers
+
+    def kind(self, layer: int) -> LayerKind:
+        """What a layer, counted from 0, is made of."""
+        return LayerKind(has_experts=self.has_experts(layer), attends=self.attends(layer))
+
+    @property
+    def has_layers_of_kinds(self) -> bool:
+        """Layers differ in what they are made of; Megatron stacks in a checkpoint those that are alike."""
+        return self.num_dense_layers > 0 or self.delta_net is not None
+
 
 def from_section(section: ArchitectureSection) -> Architecture:
     """The architecture that explicit sizes describe.
@@ -378,6 +446,9 @@ def from_record(record: Mapping[str, Any]) -> Architecture:
     """
     fields = dict(record)
     try:
+        if fields.get("delta_net") is not None:
+            layers = tuple(fields["delta_net"]["layers"])
+            fields["delta_net"] = DeltaNet(**{**fields["delta_net"], "layers": layers})
         kinds = {"rope": Rope, "window_rope": Rope, "mixture": Mixture, "latent": Latent}
         for name, kind in kinds.items():
             if fields.get(name) is not None:
@@ -408,7 +479,7 @@ def has_qkv_bias(family: Family) -> bool:
 
 def has_qk_norm(family: Family) -> bool:
     """Families that normalise q and k."""
-    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3")
+    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "qwen3_5_text")
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:
@@ -436,7 +507,11 @@ def num_parameters(architecture: Architecture) -> int:
     """Parameters, without vocabulary padding; a tied output layer is counted once."""
     a = architecture
     embedding = a.vocab_size * a.hidden_size
-    attention = _attention_parameters(a) if a.latent is None else _latent_parameters(a, a.latent)
+    each = _attention_parameters(a) if a.latent is None else _latent_parameters(a, a.latent)
+    num_others = len(a.delta_net.layers) if a.delta_net else 0
+    attention = (a.num_layers - num_others) * each
+    if a.delta_net is not None:
+        attention += num_others * _delta_net_parameters(a, a.delta_net)
     mlp = a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size
     if (mixture := a.mixture) is not None:
         experts = mixture.num_experts * (3 * a.hidden_size * a.ffn_hidden_size + a.hidden_size)
@@ -449,16 +524,26 @@ def num_parameters(architecture: Architecture) -> int:
         mlp += a.num_dense_layers * 3 * a.hidden_size * mixture.dense_width
     norms = (4 if a.norms == "both" else 2) * a.hidden_size
     ends = embedding * (1 if a.tie_embeddings else 2) + a.hidden_size
-    return a.num_layers * (attention + norms) + mlp + ends
+    return attention + a.num_layers * norms + mlp + ends
 
 
 def _attention_parameters(a: Architecture) -> int:
     query_width, key_width = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    count = a.hidden_size * (2 * query_width + 2 * key_width)
+    count = a.hidden_size * ((2 + a.has_output_gate) * query_width + 2 * key_width)
     count += (query_width + 2 * key_width) if a.qkv_bias else 0
     if a.qk_norm:
         count += (query_width + key_width) if a.qk_norm_spans_heads else 2 * a.head_dim
     return count + a.hidden_size * a.all_biases + a.num_attention_heads * a.has_sinks
+
+
+def _delta_net_parameters(a: Architecture, net: DeltaNet) -> int:
+    small = net.num_key_heads * net.channels_each * net.kernel + 2 * net.num_value_heads + net.value_dim
+    return delta_net_matrices(a, net) + small
+
+
+def delta_net_matrices(a: Architecture, net: DeltaNet) -> int:
+    """Elements of the projections of one gated delta net."""
+    return a.hidden_size * (net.num_key_heads * net.rows_each + net.num_value_heads * net.value_dim)
 
 
 def _latent_parameters(a: Architecture, latent: Latent) -> int:

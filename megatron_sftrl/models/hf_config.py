@@ -22,6 +22,7 @@ from megatron_sftrl.models.architecture import (
     latent_attention_multiplier,
 )
 from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, asked_family, hf_family, judge_other_keys
+from megatron_sftrl.models.hf_hybrids import DELTA_KEYS, delta_net_values, language_model, read_delta_net
 from megatron_sftrl.models.hf_positions import (
     read_no_rope_layers,
     read_ropes,
@@ -110,9 +111,6 @@ _LATENT_KEYS = frozenset(
         "v_head_dim",
     }
 )
-DRAFT_KEYS = ("num_mtp_layers", "num_nextn_predict_layers")
-"""Layers that draft tokens, under transformers' name and that of the published files."""
-
 # Of GPT-OSS's gates, where a config.json is silent.
 _SLOPE, _LIMIT = 1.702, 7.0
 
@@ -142,20 +140,23 @@ def is_hugging_face(path: Path) -> bool:
     return (path / "config.json").is_file() and not (path / "resolved.yaml").exists()
 
 
-def from_hf_config(path: Path | str) -> Architecture:
+def from_hf_config(path: Path | str, *, text_only: bool = False) -> Architecture:
     """The architecture that a config.json describes; `path` may be its directory.
+
+    Args:
+        text_only: of a multimodal model its language model alone is asked for.
 
     Raises:
         UserError: no such file, not JSON, or every request in it that cannot be honoured.
     """
-    return read_hf_config(path)[0]
+    return read_hf_config(path, text_only=text_only)[0]
 
 
-def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
+def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Architecture, tuple[str, ...]]:
     """As from_hf_config, and a line on each key that asks for something and yet changes nothing."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
-    reader = read_json_object(file)
+    reader = language_model(read_json_object(file), text_only=text_only)
     line = asked_family(reader)
     _refuse_what_is_not_supported(reader, line)
     num_layers, hidden_size = reader.whole("num_hidden_layers"), reader.whole("hidden_size")
@@ -177,6 +178,7 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
         max_position_embeddings=max_positions,
         no_rope_layers=no_rope_layers,
     )
+    delta_net = read_delta_net(reader, num_layers) if line.has_delta_net else None
     width = _ffn_hidden_size(reader, line)
     norm_eps = reader.number("rms_norm_eps", line.norm_eps)
     init_std = reader.number("initializer_range", 0.02)
@@ -217,6 +219,9 @@ def read_hf_config(path: Path | str) -> tuple[Architecture, tuple[str, ...]]:
             has_sinks=line.has_sinks,
             all_biases=line.all_biases,
             gate_offset=line.gate_offset,
+            delta_net=delta_net,
+            has_output_gate=line.has_delta_net,
+            norms_from_zero=line.has_delta_net,
             **gate,
             **multipliers,
         )
@@ -391,13 +396,16 @@ def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
     known = _READ_KEYS | _KEYS_WITHOUT_EFFECT | line.keys | line.refuses.keys()
     known |= {key for key in (line.bias_key, line.qk_norm_key) if key} | line.for_vllm.keys()
     known |= _LATENT_KEYS if line.has_latent else frozenset()
+    known |= DELTA_KEYS if line.has_delta_net else frozenset()
     for key, built in line.for_vllm.items():
         if reader.has(key) and reader.get(key) != built:
             reader.say(key, f" {reader.get(key)!r}: only {built!r} is supported")
-    if line.has_drafts:
-        known |= {*DRAFT_KEYS}
-        if count := max(reader.get(key) or 0 for key in DRAFT_KEYS):
-            reader.note(DRAFT_KEYS[1], f" {count}: layers that draft tokens are left out, also of exports")
+    if line.draft_keys:
+        known |= {*line.draft_keys}
+        if count := max(reader.get(key) or 0 for key in line.draft_keys):
+            reader.note(
+                line.draft_keys[-1], f" {count}: layers that draft tokens are left out, also of exports"
+            )
     if line.mixture is not None and line.mixture.routing == "sigmoid":
         known |= _SIGMOID_KEYS
     elif line.mixture is not None:
@@ -487,7 +495,8 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         **dict.fromkeys(line.keys & _DROPOUTS, 0.0),
         **({"swiglu_alpha": a.gate_slope, "swiglu_limit": a.gate_limit} if a.gate_limit else {}),
         **({"attention_bias": True} if a.all_biases else {}),
-        **(dict.fromkeys(DRAFT_KEYS[1:], 0) if line.has_drafts else {}),
+        **dict.fromkeys(line.draft_keys[-1:], 0),
+        **(delta_net_values(a) if line.has_delta_net else {}),
     }
     if line.bias_key is not None:
         values[line.bias_key] = a.qkv_bias

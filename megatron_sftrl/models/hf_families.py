@@ -67,8 +67,11 @@ class HfFamily:
         has_code: published files name code of their own, of which transformers has its own version.
         has_sinks, all_biases, gate_offset: as in an Architecture.
         quantised: the quant_method of files whose weights are dequantised while they are read; None for none.
-        has_drafts: layers behind the last one that draft tokens may be in the files; they are left out.
+        draft_keys: count layers that draft tokens, the last one in published files; they are left out.
+        has_delta_net: layers are gated delta nets or attend, with gates on what they attend to; norms
+            multiply by 1 + weight.
         rope_kinds: that transformers and vLLM read alike in this family.
+        rope_ignores: keys of a set that change nothing for text alone.
         rope: the set that stands for an absent one.
         partial_rotary: when absent, the fraction of a head that turns; None where it is always the whole.
         interleaved: of positions.
@@ -105,8 +108,10 @@ class HfFamily:
     all_biases: bool = False
     gate_offset: float = 0.0
     quantised: str | None = None
-    has_drafts: bool = False
+    draft_keys: tuple[str, ...] = ()
+    has_delta_net: bool = False
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_ignores: frozenset[str] = frozenset()
     rope: Mapping[str, Any] | None = None
     partial_rotary: float | None = None
     interleaved: bool = False
@@ -117,6 +122,9 @@ class HfFamily:
     for_vllm: Mapping[str, Any] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
 
+
+_DRAFTS = ("num_mtp_layers", "num_nextn_predict_layers")
+"""Under transformers' name and that of the published files."""
 
 HF_FAMILIES: tuple[HfFamily, ...] = (
     HfFamily(
@@ -331,7 +339,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         ),
         bias_key="attention_bias",
         qk_norm_key="use_qk_norm",
-        has_drafts=True,
+        draft_keys=_DRAFTS,
         rope_kinds=("default",),
         partial_rotary=0.5,
         refuses=dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
@@ -356,7 +364,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         ),
         has_latent=True,
         has_code=True,
-        has_drafts=True,
+        draft_keys=_DRAFTS,
         rope_kinds=("default", "yarn"),
         interleaved=True,
         states=("attention_bias",),
@@ -402,6 +410,22 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
             ("norm_topk_prob", "moe_intermediate_size"),
             "GptOssForCausalLM does not read it, remove it",
         ),
+    ),
+    HfFamily(
+        family="qwen3_5_text",
+        architecture="Qwen3_5ForCausalLM",
+        num_key_value_heads=4,
+        head_dim=256,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="none",
+        has_delta_net=True,
+        draft_keys=("mtp_num_hidden_layers",),
+        rope_kinds=("default",),
+        rope_ignores=frozenset({"mrope_interleaved", "mrope_section"}),
+        partial_rotary=0.25,
+        states=("attention_bias",),
+        for_vllm={"attn_output_gate": True},
     ),
 )
 
@@ -469,6 +493,7 @@ _OBEYED_ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("attribute_map", "fusion_config", "target_layer_count", "canvas_length"), _NETWORK),
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "num_kv_shared_layers"), _NETWORK),
     **dict.fromkeys(("attention_sinks", "layer_rope_theta", "llama_4_scaling"), _NETWORK),
+    **dict.fromkeys(("layer_scale", "output_gate_type"), _NETWORK),
     **dict.fromkeys(("is_causal", "use_bidirectional_attention", "attention_chunk_size"), _ATTENTION),
     **dict.fromkeys(("dual_chunk_attention_config", "use_dual_chunk_attention"), _ATTENTION),
     **dict.fromkeys(("sparse_attention_config", "rswa_window", "index_topk", "attn_type_list"), _ATTENTION),
@@ -512,4 +537,6 @@ def _states_what_is_built(reader: JsonReader, line: HfFamily, key: str) -> bool:
         "default_rope_type": "default",
     }
     value = reader.get(key)
+    if key == "output_gate_type":
+        return value in ("silu", "swish")
     return key in built and value is not None and value == built[key]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError, error_of, hub_hint
+from megatron_sftrl.models.hf_hybrids import language_model_values
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.hf_weights import INDEX_FILE, SINGLE_FILE
 from megatron_sftrl.models.tokenizer_files import (
@@ -77,9 +78,12 @@ def read_assets(*, model: Path | None, tokenizer: Path | None, chat_template: Pa
 
 
 def _without_what_stays(config: bytes) -> bytes:
-    """A config.json without keys about files that are not carried along: code, and weights of fewer bits."""
+    """A config.json without keys about what is not carried along: code, weights of fewer bits, and what a
+    multimodal model has beside its language model.
+    """
     values = _json_object(config, CONFIG)
-    kept = {key: value for key, value in values.items() if key not in ("auto_map", "quantization_config")}
+    left_out = ("auto_map", "quantization_config")
+    kept = {key: value for key, value in language_model_values(values).items() if key not in left_out}
     return config if kept == values else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -141,7 +141,7 @@ def _read_set(
     if family.rope_by_layer_type and values.get("truncate") is False:
         rope.say("truncate", " False: transformers does not read it in a set for one kind of layers")
     own = family.rope.keys() if family.rope else set()
-    for key in sorted(values.keys() - _COMMON_KEYS - _OWN_KEYS[kind] - own):
+    for key in sorted(values.keys() - _COMMON_KEYS - _OWN_KEYS[kind] - own - family.rope_ignores):
         if values[key] is None:
             continue
         if key in _READ_SOMEWHERE:
@@ -320,7 +320,8 @@ def read_window(
     A window of max_position_embeddings or more excludes nothing and counts as none.
     """
     window = _size(reader, family)
-    given = None if "layer_types" in family.refuses else _given_layers(reader, num_layers)
+    has_others = "layer_types" in family.refuses or family.has_delta_net
+    given = None if has_others else _given_layers(reader, num_layers)
     if family.window in ("layers", "pattern"):
         layers = given
         if layers is None:

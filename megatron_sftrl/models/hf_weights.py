@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_families import hf_family
+from megatron_sftrl.models.hf_hybrids import LANGUAGE_PREFIX, VISION_PREFIX, is_multimodal
 from megatron_sftrl.models.hf_tensor_file import (
     BLOCKS,
     SCALES,
@@ -75,6 +76,12 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
         tensors = _read_sharded(path, is_pickled=name == _PICKLE_INDEX)
     else:
         tensors = _read_header(path, is_pickled=name == _PICKLE_FILE)
+    if is_multimodal(_config(directory)):
+        tensors = {
+            name.replace(LANGUAGE_PREFIX, _HF_PREFIX): entry
+            for name, entry in tensors.items()
+            if not name.startswith(VISION_PREFIX)
+        }
     return WeightFiles(tensors=_experts_apart(directory, _with_scales(directory, tensors)), notes=notes)
 
 
@@ -110,18 +117,18 @@ def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...
 _LOOKS_LIKE_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"})
 
 
-def _config_value(directory: Path, key: str) -> Any:
-    """Of config.json; None where there is none, and who reads the whole file complains about it."""
+def _config(directory: Path) -> dict[str, Any]:
+    """config.json; empty where there is none, and who reads the whole file complains about it."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return config.get(key) if isinstance(config, dict) else None
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _named_in_config(directory: Path) -> str | None:
     """File that config.json asks for; None when it asks for none."""
-    name = _config_value(directory, "transformers_weights")
+    name = _config(directory).get("transformers_weights")
     if name is None:
         return None
     if not _is_plain_name(name) or not str(name).endswith((".safetensors", ".safetensors.index.json")):
@@ -203,7 +210,7 @@ _SCALES = ".weight_scale_inv"
 
 def _with_scales(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
     """The tensors, each of 8 bits together with its scales; UserError: scales of another shape."""
-    quantised = _config_value(directory, "quantization_config")
+    quantised = _config(directory).get("quantization_config")
     block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
     if not block:
         return tensors
@@ -239,8 +246,8 @@ def _experts_apart(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapp
     # Those with biases beside them are published so (GPT-OSS).
     if not any(_STACK.fullmatch(name) and f"{name}_bias" not in tensors for name in tensors):
         return tensors
-    is_mixtral = "mixtral" in str(_config_value(directory, "architectures")).lower()
-    is_mixtral |= _config_value(directory, "model_type") == "mixtral"
+    is_mixtral = "mixtral" in str(_config(directory).get("architectures")).lower()
+    is_mixtral |= _config(directory).get("model_type") == "mixtral"
     apart: dict[str, StoredTensor] = {}
     for name, stored in tensors.items():
         for each, part in _parts_of_stack(name, stored, is_mixtral=is_mixtral):
@@ -420,9 +427,10 @@ class HfWeights:
     def check_model(self, architecture: Architecture) -> None:
         """As check(), of the model of this architecture; layers that draft tokens may be there, too."""
         names: list[str] = []
-        if hf_family(architecture.family).has_drafts:
+        if hf_family(architecture.family).draft_keys:
             layers = ((name, re.match(r"model\.layers\.(\d+)\.", name)) for name in self.shapes)
             names = [name for name, found in layers if found and int(found[1]) >= architecture.num_layers]
+            names += [name for name in self.shapes if name.startswith("mtp.")]
         self.check(hf_shapes(architecture), tied=architecture.tie_embeddings, left_out=frozenset(names))
 
     def check(

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from megatron_sftrl.models.architecture import Architecture, Latent, Norms
+from megatron_sftrl.models.architecture import Architecture, DeltaNet, Latent, Norms
 from megatron_sftrl.models.hf_families import hf_family
 
 Shard = Literal["rows", "columns"]
@@ -85,8 +85,9 @@ class _Rule:
         megatron: key, below "decoder.layers." for a tensor of every layer.
         hf: the tensors it is made of, below "model.layers.{layer}." for a tensor of every layer.
         rows: order of their rows. one: a single tensor. halves: one tensor below the other. groups: for each
-            key/value head its query heads, the key head, the value head. Of halves and groups the files may
-            hold all parts one below the other in a single tensor.
+            key/value head its query heads, their gates if there are any, the key head, the value head. Of
+            halves and groups the files may hold all parts one below the other in a single tensor. keys: of a
+            gated delta net, for each key head its query, its key, its values and what belongs to these.
         shard: the dimension that tensor parallelism cuts; of `halves` each half is cut. None: every rank has
             all of it.
         fused: the file has one tensor of all experts, [experts, columns, rows] or [experts, rows]; the rows
@@ -95,7 +96,7 @@ class _Rule:
 
     megatron: str
     hf: tuple[str, ...]
-    rows: Literal["one", "halves", "groups"] = "one"
+    rows: Literal["one", "halves", "groups", "keys"] = "one"
     shard: Shard | None = None
     fused: bool = False
 
@@ -153,6 +154,20 @@ _LATENT_NORM = _Rule(megatron="self_attention.kv_layernorm.weight", hf=("self_at
 _LATENT_UP = _Rule(
     megatron="self_attention.linear_kv_up_proj.weight", hf=("self_attn.kv_b_proj.weight",), shard="rows"
 )
+_DELTA_IN = _Rule(
+    megatron="self_attention.in_proj.weight",
+    hf=tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")),
+    rows="keys",
+    shard="rows",
+)
+_DELTA_CONVOLUTION = _Rule(
+    megatron="self_attention.conv_weight", hf=("linear_attn.conv1d.weight",), rows="keys", shard="rows"
+)
+_DELTA_DECAY = _Rule(megatron="self_attention.A_log", hf=("linear_attn.A_log",), shard="rows")
+_DELTA_TIME = _Rule(megatron="self_attention.dt_bias", hf=("linear_attn.dt_bias",), shard="rows")
+_DELTA_NORM = _Rule(megatron="self_attention.out_norm.weight", hf=("linear_attn.norm.weight",))
+_DELTA_OUT = replace(_PROJECTION, hf=("linear_attn.out_proj.weight",))
+_DELTA_NET = (_DELTA_DECAY, _DELTA_TIME, _DELTA_CONVOLUTION, _DELTA_OUT, _DELTA_IN, _DELTA_NORM)
 _FUSED_QKV = replace(_QKV, hf=("self_attn.qkv_proj.weight",))
 _FUSED_FC1 = replace(_FC1, hf=("mlp.gate_up_proj.weight",))
 
@@ -291,7 +306,7 @@ class MegatronTensor:
         key: its name in a sharded checkpoint.
         index: its place in the stacked axes: (), (layer,) or (layer, expert).
         stack: sizes of the stacked axes.
-        shape: (rows,) or (rows, columns).
+        shape: (rows,) or (rows, columns); of a convolution (rows, 1, width).
         shard: the dimension that tensor parallelism cuts; None for a tensor that every rank has whole.
         num_parts: equal parts of the rows that tensor parallelism cuts one by one (2 for a gated MLP).
         num_blocks: see `blocks`.
@@ -438,6 +453,9 @@ def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
         yield from _norm(a, "before attention", "input_layernorm.weight")
         yield from (_QUERY_DOWN, _QUERY_NORM, _QUERY_UP) if a.latent.query_rank else (_LATENT_QUERY,)
         yield from (_LATENT_DOWN, _LATENT_NORM, _LATENT_UP)
+    elif not a.attends(layer):
+        yield from _norm(a, "before attention", "input_layernorm.weight")
+        yield from _DELTA_NET
     else:
         yield from _norm(a, "before attention", "self_attention.linear_qkv.layer_norm_weight")
         yield _FUSED_QKV if "qkv" in fused else _QKV
@@ -447,7 +465,8 @@ def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
             yield from _SPANNING_QK_NORM if a.qk_norm_spans_heads else _QK_NORM
         if a.has_sinks:
             yield _SINKS
-    yield _PROJECTION
+    if a.attends(layer):
+        yield _PROJECTION
     if a.all_biases:
         yield _PROJECTION_BIAS
     yield from _norm(a, "behind attention", "post_self_attn_layernorm.weight")
@@ -472,19 +491,18 @@ def _tensor(
     places = [] if expert is None or mixture is None else [(expert, mixture.num_experts)]
     if layer is not None:
         prefix, key = f"model.layers.{layer}.", f"decoder.layers.{key}"
-        if architecture.num_dense_layers:
+        if architecture.has_layers_of_kinds:
             # Megatron stacks layers that are alike alone.
             key = f"decoder.layers.{layer}.{rule.megatron}"
         else:
             places.insert(0, (layer, architecture.num_layers))
     names = [prefix + name.format(expert=expert) for name in rule.hf]
     rows = tuple(_rows(rule, names, architecture, expert if rule.fused else None))
-    columns = _num_columns(rule, architecture)
     return MegatronTensor(
         key=key,
         index=tuple(at for at, _ in places),
         stack=tuple(size for _, size in places),
-        shape=(sum(run.num_rows for run in rows), *((columns,) if columns else ())),
+        shape=(sum(run.num_rows for run in rows), *_shape_of_row(rule, architecture)),
         shard=rule.shard,
         num_parts=2 if rule.rows == "halves" else 1,
         num_blocks=3 if rule.rows == "groups" else len(rows),
@@ -499,6 +517,13 @@ def _tensor(
 
 def _rows(rule: _Rule, names: list[str], a: Architecture, expert: int | None) -> Iterator[HfRows]:
     """What a tensor is made of; `expert` where the file has one tensor of all."""
+    if rule.rows == "keys":
+        assert a.delta_net is not None
+        yield from _rows_by_key_head(names, a.delta_net)
+        return
+    if rule.rows == "groups" and a.has_output_gate:
+        yield from _rows_with_gates(names, a)
+        return
     if rule.rows == "groups":
         heads = (a.num_attention_heads // a.num_query_groups, 1, 1)
         firsts = (0, a.num_attention_heads, a.num_attention_heads + a.num_query_groups)
@@ -521,8 +546,31 @@ def _rows(rule: _Rule, names: list[str], a: Architecture, expert: int | None) ->
         yield from (HfRows(name=name, start=0, num_rows=num_rows) for name in names)
 
 
+def _rows_with_gates(names: list[str], a: Architecture) -> Iterator[HfRows]:
+    """q, k and v, where the file has the gate of each query head below it."""
+    query, *others = names
+    each = a.num_attention_heads // a.num_query_groups
+    for group in range(a.num_query_groups):
+        for is_gate in (0, 1):
+            for head in range(group * each, (group + 1) * each):
+                yield HfRows(name=query, start=(2 * head + is_gate) * a.head_dim, num_rows=a.head_dim)
+        for name in others:
+            yield HfRows(name=name, start=group * a.head_dim, num_rows=a.head_dim)
+
+
+def _rows_by_key_head(names: list[str], net: DeltaNet) -> Iterator[HfRows]:
+    """The projection of a gated delta net, or its convolution (queries, keys and values alone)."""
+    mixed, *others = names
+    heads, values = net.num_key_heads, net.value_heads_each * net.value_dim
+    for head in range(heads):
+        for first, size in ((0, net.key_dim), (net.key_dim, net.key_dim), (2 * net.key_dim, values)):
+            yield HfRows(name=mixed, start=heads * first + head * size, num_rows=size)
+        for name, size in zip(others, (values, *[net.value_heads_each] * 2), strict=False):
+            yield HfRows(name=name, start=head * size, num_rows=size)
+
+
 def _num_rows(rule: _Rule, a: Architecture) -> int:
-    """Rows of each part of a rule that is not `groups`."""
+    """Rows of each part of a rule that is neither `groups` nor `keys`."""
     if a.latent is not None and (shape := _latent_shape(rule, a, a.latent)) is not None:
         return shape[0]
     if rule in (_EMBEDDING, _OUTPUT):
@@ -537,20 +585,27 @@ def _num_rows(rule: _Rule, a: Architecture) -> int:
         return a.mixture.num_experts
     if rule is _SINKS:
         return a.num_attention_heads
+    if rule in (_DELTA_DECAY, _DELTA_TIME, _DELTA_NORM):
+        assert a.delta_net is not None
+        return a.delta_net.value_dim if rule is _DELTA_NORM else a.delta_net.num_value_heads
     if rule is _SHARED_GATE:
         return 1
     return _ffn_width(rule, a) if rule.rows == "halves" else a.hidden_size
 
 
-def _num_columns(rule: _Rule, a: Architecture) -> int | None:
-    """Columns of a rule's tensors, None for vectors."""
-    if rule.megatron.endswith(("norm.weight", "norm_weight", "bias", "softmax_offset")):
-        return None
+def _shape_of_row(rule: _Rule, a: Architecture) -> tuple[int, ...]:
+    """(columns,) of a matrix, () of a vector."""
+    if rule.megatron.endswith(("norm.weight", "norm_weight", "bias", "softmax_offset", "A_log")):
+        return ()
     if a.latent is not None and (shape := _latent_shape(rule, a, a.latent)) is not None:
-        return shape[1]
+        return shape[1:]
+    if a.delta_net is not None and rule is _DELTA_CONVOLUTION:
+        return 1, a.delta_net.kernel
+    if a.delta_net is not None and rule is _DELTA_OUT:
+        return (a.delta_net.num_value_heads * a.delta_net.value_dim,)
     if rule.megatron.endswith("linear_proj.weight"):
-        return a.num_attention_heads * a.value_dim
-    return _ffn_width(rule, a) if rule.megatron.endswith("linear_fc2.weight") else a.hidden_size
+        return (a.num_attention_heads * a.value_dim,)
+    return (_ffn_width(rule, a) if rule.megatron.endswith("linear_fc2.weight") else a.hidden_size,)
 
 
 def _latent_shape(rule: _Rule, a: Architecture, latent: Latent) -> tuple[int, int] | None:

@@ -205,6 +205,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": [*["full_attention"] * 2, "sliding_attention", "full_attention"],
         "rope_parameters": {**_YARN, "truncate": True, "attention_factor": 1.2},
     },
+    # Two value heads a key head; all but every second layer without attention.
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        **_DEEP,
+        "head_dim": 16,
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 8,
+    },
     "glm4_moe_ungrouped": {**_GLM4_MOE, "n_shared_experts": 2, "first_k_dense_replace": 3},
 }
 
@@ -225,9 +236,11 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
         for parameter_name, parameter in model.named_parameters():
             # Large enough that attention and routing are far from uniform: an error in a window, an angle
             # or an expert's weight moves the logits by far more than the tolerance.
-            # In a GPT-OSS half as large: transformers' own fp32 gradients would be 3.5e-5 from float64.
-            parameter.normal_(std=0.15 if config.model_type == "gpt_oss" else 0.3)
-            if "norm" in parameter_name:
+            # In a GPT-OSS half as large: transformers' own fp32 gradients would be 3.5e-5 from float64; and in
+            # a hybrid, where they would be 5e-5 away.
+            is_hybrid = hasattr(config, "linear_num_key_heads")
+            parameter.normal_(std=0.15 if is_hybrid or config.model_type == "gpt_oss" else 0.3)
+            if "norm" in parameter_name and (not is_hybrid or "linear_attn" in parameter_name):
                 parameter.add_(1.0)
             parameter.copy_(parameter.bfloat16())
         for buffer_name, buffer in model.named_buffers():

@@ -33,6 +33,7 @@ NAMES = (
     "glm4_moe",
     "deepseek_v3",
     "gpt_oss",
+    "qwen3_5_text",
 )
 if is_full():
     NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "gpt_oss_other_gates")
@@ -158,16 +159,15 @@ def planned_sizes(case: Case, world_size: int) -> list[list[list[int]]]:
     found = []
     for rank in range(world_size):
         stage = rank // (world_size // grid.pp)
-        a, layers = case.architecture, grid.chunk_layers(case.architecture, stage=stage)
+        a = case.architecture
         ends = [(stage == 0 and c == 0, stage == grid.pp - 1 and c == grid.vp - 1) for c in range(grid.vp)]
         chunks = [
             chunk_parameters(
                 a,
                 grid,
-                num_layers=layers,
+                kinds=grid.chunk_kinds(a, stage=stage, chunk=chunk),
                 has_embedding=first,
                 has_output=last,
-                num_dense=grid.dense_layers(a, stage=stage, chunk=chunk),
             )
             for chunk, (first, last) in enumerate(ends)
         ]

@@ -149,7 +149,8 @@ def test_buckets_are_cut_and_padded_where_megatron_cuts_and_pads_them(bucket_siz
     run = make_run(SHARDED, MIXTURE, "bf16")
     assert run.model.architecture is not None
     architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, 3)
-    members = chunk_parameters(architecture, grid, num_layers=4, has_embedding=True, has_output=True)
+    kinds = (architecture.kind(0),) * 4
+    members = chunk_parameters(architecture, grid, kinds=kinds, has_embedding=True, has_output=True)
     planned = [
         buffer_layout([p for p in members if p.is_expert == is_expert], 3, bucket_size=bucket_size)
         for is_expert in (False, True)

@@ -33,18 +33,26 @@ from megatron_sftrl.types import TokenBatch
 
 
 def run_to_megatron(
-    hf: Path, out: Path, *, layout: Layout, dtype: str | None, allow_pickle: bool, with_verify: bool
+    hf: Path,
+    out: Path,
+    *,
+    layout: Layout,
+    dtype: str | None,
+    allow_pickle: bool,
+    text_only: bool,
+    with_verify: bool,
 ) -> None:
     """`sftrl convert to-megatron`: a Hugging Face directory becomes a checkpoint; every rank calls it.
 
     Args:
         layout: that will read the checkpoint; with_verify compares the logits of both sides in it.
         dtype: a name of --dtype; kept when None.
+        text_only: of a multimodal model the language model alone.
     Raises:
         UserError: a directory that cannot be converted, an output that exists, sides that differ.
     """
     return_freed_memory()
-    architecture = from_hf_config(hf)
+    architecture = from_hf_config(hf, text_only=text_only)
     check_layout(layout, architecture)
     section = ParallelSection()
     if with_verify:
@@ -59,6 +67,7 @@ def run_to_megatron(
                 layout=layout,
                 dtype=_dtype_named(dtype),
                 allow_pickle=allow_pickle,
+                text_only=text_only,
                 on_bytes=progress.show,
             )
         _report_assets(stored_assets(out).files)

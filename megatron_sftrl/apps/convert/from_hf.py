@@ -50,6 +50,7 @@ def convert_from_hf(
     layout: Layout,
     dtype: torch.dtype | None,
     allow_pickle: bool,
+    text_only: bool = False,
     on_bytes: Callable[[int, int], None],
 ) -> Path:
     """Write the checkpoint `out`, which has its name only when it is complete; every rank calls it.
@@ -61,12 +62,13 @@ def convert_from_hf(
         layout: its ranks' regions are what tensors are stored in.
         dtype: of the stored weights; None keeps the dtype of each tensor.
         allow_pickle: read pickled .bin files, with torch's weights_only loading.
+        text_only: of a multimodal model the language model alone.
         on_bytes: told (bytes written by this process so far, bytes it will write).
     Raises:
         UserError: on every rank: a config.json, weights or a layout that cannot be used, an output that
             exists, a disk that is full.
     """
-    architecture, notes = read_hf_config(hf)
+    architecture, notes = read_hf_config(hf, text_only=text_only)
     check_layout(layout, architecture)
     with open_weights(hf, allow_pickle=allow_pickle) as weights:
         weights.check_model(architecture)
@@ -93,6 +95,8 @@ def check_layout(layout: Layout, architecture: Architecture) -> None:
         ("tp", layout.tp, "MLP columns (ffn_hidden_size)", architecture.ffn_hidden_size),
         ("pp", layout.pp, "layers", architecture.num_layers),
     ]
+    if (net := architecture.delta_net) is not None:
+        counts.append(("tp", layout.tp, "key heads of gated delta nets", net.num_key_heads))
     if architecture.mixture is not None:
         counts.append(("ep", layout.ep, "experts", architecture.mixture.num_experts))
     elif layout.ep > 1:

@@ -23,7 +23,7 @@ from megatron_sftrl.engine.checkpoint import CheckpointRecord, StoredModel, find
 from megatron_sftrl.engine.together import new_directory_together, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, from_record
-from megatron_sftrl.models.hf_config import DRAFT_KEYS, hf_config_values
+from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_output import (
     HfAssets,
@@ -233,7 +233,7 @@ def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtyp
     if "config.json" in assets.files:
         line = hf_family(architecture.family)
         added = {key: values[key] for key in (*FOR_VLLM, *line.for_vllm) if key in values}
-        changed = {key: 0 for key in DRAFT_KEYS if line.has_drafts}
+        changed = dict.fromkeys(line.draft_keys, 0)
         # Weights that were dequantised while they were read are written as they were trained.
         return with_keys(with_dtype(assets, dtype), added, instead=changed, without=("quantization_config",))
     text = json.dumps(values, indent=2) + "\n"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from megatron_sftrl.config.checks import stage_layers
 from megatron_sftrl.config.schema import OptimSection, ParallelSection, TrainingConfig
-from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.architecture import Architecture, LayerKind, padded_vocab_size
 from megatron_sftrl.models.tensors import WHOLE_WEIGHTS, MegatronTensor, megatron_tensors, short_name
 
 
@@ -50,11 +50,11 @@ class Grid:
         """Blocks of each model chunk on a pipeline stage."""
         return stage_layers(self, architecture.num_layers)[stage] // self.vp
 
-    def dense_layers(self, architecture: Architecture, *, stage: int, chunk: int) -> int:
-        """Of them, those that have an MLP in a mixture: the first of the model, whose chunks go round."""
+    def chunk_kinds(self, architecture: Architecture, *, stage: int, chunk: int) -> tuple[LayerKind, ...]:
+        """What they are made of; the model's chunks go round the stages."""
         layers = [each // self.vp for each in stage_layers(self, architecture.num_layers)]
-        before = chunk * sum(layers) + sum(layers[:stage])
-        return min(max(architecture.num_dense_layers - before, 0), layers[stage])
+        first = chunk * sum(layers) + sum(layers[:stage])
+        return tuple(map(architecture.kind, range(first, first + layers[stage])))
 
     def deepest_stage(self, architecture: Architecture) -> int:
         """The pipeline stage with most blocks, the first of equal ones."""
@@ -85,9 +85,14 @@ def grid_of(parallel: ParallelSection, world_size: int) -> Grid:
 _ORDER = (
     "linear_qkv.layer_norm_weight",
     "input_layernorm.weight",
+    "A_log",
+    "dt_bias",
+    "conv_weight",
     "core_attention.softmax_offset",
     "linear_proj.weight",
     "linear_proj.bias",
+    "in_proj.weight",
+    "out_norm.weight",
     "linear_qkv.weight",
     "linear_qkv.bias",
     "linear_q_proj.weight",
@@ -135,21 +140,18 @@ def chunk_parameters(
     architecture: Architecture,
     grid: Grid,
     *,
-    num_layers: int,
+    kinds: tuple[LayerKind, ...],
     has_embedding: bool,
     has_output: bool,
-    num_dense: int = 0,
 ) -> tuple[Parameter, ...]:
-    """The parameters of a model chunk of `num_layers` blocks on one rank, as Megatron's DDP meets them.
+    """The parameters of a model chunk of blocks of these kinds on one rank, as Megatron's DDP meets them.
 
-    The first `num_dense` blocks of a mixture's chunk have an MLP. Only the first chunk of the first pipeline
-    stage has the embedding, only the last of the last the output.
+    Only the first chunk of the first pipeline stage has the embedding, only the last of the last the output.
     """
     vocabulary = padded_vocab_size(architecture.vocab_size, grid.tp) // grid.tp * architecture.hidden_size
     is_shared = architecture.tie_embeddings and grid.pp > 1
     cuts = dict(tp=grid.tp, ep=grid.ep, etp=grid.etp)
-    found = [*_block(architecture, is_dense=True, **cuts) * num_dense] if num_dense else []
-    found += _block(architecture, is_dense=False, **cuts) * (num_layers - num_dense)
+    found = [each for kind in kinds for each in _block(architecture, kind, **cuts)]
     if has_embedding:
         key = "embedding.word_embeddings.weight"
         found.insert(0, Parameter(key=key, num_elements=vocabulary, is_shared=is_shared))
@@ -162,10 +164,10 @@ def chunk_parameters(
 
 @functools.lru_cache(maxsize=256)
 def _block(
-    architecture: Architecture, *, tp: int, ep: int, etp: int, is_dense: bool
+    architecture: Architecture, kind: LayerKind, *, tp: int, ep: int, etp: int
 ) -> tuple[Parameter, ...]:
-    """The parameters of one block on any rank, `is_dense` of those of a mixture that have an MLP."""
-    mine = _block_tensors(architecture, ep=ep, is_dense=is_dense)
+    """The parameters of one block on any rank."""
+    mine = _block_tensors(architecture, kind, ep=ep)
     return tuple(
         Parameter(
             key=tensor.key,
@@ -177,10 +179,10 @@ def _block(
     )
 
 
-def _block_tensors(architecture: Architecture, *, ep: int, is_dense: bool) -> list[MegatronTensor]:
+def _block_tensors(architecture: Architecture, kind: LayerKind, *, ep: int) -> list[MegatronTensor]:
     """The whole tensors of one block, with the experts of one rank."""
     # One block tells for all: the table of a large mixture has tens of thousands of lines.
-    mixture = architecture.mixture
+    mixture, net = architecture.mixture, architecture.delta_net
     one = replace(
         architecture,
         num_layers=1,
@@ -188,7 +190,8 @@ def _block_tensors(architecture: Architecture, *, ep: int, is_dense: bool) -> li
         window_layers=(),
         window_rope=None,
         no_rope_layers=(),
-        mixture=mixture and replace(mixture, num_dense_layers=int(is_dense)),
+        mixture=mixture and replace(mixture, num_dense_layers=int(not kind.has_experts)),
+        delta_net=net and replace(net, layers=() if kind.attends else (0,)),
     )
     tensors = [tensor for tensor in megatron_tensors(one) if tensor.layer is not None]
     num_experts = mixture.num_experts // ep if mixture else 0
@@ -226,38 +229,29 @@ def trained_parameters(
     grid: Grid,
     adapted: Adapted | None,
     *,
-    num_layers: int,
+    kinds: tuple[LayerKind, ...],
     has_embedding: bool,
     has_output: bool,
-    num_dense: int = 0,
 ) -> tuple[Parameter, ...]:
     """Of a chunk's parameters those that have gradients: all, or with LoRA what is trained whole, and A and B
     of each adapter (engine/lora.py).
     """
     members = chunk_parameters(
-        architecture,
-        grid,
-        num_layers=num_layers,
-        has_embedding=has_embedding,
-        has_output=has_output,
-        num_dense=num_dense,
+        architecture, grid, kinds=kinds, has_embedding=has_embedding, has_output=has_output
     )
     if adapted is None:
         return tuple(each for each in members if not each.is_frozen)
-    dense, other = (
-        _block_adapters(architecture, grid, adapted, is_dense=is_dense) if count else []
-        for is_dense, count in ((True, num_dense), (False, num_layers - num_dense))
-    )
-    whole = [each for each in members if each.key in adapted[2]]
-    return tuple(whole + dense * num_dense + other * (num_layers - num_dense))
+    blocks = {kind: _block_adapters(architecture, grid, adapted, kind) for kind in set(kinds)}
+    whole = (each for each in members if each.key in adapted[2])
+    return (*whole, *(each for kind in kinds for each in blocks[kind]))
 
 
 def _block_adapters(
-    architecture: Architecture, grid: Grid, adapted: Adapted, *, is_dense: bool
+    architecture: Architecture, grid: Grid, adapted: Adapted, kind: LayerKind
 ) -> list[Parameter]:
     rank, names, _ = adapted
     block = []
-    for tensor in _block_tensors(architecture, ep=grid.ep, is_dense=is_dense):
+    for tensor in _block_tensors(architecture, kind, ep=grid.ep):
         cuts, sizes = _cuts(tensor, tp=grid.tp, etp=grid.etp), dict[str, int]()
         for run in tensor.rows if len(tensor.shape) == 2 else ():
             sizes[run.name] = sizes.get(run.name, 0) + run.num_rows
@@ -369,10 +363,9 @@ def model_state(
         _chunk_elements(
             architecture,
             grid,
-            num_layers=grid.chunk_layers(architecture, stage=stage),
+            kinds=grid.chunk_kinds(architecture, stage=stage, chunk=chunk),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
-            num_dense=grid.dense_layers(architecture, stage=stage, chunk=chunk),
             is_distributed=config.parallel.distributed_optimizer,
             is_bucketed=config.parallel.overlap_grad_reduce,
             adapted=adapted_by(config),
@@ -445,35 +438,23 @@ def _chunk_elements(
     architecture: Architecture,
     grid: Grid,
     *,
-    num_layers: int,
+    kinds: tuple[LayerKind, ...],
     has_embedding: bool,
     has_output: bool,
-    num_dense: int,
     is_distributed: bool,
     is_bucketed: bool,
     adapted: Adapted | None,
     ranks: tuple[int | None, int | None],
 ) -> _Elements:
     all_members = chunk_parameters(
-        architecture,
-        grid,
-        num_layers=num_layers,
-        has_embedding=has_embedding,
-        has_output=has_output,
-        num_dense=num_dense,
+        architecture, grid, kinds=kinds, has_embedding=has_embedding, has_output=has_output
     )
     members = [each for each in all_members if not each.is_frozen]
     plain = sum(each.num_elements for each in members)
     ends = sum(each.num_elements for each in members if not each.key.startswith("decoder."))
     matrices = sum(each.num_elements for each in members if each.key.endswith(_MATRICES))
     trained = trained_parameters(
-        architecture,
-        grid,
-        adapted,
-        num_layers=num_layers,
-        has_embedding=has_embedding,
-        has_output=has_output,
-        num_dense=num_dense,
+        architecture, grid, adapted, kinds=kinds, has_embedding=has_embedding, has_output=has_output
     )
     size = sum(each.num_elements for each in trained)
     whole = sum(each.num_elements for each in trained if adapted is not None and each.key in adapted[2])

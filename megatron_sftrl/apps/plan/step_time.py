@@ -43,7 +43,7 @@ from megatron_sftrl.apps.plan.model_state import (
     trained_parameters,
 )
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
-from megatron_sftrl.models.architecture import Architecture, num_parameters
+from megatron_sftrl.models.architecture import Architecture, LayerKind, num_parameters
 
 # Bytes that one rank sends along each axis, from the sizes of the collectives; nothing here is measured. A
 # ring sends (n - 1) / n of the whole for an all-gather, a reduce-scatter or an all-to-all over n ranks, and
@@ -118,10 +118,9 @@ def _stage_sizes(
             architecture,
             grid,
             adapted_by(config),
-            num_layers=grid.chunk_layers(architecture, stage=stage),
+            kinds=grid.chunk_kinds(architecture, stage=stage, chunk=chunk),
             has_embedding=stage == 0 and chunk == 0,
             has_output=stage == grid.pp - 1 and chunk == grid.vp - 1,
-            num_dense=grid.dense_layers(architecture, stage=stage, chunk=chunk),
         )
         for chunk in range(grid.vp)
     ]
@@ -134,20 +133,13 @@ def _chunk_sizes(
     grid: Grid,
     adapted: Adapted | None,
     *,
-    num_layers: int,
+    kinds: tuple[LayerKind, ...],
     has_embedding: bool,
     has_output: bool,
-    num_dense: int,
 ) -> tuple[int, int]:
     """Elements of one chunk outside and inside of experts."""
     members = trained_parameters(
-        architecture,
-        grid,
-        adapted,
-        num_layers=num_layers,
-        has_embedding=has_embedding,
-        has_output=has_output,
-        num_dense=num_dense,
+        architecture, grid, adapted, kinds=kinds, has_embedding=has_embedding, has_output=has_output
     )
     experts = sum(each.num_elements for each in members if each.is_expert)
     return sum(each.num_elements for each in members) - experts, experts
