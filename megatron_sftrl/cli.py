@@ -350,6 +350,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse._SubParsersAc
     add("--pp", type=int, default=1, help="pipeline parallel size (1)")
     add("--ep", type=int, default=1, help="expert parallel size (1)")
     add("--allow-pickle", action="store_true", help="read pickled .bin weights")
+    add("--text-only", action="store_true", help="of a multimodal model the language model alone")
     to_megatron.set_defaults(command=_to_megatron)
     to_hf = directions.add_parser(
         "to-hf",
@@ -385,6 +386,7 @@ def _to_megatron(parsed: argparse.Namespace) -> None:
         layout=Layout(tp=parsed.tp, pp=parsed.pp, ep=parsed.ep),
         dtype=parsed.dtype,
         allow_pickle=parsed.allow_pickle,
+        text_only=parsed.text_only,
         with_verify=parsed.verify,
     )
 

@@ -69,6 +69,8 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("sft.data", ("mix_by",), "sft.data.train has no weights")
     if config.model.hf is None:
         add("model", ("allow_pickle",), "model.hf is not given")
+    if config.model.architecture is not None:
+        add("model", ("text_only",), "model.architecture is given, and no files")
     if isinstance(config, RunConfig) and config.data.train_weights is None:
         add("data", ("mix_by",), "data.train has no weights")
     if not config.held_out:

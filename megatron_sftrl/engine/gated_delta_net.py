@@ -32,10 +32,8 @@ from torch import Tensor
 from megatron_sftrl.engine.kv_cache import CacheSlots
 from megatron_sftrl.engine.local_layers import rms_norm
 from megatron_sftrl.engine.packed_sequences import PackedSequences
-from megatron_sftrl.models.architecture import DeltaNet
+from megatron_sftrl.models.architecture import DELTA_CHUNK, DeltaNet
 
-_CHUNK = 64
-"""Tokens whose corrections are solved for at once; only chunks wait for each other."""
 _LENGTH_EPS = 1e-6
 CONVOLUTION, MATRICES = "convolution", "matrices"
 """What a cache keeps of a sequence: the last inputs of the convolution, and the heads' matrices."""
@@ -277,7 +275,7 @@ def delta_rule(
     Returns:
         [S, L, heads, value_dim] fp32 outputs, and [S, heads, key_dim, value_dim] fp32 matrices at the end.
     """
-    length, size = query.shape[1], min(_CHUNK, query.shape[1])
+    length, size = query.shape[1], min(DELTA_CHUNK, query.shape[1])
 
     def chunks(x: Tensor) -> Tensor:
         x = F.pad(x.float().transpose(1, 2), (*(0, 0) * (x.dim() - 3), 0, -length % size))

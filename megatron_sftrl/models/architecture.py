@@ -212,6 +212,10 @@ class Latent:
     """transformers gives these norms no other, whatever rms_norm_eps says."""
 
 
+DELTA_CHUNK = 64
+"""Tokens of a gated delta net whose corrections are solved for at once; only chunks wait for each other."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaNet:
     """Layers that keep a matrix a head of the past instead of its keys and values (arXiv:2412.06464).
@@ -391,6 +395,11 @@ class Architecture:
     def attends(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has attention, not a gated delta net."""
         return self.delta_net is None or layer not in self.delta_net.layers
+
+    @property
+    def share_attending(self) -> float:
+        """Of the layers, the share that have attention."""
+        return 1 - len(self.delta_net.layers) / self.num_layers if self.delta_net else 1.0
 
     def kind(self, layer: int) -> LayerKind:
         """What a layer, counted from 0, is made of."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.hf_models import CONFIGS
+from tests.distributed.hf_models import CONFIGS, is_norm_from_zero
 
 # Heads of 32: the smallest that vLLM's attention for the CPU knows. Experts of 64: a multiple of its tiles.
 SIZES = {
@@ -73,7 +73,7 @@ def save_versions(name: str, root: Path, *, num_versions: int, has_large_logits:
                 # Attention and routing far from uniform.
                 is_end = "embed_tokens" in parameter_name or "lm_head" in parameter_name
                 parameter.normal_(std=end_std if is_end else 0.1, generator=generator)
-                if "norm" in parameter_name:
+                if "norm" in parameter_name and not is_norm_from_zero(config, parameter_name):
                     parameter.add_(1.0)
         directories.append(root / f"{name}-{seed}")
         model.save_pretrained(directories[-1])

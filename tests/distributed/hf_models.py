@@ -236,11 +236,11 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
         for parameter_name, parameter in model.named_parameters():
             # Large enough that attention and routing are far from uniform: an error in a window, an angle
             # or an expert's weight moves the logits by far more than the tolerance.
-            # In a GPT-OSS half as large: transformers' own fp32 gradients would be 3.5e-5 from float64; and in
-            # a hybrid, where they would be 5e-5 away.
-            is_hybrid = hasattr(config, "linear_num_key_heads")
-            parameter.normal_(std=0.15 if is_hybrid or config.model_type == "gpt_oss" else 0.3)
-            if "norm" in parameter_name and (not is_hybrid or "linear_attn" in parameter_name):
+            # In a GPT-OSS and in hybrids half as large: transformers' own fp32 gradients would be 3.5e-5 and
+            # 5e-5 from float64.
+            is_half = config.model_type == "gpt_oss" or hasattr(config, "linear_num_key_heads")
+            parameter.normal_(std=0.15 if is_half else 0.3)
+            if "norm" in parameter_name and not is_norm_from_zero(config, parameter_name):
                 parameter.add_(1.0)
             parameter.copy_(parameter.bfloat16())
         for buffer_name, buffer in model.named_buffers():
@@ -248,6 +248,11 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
                 buffer.normal_(std=0.1)
     model.save_pretrained(directory)
     return model.eval()
+
+
+def is_norm_from_zero(config: Any, name: str) -> bool:
+    """Whether a norm multiplies by 1 + weight: those of hybrids do, but for the one in a gated delta net."""
+    return hasattr(config, "linear_num_key_heads") and "linear_attn" not in name
 
 
 @torch.no_grad()

@@ -101,11 +101,13 @@ def generated(directories: list[Path], parallel: dict[str, Any]) -> list[dict[st
     return found
 
 
-def assert_same(ours: list[RolloutGroup], theirs: list[RolloutGroup], what: str) -> None:
+def assert_same(
+    ours: list[RolloutGroup], theirs: list[RolloutGroup], what: str, *, nats: float = SAME_NATS
+) -> None:
     for one, other in zip(ours, theirs, strict=True):
         for mine, yours in zip(one.rollouts, other.rollouts, strict=True):
             assert mine.response_tokens == yours.response_tokens, what
-            assert mine.logprobs == pytest.approx(yours.logprobs, abs=SAME_NATS), what
+            assert mine.logprobs == pytest.approx(yours.logprobs, abs=nats), what
 
 
 @pytest.mark.parametrize(

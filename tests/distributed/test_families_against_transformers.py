@@ -95,6 +95,9 @@ def case(truth: Truth, parallel: dict[str, Any]) -> Case:
         # Its experts' clamped gates and biases, made again in the backward.
         recomputes = config.train.model_copy(update={"recompute": "selective"})
         config = config.model_copy(update={"train": recomputes})
+    if "qwen3_5" in truth.directory.name and parallel:
+        kind = "full" if "vp" in parallel else "selective"
+        config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": kind})})
     return Case(
         config=config,
         architecture=architecture_of(config.model),

@@ -18,7 +18,13 @@ from typing import Literal
 from megatron_sftrl.apps.plan.model_state import Adapted, Grid, adapted_by, element_bytes, num_adapted
 from megatron_sftrl.config.checks import recomputed_modules
 from megatron_sftrl.config.schema import LossSection, TrainingConfig
-from megatron_sftrl.models.architecture import Architecture, Latent, padded_vocab_size
+from megatron_sftrl.models.architecture import (
+    DELTA_CHUNK,
+    Architecture,
+    DeltaNet,
+    Latent,
+    padded_vocab_size,
+)
 from megatron_sftrl.vocab_parallel.arithmetic import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from megatron_sftrl.vocab_parallel.output_layer import logits_bytes
 
@@ -48,7 +54,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockBytes:
-    """One transformer block.
+    """One transformer block, of a hybrid the mean of its kinds.
 
     Args:
         input: the residual stream before it, all that full recomputation keeps.
@@ -91,7 +97,8 @@ def block_bytes(
     stream = batch.residual_tokens * architecture.hidden_size * batch.element
     gathered = batch.tokens * architecture.hidden_size * batch.element
     mlp = _expert_bytes if architecture.mixture else _mlp_bytes
-    saved = _attention_bytes(architecture, grid, batch) + mlp(architecture, grid, batch)
+    mixer, larger = _mixer_bytes(architecture, grid, batch)
+    saved = mixer + mlp(architecture, grid, batch)
     freed = _freed_bytes(architecture, grid, batch, modules)
     # A product's gradient replaces what the backward has let go by then.
     work = _widest(architecture, grid, batch) + 2 * stream + gathered * grid.sequence_parallel
@@ -102,8 +109,8 @@ def block_bytes(
         input=stream,
         saved=saved - sum(freed),
         again=max(freed),
-        forward=work,
-        backward=work + _largest_gradient(architecture, grid, batch),
+        forward=work + larger,
+        backward=work + larger + _largest_gradient(architecture, grid, batch),
     )
 
 
@@ -148,6 +155,26 @@ def _norm_bytes(width: int, batch: Microbatch, tokens: int | None = None, out: b
     return tokens * (width * (kept + batch.element * out) + _FP32)
 
 
+def _mixer_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> tuple[int, int]:
+    """Of attention or a gated delta net: the mean over the blocks, and how much more the larger one keeps."""
+    attention = _attention_bytes(a, grid, batch)
+    if a.delta_net is None:
+        return attention, 0
+    other = _delta_net_bytes(a, a.delta_net, grid, batch)
+    mean = round(a.share_attending * attention + (1 - a.share_attending) * other)
+    return mean, max(attention, other) - mean
+
+
+def _delta_net_bytes(a: Architecture, net: DeltaNet, grid: Grid, batch: Microbatch) -> int:
+    """Norm, projections, convolution and the rule, whose vectors, chunks and matrices are fp32."""
+    t, e, heads = batch.tokens, batch.element, net.num_value_heads // grid.tp
+    convolved = 3 * net.num_key_heads // grid.tp * net.channels_each * e
+    vectors = 9 * net.key_dim + 7 * net.value_dim
+    chunks = 5 * DELTA_CHUNK + net.key_dim * net.value_dim // DELTA_CHUNK
+    ruled = heads * (_FP32 * (vectors + chunks) + 2 * net.value_dim * e)
+    return _norm_bytes(a.hidden_size, batch) + t * (convolved + ruled)
+
+
 def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     """Norm, q/k/v, rotation, attention, output projection."""
     t, e = batch.tokens, batch.element
@@ -165,6 +192,8 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
         for heads in (a.num_attention_heads, a.num_query_groups):
             total += _norm_bytes(a.head_dim, batch, tokens=t * (heads // grid.tp), out=False)
     total += t * (a.num_attention_heads // grid.tp) * _FP32  # log-sum-exp
+    if a.has_output_gate:  # its sigmoid, and what it is multiplied into
+        total += t * (a.num_attention_heads // grid.tp) * a.head_dim * (_FP32 + e)
     if batch.kernels == "transformer_engine":
         return total + query + keys + values + output  # the last is read by the projection as well
     if a.qkv_bias and grid.sequence_parallel:  # BiasedColumnParallelLinear keeps the gathered input

@@ -10,7 +10,12 @@ from megatron_sftrl.apps.plan.activations import Kernels
 from megatron_sftrl.apps.plan.model_state import Grid
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture, latent_matrices
+from megatron_sftrl.models.architecture import (
+    DELTA_CHUNK,
+    Architecture,
+    delta_net_matrices,
+    latent_matrices,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +59,18 @@ def workload_of(config: TrainingConfig, grid: Grid, *, mean_length: int | None =
 
 
 def block_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
-    """Operations of one block's forward over its ranks: attention, and 2 for a weight that a token meets."""
+    """Operations of one block's forward over its ranks: attention, and 2 for a weight that a token meets.
+
+    The mean over the blocks, where they are of several kinds.
+    """
     a = architecture
     query, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    matrices = latent_matrices(a, a.latent) if a.latent else a.hidden_size * (2 * query + 2 * keys)
+    matrices = a.hidden_size * ((2 + a.has_output_gate) * query + 2 * keys)
+    if a.latent is not None:
+        matrices = latent_matrices(a, a.latent)
+    elif a.delta_net is not None:
+        attending = a.share_attending
+        matrices = attending * matrices + (1 - attending) * delta_net_matrices(a, a.delta_net)
     return (
         tokens * 2.0 * matrices
         + attention_flops(a, tokens=tokens, length=length)
@@ -66,9 +79,16 @@ def block_flops(architecture: Architecture, *, tokens: int, length: int) -> floa
 
 
 def attention_flops(architecture: Architecture, *, tokens: int, length: int) -> float:
-    """Of scores and their sums over values; a query meets half of its sequence's keys on average."""
+    """Of scores and their sums over values; a query meets half of its sequence's keys on average. Of a hybrid
+    the mean with its gated delta nets.
+    """
     a = architecture
-    return float(tokens * length * a.num_attention_heads * (a.head_dim + a.value_dim))
+    scores = float(tokens * length * a.num_attention_heads * (a.head_dim + a.value_dim))
+    if (net := a.delta_net) is None:
+        return scores
+    # Of a token with its matrix: read, corrected, asked; and with the chunk that it is in.
+    each = 2 * net.key_dim * net.value_dim * 3 + 2 * DELTA_CHUNK * (2 * net.key_dim + net.value_dim)
+    return a.share_attending * scores + (1 - a.share_attending) * tokens * float(net.num_value_heads * each)
 
 
 def mlp_flops(architecture: Architecture, *, tokens: int) -> float:

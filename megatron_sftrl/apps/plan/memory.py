@@ -105,8 +105,18 @@ def _in_process(
         )
     num_layers = max(stage_layers(grid, architecture.num_layers))
     groups = architecture.num_query_groups // grid.tp
-    per_token = num_layers * groups * (architecture.head_dim + architecture.value_dim) * batch.element
-    cache = float((slots + 1) * longest * per_token)
+    stages = [
+        [
+            kind.attends
+            for chunk in range(grid.vp)
+            for kind in grid.chunk_kinds(architecture, stage=stage, chunk=chunk)
+        ]
+        for stage in range(grid.pp)
+    ]
+    width = architecture.head_dim + architecture.value_dim
+    per_token = max(map(sum, stages)) * groups * width * batch.element
+    states = max(len(stage) - sum(stage) for stage in stages) * _state_bytes(architecture, grid, batch)
+    cache = float((slots + 1) * (longest * per_token + states))
     prompt_length, missing = config.data.max_prompt_length, 0.0
     is_more = bool(config.held_out) or config.filters.dynamic_sampling
     if slots * grid.dp >= rollout.prompts_per_step * rollout.group_size and not is_more:
@@ -122,6 +132,14 @@ def _in_process(
         num_concurrent=slots,
         bytes_per_token=per_token,
     )
+
+
+def _state_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """What a gated delta net keeps of a sequence: fp32 matrices, and the last inputs of its convolution."""
+    if (net := architecture.delta_net) is None:
+        return 0
+    matrices = net.num_value_heads // grid.tp * net.key_dim * net.value_dim * 4
+    return matrices + net.num_key_heads // grid.tp * net.channels_each * (net.kernel - 1) * batch.element
 
 
 def _prefix_bytes(

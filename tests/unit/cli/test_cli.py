@@ -343,7 +343,7 @@ def test_both_directions_of_a_conversion_have_the_options_of_the_scripts(
         f"megatron_sftrl.{module}.{function}", lambda *args, **kwargs: calls.append((args, kwargs))
     )
     given = {
-        "run_to_megatron": ["--tp", "2", "--pp", "3", "--ep", "4", "--allow-pickle"],
+        "run_to_megatron": ["--tp", "2", "--pp", "3", "--ep", "4", "--allow-pickle", "--text-only"],
         "run_to_hf": ["--max-file-gb", "0.5", "--verify-pp", "2"],
     }[function]
     for more in ([], [*given, "--dtype", "fp32", "--verify"]):
@@ -361,6 +361,7 @@ def test_both_directions_of_a_conversion_have_the_options_of_the_scripts(
             (2, 3, 4),
         ]
         assert (defaults["allow_pickle"], all_given["allow_pickle"]) == (False, True)
+        assert (defaults["text_only"], all_given["text_only"]) == (False, True)
 
 
 SCRIPTS = {

@@ -30,6 +30,7 @@ CLASSES = {
     "glm4_moe": "Glm4Moe",
     "deepseek_v3": "DeepseekV3",
     "gpt_oss": "GptOss",
+    "qwen3_5_text": "Qwen3_5",
 }
 
 
@@ -59,7 +60,7 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
-OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3", "gpt_oss")
+OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_5_text")
 """Families that do not read every rope, in the one spelling of the others."""
 
 
@@ -70,8 +71,10 @@ def transformers_rotary(config: Any, layers: str = "") -> tuple[Tensor, float]:
         layers: "full_attention_" or "sliding_attention_" in a family with positions for each.
     """
     name = config.model_type
-    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    rotary = getattr(module, f"{CLASSES[name]}RotaryEmbedding")(config)
+    folder = name.removesuffix("_text")
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    text = "Text" if folder != name else ""
+    rotary = getattr(module, f"{CLASSES[name]}{text}RotaryEmbedding")(config)
     return getattr(rotary, f"{layers}inv_freq"), getattr(rotary, f"{layers}attention_scaling")
 
 

@@ -10,6 +10,7 @@ from typing import get_args
 from megatron_sftrl.models.architecture import (
     MIXTURE_FAMILIES,
     Architecture,
+    DeltaNet,
     Family,
     Latent,
     Mixture,
@@ -66,7 +67,24 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
         gate_offset=line.gate_offset,
         no_rope_layers=_some(rng, num_layers) if line.no_rope_every else (),
         latent=latent,
+        delta_net=_delta_net(rng, num_layers) if line.has_delta_net else None,
+        has_output_gate=line.has_delta_net,
+        norms_from_zero=line.has_delta_net,
         **factors,
+    )
+
+
+def _delta_net(rng: random.Random, num_layers: int) -> DeltaNet | None:
+    key_heads = rng.randint(1, 3)
+    if rng.random() < 0.2:
+        return None
+    return DeltaNet(
+        layers=_some(rng, num_layers),
+        num_key_heads=key_heads,
+        num_value_heads=key_heads * rng.randint(1, 3),
+        key_dim=rng.randint(1, 9),
+        value_dim=rng.randint(1, 9),
+        kernel=rng.randint(2, 4),
     )
 
 

@@ -19,10 +19,10 @@ from megatron_sftrl.models.hf_config import (
     _MIXTURE_KEYS,
     _READ_KEYS,
     _SIGMOID_KEYS,
-    DRAFT_KEYS,
     read_hf_config,
 )
 from megatron_sftrl.models.hf_families import _OBEYED_ELSEWHERE, hf_family
+from megatron_sftrl.models.hf_hybrids import DELTA_KEYS
 from megatron_sftrl.trainers.checked import say_notes
 from tests.unit.models.hf_files import read, values
 from tests.unit.models.random_architectures import FAMILIES
@@ -122,14 +122,24 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
         pytest.skip(f"{package} is not installed")
     root = Path(found.submodule_search_locations[0])
     if package == "transformers":
-        file = f"models/{family}/modeling_{family}.py"
+        name = family.removesuffix("_text")
+        file = f"models/{name}/modeling_{name}.py"
     elif family in ("smollm3", "olmo2", "olmo3"):
         pytest.skip("vLLM runs transformers' own code for it")
     else:
         others = {"phi3": "llama", "ministral3": "mistral", "deepseek_v3": "deepseek_v2"}
+        others |= {"qwen3_5_text": "qwen3_5"}
         name = others.get(family, family)
         file = f"model_executor/models/{name}.py"
     source = (root / file).read_text()
+    if family == "qwen3_5_text":
+        # Not the towers for images, and what joins them with the language model.
+        source = re.sub(
+            r"(?ms)^class \w*(?:Vision|ConditionalGeneration|Qwen3_5Model\b).*?(?=^class |\Z)", "", source
+        )
+    if family == "qwen3_5_text" and package == "vllm":
+        parts = ("models/qwen3_next.py", "layers/mamba/gdn/qwen_gdn_linear_attn.py")
+        source += "".join((root / "model_executor" / part).read_text() for part in parts)
     read_there = {*re.findall(r"\bconfig\.([a-z_]+)", source)}
     read_there |= {*re.findall(r"(?:get|has)attr\(\s*(?:self\.)?config, \"([a-z_]+)\"", source)}
     settings_of_vllm = {"get_text_config", "enable_eplb", "eplb_config", "num_redundant_experts"}
@@ -142,8 +152,8 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
         settings_of_vllm |= {"index_topk_pattern", "indexer_rope_interleave", "attn_module_list_cfg"}
     line = hf_family(family)
     known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
-    known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *DRAFT_KEYS}
-    known |= _LATENT_KEYS | line.for_vllm.keys()
+    known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *line.draft_keys}
+    known |= DELTA_KEYS | _LATENT_KEYS | line.for_vllm.keys()
     assert len(read_there) > 5
     assert read_there - known - settings_of_vllm == set()
 
