@@ -139,10 +139,14 @@ Family = Literal[
     "deepseek_v3",
     "gpt_oss",
     "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
 ]
 Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
 MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
+MIXTURE_FAMILIES += ("qwen3_5_moe_text", "qwen3_next")
+_HYBRID_FAMILIES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -488,7 +492,7 @@ def has_qkv_bias(family: Family) -> bool:
 
 def has_qk_norm(family: Family) -> bool:
     """Families that normalise q and k."""
-    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "qwen3_5_text")
+    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", *_HYBRID_FAMILIES)
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:

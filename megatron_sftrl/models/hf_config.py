@@ -313,7 +313,11 @@ def _mixture_values(reader: JsonReader, line: HfFamily, _: int) -> Mixture | Non
     if len(counts) > 1:
         reader.problems.append("num_experts and num_local_experts contradict each other")
     per_token = reader.whole("num_experts_per_tok", line.mixture.experts_per_token)
-    normalizes = True if "norm_topk_prob" in line.refuses else reader.flag("norm_topk_prob")
+    normalizes = (
+        True
+        if "norm_topk_prob" in line.refuses
+        else reader.flag("norm_topk_prob", line.mixture.normalizes_weights)
+    )
     num_experts = min(counts, default=line.mixture.num_experts)
     shared_width = 0
     if line.mixture.shared_width is not None:

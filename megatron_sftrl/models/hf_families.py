@@ -29,6 +29,7 @@ class MixtureDefaults:
     num_groups: int = 1
     groups_per_token: int = 1
     weights_factor: float = 1.0
+    normalizes_weights: bool = False
 
 
 MULTIPLIERS = {
@@ -60,7 +61,8 @@ class HfFamily:
         full_every: with window `layers` and without `layer_types`, every so manieth layer attends to all.
         mixture: None for a dense family.
         norms, qk_norm_spans_heads: as in an Architecture.
-        fused: what the files hold as one tensor: q, k and v; gate and up; a matrix of all experts.
+        fused: what the files hold as one tensor: q, k and v; gate and up; a matrix of all experts; what is
+            projected for a key head of a gated delta net.
         bias_key: says whether q, k and v have biases; None for a family that always or never has them.
         qk_norm_key: says whether q and k are normalised; None for a family that always or never does it.
         has_latent: attention is DeepSeek-V3's.
@@ -99,7 +101,7 @@ class HfFamily:
     mixture: MixtureDefaults | None = None
     norms: Norms = "before"
     qk_norm_spans_heads: bool = False
-    fused: frozenset[Literal["qkv", "gate_up", "experts"]] = frozenset()
+    fused: frozenset[Literal["qkv", "gate_up", "experts", "delta_net"]] = frozenset()
     bias_key: str | None = None
     qk_norm_key: str | None = None
     has_latent: bool = False
@@ -426,6 +428,56 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         partial_rotary=0.25,
         states=("attention_bias",),
         for_vllm={"attn_output_gate": True},
+    ),
+    HfFamily(
+        family="qwen3_5_moe_text",
+        architecture="Qwen3_5MoeForCausalLM",
+        num_key_value_heads=2,
+        head_dim=256,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="none",
+        mixture=MixtureDefaults(
+            num_experts=256,
+            experts_per_token=8,
+            width_key="moe_intermediate_size",
+            width=512,
+            shared_width=512,
+            normalizes_weights=True,
+        ),
+        has_delta_net=True,
+        draft_keys=("mtp_num_hidden_layers",),
+        rope_kinds=("default",),
+        rope_ignores=frozenset({"mrope_interleaved", "mrope_section"}),
+        partial_rotary=0.25,
+        states=("attention_bias",),
+        for_vllm={"attn_output_gate": True, "norm_topk_prob": True},
+        refuses={"num_local_experts": "Qwen3_5MoeForCausalLM does not read it, give num_experts"},
+    ),
+    HfFamily(
+        family="qwen3_next",
+        architecture="Qwen3NextForCausalLM",
+        num_key_value_heads=2,
+        head_dim=256,
+        null_head_dim=False,
+        max_position_embeddings=32768,
+        window="none",
+        mixture=MixtureDefaults(
+            num_experts=512,
+            experts_per_token=10,
+            width_key="moe_intermediate_size",
+            width=512,
+            shared_width=512,
+            normalizes_weights=True,
+        ),
+        fused=frozenset({"delta_net"}),
+        has_delta_net=True,
+        draft_keys=("num_nextn_predict_layers",),
+        rope_kinds=("default",),
+        partial_rotary=0.25,
+        states=("attention_bias",),
+        for_vllm={"attn_output_gate": True},
+        refuses={"num_local_experts": "Qwen3NextForCausalLM does not read it, give num_experts"},
     ),
 )
 

@@ -62,7 +62,10 @@ def delta_net_values(a: Architecture) -> dict[str, Any]:
 # model.language_model. Everything else in it is about images and video.
 
 
-_LANGUAGE_MODELS = {"qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM")}
+_LANGUAGE_MODELS = {
+    "qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+}
 """By model_type of the multimodal model: that of its language model, and its class."""
 LANGUAGE_PREFIX, VISION_PREFIX = "model.language_model.", "model.visual."
 _FROM_OUTSIDE = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "quantization_config")

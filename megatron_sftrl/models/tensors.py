@@ -160,6 +160,7 @@ _DELTA_IN = _Rule(
     rows="keys",
     shard="rows",
 )
+_FUSED_DELTA_IN = replace(_DELTA_IN, hf=("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"))
 _DELTA_CONVOLUTION = _Rule(
     megatron="self_attention.conv_weight", hf=("linear_attn.conv1d.weight",), rows="keys", shard="rows"
 )
@@ -167,7 +168,7 @@ _DELTA_DECAY = _Rule(megatron="self_attention.A_log", hf=("linear_attn.A_log",),
 _DELTA_TIME = _Rule(megatron="self_attention.dt_bias", hf=("linear_attn.dt_bias",), shard="rows")
 _DELTA_NORM = _Rule(megatron="self_attention.out_norm.weight", hf=("linear_attn.norm.weight",))
 _DELTA_OUT = replace(_PROJECTION, hf=("linear_attn.out_proj.weight",))
-_DELTA_NET = (_DELTA_DECAY, _DELTA_TIME, _DELTA_CONVOLUTION, _DELTA_OUT, _DELTA_IN, _DELTA_NORM)
+_DELTA_NET = (_DELTA_DECAY, _DELTA_TIME, _DELTA_CONVOLUTION, _DELTA_OUT, _DELTA_NORM)
 _FUSED_QKV = replace(_QKV, hf=("self_attn.qkv_proj.weight",))
 _FUSED_FC1 = replace(_FC1, hf=("mlp.gate_up_proj.weight",))
 
@@ -236,17 +237,13 @@ _QWEN_MIXTURE = _mixture(
     "mlp.experts.{expert}.up_proj.weight",
     "mlp.experts.{expert}.down_proj.weight",
 )
-_MIXTURE_MLP = {
+_OTHER_MIXTURES = {
     "mixtral": _mixture(
         "block_sparse_moe.gate.weight",
         "block_sparse_moe.experts.{expert}.w1.weight",
         "block_sparse_moe.experts.{expert}.w3.weight",
         "block_sparse_moe.experts.{expert}.w2.weight",
     ),
-    "qwen3_moe": _QWEN_MIXTURE,
-    "qwen2_moe": _QWEN_MIXTURE,
-    "glm4_moe": _QWEN_MIXTURE,
-    "deepseek_v3": _QWEN_MIXTURE,
     "gpt_oss": _BIASED_MIXTURE,
 }
 _ROUTING_BIAS = _Rule(megatron="mlp.router.expert_bias", hf=("mlp.gate.e_score_correction_bias",))
@@ -455,7 +452,7 @@ def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
         yield from (_LATENT_DOWN, _LATENT_NORM, _LATENT_UP)
     elif not a.attends(layer):
         yield from _norm(a, "before attention", "input_layernorm.weight")
-        yield from _DELTA_NET
+        yield from (*_DELTA_NET, _FUSED_DELTA_IN if "delta_net" in fused else _DELTA_IN)
     else:
         yield from _norm(a, "before attention", "self_attention.linear_qkv.layer_norm_weight")
         yield _FUSED_QKV if "qkv" in fused else _QKV
@@ -476,7 +473,7 @@ def _layer_rules(architecture: Architecture, layer: int) -> Iterator[_Rule]:
     else:
         assert a.mixture is not None
         yield from _norm(a, "before mlp", "pre_mlp_layernorm.weight")
-        yield from _MIXTURE_MLP[a.family]
+        yield from _OTHER_MIXTURES.get(a.family, _QWEN_MIXTURE)
         if a.mixture.routing == "sigmoid":
             yield _ROUTING_BIAS
         if a.mixture.shared_width:
@@ -519,7 +516,7 @@ def _rows(rule: _Rule, names: list[str], a: Architecture, expert: int | None) ->
     """What a tensor is made of; `expert` where the file has one tensor of all."""
     if rule.rows == "keys":
         assert a.delta_net is not None
-        yield from _rows_by_key_head(names, a.delta_net)
+        yield from _rows_by_key_head(names, a.delta_net, is_fused=rule is _FUSED_DELTA_IN)
         return
     if rule.rows == "groups" and a.has_output_gate:
         yield from _rows_with_gates(names, a)
@@ -558,15 +555,18 @@ def _rows_with_gates(names: list[str], a: Architecture) -> Iterator[HfRows]:
             yield HfRows(name=name, start=group * a.head_dim, num_rows=a.head_dim)
 
 
-def _rows_by_key_head(names: list[str], net: DeltaNet) -> Iterator[HfRows]:
+def _rows_by_key_head(names: list[str], net: DeltaNet, *, is_fused: bool) -> Iterator[HfRows]:
     """The projection of a gated delta net, or its convolution (queries, keys and values alone)."""
-    mixed, *others = names
-    heads, values = net.num_key_heads, net.value_heads_each * net.value_dim
-    for head in range(heads):
-        for first, size in ((0, net.key_dim), (net.key_dim, net.key_dim), (2 * net.key_dim, values)):
-            yield HfRows(name=mixed, start=heads * first + head * size, num_rows=size)
-        for name, size in zip(others, (values, *[net.value_heads_each] * 2), strict=False):
-            yield HfRows(name=name, start=head * size, num_rows=size)
+    each = net.value_heads_each
+    if is_fused:
+        parts = [(names[0], 0, net.rows_each - 2 * each), (names[1], 0, 2 * each)]
+    else:
+        firsts = (0, net.key_dim, 2 * net.key_dim, 0, 0, 0)
+        sizes = (net.key_dim, net.key_dim, *[each * net.value_dim] * 2, each, each)
+        parts = list(zip([*[names[0]] * 3, *names[1:]], firsts, sizes, strict=False))
+    for head in range(net.num_key_heads):
+        for name, first, size in parts:
+            yield HfRows(name=name, start=net.num_key_heads * first + head * size, num_rows=size)
 
 
 def _num_rows(rule: _Rule, a: Architecture) -> int:

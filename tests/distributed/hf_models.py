@@ -82,6 +82,22 @@ _GPT_OSS = {
     "rope_parameters": {**_YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0},
 }
 
+_HYBRID = {
+    **_DEEP,
+    "head_dim": 16,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+}
+_SHARED_EXPERT = {
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "llama_tied": {**_LLAMA, "tie_word_embeddings": True},
@@ -163,10 +179,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         "model_type": "qwen2_moe",
         **_BASE,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
+        **_SHARED_EXPERT,
     },
     "glm4": {"model_type": "glm4", **_BASE, "head_dim": 16, "attention_bias": True},
     # Groups of experts, of which a token visits two each; biases and norms of q and k.
@@ -206,16 +219,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "truncate": True, "attention_factor": 1.2},
     },
     # Two value heads a key head; all but every second layer without attention.
-    "qwen3_5_text": {
+    "qwen3_5_text": {"model_type": "qwen3_5_text", **_HYBRID},
+    "qwen3_5_text_published": {
         "model_type": "qwen3_5_text",
-        **_DEEP,
-        "head_dim": 16,
-        "full_attention_interval": 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 12,
-        "linear_value_head_dim": 8,
+        **_HYBRID,
+        "full_attention_interval": 4,
+        "linear_num_value_heads": 6,
+        "tie_word_embeddings": True,
     },
+    "qwen3_5_moe_text": {
+        "model_type": "qwen3_5_moe_text",
+        **_HYBRID,
+        **_SHARED_EXPERT,
+        "num_hidden_layers": 2,
+    },
+    "qwen3_next": {"model_type": "qwen3_next", **_HYBRID, **_SHARED_EXPERT},
     "glm4_moe_ungrouped": {**_GLM4_MOE, "n_shared_experts": 2, "first_k_dense_replace": 3},
 }
 
@@ -236,10 +254,10 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
         for parameter_name, parameter in model.named_parameters():
             # Large enough that attention and routing are far from uniform: an error in a window, an angle
             # or an expert's weight moves the logits by far more than the tolerance.
-            # In a GPT-OSS and in hybrids half as large: transformers' own fp32 gradients would be 3.5e-5 and
-            # 5e-5 from float64.
-            is_half = config.model_type == "gpt_oss" or hasattr(config, "linear_num_key_heads")
-            parameter.normal_(std=0.15 if is_half else 0.3)
+            # In a GPT-OSS and in hybrids less: transformers' own fp32 gradients would be 3.5e-5 and 5e-5 from
+            # float64.
+            std = 0.1 if hasattr(config, "linear_num_key_heads") else 0.3
+            parameter.normal_(std=0.15 if config.model_type == "gpt_oss" else std)
             if "norm" in parameter_name and not is_norm_from_zero(config, parameter_name):
                 parameter.add_(1.0)
             parameter.copy_(parameter.bfloat16())

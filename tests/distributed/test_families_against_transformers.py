@@ -34,11 +34,13 @@ NAMES = (
     "deepseek_v3",
     "gpt_oss",
     "qwen3_5_text",
+    "qwen3_next",
 )
 if is_full():
     NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "gpt_oss_other_gates")
+    NAMES += ("qwen3_5_text_published", "qwen3_5_moe_text")
 # In the everyday run each of these in the layout that is most of its own.
-FEW = {"glm4_moe": ("vp2",), "gpt_oss": ("sp2",)}
+FEW = {"glm4_moe": ("vp2",), "gpt_oss": ("sp2",), "qwen3_5_text": ("sp2", "vp2"), "qwen3_next": ("sp2",)}
 LENGTHS = [12, 100, 4, 72]  # multiples of 4 for cp 2; below and several times as long as a window
 PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 83))]
 NUM_NEW = 3 * WINDOW
@@ -95,7 +97,7 @@ def case(truth: Truth, parallel: dict[str, Any]) -> Case:
         # Its experts' clamped gates and biases, made again in the backward.
         recomputes = config.train.model_copy(update={"recompute": "selective"})
         config = config.model_copy(update={"train": recomputes})
-    if "qwen3_5" in truth.directory.name and parallel:
+    if "linear_num_key_heads" in CONFIGS[truth.directory.name] and parallel:
         kind = "full" if "vp" in parallel else "selective"
         config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": kind})})
     return Case(
@@ -183,6 +185,8 @@ def is_possible(name: str, parallel: dict[str, Any]) -> bool:
     if not is_full() and parallel not in [LAYOUTS[layout][1] for layout in FEW.get(name, LAYOUTS)]:
         return False
     config = CONFIGS[name]
+    if "cp" in parallel and "linear_num_key_heads" in config:
+        return False
     if "vp" in parallel and config["num_hidden_layers"] < 4:
         return False
     if {"num_experts", "n_routed_experts", "num_local_experts"} & config.keys():

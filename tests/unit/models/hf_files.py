@@ -31,6 +31,8 @@ CLASSES = {
     "deepseek_v3": "DeepseekV3",
     "gpt_oss": "GptOss",
     "qwen3_5_text": "Qwen3_5",
+    "qwen3_5_moe_text": "Qwen3_5Moe",
+    "qwen3_next": "Qwen3Next",
 }
 
 
@@ -60,7 +62,9 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
-OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_5_text")
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+MIXTURES += HYBRIDS[1:]
+OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3", "gpt_oss", *HYBRIDS)
 """Families that do not read every rope, in the one spelling of the others."""
 
 
