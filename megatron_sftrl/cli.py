@@ -369,9 +369,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse._SubParsersAc
     add("--verify-pp", type=int, default=1, metavar="PP", help="processes that hold the model to verify (1)")
     to_hf.set_defaults(command=_to_hf)
     for direction in (to_megatron, to_hf):
-        direction.add_argument(
-            "--dtype", choices=("bf16", "fp32", "fp16"), help="of the weights; kept if not given"
-        )
+        direction.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="of weights; else kept")
         direction.add_argument("--verify", action="store_true", help="compare logits of both sides")
     return directions
 

@@ -86,8 +86,13 @@ def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict
 
 
 def check_cut(architecture: Architecture, tp: int) -> None:
-    """Refuse a tensor parallel size that cannot cut the heads, widths or vocabulary: UserError."""
+    """Refuse hybrids, and a tp that cannot cut the heads, widths or vocabulary: UserError."""
     a = architecture
+    if a.delta_net is not None:
+        raise UserError(
+            f"vLLM's gated delta nets ({a.family}) have not been held against the trainer's: its CPU build "
+            "knows them in bf16 alone, and Qwen3.5 with torchvision alone; use rollout.engine: in_process"
+        )
     problems = []
     if a.num_attention_heads % tp:
         problems.append(f"num_attention_heads = {a.num_attention_heads} is not a multiple of it")

@@ -92,11 +92,6 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             "vLLM 0.32 takes the experts of a gpt_oss when it starts and not again, so that an update of the "
             "policy would not reach them: use rollout.engine: in_process"
         )
-    if a.delta_net is not None:
-        raise UserError(
-            f"vLLM's gated delta nets ({a.family}) have not been held against the trainer's: its CPU build "
-            "knows them in bf16 alone, and Qwen3.5 with torchvision alone; use rollout.engine: in_process"
-        )
     if a.family in ("qwen2", "qwen2_moe") and a.head_dim * a.num_attention_heads != a.hidden_size:
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "

@@ -10,6 +10,7 @@ import pytest
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.data import MuSection
 from megatron_sftrl.models import architecture_of
+from megatron_sftrl.models.architecture import DeltaNet
 from tests.unit.config.example import example
 
 MIXTURE = (
@@ -268,6 +269,25 @@ def test_settings_that_experts_of_some_families_cannot_have_are_named(
     architecture = replace(plain, mixture=replace(plain.mixture, **mixture), **changes)
     with pytest.raises(ValueError, match="1 problem") as raised:
         check_run(config, architecture, 2, loss_needs=("reference",))
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "part"),
+    [
+        (["parallel.cp=2"], 2, "parallel.cp = 2: a gated delta net reads its sequence from the first token"),
+        (["parallel.tp=2"], 2, "3 key heads of gated delta nets do not divide by parallel.tp = 2"),
+        (["model.text_only=true"], 1, "model.text_only has no effect: model.architecture is given"),
+    ],
+)
+def test_layouts_that_a_hybrid_cannot_have_are_named(
+    overrides: list[str], world_size: int, part: str
+) -> None:
+    config = example(*overrides)
+    net = DeltaNet(layers=(0, 2), num_key_heads=3, num_value_heads=6, key_dim=8, value_dim=8, kernel=4)
+    architecture = replace(architecture_of(config.model), delta_net=net)
+    with pytest.raises(ValueError, match="1 problem") as raised:
+        check_run(config, architecture, world_size, loss_needs=("reference",))
     assert part in str(raised.value)
 
 

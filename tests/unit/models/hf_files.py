@@ -93,7 +93,7 @@ def window_layers_of(config: Any) -> tuple[int | None, tuple[int, ...]]:
     for layer in model.model.layers:
         # These read it from the configuration at each forward.
         reads_config = config.model_type in ("mistral", "mixtral", "phi3", "ministral3")
-        owner = config if reads_config else layer.self_attn
+        owner = config if reads_config else getattr(layer, "self_attn", None)
         windows.append(getattr(owner, "sliding_window", None))
     layers = tuple(number for number, window in enumerate(windows) if window is not None)
     return (windows[layers[0]] if layers else None), layers

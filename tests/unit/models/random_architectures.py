@@ -171,8 +171,8 @@ def _mixture(rng: random.Random, family: Family, num_layers: int, width: int) ->
     return Mixture(
         num_experts=num_experts,
         experts_per_token=rng.randint(1, num_experts),
-        normalizes_weights=family in ("mixtral", "gpt_oss") or rng.random() < 0.5,
-        shared_width=rng.randint(1, 24) if family == "qwen2_moe" else 0,
+        normalizes_weights=family in ("mixtral", "gpt_oss", "qwen3_5_moe_text") or rng.random() < 0.5,
+        shared_width=rng.randint(1, 24) if family in ("qwen2_moe", "qwen3_5_moe_text", "qwen3_next") else 0,
     )
 
 

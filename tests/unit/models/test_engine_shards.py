@@ -8,11 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture, Family, padded_vocab_size
 from megatron_sftrl.models.engine_shards import EngineLayout, engine_regions
 from megatron_sftrl.models.tensors import hf_boxes, hf_shapes
+from tests.unit.models.hf_files import HYBRIDS
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 from tests.vllm_loaders import loaded_by_vllm
+
+UPDATED = tuple(family for family in FAMILIES if family not in HYBRIDS)
 
 
 def cuttable(rng: random.Random, family, tp: int) -> Architecture:
@@ -38,7 +42,7 @@ def cuttable(rng: random.Random, family, tp: int) -> Architecture:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UPDATED)
 def test_each_engine_rank_is_given_exactly_the_elements_that_vllm_s_loaders_copy(family, tp: int) -> None:
     rng = random.Random(f"{family} {tp}")
     for _ in range(5):
@@ -56,7 +60,7 @@ def test_each_engine_rank_is_given_exactly_the_elements_that_vllm_s_loaders_copy
                 assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UPDATED)
 def test_the_ranks_of_an_engine_together_read_every_element(family) -> None:
     rng = random.Random(family)
     architecture = cuttable(rng, family, 4)
@@ -94,3 +98,11 @@ def test_consecutive_ranks_form_an_engine() -> None:
     assert layout.replica_ranks(1) == (2, 3)
     with pytest.raises(ValueError, match="6 processes cannot form rollout engines of tp 4"):
         EngineLayout(tp=4, world_size=6)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_an_engine_of_a_hybrid_is_refused(family: Family) -> None:
+    rng = random.Random(3)
+    architecture = next(a for _ in range(99) if (a := random_architecture(rng, family)).delta_net is not None)
+    with pytest.raises(UserError, match=rf"gated delta nets \({family}\) .* rollout.engine: in_process"):
+        engine_regions(architecture, tp=1, tp_rank=0)

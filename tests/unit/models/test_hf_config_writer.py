@@ -13,7 +13,7 @@ import torch
 from megatron_sftrl.models.architecture import Architecture, Family, inverse_frequencies
 from megatron_sftrl.models.hf_config import from_hf_config, hf_config_values
 from megatron_sftrl.models.hf_families import MULTIPLIERS, hf_family
-from tests.unit.models.hf_files import transformers_rotary, window_layers_of
+from tests.unit.models.hf_files import CLASSES, HYBRIDS, transformers_rotary, window_layers_of
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
 
@@ -39,7 +39,7 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
         ours = random_architecture(rng, family)
         write(tmp_path, ours, torch.bfloat16)
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-        assert theirs.architectures == [f"{type(theirs).__name__.removesuffix('Config')}ForCausalLM"]
+        assert theirs.architectures == [f"{CLASSES[family]}ForCausalLM"]
         assert (theirs.model_type, theirs.dtype) == (family, torch.bfloat16)
         assert (theirs.rms_norm_eps, theirs.initializer_range) == (ours.norm_eps, ours.init_std)
         assert theirs.max_position_embeddings == ours.max_position_embeddings
@@ -59,6 +59,9 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
             name = "num_local_experts" if is_local else "num_experts"
             assert getattr(theirs, name) == ours.mixture.num_experts
             assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
+        if ours.delta_net is not None:
+            kinds = [kind == "full_attention" for kind in theirs.layer_types]
+            assert kinds == [ours.attends(layer) for layer in range(ours.num_layers)]
         if ours.mixture is not None and family not in ("mixtral", "gpt_oss"):
             assert theirs.norm_topk_prob == ours.mixture.normalizes_weights
             assert getattr(theirs, "shared_expert_intermediate_size", shared) == ours.mixture.shared_width
@@ -98,6 +101,10 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
     # the factors on queries.
     added = {"llama_4_scaling"} if family == "ministral3" else {"head_dim"} - own_keys
     added |= hf_family(family).for_vllm.keys()
+    if family in HYBRIDS:
+        added |= {"partial_rotary_factor", *hf_family(family).draft_keys}
+    if family == "qwen3_5_moe_text":
+        added |= {"decoder_sparse_step", "intermediate_size", "mlp_only_layers"}
     assert newer.keys() == (own_keys - left_out) | added
 
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)

@@ -92,6 +92,8 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
     more = {key: value for key, value in more.items() if key not in {*line.keys, line.qk_norm_key}}
     if family == "deepseek_v3":
         sizes |= {"num_key_value_heads": 2, "head_dim": 64}
+    if line.has_delta_net:
+        sizes |= {"full_attention_interval": 2}
     sizes |= {"shared_expert_intermediate_size": 8, "pad_token_id": None, "bos_token_id": None}
     tokens = torch.arange(12)[None] * 5 % 31
     logits = []
@@ -128,16 +130,16 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
         pytest.skip("vLLM runs transformers' own code for it")
     else:
         others = {"phi3": "llama", "ministral3": "mistral", "deepseek_v3": "deepseek_v2"}
-        others |= {"qwen3_5_text": "qwen3_5"}
+        others |= {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5"}
         name = others.get(family, family)
         file = f"model_executor/models/{name}.py"
+    line = hf_family(family)
     source = (root / file).read_text()
-    if family == "qwen3_5_text":
+    if family.startswith("qwen3_5"):
         # Not the towers for images, and what joins them with the language model.
-        source = re.sub(
-            r"(?ms)^class \w*(?:Vision|ConditionalGeneration|Qwen3_5Model\b).*?(?=^class |\Z)", "", source
-        )
-    if family == "qwen3_5_text" and package == "vllm":
+        others = r"Vision|ConditionalGeneration|Qwen3_5(?:Moe)?Model\b"
+        source = re.sub(rf"(?ms)^class \w*(?:{others}).*?(?=^class |\Z)", "", source)
+    if line.has_delta_net and package == "vllm":
         parts = ("models/qwen3_next.py", "layers/mamba/gdn/qwen_gdn_linear_attn.py")
         source += "".join((root / "model_executor" / part).read_text() for part in parts)
     read_there = {*re.findall(r"\bconfig\.([a-z_]+)", source)}
@@ -150,7 +152,6 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     if family == "deepseek_v3":  # read with index_topk alone, which is refused
         settings_of_vllm |= {"index_head_dim", "index_n_heads", "index_skip_topk_offset", "index_topk_freq"}
         settings_of_vllm |= {"index_topk_pattern", "indexer_rope_interleave", "attn_module_list_cfg"}
-    line = hf_family(family)
     known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
     known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *line.draft_keys}
     known |= DELTA_KEYS | _LATENT_KEYS | line.for_vllm.keys()

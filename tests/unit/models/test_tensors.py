@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.models.architecture import Architecture, Family, num_parameters
+from megatron_sftrl.models.architecture import Architecture, DeltaNet, Family, num_parameters
 from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.models.tensors import (
     HfRegion,
@@ -65,10 +65,16 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
             )
         else:
             heads = [hf[f"{block}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+        if a.has_output_gate:
+            # In the file each query head is followed by its gate, in Megatron the group's gates by its keys.
+            pairs = heads[0].view(a.num_attention_heads, 2, a.head_dim, -1)
+            heads[:1] = [pairs[:, is_gate].flatten(0, 1) for is_gate in (0, 1)]
         # [groups, heads of the group * head_dim, ...] each: Attention.get_query_key_value_tensors splits
         # dimension 1 into queries, key and value of the group.
         per_group = [part.view(a.num_query_groups, -1, *part.shape[1:]) for part in heads]
         return torch.cat(per_group, dim=1).flatten(0, 1)
+    if (net := a.delta_net) and name.startswith("self_attention.") and not a.attends(tensor.layer or 0):
+        return by_hand_delta_net(hf, f"{block}linear_attn.", name.removeprefix("self_attention."), a, net)
     simple = {
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
@@ -117,6 +123,26 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         return hf[f"{mlp}{down}.weight"]
     assert name.endswith("linear_fc1.weight")
     return torch.cat([hf[f"{mlp}{gate}.weight"], hf[f"{mlp}{up}.weight"]])
+
+
+def by_hand_delta_net(
+    hf: dict[str, Tensor], prefix: str, name: str, a: Architecture, net: DeltaNet
+) -> Tensor:
+    plain = {"linear_proj.weight": "out_proj.weight", "out_norm.weight": "norm.weight"}
+    plain |= {"A_log": "A_log", "dt_bias": "dt_bias"}
+    if name in plain:
+        return hf[prefix + plain[name]]
+    is_convolution = name == "conv_weight"
+    if a.family == "qwen3_next" and not is_convolution:
+        parts = [hf[f"{prefix}in_proj_{part}.weight"] for part in ("qkvz", "ba")]
+    else:
+        keys = net.num_key_heads * net.key_dim
+        mixed = hf[f"{prefix}conv1d.weight" if is_convolution else f"{prefix}in_proj_qkv.weight"]
+        parts = list(mixed.split([keys, keys, len(mixed) - 2 * keys]))
+        parts += [] if is_convolution else [hf[f"{prefix}in_proj_{part}.weight"] for part in "zba"]
+    # Of each key head the rows that belong to it.
+    by_head = [part.unflatten(0, (net.num_key_heads, -1)) for part in parts]
+    return torch.cat(by_head, dim=1).flatten(0, 1)
 
 
 def by_hand_fused(hf: dict[str, Tensor], mlp: str, name: str, expert: int | None) -> Tensor:
