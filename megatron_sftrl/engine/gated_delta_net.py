@@ -39,6 +39,9 @@ CONVOLUTION, MATRICES = "convolution", "matrices"
 """What a cache keeps of a sequence: the last inputs of the convolution, and the heads' matrices."""
 
 
+Heads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class OutputNorm(torch.nn.Module):
     """weight * x / rms(x) * silu(gate) over each head; the weight is every rank's, the heads are not."""
 
@@ -56,6 +59,10 @@ class OutputNorm(torch.nn.Module):
 
 class GatedDeltaNet(MegatronModule):
     """Takes attention's place in a layer; `net` says its sizes."""
+
+    A_log: Tensor
+    dt_bias: Tensor
+    conv_weight: Tensor
 
     def __init__(
         self,
@@ -118,7 +125,7 @@ class GatedDeltaNet(MegatronModule):
         Returns:
             [T, value heads/tp * value_dim], 0 in the others.
         """
-        assert places.span is not None
+        assert places.span is not None and self.in_proj.weight is not None
         num = places.span[1] - places.span[0]
         mixed, gate, rate, time = self._parts(F.linear(x[:num], self.in_proj.weight))
         if num == 0:
@@ -158,7 +165,7 @@ class GatedDeltaNet(MegatronModule):
         convolved = F.conv1d(spread.mT[None], self.conv_weight, groups=mixed.shape[1])
         return F.silu(convolved[0].mT[rows - gap])
 
-    def _heads(self, mixed: Tensor, rate: Tensor, time: Tensor) -> tuple[Tensor, ...]:
+    def _heads(self, mixed: Tensor, rate: Tensor, time: Tensor) -> Heads:
         """Queries, keys [T, heads/tp, key_dim], values [T, heads/tp, value_dim], decays (fp32) and rates."""
         net, each = self.net, self.net.value_heads_each
         by_head = mixed.view(len(mixed), self.key_heads, net.channels_each)

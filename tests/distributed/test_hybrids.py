@@ -67,7 +67,8 @@ def write_multimodal(directory: Path) -> None:
     text = {key: value for key, value in CONFIGS[HYBRID].items() if value is not None}
     config = Qwen3_5Config(text_config=text, vision_config={**vision, "num_position_embeddings": 16})
     torch.manual_seed(0)
-    model = Qwen3_5ForConditionalGeneration(config).to(torch.bfloat16)
+    model: Any = Qwen3_5ForConditionalGeneration(config)
+    model.to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)

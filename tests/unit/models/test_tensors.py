@@ -68,7 +68,7 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         if a.has_output_gate:
             # In the file each query head is followed by its gate, in Megatron the group's gates by its keys.
             pairs = heads[0].view(a.num_attention_heads, 2, a.head_dim, -1)
-            heads[:1] = [pairs[:, is_gate].flatten(0, 1) for is_gate in (0, 1)]
+            heads = [*(pairs[:, is_gate].flatten(0, 1) for is_gate in (0, 1)), *heads[1:]]
         # [groups, heads of the group * head_dim, ...] each: Attention.get_query_key_value_tensors splits
         # dimension 1 into queries, key and value of the group.
         per_group = [part.view(a.num_query_groups, -1, *part.shape[1:]) for part in heads]
