@@ -30,7 +30,7 @@ _SET_HERE = {
         window_size window_attn_skip_freq num_moe_experts moe_ffn_hidden_size moe_router_topk
         moe_router_pre_softmax moe_router_score_function moe_shared_expert_intermediate_size
         moe_shared_expert_gate softmax_scale no_rope_freq rotary_interleaved hidden_dropout
-        attention_dropout""",
+        linear_attention_freq attention_dropout""",
     "model.layers decides": "transformer_impl moe_grouped_gemm",
     "set model.dtype": "params_dtype pipeline_dtype bf16",
     "set model.moe_aux_loss_coeff": "moe_aux_loss_coeff moe_router_load_balancing_type",

@@ -46,7 +46,7 @@ def generated(directory: Path, parallel: dict[str, Any]) -> Generated:
     return found
 
 
-@pytest.mark.parametrize("layout", cases(LAYOUTS, rarely=["sp2", "pp2"]))
+@pytest.mark.parametrize("layout", cases(LAYOUTS, rarely=["sp2"]))
 def test_states_follow_their_sequences(tmp_path: Path, layout: str) -> None:
     """Through a prompt's copies, and the slots that responses leave and others take."""
     world_size, parallel = LAYOUTS[layout]
