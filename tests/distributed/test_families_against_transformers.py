@@ -42,7 +42,8 @@ if is_full():
 # In the everyday run each of these in the layout that is most of its own.
 FEW = {"glm4_moe": ("vp2",), "gpt_oss": ("sp2",), "qwen3_5_text": ("sp2", "vp2"), "qwen3_next": ("sp2",)}
 LENGTHS = [12, 100, 4, 72]  # multiples of 4 for cp 2; below and several times as long as a window
-PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 83))]
+# Of similar length, so that they run together and one is filled up, and one alone.
+PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 95))]
 NUM_NEW = 3 * WINDOW
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
