@@ -35,8 +35,8 @@ from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.engine.model import LanguageModel, named_generator
 from megatron_sftrl.engine.parallel import ParallelContext, rng_tracker
 from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.tensor_rules import WHOLE_WEIGHTS
 from megatron_sftrl.models.tensors import (
-    WHOLE_WEIGHTS,
     MegatronTensor,
     Region,
     hf_matrices,

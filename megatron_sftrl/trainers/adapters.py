@@ -33,7 +33,8 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_tensor_file import read_safetensors_header
 from megatron_sftrl.models.hf_weights import HfWeights, mismatch_lines, open_weights
-from megatron_sftrl.models.tensors import WHOLE_WEIGHTS, Region
+from megatron_sftrl.models.tensor_rules import WHOLE_WEIGHTS
+from megatron_sftrl.models.tensors import Region
 from megatron_sftrl.trainers.origins import hash_of_weights
 
 LOGGER = logging.getLogger(__name__)

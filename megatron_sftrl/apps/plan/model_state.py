@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from megatron_sftrl.config.checks import stage_layers
 from megatron_sftrl.config.schema import OptimSection, ParallelSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, LayerKind, padded_vocab_size
-from megatron_sftrl.models.tensors import WHOLE_WEIGHTS, MegatronTensor, megatron_tensors, short_name
+from megatron_sftrl.models.tensor_rules import WHOLE_WEIGHTS
+from megatron_sftrl.models.tensors import MegatronTensor, megatron_tensors, short_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +214,8 @@ def num_adapted(architecture: Architecture, names: tuple[str, ...]) -> int:
     """Matrices with an adapter that a token goes through in a block."""
     mixture = architecture.mixture
     # Of one rank's experts: one.
-    tensors = _block_tensors(architecture, ep=mixture.num_experts if mixture else 1, is_dense=False)
+    kind = LayerKind(has_experts=mixture is not None, attends=True)
+    tensors = _block_tensors(architecture, kind, ep=mixture.num_experts if mixture else 1)
     found = {
         run.name: mixture.experts_per_token if mixture and tensor.is_expert else 1
         for tensor in tensors
