@@ -109,7 +109,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
         gate, linear = both.chunk(2, dim=-1)
-        return F.silu(gate) * linear
+        return F.silu(gate).mul_(linear)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]

@@ -108,10 +108,12 @@ def test_the_numbers_of_a_step_are_those_of_its_responses(grpo_run: Path) -> Non
             "rollout/response_tokens": statistics.mean(lengths),
             "rollout/longest_response": max(lengths),
             "rollout/truncated": statistics.mean(not sample["is_finished"] for sample in samples),
-            "rollout/tokens_per_second": sum(lengths) / row["seconds/generate"],
             "tokens_per_second": sum(len(sample["prompt_tokens"]) for sample in samples) + sum(lengths),
         }
         expected["tokens_per_second"] /= sum(row[f"seconds/{phase}"] for phase in PHASES)
+        # By a clock of its own: the phase may be another step's (rollout.ahead).
+        speed = sum(lengths) / row["seconds/generate"]
+        assert row["rollout/tokens_per_second"] == pytest.approx(speed, rel=0.05)
         assert {name: row[name] for name in expected} == pytest.approx(expected)
         assert min(row[f"seconds/{phase}"] for phase in PHASES) > 0
         assert row.keys() >= OF_UPDATES

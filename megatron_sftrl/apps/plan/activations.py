@@ -120,7 +120,10 @@ def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> 
     norm = _norm_bytes(architecture.hidden_size, batch)
     stream = batch.residual_tokens * architecture.hidden_size * batch.element
     gathered = batch.tokens * architecture.hidden_size * batch.element
-    return mlp(architecture, grid, batch) - norm + 4 * stream + gathered * grid.sequence_parallel
+    products = mlp(architecture, grid, batch) - norm
+    if batch.kernels == "torch" and architecture.gate_limit is None:
+        products += 2 * _widest(architecture, grid, batch)  # Megatron's own MLP runs there
+    return products + 4 * stream + gathered * grid.sequence_parallel
 
 
 def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, loss: LossSection) -> HeadBytes:
