@@ -38,8 +38,8 @@ _LENGTH_EPS = 1e-6
 CONVOLUTION, MATRICES = "convolution", "matrices"
 """What a cache keeps of a sequence: the last inputs of the convolution, and the heads' matrices."""
 
-
 Heads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Queries, keys, values, decays and rates."""
 
 
 class OutputNorm(torch.nn.Module):
@@ -113,8 +113,8 @@ class GatedDeltaNet(MegatronModule):
         mixed, gate, rate, time = self._parts(projected[:, 0])
         heads = self._heads(self._convolved(mixed, packed), rate, time)
         kernel = _kernel_of_fla(projected)
-        rule = _by_groups if kernel is None else kernel
-        attended = rule(*heads, packed, self._keeps(packed.places))
+        rule: Rule = _by_groups if kernel is None else kernel
+        attended = rule(heads, packed, self._keeps(packed.places))
         return self.linear_proj(self.out_norm(attended, gate).flatten(1)[:, None])
 
     def step(self, x: Tensor, places: CacheSlots) -> Tensor:
@@ -203,7 +203,7 @@ class GatedDeltaNet(MegatronModule):
 
 
 Keep = Callable[[Tensor, Tensor], None]
-Rule = Callable[..., Tensor]
+Rule = Callable[[Heads, PackedSequences, Keep | None], Tensor]
 
 
 def _kernel_of_fla(like: Tensor) -> Rule | None:
@@ -212,15 +212,8 @@ def _kernel_of_fla(like: Tensor) -> Rule | None:
         return None
     kernel = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
-    def rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        decay: Tensor,
-        rate: Tensor,
-        packed: PackedSequences,
-        keep: Keep | None,
-    ) -> Tensor:
+    def rule(heads: Heads, packed: PackedSequences, keep: Keep | None) -> Tensor:
+        query, key, value, decay, rate = heads
         starts: Any = packed.cu_seqlens_q
         output, matrices = kernel(
             query[None],
@@ -240,16 +233,9 @@ def _kernel_of_fla(like: Tensor) -> Rule | None:
     return rule
 
 
-def _by_groups(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    rate: Tensor,
-    packed: PackedSequences,
-    keep: Keep | None,
-) -> Tensor:
+def _by_groups(heads: Heads, packed: PackedSequences, keep: Keep | None) -> Tensor:
     """Sequences of similar length together, filled up to the longest."""
+    query, key, value, decay, rate = heads
     plan = packed.plan(cp_rank=0, cp_size=1, window=None, device=query.device)
     outputs = []
     for call in plan.calls:

@@ -87,14 +87,15 @@ def convert_to_peft(checkpoint: Path, out: Path) -> Path:
     lora = record.lora
     if lora is None:
         raise UserError(f"{path} holds a whole model and no adapters: export it without --adapters")
-    vocab_size = from_record(record.architecture).vocab_size
-    with closing(StoredAdapters(path, lora, vocab_size)) as adapters:
+    architecture = from_record(record.architecture)
+    with closing(StoredAdapters(path, lora, architecture.vocab_size)) as adapters:
         num_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in adapters.kinds.values())
-        if (passed_over := passed_over_by_peft(adapters.kinds)) and dist.get_rank() == 0:
+        passed_over = passed_over_by_peft(adapters.kinds, architecture.family)
+        if passed_over and dist.get_rank() == 0:
             LOGGER.warning(
                 "PEFT over transformers 5 passes over the adapters of %d matrices without a word (%s, ...): "
-                "they are named as those of experts, which are stacked there. Its numbers would not be the "
-                "run's; without --adapters they are merged",
+                "it takes their names for those of stacked experts, or of what stands beside these. Its numbers "
+                "would not be the run's; without --adapters they are merged",
                 len(passed_over),
                 passed_over[0],
             )
@@ -103,14 +104,19 @@ def convert_to_peft(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def passed_over_by_peft(names: Collection[str]) -> list[str]:
-    """Of a mixture with experts' adapters, the matrices of dense layers and shared experts.
+def passed_over_by_peft(names: Collection[str], family: str) -> list[str]:
+    """Of a mixture, the matrices whose adapters PEFT (0.21.2) does not load where others have their names.
+
+    Where it puts experts' adapters together, all matrices of such a name are experts' to it: those of dense
+    layers and shared experts are lost. With Qwen2-MoE it does not, and the experts' are lost.
 
     Args:
         names: of tensors, as StoredAdapters.kinds has them.
     """
     modules = sorted({name.rsplit(".", 2)[0] for name in names if ".lora_" in name})
     in_experts = [module for module in modules if ".experts." in module]
+    if family == "qwen2_moe":
+        return in_experts
     stacked = {module.split(".")[-1] for module in in_experts}
     return [module for module in modules if module not in in_experts and module.split(".")[-1] in stacked]
 

@@ -85,17 +85,21 @@ def test_every_expert_has_adapters_and_a_router_has_none() -> None:
         check("lora.targets=[gate_proj]", sizes=("model.architecture.family=mixtral", *mixture[1:]))
 
 
-def test_what_peft_passes_over_beside_stacked_experts_is_found() -> None:
+def test_what_peft_passes_over_of_a_mixture_is_found() -> None:
     sizes = ("family=qwen3_moe", "num_experts=4", "experts_per_token=2")
     plain = architecture_of(example(*(f"model.architecture.{each}" for each in sizes)).model)
     assert plain.mixture is not None
     architecture = replace(plain, family="qwen2_moe", mixture=replace(plain.mixture, shared_width=16))
     shapes = adapter_shapes(architecture, LoraSection(rank=2, alpha=4, targets=["q_proj", "up_proj"]))
-    found = passed_over_by_peft(shapes)
+    found = passed_over_by_peft(shapes, "glm4_moe")
     assert len(found) == architecture.num_layers
     assert found[0] == "model.layers.0.mlp.shared_expert.up_proj"
+    found = passed_over_by_peft(shapes, "qwen2_moe")
+    assert len(found) == 4 * architecture.num_layers
+    assert found[0] == "model.layers.0.mlp.experts.0.up_proj"
     attention = adapter_shapes(architecture, LoraSection(rank=2, alpha=4, targets=["q_proj"]))
-    assert passed_over_by_peft({**attention, "lm_head.weight": ()}) == []
+    for family in ("glm4_moe", "qwen2_moe"):
+        assert passed_over_by_peft({**attention, "lm_head.weight": ()}, family) == []
 
 
 def write_adapter(directory: Path, **said: object) -> Path:
