@@ -94,8 +94,8 @@ def convert_to_peft(checkpoint: Path, out: Path) -> Path:
         if passed_over and dist.get_rank() == 0:
             LOGGER.warning(
                 "PEFT over transformers 5 passes over the adapters of %d matrices without a word (%s, ...): "
-                "it takes their names for those of stacked experts, or of what stands beside these. Its numbers "
-                "would not be the run's; without --adapters they are merged",
+                "it takes their names for those of stacked experts, or of what stands beside these. Its "
+                "numbers would not be the run's; without --adapters they are merged",
                 len(passed_over),
                 passed_over[0],
             )
