@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.once import once
 from tests.e2e.product import sftrl, sftrl_each
 from tests.e2e.project import NUM_STEPS, VOCAB_SIZE, Project, make_tokenizer, metrics_of, read_rows
+from tests.grid import HOW_TO_RUN_ALL, is_full
 from tests.hf_models import read_tensors, write_model
 
 LAST = f"checkpoints/step-{NUM_STEPS:08d}"
@@ -141,11 +143,30 @@ def test_an_answer_is_that_of_the_merged_model(
 
 
 def test_grpo_samples_from_the_adapters_that_it_trains(grpo: GrpoProject, base: Path, tmp_path: Path) -> None:
-    model = ("model.architecture=null", f"model.hf={base}", LORA, "optim.lr=0.02")
-    kl = ("loss.kl_coefficient=0.1", "reference={kind: frozen}")
-    sftrl(*grpo.command(tmp_path / "run", *model, *kl), ranks=1)
+    sftrl(*grpo_with_adapters(grpo, base, tmp_path / "run"), ranks=1)
     metrics = metrics_of(tmp_path / "run")
     assert all(row["mismatch/max"] < 1e-4 for row in metrics)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it")
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_vllm_samples_from_the_merged_adapters_of_every_step(grpo: GrpoProject, tmp_path: Path) -> None:
+    # Heads of 32, the narrowest of vLLM's attention on the CPU.
+    base = write_model(tmp_path / "base", "qwen2", vocab_size=VOCAB_SIZE, hidden_size=128)
+    make_tokenizer(base)
+    layout = ("parallel={tp: 2, sequence_parallel: true}", "rollout.engine=vllm", "rollout.vllm.tp=1")
+    sftrl(*grpo_with_adapters(grpo, base, tmp_path / "run"), *layout, ranks=2)
+    metrics = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert all(0 < row["mismatch/max"] < 1e-4 for row in metrics)
+    # Weights of the step before would be off by what four updates have changed.
+    assert all(0 < row["mismatch/probe"] < 1e-4 for row in metrics)
+
+
+def grpo_with_adapters(grpo: GrpoProject, base: Path, run_dir: Path) -> list[str]:
+    """The command of a run whose reference is the model with its adapters off."""
+    model = ("model.architecture=null", f"model.hf={base}", LORA, "optim.lr=0.02")
+    return grpo.command(run_dir, *model, "loss.kl_coefficient=0.1", "reference={kind: frozen}")
 
 
 def test_what_does_not_fit_adapters_is_refused_by_name(
