@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from megatron_sftrl.config.data import Section
 from megatron_sftrl.config.paths import ExpandedPath
+from megatron_sftrl.errors import UserError
 
 LoraTarget = Literal[
     "q_proj",
@@ -55,6 +57,30 @@ class LoraSection(Section):
     draws A and sets B to 0."""
     rslora: bool = False
     """Divide alpha by the root of the rank (arXiv:2312.03732)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_dora(cls, value: Any) -> Any:
+        for key in ("dora", "use_dora"):
+            if isinstance(value, Mapping) and key in value:
+                raise UserError(
+                    f"lora.{key}: adapters of DoRA, which have a magnitude beside A and B, are not trained"
+                )
+        return value
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_targets(cls, value: Any) -> Any:
+        """One sentence for what is neither of the two: pydantic would have one for each."""
+        if value == "all-linear":
+            return value
+        if not isinstance(value, list) or not value:
+            raise UserError(
+                f"lora.targets: expected all-linear, or a list such as [q_proj, v_proj], got {value!r}"
+            )
+        if unknown := [name for name in value if name not in ALL_TARGETS]:
+            raise UserError(f"lora.targets: expected some of {', '.join(ALL_TARGETS)}, got {unknown}")
+        return value
 
     @property
     def scale(self) -> float:

@@ -48,6 +48,14 @@ def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
             "`sftrl convert to-hf --checkpoint RUN --out DIR`",
         ),
         (["reference.placement=offload"], "reference.placement = offload"),
+        (["lora.targets=[q_prj]"], "w1, w3, w2, got ['q_prj']"),
+        (
+            ["lora.targets=q_proj"],
+            "lora.targets: expected all-linear, or a list such as [q_proj, v_proj], got 'q_proj'",
+        ),
+        (["lora.targets=[]"], "lora.targets: expected all-linear, or a list"),
+        (["lora.dora=true"], "lora.dora: adapters of DoRA"),
+        (["lora.use_dora=true"], "lora.use_dora: adapters of DoRA"),
     ],
 )
 def test_what_does_not_go_with_adapters_is_refused(overrides: list[str], part: str) -> None:
