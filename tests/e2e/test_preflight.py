@@ -79,7 +79,10 @@ def test_all_is_well_on_two_nodes_and_nothing_is_left_behind(line: list[str], tm
 
 def test_one_process_needs_no_launcher(line: list[str]) -> None:
     (done,) = sftrl_each([["preflight", *line]])
-    assert "1 processes on 1 node(s)" in done.expect(0).stderr
+    said = done.expect(0).stderr
+    assert "1 processes on 1 node(s)" in said
+    assert "inf GB/s" not in said
+    assert "one process, which sends nothing" in " ".join(said.replace("│", " ").split())
 
 
 def other_versions() -> contextlib.AbstractContextManager:
