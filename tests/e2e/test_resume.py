@@ -6,9 +6,13 @@ import shutil
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.curves import assert_same_curves, unequal_tensors
 from tests.e2e.product import TIMEOUT_S, Started, run_product, sftrl, start_product
-from tests.e2e.project import NUM_STEPS, Project, metrics_of, without_timing
+from tests.e2e.project import NUM_STEPS, VOCAB_SIZE, Project, make_tokenizer, metrics_of, without_timing
+from tests.grid import HOW_TO_RUN_ALL, is_full
+from tests.hf_models import write_model
 
 EVERY, NUM_LONG_STEPS = 5, 15
 
@@ -25,10 +29,24 @@ def curiosft(project: Project, run_dir: Path) -> list[str]:
 
 
 def test_a_run_killed_between_two_checkpoints_resumes_bit_by_bit(project: Project, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    sftrl(*curiosft(project, whole), ranks=2)
+    assert_a_kill_changes_nothing(project, tmp_path)
 
-    with start_product(*curiosft(project, killed), log=tmp_path / "log", ranks=2) as started:
+
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_so_does_one_of_adapters_and_their_dropout(project: Project, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "qwen2", vocab_size=VOCAB_SIZE)
+    make_tokenizer(base)
+    adapters = "lora={rank: 4, alpha: 8, dropout: 0.2, modules_to_save: [embed_tokens, lm_head]}"
+    assert_a_kill_changes_nothing(project, tmp_path, "model.architecture=null", f"model.hf={base}", adapters)
+
+
+def assert_a_kill_changes_nothing(project: Project, tmp_path: Path, *overrides: str) -> None:
+    """A killed run and one that was not end with the same metrics and the same checkpoint."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    sftrl(*curiosft(project, whole), *overrides, ranks=2)
+    again = (*curiosft(project, killed), *overrides)
+
+    with start_product(*again, log=tmp_path / "log", ranks=2) as started:
         wait_for_step(EVERY + 2, killed, started)
         started.kill()
     reached = metrics_of(killed)[-1]["step"]
@@ -36,7 +54,7 @@ def test_a_run_killed_between_two_checkpoints_resumes_bit_by_bit(project: Projec
     saved = int(latest.name.removeprefix("step-"))
     assert EVERY <= saved < reached < NUM_LONG_STEPS, "the kill came at another moment: the test is blind"
 
-    run_product(*curiosft(project, killed), log=tmp_path / "log", ranks=2)
+    run_product(*again, log=tmp_path / "log", ranks=2)
     assert without_timing(metrics_of(killed)) == without_timing(metrics_of(whole))
     final = f"checkpoints/step-{NUM_LONG_STEPS:08d}"
     assert unequal_tensors(killed / final, whole / final) == []
