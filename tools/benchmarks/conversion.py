@@ -1,17 +1,18 @@
 """Speed and memory of the conversions against `cp` of the same bytes on the same disk.
 
-    python -m tools.benchmarks.conversion DIR [--gb 1.5] [--repeats 3] [--out conversion.json]
+    python -m tools.benchmarks.conversion DIR [--family gpt_oss] [--gb 1.5] [--repeats 3] [--out numbers.json]
 
-DIR, on the disk that is to be measured, gets a synthetic Llama in bf16 and the outputs, and is emptied at the
-end. Every repeat runs, one after the other, so that a noisy machine disturbs all alike: `cp` with fsync,
-Hugging Face -> Megatron, Megatron -> Hugging Face, and the loading of the files into a model; the last three
-in processes of their own, timed without their imports. Right before each, its source is read once, so that
-all find theirs in the page cache. Then a file of the same size is written
-and removed, for `cp` and the model that is loaded: in a virtual machine the first use of a page of memory
-costs more than the copying into it, free pages go back to the host within seconds, and what ran right
-after a deletion would find used ones. Reported are the medians over the repeats, of a ratio the median over
-those of each repeat. Memory is the peak resident set (VmHWM, reset after the imports) less what was resident
-then.
+DIR, on the disk that is to be measured, gets a synthetic model and the outputs, and is emptied at the end: a
+Llama in bf16, or another family in files as they are published (published.py). Every repeat runs, one after
+the other, so that a noisy machine disturbs all alike: `cp` with fsync, Hugging Face -> Megatron, Megatron ->
+Hugging Face, and the loading of the files into a model; the last three in processes of their own, timed
+without their imports. Right before each, its source is read once, so that all find theirs in the page cache.
+Then a file of the same size is written and removed, for `cp` and the model that is loaded: in a virtual
+machine the first use of a page of memory costs more than the copying into it, free pages go back to the host
+within seconds, and what ran right after a deletion would find used ones. Reported are the medians over the
+repeats, of a ratio the median over those of each repeat (`cp` copies what is published, in eight or four bits
+where the weights are). Memory is the peak resident set (VmHWM, reset after the imports) less what was
+resident then.
 """
 
 from __future__ import annotations
@@ -33,24 +34,15 @@ import torch
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.hf_config import from_hf_config
-from megatron_sftrl.models.hf_output import force_to_disk, plan_files, write_file, write_index
-from megatron_sftrl.models.tensors import hf_shapes
-
-_SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "vocab_size": 32_000,
-}
-_LAYER_BYTES, _END_BYTES = 90e6, 262e6
-_FILE_BYTES = 400_000_000
+from megatron_sftrl.models.hf_output import force_to_disk
+from tools.benchmarks.published import FAMILIES, FILE_BYTES, write_published
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path, help="where to write; made when it is not there")
-    parser.add_argument("--gb", type=float, default=1.5, help="size of the checkpoint (1.5)")
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
+    parser.add_argument("--gb", type=float, default=1.5, help="size of the weights in bf16 (1.5)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--child", choices=_CHILDREN, help=argparse.SUPPRESS)
@@ -60,14 +52,14 @@ def main() -> None:
         return
     arguments.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="benchmark-") as name:
-        facts = _benchmark(Path(name), gb=arguments.gb, repeats=arguments.repeats)
+        facts = _benchmark(Path(name), arguments.family, gb=arguments.gb, repeats=arguments.repeats)
     _print(facts)
     if arguments.out:
         arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _benchmark(folder: Path, *, gb: float, repeats: int) -> dict:
-    sizes = _make_model(folder / "hf", num_layers=max(1, round((gb * 1e9 - _END_BYTES) / _LAYER_BYTES)))
+def _benchmark(folder: Path, family: str, *, gb: float, repeats: int) -> dict:
+    sizes = write_published(folder / "hf", family, num_bytes=gb * 1e9)
     total, largest = sum(sizes.values()), max(sizes.values())
     turns: dict[str, list[dict]] = {name: [] for name in ("cp", *_CHILDREN)}
     for _ in range(repeats):
@@ -80,6 +72,7 @@ def _benchmark(folder: Path, *, gb: float, repeats: int) -> dict:
     # What is built: the model; a conversion builds nothing, it goes tensor by tensor.
     targets = {"hf -> megatron": 0, "megatron -> hf": 0, "load": total}
     return {
+        "family": family,
         "bytes": total,
         "largest_tensor_bytes": largest,
         "repeats": repeats,
@@ -95,36 +88,6 @@ def _benchmark(folder: Path, *, gb: float, repeats: int) -> dict:
         },
         "torch": torch.__version__,
     }
-
-
-def _make_model(directory: Path, *, num_layers: int) -> dict[str, int]:
-    """Random weights in files like those of a hub; bytes of each tensor."""
-    directory.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": num_layers,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        **_SHAPE,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes = hf_shapes(from_hf_config(directory))
-    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
-    files = plan_files(list(sizes.items()), max_bytes=_FILE_BYTES)
-    for file in files:
-        # Bits of bf16 numbers between 0 and 1; drawing normal numbers would take longer than the benchmark.
-        tensors = {
-            name: torch.randint(0x3C00, 0x3F80, shapes[name], dtype=torch.int16).view(torch.bfloat16)
-            for name in file.tensors
-        }
-        write_file(directory, file, tensors)
-    write_index(directory, files, list(sizes.items()))
-    return sizes
 
 
 def _copy(source: Path, target: Path) -> float:
@@ -216,7 +179,7 @@ def _to_hf(folder: Path, _: ParallelContext) -> Callable[[], float]:
             folder / "megatron",
             folder / "back",
             dtype=None,
-            max_file_bytes=_FILE_BYTES,
+            max_file_bytes=FILE_BYTES,
             on_bytes=lambda done, total: None,
         )
         return time.perf_counter() - start
@@ -252,7 +215,10 @@ _CHILDREN = {"hf -> megatron": _to_megatron, "megatron -> hf": _to_hf, "load": _
 
 def _print(facts: dict) -> None:
     total = facts["bytes"]
-    print(f"{total / 1e9:.2f} GB, largest tensor {facts['largest_tensor_bytes'] / 1e6:.0f} MB")
+    print(
+        f"{facts['family']}: {total / 1e9:.2f} GB in bf16, "
+        f"largest tensor {facts['largest_tensor_bytes'] / 1e6:.0f} MB"
+    )
     print(f"{'':16}{'GB/s':>8}{'of cp':>8}{'peak MB':>10}{'bound MB':>10}")
     for name, seconds in facts["seconds"].items():
         line = f"{name:16}{total / 1e9 / statistics.median(seconds):8.2f}"

@@ -266,6 +266,7 @@ class StoredTensors:
         self._directory = directory
         self._streams: dict[Path, BinaryIO] = {}
         self._places: dict[MetadataIndex, StoredTensor] = {}
+        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {
             key: tuple(entry.size) for key, entry in self._entries.items()
         }
@@ -282,10 +283,8 @@ class StoredTensors:
             UserError: the files do not hold all of the region.
         """
         region, read = Region.of(target.shape, offset), 0
-        for chunk in self._entries[key].chunks:
+        for chunk in self._chunks_in(region, key):
             shared = region.intersect(Region.of(chunk.sizes, chunk.offsets))
-            if not shared.numel:
-                continue
             part, place = target[shared.relative_to(offset).slices], self._place(key, chunk)
             source = shared.relative_to(chunk.offsets).slices
             is_direct = part.is_contiguous()
@@ -304,6 +303,20 @@ class StoredTensors:
         for stream in self._streams.values():
             stream.close()
         self._streams = {}
+
+    def _chunks_in(self, region: Region, key: str) -> list[ChunkStorageMetadata]:
+        """The chunks that share elements with the region.
+
+        All are compared in one operation: experts of all layers are chunks of one tensor, thousands of them,
+        and as many regions are read.
+        """
+        chunks = self._entries[key].chunks
+        if key not in self._bounds:
+            starts = torch.tensor([[*chunk.offsets] for chunk in chunks])
+            self._bounds[key] = starts, starts + torch.tensor([[*chunk.sizes] for chunk in chunks])
+        starts, stops = self._bounds[key]
+        is_in = (starts < torch.tensor(region.stop)) & (stops > torch.tensor(region.start))
+        return [chunks[place] for place in is_in.all(dim=1).nonzero().flatten().tolist()]
 
     def _place(self, key: str, chunk: ChunkStorageMetadata) -> StoredTensor:
         """Where a chunk of a tensor lies; found out once."""
