@@ -85,6 +85,9 @@ def complete_blocks(
     a, parts = architecture, cast(Any, chunk)
     if a.embedding_multiplier != 1 and parts.pre_process:
         parts.embedding.register_forward_hook(partial(_multiply, a.embedding_multiplier))
+    if a.scales_embedding and parts.pre_process:
+        scale = torch.tensor(a.hidden_size**0.5, dtype=parts.config.params_dtype)
+        parts.embedding.register_forward_hook(partial(_multiply, float(scale)))
     for layer in parts.decoder.layers:
         for name, branch in (("post_self_attn", layer.self_attention), ("post_mlp", layer.mlp)):
             post_norm = None

@@ -320,7 +320,7 @@ def _mlp(mlp: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
     gate, up = _linear(mlp.linear_fc1, x).chunk(2, dim=-1)
     if mlp.config.bias_activation_fusion:
         gate = gate.float()  # the kernel rounds its result alone
-    return _row_parallel(mlp.linear_fc2, F.silu(gate).mul_(up).to(x.dtype), group)
+    return _row_parallel(mlp.linear_fc2, mlp.config.activation_func(gate).mul_(up).to(x.dtype), group)
 
 
 def _experts(mlp: MoELayer, x: Tensor, group: dist.ProcessGroup, *, is_split: bool) -> Tensor:

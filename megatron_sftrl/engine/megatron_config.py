@@ -26,7 +26,7 @@ from megatron_sftrl.config.schema import (
 )
 from megatron_sftrl.engine.device import transformer_engine
 from megatron_sftrl.engine.megatron_fields import DTYPES, megatron_fields
-from megatron_sftrl.engine.recompute import own_modules
+from megatron_sftrl.engine.recompute import gelu_tanh, own_modules
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
@@ -79,7 +79,7 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         else None,
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
-        activation_func=_gate(architecture.gate_slope),
+        activation_func=_activation(architecture),
         activation_func_clamp_value=architecture.gate_limit,
         glu_linear_offset=architecture.gate_offset,
         add_bias_linear=architecture.all_biases,
@@ -127,8 +127,10 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
     )
 
 
-def _gate(slope: float) -> Callable[[Tensor], Tensor]:
-    """g sigmoid(slope g)."""
+def _activation(architecture: Architecture) -> Callable[[Tensor], Tensor]:
+    if architecture.activation == "gelu_pytorch_tanh":
+        return gelu_tanh
+    slope = architecture.gate_slope
     return F.silu if slope == 1 else lambda gate: gate * torch.sigmoid(slope * gate)
 
 
@@ -175,7 +177,9 @@ def _of_the_kernels(
         apply_rope_fusion=with_te and rope.attention_factor == 1.0 and not rope.interleaved,
         bias_dropout_fusion=is_cuda,
         # SwiGLU, of dense blocks and of experts, of Transformer Engine's layers and of torch's.
-        bias_activation_fusion=is_cuda and architecture.gate_limit is None,
+        bias_activation_fusion=is_cuda
+        and architecture.gate_limit is None
+        and architecture.activation == "silu",
         # Products add to fp32 gradients: Transformer Engine's own way, or Apex's.
         gradient_accumulation_fusion=with_te or (is_cuda and _has_module("fused_weight_gradient_mlp_cuda")),
         moe_permute_fusion=parallel.moe_permute_fusion,

@@ -1,8 +1,9 @@
-"""What is kept for a backward where Megatron keeps more than it needs: SwiGLU, and recomputation it lacks."""
+"""What is kept for a backward where Megatron keeps more than it needs: gates, and recomputation it lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,12 @@ def complete_recomputation(
 ) -> None:
     """Add to a policy's chunks what train.recompute asks for and Megatron's configuration does not do.
 
-    Without train.recompute a SwiGLU that is not fused keeps as little as a fused one, to the same bits.
+    Without train.recompute a gate that is not fused keeps as little as a fused one, to the same bits.
     """
     with_te = config.transformer_impl == "transformer_engine"
     modules = recomputed_modules(train, is_mixture=config.num_moe_experts is not None, with_te=with_te)
     forgets = not set(own_modules(with_te=with_te)).isdisjoint(modules)
-    spares = not (with_te or config.bias_activation_fusion)
+    spares = not config.bias_activation_fusion
     for chunk in chunks:
         if config.recompute_method == "block" and config.moe_aux_loss_coeff:
             assert config.recompute_num_layers is not None
@@ -52,7 +53,7 @@ def complete_recomputation(
 
 
 class LeanMLP(MLP):
-    """Megatron's MLP, which keeps of SwiGLU fc1's output and its own alone: [T, 3 F/tp] instead of 5 F/tp."""
+    """Megatron's MLP, which keeps of a gate fc1's output and its own alone: [T, 3 F/tp] instead of 5 F/tp."""
 
     forgets = False
 
@@ -80,13 +81,14 @@ class LeanMLP(MLP):
             if scale is None:
                 return bias_swiglu_impl(both, None)
             return weighted_bias_swiglu_impl(both, None, scale)
-        if self.config.activation_func is F.silu and not self.config.glu_linear_offset and limit is None:
-            product = swiglu(both)
+        activation = self.config.activation_func
+        if activation in BACKWARDS and not self.config.glu_linear_offset and limit is None:
+            product = gated(both, activation)
         else:
             gate, linear = both.chunk(2, dim=-1)
             if limit is not None:
                 gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
-            product = self.config.activation_func(gate) * (linear + self.config.glu_linear_offset)
+            product = activation(gate) * (linear + self.config.glu_linear_offset)
         return product if scale is None else (product * scale).to(product.dtype)
 
 
@@ -96,27 +98,40 @@ class ForgetfulMLP(LeanMLP):
     forgets = True
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """silu(first half) * second half, [T, 2 F/tp] -> [T, F/tp]; autograd's own bits, without its copies.
+def gelu_tanh(gate: Tensor) -> Tensor:
+    """GELU by its approximation with a tanh."""
+    return F.gelu(gate, approximate="tanh")
 
-    Megatron's function for this rounds each step of its backward where nothing compiles it.
+
+BACKWARDS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    F.silu: torch.ops.aten.silu_backward,
+    gelu_tanh: partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+}
+"""By activation, the gradient of its input from that of its output."""
+
+
+def gated(both: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(first half) * second half, [T, 2 F/tp] -> [T, F/tp]: autograd's bits, without its copies.
+
+    Megatron's function for SwiGLU rounds each step of its backward where nothing compiles it.
     """
-    return _SwiGLU.apply(both)
+    return _Gated.apply(both, activation)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
+    def forward(ctx: Any, both: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(both)
+        ctx.activation = activation
         gate, linear = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(linear)
+        return activation(gate).mul_(linear)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (both,) = ctx.saved_tensors
         gate, linear = both.chunk(2, dim=-1)
-        gate_grad = torch.ops.aten.silu_backward(grad * linear, gate)
-        return torch.cat((gate_grad, grad * F.silu(gate)), dim=-1)
+        gate_grad = BACKWARDS[ctx.activation](grad * linear, gate)
+        return torch.cat((gate_grad, grad * ctx.activation(gate)), dim=-1), None
 
 
 class _KeptBlocks:

@@ -138,12 +138,14 @@ Family = Literal[
     "glm4_moe",
     "deepseek_v3",
     "gpt_oss",
+    "gemma3_text",
     "qwen3_5_text",
     "qwen3_5_moe_text",
     "qwen3_next",
 ]
 Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
+Activation = Literal["silu", "gelu_pytorch_tanh"]
 MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
 MIXTURE_FAMILIES += ("qwen3_5_moe_text", "qwen3_next")
 _HYBRID_FAMILIES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
@@ -270,7 +272,7 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A transformer with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+    """A transformer with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
 
     Args:
         family: block layout; names the table of parameter names.
@@ -294,13 +296,15 @@ class Architecture:
         window_rope: positions in window_layers, where they are not those of the other layers.
         no_rope_layers: the layers, counted from 0, without positions.
         embedding_multiplier: of the embedding's output.
+        scales_embedding: that is multiplied by sqrt(hidden_size), rounded to the model's dtype.
         attention_multiplier: of queries times keys; None for 1 / sqrt(head_dim).
         residual_multiplier: of what attention and MLP add to the residual stream.
         logits_divisor: of the logits.
         latent: None for keys and values out of the residual stream; head_dim is that of queries and keys.
         has_sinks: each query head attends to a logit of its own, besides, that has no value.
         all_biases: the output of attention, the router and both matrices of the experts have biases, too.
-        gate_slope: the gate g of an MLP becomes g sigmoid(gate_slope g).
+        activation: of an MLP's gate.
+        gate_slope: with silu the gate g becomes g sigmoid(gate_slope g).
         gate_limit: g is cut off above it, what it is multiplied with above and below; None for neither.
         gate_offset: is added to the latter.
         delta_net: of a hybrid, the layers that have no attention; None where all attend.
@@ -346,6 +350,8 @@ class Architecture:
     delta_net: DeltaNet | None = None
     has_output_gate: bool = False
     norms_from_zero: bool = False
+    scales_embedding: bool = False
+    activation: Activation = "silu"
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -357,11 +363,12 @@ class Architecture:
             part = "" if self.rope.fraction == 1 else f", of which {self.rope.fraction:g} turn"
             part = part if self.latent is None else f", of which {self.latent.rope_dim} turn"
             raise UserError(f"head_dim = {self.head_dim}{part}: rotary positions need an even number")
-        if self.family == "llama" and self.hidden_size % self.num_attention_heads:
+        if self.family in ("llama", "gemma3_text") and self.hidden_size % self.num_attention_heads:
+            other = "; use family mistral, which has the same blocks" if self.family == "llama" else ""
             raise UserError(
                 f"hidden_size = {self.hidden_size} is not a multiple of num_attention_heads = "
-                f"{self.num_attention_heads}: transformers refuses such a llama, whatever its head_dim; "
-                "use family mistral, which has the same blocks"
+                f"{self.num_attention_heads}: transformers refuses such a {self.family}, whatever its "
+                f"head_dim{other}"
             )
         assert (self.sliding_window is None) == (not self.window_layers)
 
@@ -492,7 +499,7 @@ def has_qkv_bias(family: Family) -> bool:
 
 def has_qk_norm(family: Family) -> bool:
     """Families that normalise q and k."""
-    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", *_HYBRID_FAMILIES)
+    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", *_HYBRID_FAMILIES)
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:

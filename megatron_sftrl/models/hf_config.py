@@ -21,8 +21,8 @@ from megatron_sftrl.models.architecture import (
     has_qkv_bias,
     latent_attention_multiplier,
 )
-from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, asked_family, hf_family, judge_other_keys
-from megatron_sftrl.models.hf_hybrids import DELTA_KEYS, delta_net_values, language_model, read_delta_net
+from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, asked_family, hf_family
+from megatron_sftrl.models.hf_hybrids import delta_net_values, language_model, read_delta_net
 from megatron_sftrl.models.hf_positions import (
     read_no_rope_layers,
     read_ropes,
@@ -30,109 +30,12 @@ from megatron_sftrl.models.hf_positions import (
     rope_values,
     window_values,
 )
-from megatron_sftrl.models.json_reader import JsonReader, read_json_object, shown
+from megatron_sftrl.models.hf_refusals import DROPOUTS, SHARED_WIDTH, refuse_what_is_not_supported
+from megatron_sftrl.models.json_reader import JsonReader, read_json_object
 
-_READ_KEYS = frozenset(
-    {
-        "architectures",
-        "attention_bias",
-        "attention_dropout",
-        "attn_logit_softcapping",
-        "auto_map",
-        "final_logit_softcapping",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
-        "is_encoder_decoder",
-        "layer_types",
-        "max_position_embeddings",
-        "max_window_layers",
-        "mlp_bias",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-        "quantization_config",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "tie_word_embeddings",
-        "use_sliding_window",
-        "vocab_size",
-    }
-)
-
-# output_router_logits and router_aux_loss_coef add a term to the loss that transformers itself computes.
-_MIXTURE_KEYS = frozenset(
-    {
-        "decoder_sparse_step",
-        "mlp_only_layers",
-        "moe_intermediate_size",
-        "norm_topk_prob",
-        "num_experts",
-        "num_experts_per_tok",
-        "num_local_experts",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-    }
-)
-
-# Of a sigmoid router and what comes with it.
-_SIGMOID_KEYS = frozenset(
-    {
-        "first_k_dense_replace",
-        "moe_intermediate_size",
-        "n_group",
-        "n_routed_experts",
-        "n_shared_experts",
-        "norm_topk_prob",
-        "num_experts_per_tok",
-        "output_router_logits",
-        "routed_scaling_factor",
-        "router_aux_loss_coef",
-        "topk_group",
-    }
-)
-_LATENT_KEYS = frozenset(
-    {
-        "kv_lora_rank",
-        "q_lora_rank",
-        "qk_head_dim",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "rope_interleave",
-        "v_head_dim",
-    }
-)
 # Of GPT-OSS's gates, where a config.json is silent.
 _SLOPE, _LIMIT = 1.702, 7.0
-
-_SHARED = "shared_expert_intermediate_size"
-_DROPOUTS = frozenset({"embd_pdrop", "resid_pdrop"})
-
-# They concern storage, generation, labels or caches, never the logits of a forward with the full context;
-# pretraining_tp only split the same products into slices.
-_KEYS_WITHOUT_EFFECT = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path attn_implementation
-    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label label2id length_penalty max_length min_length
-    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version transformers_weights typical_p use_bfloat16 use_cache
-    """.split()  # noqa: SIM905
-)
+_QUERY_SCALAR = "query_pre_attn_scalar"
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -158,9 +61,11 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
     file = file / "config.json" if file.is_dir() else file
     reader = language_model(read_json_object(file), text_only=text_only)
     line = asked_family(reader)
-    _refuse_what_is_not_supported(reader, line)
-    num_layers, hidden_size = reader.whole("num_hidden_layers"), reader.whole("hidden_size")
-    heads, vocab_size = reader.whole("num_attention_heads"), reader.whole("vocab_size")
+    refuse_what_is_not_supported(reader, line)
+    num_layers, hidden_size, heads, vocab_size = (
+        reader.whole(key, line.sizes.get(key))
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    )
     groups, latent = _num_query_groups(reader, line, heads), None
     if line.has_latent:
         latent, head_dim = _latent(reader, heads=heads, groups=groups)
@@ -177,6 +82,7 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
         num_layers=num_layers,
         max_position_embeddings=max_positions,
         no_rope_layers=no_rope_layers,
+        has_own_rope=window_rope is not None,
     )
     delta_net = read_delta_net(reader, num_layers) if line.has_delta_net else None
     width = _ffn_hidden_size(reader, line)
@@ -188,6 +94,8 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
     qkv_bias, qk_norm = _biases_and_norms(reader, line)
     gate = _gate(reader, line)
     multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
+    if _QUERY_SCALAR in line.keys:
+        multipliers["attention_multiplier"] = reader.whole(_QUERY_SCALAR, 256) ** -0.5
     if head_dim is not None and rope.mscale_all_dim:
         multipliers["attention_multiplier"] = latent_attention_multiplier(rope, head_dim)
     reader.raise_problems()
@@ -213,7 +121,7 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
             init_std=init_std,
             norms=line.norms,
             qk_norm_spans_heads=line.qk_norm_spans_heads,
-            window_rope=window_rope,
+            window_rope=window_rope if window_layers else None,
             no_rope_layers=no_rope_layers,
             latent=latent,
             has_sinks=line.has_sinks,
@@ -221,7 +129,9 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
             gate_offset=line.gate_offset,
             delta_net=delta_net,
             has_output_gate=line.has_delta_net,
-            norms_from_zero=line.has_delta_net,
+            norms_from_zero=line.norms_from_zero,
+            scales_embedding=line.scales_embedding,
+            activation=line.activation,
             **gate,
             **multipliers,
         )
@@ -296,7 +206,7 @@ def _latent(reader: JsonReader, *, heads: int, groups: int) -> tuple[Latent, int
 
 def _ffn_hidden_size(reader: JsonReader, line: HfFamily) -> int:
     if line.mixture is None:
-        return reader.whole("intermediate_size")
+        return reader.whole("intermediate_size", line.sizes.get("intermediate_size"))
     return reader.whole(line.mixture.width_key, line.mixture.width)
 
 
@@ -321,7 +231,7 @@ def _mixture_values(reader: JsonReader, line: HfFamily, _: int) -> Mixture | Non
     num_experts = min(counts, default=line.mixture.num_experts)
     shared_width = 0
     if line.mixture.shared_width is not None:
-        shared_width = reader.whole(_SHARED, line.mixture.shared_width)
+        shared_width = reader.whole(SHARED_WIDTH, line.mixture.shared_width)
     try:
         return Mixture(
             num_experts=num_experts,
@@ -368,90 +278,6 @@ def _count(reader: JsonReader, key: str, default: int) -> int:
     return 0 if reader.values.get(key, default) == 0 else reader.whole(key, default)
 
 
-def _refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
-    say = reader.problems.append
-    if reader.get("auto_map") and line.has_code:
-        reader.note(
-            "auto_map", f": transformers' own {line.architecture} is meant; the model's code never runs"
-        )
-    elif reader.get("auto_map"):
-        say("auto_map asks for code that comes with the model: remote code is never run")
-    _judge_quantisation(reader, line)
-    if reader.get("is_encoder_decoder"):
-        say("is_encoder_decoder: only decoder-only models are supported")
-    activation = reader.values.get("hidden_act", "silu")
-    if activation != "silu":
-        say(f"hidden_act {activation!r}: only silu (SwiGLU) is supported")
-    # Qwen2 does not read attention_bias: its q, k and v always carry biases and its output never does.
-    has_bias = has_qkv_bias(line.family) or line.bias_key == "attention_bias"
-    if reader.get("attention_bias") and not has_bias:
-        say("attention_bias: biases on all four projections are not supported")
-    if reader.get("mlp_bias"):
-        say("mlp_bias: biases in the MLP are not supported")
-    for key in ("attention_dropout", *sorted(line.keys & _DROPOUTS)):
-        if reader.get(key):
-            say(f"{key} {reader.get(key)}: dropout is not supported, set 0.0")
-    for key, reason in line.refuses.items():
-        if reader.has(key):
-            reader.say(key, f": {reason}")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if reader.get(key) is not None:
-            say(f"{key} {reader.get(key)!r}: a soft-cap on logits is not supported")
-    known = _READ_KEYS | _KEYS_WITHOUT_EFFECT | line.keys | line.refuses.keys()
-    known |= {key for key in (line.bias_key, line.qk_norm_key) if key} | line.for_vllm.keys()
-    known |= _LATENT_KEYS if line.has_latent else frozenset()
-    known |= DELTA_KEYS if line.has_delta_net else frozenset()
-    for key, built in line.for_vllm.items():
-        if reader.has(key) and reader.get(key) != built:
-            reader.say(key, f" {reader.get(key)!r}: only {built!r} is supported")
-    if line.draft_keys:
-        known |= {*line.draft_keys}
-        if count := max(reader.get(key) or 0 for key in line.draft_keys):
-            reader.note(
-                line.draft_keys[-1], f" {count}: layers that draft tokens are left out, also of exports"
-            )
-    if line.mixture is not None and line.mixture.routing == "sigmoid":
-        known |= _SIGMOID_KEYS
-    elif line.mixture is not None:
-        known |= _MIXTURE_KEYS | ({_SHARED} if line.mixture.shared_width is not None else set())
-        _refuse_other_mixtures(reader, line)
-    judge_other_keys(reader, line, reader.values.keys() - known)
-
-
-def _judge_quantisation(reader: JsonReader, line: HfFamily) -> None:
-    """Weights that are dequantised while they are read are welcome."""
-    key = "quantization_config"
-    asked = reader.get(key)
-    if not asked:
-        return
-    values = asked if isinstance(asked, dict) else {}
-    method, block = values.get("quant_method"), values.get("weight_block_size")
-    has_blocks = (
-        isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block)
-    )
-    is_fp8 = method == "fp8" and values.get("fmt", "e4m3") == "e4m3" and has_blocks
-    if is_fp8 or (method is not None and method == line.quantised):
-        reader.note(key, ": the weights are dequantised while they are read, and exported so")
-        return
-    known = "fp8 (e4m3) with weight_block_size" + (f" or {line.quantised}" if line.quantised else "")
-    reader.say(
-        key,
-        f" ({method or shown(asked)}): quantised weights cannot be trained, and only quant_method {known} is "
-        "dequantised; use the unquantised model",
-    )
-
-
-def _refuse_other_mixtures(reader: JsonReader, line: HfFamily) -> None:
-    if reader.get("mlp_only_layers"):
-        reader.say("mlp_only_layers", f" {reader.get('mlp_only_layers')!r}: only a mixture in every layer")
-    if reader.values.get("decoder_sparse_step", 1) != 1:
-        reader.say(
-            "decoder_sparse_step", f" {reader.get('decoder_sparse_step')!r}: only 1, a mixture in every layer"
-        )
-    if reader.get("router_jitter_noise"):
-        reader.say("router_jitter_noise", f" {reader.get('router_jitter_noise')!r}: not supported, set 0.0")
-
-
 # Writes an architecture as the JSON object of a Hugging Face config.json, the inverse of from_hf_config.
 
 
@@ -475,7 +301,7 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         "bos_token_id": None,
         "eos_token_id": None,
         "head_dim": a.rope_head_dim,
-        "hidden_act": "silu",
+        line.activation_key: a.activation,
         "hidden_size": a.hidden_size,
         "initializer_range": a.init_std,
         "intermediate_size": a.ffn_hidden_size,
@@ -496,7 +322,8 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         **(_keys_of_latent(a, a.latent) if a.latent else {}),
         **line.for_vllm,
         **dict.fromkeys(line.states, False),
-        **dict.fromkeys(line.keys & _DROPOUTS, 0.0),
+        **dict.fromkeys(line.keys & DROPOUTS, 0.0),
+        **({_QUERY_SCALAR: _query_scalar(a)} if _QUERY_SCALAR in line.keys else {}),
         **({"swiglu_alpha": a.gate_slope, "swiglu_limit": a.gate_limit} if a.gate_limit else {}),
         **({"attention_bias": True} if a.all_biases else {}),
         **dict.fromkeys(line.draft_keys[-1:], 0),
@@ -509,6 +336,18 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
     if dtype is not None:
         values["dtype"] = str(dtype).removeprefix("torch.")
     return dict(sorted(values.items()))
+
+
+def _query_scalar(a: Architecture) -> int:
+    """Of a Gemma 3: queries times keys are divided by its root."""
+    multiplier = a.attention_multiplier or a.head_dim**-0.5
+    scalar = round(multiplier**-2)
+    if scalar < 1 or scalar**-0.5 != multiplier:
+        raise UserError(
+            f"attention_multiplier = {multiplier}: {_QUERY_SCALAR} is a whole number, and no one has "
+            "this as 1 / its root"
+        )
+    return scalar
 
 
 def _keys_of_latent(a: Architecture, latent: Latent) -> dict[str, Any]:
@@ -548,7 +387,7 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
         "moe_intermediate_size": a.ffn_hidden_size,
         "norm_topk_prob": a.mixture.normalizes_weights,
         "num_experts": a.mixture.num_experts,
-        **({_SHARED: a.mixture.shared_width} if line.mixture.shared_width is not None else {}),
+        **({SHARED_WIDTH: a.mixture.shared_width} if line.mixture.shared_width is not None else {}),
     }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Family, Norms, Routing, has_qk_norm, has_qkv_bias
-from megatron_sftrl.models.json_reader import JsonReader, shown
+from megatron_sftrl.models.architecture import Activation, Family, Norms, Routing
+from megatron_sftrl.models.json_reader import JsonReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +53,17 @@ class HfFamily:
         head_dim: when absent; None for hidden_size / num_attention_heads.
         null_head_dim: a null there means that quotient; otherwise transformers fails on it.
         max_position_embeddings, norm_eps, rope_theta, tie_word_embeddings: when absent.
+        sizes: by key, when absent; without a value here a size must be given.
         window: what decides about a sliding window. none: nothing, every layer attends to all. always:
             `sliding_window` alone. switch: `use_sliding_window` for all layers. layers: `use_sliding_window`
             with `layer_types` or `max_window_layers`. pattern: `sliding_window` with `layer_types`. off:
             `use_sliding_window`, which must be false.
         sliding_window: when absent, tokens.
         full_every: with window `layers` and without `layer_types`, every so manieth layer attends to all.
+        full_every_key: says otherwise.
         mixture: None for a dense family.
-        norms, qk_norm_spans_heads: as in an Architecture.
+        norms, norms_from_zero, qk_norm_spans_heads, scales_embedding, activation: as in an Architecture.
+        activation_key: says which.
         fused: what the files hold as one tensor: q, k and v; gate and up; a matrix of all experts; what is
             projected for a key head of a gated delta net.
         bias_key: says whether q, k and v have biases; None for a family that always or never has them.
@@ -70,14 +73,15 @@ class HfFamily:
         has_sinks, all_biases, gate_offset: as in an Architecture.
         quantised: the quant_method of files whose weights are dequantised while they are read; None for none.
         draft_keys: count layers that draft tokens, the last one in published files; they are left out.
-        has_delta_net: layers are gated delta nets or attend, with gates on what they attend to; norms
-            multiply by 1 + weight.
+        has_delta_net: layers are gated delta nets or attend, with gates on what they attend to.
         rope_kinds: that transformers and vLLM read alike in this family.
         rope_ignores: keys of a set that change nothing for text alone.
         rope: the set that stands for an absent one.
         partial_rotary: when absent, the fraction of a head that turns; None where it is always the whole.
         interleaved: of positions.
         rope_by_layer_type: rope_parameters has a set for each of `layer_types`.
+        window_theta: when absent, that of layers with a window, which has a key of its own; None for
+            rope_theta.
         no_rope_every: when no_rope_layers is absent, every so manieth layer is without positions.
         keys: that only this family reads.
         states: keys of transformers' class that can only be false here, which an export writes.
@@ -95,12 +99,18 @@ class HfFamily:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
     window: Literal["none", "always", "switch", "layers", "pattern", "off"]
     sliding_window: int | None = None
     full_every: int | None = None
+    full_every_key: str | None = None
     mixture: MixtureDefaults | None = None
     norms: Norms = "before"
+    norms_from_zero: bool = False
     qk_norm_spans_heads: bool = False
+    scales_embedding: bool = False
+    activation: Activation = "silu"
+    activation_key: str = "hidden_act"
     fused: frozenset[Literal["qkv", "gate_up", "experts", "delta_net"]] = frozenset()
     bias_key: str | None = None
     qk_norm_key: str | None = None
@@ -118,6 +128,7 @@ class HfFamily:
     partial_rotary: float | None = None
     interleaved: bool = False
     rope_by_layer_type: bool = False
+    window_theta: float | None = None
     no_rope_every: int | None = None
     keys: frozenset[str] = frozenset()
     states: tuple[str, ...] = ()
@@ -414,6 +425,44 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         ),
     ),
     HfFamily(
+        family="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        num_key_value_heads=4,
+        head_dim=256,
+        null_head_dim=False,
+        max_position_embeddings=131072,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        sizes={
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+        },
+        window="pattern",
+        sliding_window=4096,
+        full_every=6,
+        full_every_key="sliding_window_pattern",
+        norms="both",
+        norms_from_zero=True,
+        scales_embedding=True,
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        rope_kinds=("default", "linear"),
+        rope_by_layer_type=True,
+        window_theta=1e4,
+        keys=frozenset(
+            {
+                "_sliding_window_pattern",
+                "query_pre_attn_scalar",
+                "rope_local_base_freq",
+                "sliding_window_pattern",
+            }
+        ),
+        states=("attention_bias", "use_bidirectional_attention"),
+    ),
+    HfFamily(
         family="qwen3_5_text",
         architecture="Qwen3_5ForCausalLM",
         num_key_value_heads=4,
@@ -421,6 +470,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         null_head_dim=False,
         max_position_embeddings=32768,
         window="none",
+        norms_from_zero=True,
         has_delta_net=True,
         draft_keys=("mtp_num_hidden_layers",),
         rope_kinds=("default",),
@@ -445,6 +495,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
             shared_width=512,
             normalizes_weights=True,
         ),
+        norms_from_zero=True,
         has_delta_net=True,
         draft_keys=("mtp_num_hidden_layers",),
         rope_kinds=("default",),
@@ -471,6 +522,7 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
             normalizes_weights=True,
         ),
         fused=frozenset({"delta_net"}),
+        norms_from_zero=True,
         has_delta_net=True,
         draft_keys=("num_nextn_predict_layers",),
         rope_kinds=("default",),
@@ -479,11 +531,6 @@ HF_FAMILIES: tuple[HfFamily, ...] = (
         for_vllm={"attn_output_gate": True},
         refuses={"num_local_experts": "Qwen3NextForCausalLM does not read it, give num_experts"},
     ),
-)
-
-_GEMMA = frozenset({"gemma2", "gemma3", "gemma3_text"})
-_GEMMA_ARCHITECTURES = frozenset(
-    {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3TextForCausalLM"}
 )
 
 
@@ -499,11 +546,6 @@ def asked_family(reader: JsonReader) -> HfFamily:
     """
     asked, model_type = reader.get("architectures"), reader.get("model_type")
     names = asked if isinstance(asked, list) else []
-    if model_type in _GEMMA or any(str(name) in _GEMMA_ARCHITECTURES for name in names):
-        raise UserError(
-            f"{reader.file}: architectures is {asked!r} (model_type {model_type!r}): Gemma 2 and 3 cannot be "
-            "built: their soft-caps on logits, GELU, and norms that multiply by 1 + weight are not supported"
-        )
     if model_type == "kimi_k2":
         raise UserError(
             f"{reader.file}: model_type 'kimi_k2': transformers does not know it without the model's own "
@@ -522,73 +564,3 @@ def asked_family(reader: JsonReader) -> HfFamily:
     if model_type is not None and model_type != chosen[0].family:
         reader.problems.append(f"model_type {model_type!r} contradicts architectures {asked!r}")
     return chosen[0]
-
-
-# Keys of a config.json that the network's own class in transformers does not define.
-#
-# They cannot change what transformers computes. Those that another reader of the file obeys are refused,
-# since the trainer and a rollout engine would be different networks; of all others it is said that they do
-# nothing.
-
-
-_NETWORK = "vLLM builds another network with it, transformers does not"
-_ATTENTION = "it changes which positions are attended to"
-_NESTED = "it holds the configuration of another model, whose sizes are not read here"
-_QUANTISED = "quantised weights cannot be trained; use the unquantised model"
-_MIXTURE = "only the experts of the supported mixtures are built, and each by its own keys"
-_ROPE = "give the positions as rope_theta and rope_parameters"
-
-_OBEYED_ELSEWHERE: Mapping[str, str] = {
-    **dict.fromkeys(("bias", "qkv_bias", "qk_norm", "logit_scale", "ada_rms_norm_t_cond"), _NETWORK),
-    **dict.fromkeys(("head_dtype", "hidden_size_per_head", "n_head_kv", "num_kv_heads"), _NETWORK),
-    **dict.fromkeys(("block_configs", "per_layer_config", "is_heterogeneous", "layers_block_type"), _NETWORK),
-    **dict.fromkeys(("attribute_map", "fusion_config", "target_layer_count", "canvas_length"), _NETWORK),
-    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "num_kv_shared_layers"), _NETWORK),
-    **dict.fromkeys(("attention_sinks", "layer_rope_theta", "llama_4_scaling"), _NETWORK),
-    **dict.fromkeys(("layer_scale", "output_gate_type"), _NETWORK),
-    **dict.fromkeys(("is_causal", "use_bidirectional_attention", "attention_chunk_size"), _ATTENTION),
-    **dict.fromkeys(("dual_chunk_attention_config", "use_dual_chunk_attention"), _ATTENTION),
-    **dict.fromkeys(("sparse_attention_config", "rswa_window", "index_topk", "attn_type_list"), _ATTENTION),
-    **dict.fromkeys(("text_config", "decoder", "generator", "text_encoder"), _NESTED),
-    **dict.fromkeys(("thinker_config", "llm_config", "language_config"), _NESTED),
-    **dict.fromkeys(("compression_config", "quantization"), _QUANTISED),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "moe_num_experts"), _MIXTURE),
-    **dict.fromkeys(("moe_intermediate_size", "n_routed_experts", "n_shared_experts"), _MIXTURE),
-    **dict.fromkeys(("shared_expert_intermediate_size",), _MIXTURE),
-    **dict.fromkeys(("rotary_emb_base", "rotary_pct", "rotary_emb_fraction", "default_rope_type"), _ROPE),
-    **dict.fromkeys(("mrope_section", "xdrope_section"), _ROPE),
-}
-"""By key, why it is refused."""
-
-
-def judge_other_keys(reader: JsonReader, line: HfFamily, keys: set[str]) -> None:
-    """Refuse `keys`, not read here, that another reader obeys and note the rest; both in the reader."""
-    for key in sorted(keys):
-        value = reader.get(key)
-        if key in _OBEYED_ELSEWHERE and not _states_what_is_built(reader, line, key):
-            # null, false, 0 and empty ask for nothing, except where the default is true.
-            if value or (key == "is_causal" and value is not None):
-                reader.say(key, f" {shown(value)}: {_OBEYED_ELSEWHERE[key]}")
-        elif value:
-            reader.note(key, f": {line.architecture} of transformers does not read it; it changes no number")
-
-
-def _states_what_is_built(reader: JsonReader, line: HfFamily, key: str) -> bool:
-    """The value is the one that the network has without the key."""
-    built = {
-        "qkv_bias": has_qkv_bias(line.family),
-        "qk_norm": has_qk_norm(line.family),
-        "is_causal": True,
-        "logit_scale": 1.0,
-        "rotary_pct": 1.0,
-        "rotary_emb_fraction": 1.0,
-        "rotary_emb_base": reader.get("rope_theta"),
-        "num_kv_heads": reader.get("num_key_value_heads"),
-        "n_head_kv": reader.get("num_key_value_heads"),
-        "head_dtype": "model",
-        "default_rope_type": "default",
-    }
-    value = reader.get(key)
-    if key == "output_gate_type":
-        return value in ("silu", "swish")
-    return key in built and value is not None and value == built[key]

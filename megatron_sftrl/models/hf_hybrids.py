@@ -59,15 +59,22 @@ def delta_net_values(a: Architecture) -> dict[str, Any]:
 
 
 # A multimodal checkpoint holds its language model's configuration in text_config, and its tensors below
-# model.language_model. Everything else in it is about images and video.
+# model.language_model (a Gemma 3 as published: language_model). Everything else is about images and video.
 
 
 _LANGUAGE_MODELS = {
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
 }
 """By model_type of the multimodal model: that of its language model, and its class."""
-LANGUAGE_PREFIX, VISION_PREFIX = "model.language_model.", "model.visual."
+_LANGUAGE_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+_VISION_PREFIXES = ("model.visual.", "model.vision_tower.", "model.multi_modal_projector.")
+_VISION_PREFIXES += ("vision_tower.", "multi_modal_projector.")
 _FROM_OUTSIDE = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "quantization_config")
 _FROM_OUTSIDE += ("tie_word_embeddings", "torch_dtype", "transformers_version")
 
@@ -85,6 +92,16 @@ def language_model_values(values: dict[str, Any]) -> dict[str, Any]:
     inside: dict[str, Any] = values["text_config"]
     outside = {key: values[key] for key in _FROM_OUTSIDE if key in values and inside.get(key) is None}
     return {"model_type": model_type, **inside, **outside, "architectures": [architecture]}
+
+
+def language_model_name(name: str) -> str | None:
+    """A tensor of a multimodal checkpoint as its language model alone calls it; None: it has no such one."""
+    if name.startswith(_VISION_PREFIXES):
+        return None
+    for prefix, own in _LANGUAGE_PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
 
 
 def language_model(reader: JsonReader, *, text_only: bool) -> JsonReader:

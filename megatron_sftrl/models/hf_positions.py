@@ -70,7 +70,8 @@ def read_ropes(
     """
     read = partial(_read_set, reader, family=family, max_position_embeddings=max_position_embeddings)
     if family.rope_by_layer_type:
-        full, window = (read(values) for values in _sets_by_layer_type(reader, family))
+        sets_of = _sets_by_layer_type if family.window_theta is None else _sets_with_bases
+        full, window = (read(values) for values in sets_of(reader, family))
         return full, (None if window == full else window)
     sets: list[dict[str, Any]] = []
     for name in ("rope_scaling", "rope_parameters"):
@@ -121,11 +122,38 @@ def _sets_by_layer_type(reader: JsonReader, family: HfFamily) -> tuple[dict[str,
     return nested[_KINDS[0]], nested[_KINDS[1]]
 
 
+_BASES = ("rope_theta", "rope_local_base_freq")
+"""Older keys of a Gemma 3, in the order of _KINDS."""
+
+
+def _sets_with_bases(reader: JsonReader, family: HfFamily) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of a Gemma 3, where older keys give a base to each kind of layers, and scale the first."""
+    assert family.window_theta is not None
+    nested, scaling = reader.get("rope_parameters") or {}, reader.get("rope_scaling") or {}
+    if not isinstance(nested, dict) or not all(_is_flat(values) for values in (scaling, *nested.values())):
+        reader.say("rope_parameters", f": expected flat sets of values for {_KINDS}, got {shown(nested)}")
+        return {}, {}
+    if others := sorted(nested.keys() - set(_KINDS)):
+        reader.say("rope_parameters", f" {', '.join(others)}: only sets for {_KINDS} are supported")
+    if scaling and "rope_type" not in scaling:
+        reader.say("rope_scaling", ": rope_type is missing: transformers scales nothing without it")
+    full, window = (dict(nested.get(kind, {})) for kind in _KINDS)
+    for values, key, default in zip(
+        (full, window), _BASES, (family.rope_theta, family.window_theta), strict=True
+    ):
+        base = reader.number(key, default) if reader.has(key) or "rope_theta" not in values else None
+        if base is not None and values.setdefault("rope_theta", base) != base:
+            reader.say(key, f" {base:g} contradicts that of rope_parameters, {values['rope_theta']!r}")
+    if nested.get(_KINDS[0]) and any(full.get(key) != value for key, value in scaling.items()):
+        reader.problems.append("rope_scaling and rope_parameters contradict each other: remove one of them")
+    return {**full, **scaling}, window
+
+
 def _read_set(
     reader: JsonReader, values: dict[str, Any], *, family: HfFamily, max_position_embeddings: int
 ) -> Rope:
     rope = reader.part(values, "rope ")
-    theta = _theta(reader, rope, family.rope_theta)
+    theta = _theta(reader, rope, family)
     kind = values.get("rope_type", values.get("type", "default"))
     if values.get("type", kind) != kind:
         rope.problems.append(f"rope_type {kind!r} and type {values['type']!r} contradict each other")
@@ -198,12 +226,12 @@ def scaling_for_vllm(rope: Rope, beta: float) -> dict[str, Any]:
     return {"original_max_position_embeddings": rope.original_length, "beta": beta}
 
 
-def _theta(reader: JsonReader, rope: JsonReader, default: float) -> float:
+def _theta(reader: JsonReader, rope: JsonReader, family: HfFamily) -> float:
     if not rope.has("rope_theta"):
-        return reader.number("rope_theta", default)
+        return reader.number("rope_theta", family.rope_theta)
     theta = rope.number("rope_theta")
     # transformers takes the one inside the set.
-    if reader.get("rope_theta") not in (None, theta):
+    if family.window_theta is None and reader.get("rope_theta") not in (None, theta):
         reader.problems.append("rope_theta is given twice with different values")
     return theta
 
@@ -314,10 +342,12 @@ def read_window(
     num_layers: int,
     max_position_embeddings: int,
     no_rope_layers: tuple[int, ...],
+    has_own_rope: bool,
 ) -> tuple[int | None, tuple[int, ...]]:
     """(window in tokens or None, layers that use it); problems are added to the reader.
 
-    A window of max_position_embeddings or more excludes nothing and counts as none.
+    A window of max_position_embeddings or more excludes nothing and counts as none, unless its layers have
+    positions of their own (`has_own_rope`).
     """
     window = _size(reader, family)
     has_others = "layer_types" in family.refuses or family.has_delta_net
@@ -327,12 +357,16 @@ def read_window(
         if layers is None:
             layers = _layers_by_rule(reader, family, num_layers, no_rope_layers)
             layers = layers if window is not None or family.window == "pattern" else ()
+        elif reader.has(family.full_every_key or "") and layers != _layers_by_rule(
+            reader, family, num_layers, no_rope_layers
+        ):
+            reader.say("layer_types", f" contradicts {family.full_every_key}: remove one of them")
         if layers and window is None:
             reader.say("layer_types", " has sliding_attention, but no sliding_window is in use")
     else:
         layers = () if window is None else tuple(range(num_layers))
         _refuse_other_layers(reader, family, layers, given)
-    if window is None or not layers or window >= max_position_embeddings:
+    if window is None or not layers or (window >= max_position_embeddings and not has_own_rope):
         return None, ()
     return window, layers
 
@@ -344,7 +378,9 @@ def _layers_by_rule(
     if family.no_rope_every is not None:
         return no_rope_layers
     if family.full_every is not None:
-        return tuple(layer for layer in range(num_layers) if (layer + 1) % family.full_every)
+        key = family.full_every_key
+        every = family.full_every if key is None else reader.whole(key, family.full_every)
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % every)
     first = reader.values.get("max_window_layers", 28)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         reader.say("max_window_layers", f": expected a whole number >= 0, got {first!r}")
@@ -429,8 +465,13 @@ def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
         values["no_rope_layers"] = [int(layer not in a.no_rope_layers) for layer in range(a.num_layers)]
         values["no_rope_layer_interval"] = family.no_rope_every
     if family.rope_by_layer_type:
-        sets = (_rope_set(rope, family) for rope in (a.rope, a.window_rope or a.rope))
-        return {**values, "rope_parameters": dict(zip(_KINDS, sets, strict=True))}
+        ropes = (a.rope, a.window_rope or a.rope)
+        sets = [_rope_set(rope, family) for rope in ropes]
+        values["rope_parameters"] = dict(zip(_KINDS, sets, strict=True))
+        if family.window_theta is not None:
+            values |= {key: rope.theta for key, rope in zip(_BASES, ropes, strict=True)}
+            values |= {} if a.rope.kind == "default" else {"rope_scaling": sets[0]}
+        return values
     scaling = _rope_set(a.rope, family)
     values |= {"rope_parameters": scaling, "rope_theta": a.rope.theta}
     if a.rope.kind != "default":

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_sftrl.errors import UserError, error_of, first_of, hub_hint
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_families import hf_family
-from megatron_sftrl.models.hf_hybrids import LANGUAGE_PREFIX, VISION_PREFIX, is_multimodal
+from megatron_sftrl.models.hf_hybrids import is_multimodal, language_model_name
 from megatron_sftrl.models.hf_tensor_file import (
     BLOCKS,
     SCALES,
@@ -78,9 +78,7 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
         tensors = _read_header(path, is_pickled=name == _PICKLE_FILE)
     if is_multimodal(_config(directory)):
         tensors = {
-            name.replace(LANGUAGE_PREFIX, _HF_PREFIX): entry
-            for name, entry in tensors.items()
-            if not name.startswith(VISION_PREFIX)
+            own: entry for name, entry in tensors.items() if (own := language_model_name(name)) is not None
         }
     return WeightFiles(tensors=_experts_apart(directory, _with_scales(directory, tensors)), notes=notes)
 

@@ -116,11 +116,18 @@ _NORMS: dict[Norms, dict[str, str]] = {
     },
 }
 """Names in the files, by place."""
+_GEMMA_NORMS = {
+    "before attention": "input_layernorm",
+    "behind attention": "post_attention_layernorm",
+    "before mlp": "pre_feedforward_layernorm",
+    "behind mlp": "post_feedforward_layernorm",
+}
 
 
 def _norm(architecture: Architecture, place: str, megatron: str) -> Iterator[Rule]:
     """The norm at that place, if the blocks have one there."""
-    if (name := _NORMS[architecture.norms].get(place)) is not None:
+    names = _GEMMA_NORMS if architecture.family == "gemma3_text" else _NORMS[architecture.norms]
+    if (name := names.get(place)) is not None:
         yield Rule(megatron=megatron, hf=(f"{name}.weight",))
 
 

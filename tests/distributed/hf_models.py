@@ -218,6 +218,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": [*["full_attention"] * 2, "sliding_attention", "full_attention"],
         "rope_parameters": {**_YARN, "truncate": True, "attention_factor": 1.2},
     },
+    # Two layers in three with a window and with positions of their own; the others' are scaled.
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **_DEEP,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gemma3_text_published": {
+        "model_type": "gemma3_text",
+        **_DEEP,
+        "num_hidden_layers": 8,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+    },
     # Two value heads a key head; all but every second layer without attention.
     "qwen3_5_text": {"model_type": "qwen3_5_text", **_HYBRID},
     "qwen3_5_text_published": {
@@ -269,8 +292,9 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
 
 
 def is_norm_from_zero(config: Any, name: str) -> bool:
-    """Whether a norm multiplies by 1 + weight: those of hybrids do, but for the one in a gated delta net."""
-    return hasattr(config, "linear_num_key_heads") and "linear_attn" not in name
+    """Whether a norm multiplies by 1 + weight: a Gemma 3's, and a hybrid's outside gated delta nets."""
+    is_hybrid = hasattr(config, "linear_num_key_heads")
+    return config.model_type == "gemma3_text" or (is_hybrid and "linear_attn" not in name)
 
 
 @torch.no_grad()

@@ -33,14 +33,21 @@ NAMES = (
     "glm4_moe",
     "deepseek_v3",
     "gpt_oss",
+    "gemma3_text",
     "qwen3_5_text",
     "qwen3_next",
 )
 if is_full():
     NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "gpt_oss_other_gates")
-    NAMES += ("qwen3_5_text_published", "qwen3_5_moe_text")
+    NAMES += ("gemma3_text_published", "qwen3_5_text_published", "qwen3_5_moe_text")
 # In the everyday run each of these in the layout that is most of its own.
-FEW = {"glm4_moe": ("vp2",), "gpt_oss": ("sp2",), "qwen3_5_text": ("sp2", "vp2"), "qwen3_next": ("sp2",)}
+FEW = {
+    "gemma3_text": ("sp2", "cp2"),
+    "glm4_moe": ("vp2",),
+    "gpt_oss": ("sp2",),
+    "qwen3_5_text": ("sp2", "vp2"),
+    "qwen3_next": ("sp2",),
+}
 LENGTHS = [12, 100, 4, 72]  # multiples of 4 for cp 2; below and several times as long as a window
 # Of similar length, so that they run together and one is filled up, and one alone.
 PROMPTS = [(5,), tuple(range(1, 41)), tuple(range(60, 95))]

@@ -138,14 +138,16 @@ def test_a_lean_mlp_computes_megatrons_bits(model: dict[str, Any]) -> None:
     assert run_ranks(1, differing_from_megatrons, model) == [[]]
 
 
-def test_swiglu_rounds_as_autograd_does_in_bf16() -> None:
-    from megatron_sftrl.engine.recompute import swiglu
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_a_gate_rounds_as_autograd_does_in_bf16(name: str) -> None:
+    from megatron_sftrl.engine.recompute import gated, gelu_tanh
 
+    activation = torch.nn.functional.silu if name == "silu" else gelu_tanh
     both, grad = torch.randn(2, 7, 32, generator=torch.manual_seed(0)).bfloat16()
     ours, plain = both.clone().requires_grad_(), both.clone().requires_grad_()
     gate, linear = plain.chunk(2, dim=-1)
-    expected = torch.nn.functional.silu(gate) * linear
-    product = swiglu(ours)
+    expected = activation(gate) * linear
+    product = gated(ours, activation)
     product.backward(grad[:, :16])
     expected.backward(grad[:, :16])
     assert torch.equal(product, expected)

@@ -30,6 +30,7 @@ CLASSES = {
     "glm4_moe": "Glm4Moe",
     "deepseek_v3": "DeepseekV3",
     "gpt_oss": "GptOss",
+    "gemma3_text": "Gemma3",
     "qwen3_5_text": "Qwen3_5",
     "qwen3_5_moe_text": "Qwen3_5Moe",
     "qwen3_next": "Qwen3Next",
@@ -64,7 +65,17 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 MIXTURES += HYBRIDS[1:]
-OWN_ROPES = ("olmo3", "phi3", "ministral3", "glm4", "glm4_moe", "deepseek_v3", "gpt_oss", *HYBRIDS)
+OWN_ROPES = (
+    "olmo3",
+    "phi3",
+    "ministral3",
+    "glm4",
+    "glm4_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "gemma3_text",
+    *HYBRIDS,
+)
 """Families that do not read every rope, in the one spelling of the others."""
 
 
@@ -77,7 +88,7 @@ def transformers_rotary(config: Any, layers: str = "") -> tuple[Tensor, float]:
     name = config.model_type
     folder = name.removesuffix("_text")
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    text = "Text" if folder != name else ""
+    text = "Text" if name.startswith("qwen3_5") else ""
     rotary = getattr(module, f"{CLASSES[name]}{text}RotaryEmbedding")(config)
     return getattr(rotary, f"{layers}inv_freq"), getattr(rotary, f"{layers}attention_scaling")
 

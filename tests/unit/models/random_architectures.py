@@ -36,12 +36,14 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
     window, window_layers = _window(rng, line, num_layers, max_positions)
     rope, width = _rope(rng, line, head_dim), rng.randint(2, 24)
     factors = {field: rng.uniform(0.1, 9) for key, field in MULTIPLIERS.items() if key in line.keys}
+    if family == "gemma3_text":
+        factors["attention_multiplier"] = rng.randint(1, 300) ** -0.5
     if rope.mscale_all_dim:
         factors["attention_multiplier"] = latent_attention_multiplier(rope, head_dim)
     return Architecture(
         family=family,
         num_layers=num_layers,
-        hidden_size=heads * rng.randint(1, 3) if family == "llama" else rng.randint(3, 24),
+        hidden_size=heads * rng.randint(1, 3) if family in ("llama", "gemma3_text") else rng.randint(3, 24),
         ffn_hidden_size=width,
         num_attention_heads=heads,
         num_query_groups=groups,
@@ -69,7 +71,9 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
         latent=latent,
         delta_net=_delta_net(rng, num_layers) if line.has_delta_net else None,
         has_output_gate=line.has_delta_net,
-        norms_from_zero=line.has_delta_net,
+        norms_from_zero=line.norms_from_zero,
+        scales_embedding=line.scales_embedding,
+        activation=line.activation,
         **factors,
     )
 

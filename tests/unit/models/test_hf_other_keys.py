@@ -13,16 +13,17 @@ from megatron_sftrl.cli import start_logging
 from megatron_sftrl.config.schema import ModelSection
 from megatron_sftrl.models import notes_on
 from megatron_sftrl.models.architecture import Family
-from megatron_sftrl.models.hf_config import (
+from megatron_sftrl.models.hf_config import read_hf_config
+from megatron_sftrl.models.hf_families import hf_family
+from megatron_sftrl.models.hf_hybrids import DELTA_KEYS
+from megatron_sftrl.models.hf_refusals import (
     _KEYS_WITHOUT_EFFECT,
     _LATENT_KEYS,
     _MIXTURE_KEYS,
+    _OBEYED_ELSEWHERE,
     _READ_KEYS,
     _SIGMOID_KEYS,
-    read_hf_config,
 )
-from megatron_sftrl.models.hf_families import _OBEYED_ELSEWHERE, hf_family
-from megatron_sftrl.models.hf_hybrids import DELTA_KEYS
 from megatron_sftrl.trainers.checked import say_notes
 from tests.unit.models.hf_files import read, values
 from tests.unit.models.random_architectures import FAMILIES
@@ -104,6 +105,10 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
         rope = {**YARN, "original_max_position_embeddings": 8, "rope_theta": 1e4, **factor}
         if family == "phi3":
             rope = {"rope_type": "default", **factor}
+        elif family == "gemma3_text":
+            rope = {
+                kind: {"rope_type": "default", **factor} for kind in ("full_attention", "sliding_attention")
+            }
         elif family == "olmo3":
             rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", **factor}}
         elif family == "ministral3":
@@ -130,14 +135,16 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
         pytest.skip("vLLM runs transformers' own code for it")
     else:
         others = {"phi3": "llama", "ministral3": "mistral", "deepseek_v3": "deepseek_v2"}
+        others |= {"gemma3_text": "gemma3"}
         others |= {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5"}
         name = others.get(family, family)
         file = f"model_executor/models/{name}.py"
     line = hf_family(family)
     source = (root / file).read_text()
-    if family.startswith("qwen3_5"):
+    if family.startswith(("qwen3_5", "gemma3")):
         # Not the towers for images, and what joins them with the language model.
-        others = r"Vision|ConditionalGeneration|Qwen3_5(?:Moe)?Model\b"
+        others = r"Vision|ConditionalGeneration|MultiModal|Qwen3_5(?:Moe)?Model\b"
+        others += r"|Gemma3Model\b|SequenceClassification" if package == "transformers" else ""
         source = re.sub(rf"(?ms)^class \w*(?:{others}).*?(?=^class |\Z)", "", source)
     if line.has_delta_net and package == "vllm":
         parts = ("models/qwen3_next.py", "layers/mamba/gdn/qwen_gdn_linear_attn.py")
@@ -154,7 +161,7 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
         settings_of_vllm |= {"index_topk_pattern", "indexer_rope_interleave", "attn_module_list_cfg"}
     known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
     known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *line.draft_keys}
-    known |= DELTA_KEYS | _LATENT_KEYS | line.for_vllm.keys()
+    known |= DELTA_KEYS | _LATENT_KEYS | line.for_vllm.keys() | {line.activation_key}
     assert len(read_there) > 5
     assert read_there - known - settings_of_vllm == set()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_sftrl.models.architecture import inverse_frequencies
+from megatron_sftrl.models.hf_families import hf_family
 from tests.unit.models.hf_files import OWN_ROPES, read, transformers_rotary, values
 from tests.unit.models.random_architectures import FAMILIES
 
@@ -63,8 +64,9 @@ def test_frequencies_and_attention_factor_are_bit_equal_to_transformers(tmp_path
 def test_without_a_request_the_family_s_default_base_is_used(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     for family in FAMILIES:
-        ours = read(tmp_path, values(family))
-        layers = "full_attention_" if family == "olmo3" else ""
+        # Six: of fewer layers of a Gemma 3 all have a window.
+        ours = read(tmp_path, values(family, num_hidden_layers=6))
+        layers = "full_attention_" if hf_family(family).rope_by_layer_type else ""
         frequencies, factor = transformers_rotary(transformers.AutoConfig.from_pretrained(tmp_path), layers)
         assert torch.equal(inverse_frequencies(ours.rope, ours.rope_head_dim), frequencies), family
         assert ours.rope.attention_factor == factor

@@ -101,6 +101,8 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
             "post_mlp_layernorm.weight" if a.family == "glm4" else "post_feedforward_layernorm.weight"
         ),
     }
+    if a.family == "gemma3_text":
+        simple["mlp.linear_fc1.layer_norm_weight"] = "pre_feedforward_layernorm.weight"
     if a.latent:
         simple["self_attention.q_layernorm.weight"] = "self_attn.q_a_layernorm.weight"
     if a.family in ("phi3", "glm4"):
