@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.distributed.hf_models import CONFIGS
+from tests.distributed.hf_models import CONFIGS, is_norm_from_zero
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 
@@ -45,7 +45,7 @@ def write_model(
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(std=std, generator=generator)
-            if "norm" in parameter_name:
+            if "norm" in parameter_name and not is_norm_from_zero(model.config, parameter_name):
                 parameter.add_(1.0)
     model.to(dtype)
     for buffer_name, buffer in model.named_buffers():

@@ -24,7 +24,7 @@ SIZES = {
 VOCAB_SIZE = 101
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
-OTHER_NAMES += ("glm4_moe", "deepseek_v3", "gpt_oss")
+OTHER_NAMES += ("gemma3_text", "glm4_moe", "deepseek_v3", "gpt_oss")
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},

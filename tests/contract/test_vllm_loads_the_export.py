@@ -52,6 +52,7 @@ if is_full():
         "granite": ("granite", {}),
         "phi3": ("phi3", {}),
         "glm4": ("glm4", {}),
+        "gemma3_text": ("gemma3_text", {}),
         "olmo3": ("olmo3", {}),
         "smollm3": ("smollm3", {}),
         "olmo2": ("olmo2", {}),

@@ -38,9 +38,10 @@ def layers_like_transformer_engines() -> Iterator[None]:
         def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
             super().__init__()
             self.eps, self.weight = eps, ones(hidden_size, config)
+            self.is_from_zero = config.layernorm_zero_centered_gamma
 
         def forward(self, x: Tensor) -> Tensor:
-            return _norm(x, self.weight, self.eps)
+            return _norm(x, self.weight.float() + self.is_from_zero, self.eps)
 
     class NormAndLinear(BiasedColumnParallelLinear):
         def __init__(
@@ -58,7 +59,8 @@ def layers_like_transformer_engines() -> Iterator[None]:
             return (output, self.normed) if self.return_layernorm_output else output, None
 
         def _forward_impl(self, input: Tensor, weight: Tensor, *_: object, **options: Any) -> Tensor:
-            normed = self.normed = _norm(input, self.layer_norm_weight, self.eps)
+            weight_of_norm = self.layer_norm_weight.float() + self.config.layernorm_zero_centered_gamma
+            normed = self.normed = _norm(input, weight_of_norm, self.eps)
             if options["sequence_parallel"]:
                 normed = gather_from_sequence_parallel_region(normed, group=options["tp_group"])
             return F.linear(normed, weight, options["bias"] if self.bias.numel() else None)
