@@ -241,6 +241,18 @@ def engine_cos_sin(config: RunConfig, architecture: Architecture, length: int) -
     return rotated[:, 0]
 
 
+def embedded(config: RunConfig, tokens: Tensor) -> Tensor:
+    """[T, H] that the first layer is given, in one process."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.models import architecture_of
+
+    _, policy = _loaded_policy(config, architecture_of(config.model))
+    found = policy.chunks[0].embedding(input_ids=tokens[None], position_ids=None)  # type: ignore[operator]
+    parallel_state.destroy_model_parallel()
+    return found[:, 0]
+
+
 def _loaded_policy(
     config: RunConfig, architecture: Architecture, *, with_optimizer: bool = False
 ) -> tuple[ParallelContext, PolicyEngine]:

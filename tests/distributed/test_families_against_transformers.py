@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_sftrl.apps.plan.model_state import chunk_parameters, grid_of
 from megatron_sftrl.models import architecture_of
-from tests.distributed.engine_outputs import Case, Numbers, engine_config, engine_numbers
+from tests.distributed.engine_outputs import Case, Numbers, embedded, engine_config, engine_numbers
 from tests.distributed.hf_models import CONFIGS, VOCAB_SIZE, WINDOW, save_model, transformers_logits
 from tests.grid import is_full
 from tests.hf_models import read_tensors
@@ -164,6 +164,13 @@ def test_every_number_of_a_family_is_that_of_transformers(layout: str, truths: d
         assert_is(truths[name], [rank[number] for rank in ranks], f"{layout}, {name}")
         one = case(truths[name], parallel)
         assert [rank[number].sizes for rank in ranks] == planned_sizes(one, world_size), name
+
+
+def test_the_factor_on_an_embedding_is_rounded_as_in_transformers(tmp_path: Path) -> None:
+    """Of a Gemma 3 to bf16, before it is multiplied with."""
+    model, tokens = save_model("gemma3_text", tmp_path).bfloat16(), torch.arange(VOCAB_SIZE)
+    (found,) = run_ranks(1, embedded, engine_config(tmp_path, {}, "bf16"), tokens)
+    assert torch.equal(found, model.model.embed_tokens(tokens))
 
 
 def planned_sizes(case: Case, world_size: int) -> list[list[list[int]]]:

@@ -1,4 +1,4 @@
-"""Hybrids of attention and gated delta nets: generation in flight, and files of multimodal models."""
+"""Hybrids of attention and gated delta nets: generation in flight; and the files of multimodal models."""
 
 from __future__ import annotations
 
@@ -58,24 +58,32 @@ def test_states_follow_their_sequences(tmp_path: Path, layout: str) -> None:
         assert len(lengths) > 1, "all responses have one length: blind to their ends"
 
 
-def write_multimodal(directory: Path) -> None:
+def write_multimodal(name: str, directory: Path) -> None:
     """As it is published: the language model among a tower for images, and layers that draft tokens."""
     from safetensors.torch import save_file
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    text = {key: value for key, value in CONFIGS[HYBRID].items() if value is not None}
-    config = Qwen3_5Config(text_config=text, vision_config={**vision, "num_position_embeddings": 16})
+    sizes = {"hidden_size": 16, "intermediate_size": 16}
+    vision = {
+        "qwen3_5": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16},
+        "gemma3": {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+    }
+    text = {key: value for key, value in CONFIGS[f"{name}_text"].items() if value is not None}
+    config = AutoConfig.for_model(name, text_config=text, vision_config={**sizes, **vision[name]})
     torch.manual_seed(0)
-    model: Any = Qwen3_5ForConditionalGeneration(config)
+    model: Any = AutoModelForImageTextToText.from_config(config)
     model.to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     model.save_pretrained(directory)
     tensors = read_tensors(directory)
-    assert any(name.startswith("model.visual.") for name in tensors)
-    save_file({**tensors, "mtp.fc.weight": torch.zeros(2)}, directory / "model.safetensors")
+    assert any(name.startswith(NOT_TEXT) for name in tensors)
+    if name == "qwen3_5":
+        save_file({**tensors, "mtp.fc.weight": torch.zeros(2)}, directory / "model.safetensors")
+
+
+NOT_TEXT = ("model.visual.", "mtp.", "vision_tower.", "multi_modal_projector.")
 
 
 def convert(hf: Path, folder: Path, text_only: bool) -> None:
@@ -101,23 +109,28 @@ def convert(hf: Path, folder: Path, text_only: bool) -> None:
         parallel_state.destroy_model_parallel()
 
 
-def test_the_language_model_of_a_multimodal_one_comes_back_bit_by_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("qwen3_5", "model.language_model."), ("gemma3", "language_model.model.")]
+)
+def test_the_language_model_of_a_multimodal_one_comes_back_bit_by_bit(
+    tmp_path: Path, name: str, prefix: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    hf, prefix = tmp_path / "hf", "model.language_model."
-    write_multimodal(hf)
+    hf = tmp_path / "hf"
+    write_multimodal(name, hf)
     with pytest.raises(RankError, match=r"UserError.*--text-only"):
         run_ranks(1, convert, hf, tmp_path, False)
     run_ranks(1, convert, hf, tmp_path, True)
     written = read_tensors(tmp_path / "export")
     expected = {
-        name.replace(prefix, "model."): tensor
-        for name, tensor in read_tensors(hf).items()
-        if not name.startswith(("model.visual.", "mtp."))
+        each.replace(prefix, "model."): tensor
+        for each, tensor in read_tensors(hf).items()
+        if not each.startswith(NOT_TEXT)
     }
     assert written.keys() == expected.keys()
-    assert all(torch.equal(written[name], expected[name]) for name in expected)
-    assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == HYBRID
+    assert all(torch.equal(written[each], expected[each]) for each in expected)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == f"{name}_text"
     tokens = torch.arange(70)[None]
     original, exported = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(tokens).logits
