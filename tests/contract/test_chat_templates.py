@@ -68,6 +68,13 @@ FAMILIES = {
         ends=("<|im_end|>",),
         refuses={"opening assistant turn": "No user query found", **_ONLY_ANSWERS},
     ),
+    "Qwen3.6": Family(
+        template="qwen3_6",
+        ends=("<|im_end|>",),
+        package="qwen3",
+        refuses={"opening assistant turn": "No user query found"},
+    ),
+    "GLM-4.5": Family(template="glm4moe", ends=("<|endoftext|>",)),
     "Llama 3": Family(
         template="llama3",
         ends=("<|eot_id|>",),
@@ -99,6 +106,12 @@ FAMILIES = {
         template="gemma3", ends=("<end_of_turn>",), package="gemma3", bos="<bos>", refuses=_ALTERNATE
     ),
     "gpt-oss": Family(template="gptoss", ends=("<|return|>", "<|call|>"), package="gptoss"),
+    "Phi-3": Family(
+        template="phi3",
+        ends=("<|end|>",),
+        eos="<|endoftext|>",
+        refuses={"tools": "tool_calls: .*does not print it"},
+    ),
     "Phi-3.5": Family(
         template="phi3_5",
         ends=("<|end|>",),
@@ -275,8 +288,9 @@ def expected(family: Family, turns: Turns, turn: int, tools: list | None) -> tup
     if "</think>" in content and content not in written:
         # The template cut the thoughts, which are generated: behind the <think> that was asked with.
         written = content.removeprefix(_opener(asked)) + told.rpartition(answer)[2]
-    stop = max(written.rfind(end) + len(end) for end in family.ends if end in written)
-    return asked, written[:stop]
+    stops = [written.rfind(end) + len(end) for end in family.ends if end in written]
+    # GLM's turns end at the next header; each is learned with the end of a text.
+    return asked, written[: max(stops)] if stops else written + family.ends[0]
 
 
 def _opener(asked: str) -> str:

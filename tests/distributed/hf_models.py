@@ -226,7 +226,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
         "sliding_window": WINDOW,
         "sliding_window_pattern": 3,
-        "tie_word_embeddings": True,
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
