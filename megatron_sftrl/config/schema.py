@@ -84,8 +84,8 @@ class ModelSection(Section):
     allow_pickle: bool = False
     """Read model.hf's weights from pickled .bin files, as tensors only, when it has no safetensors."""
     text_only: bool = False
-    """Of a multimodal model (Gemma 3 or Qwen3.5 with images) train the language model alone; what is exported is
-    a model of text."""
+    """Of a multimodal model (Gemma 3 or Qwen3.5 with images) train the language model alone; what is exported
+    is a model of text."""
     hf_config: ExpandedPath | None = None
     """Sizes only, from a Hugging Face config.json or the directory that holds one."""
     architecture: ArchitectureSection | None = None

@@ -16,14 +16,17 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import yaml
 
 from megatron_sftrl.apps.preflight.node import checkpoint_bytes
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.engine.checkpoint import StoredTensors
 from megatron_sftrl.models import architecture_of
+from tests.distributed.hf_models import save_model
 from tests.e2e.grpo_project import GrpoProject
 from tests.e2e.product import Ended, call_main, sftrl, sftrl_each
 from tests.e2e.project import Project
+from tests.grid import cases
 from tests.ranks import free_port, run_ranks
 
 Plant = Callable[[], contextlib.AbstractContextManager]
@@ -81,8 +84,43 @@ def test_one_process_needs_no_launcher(line: list[str]) -> None:
     (done,) = sftrl_each([["preflight", *line]])
     said = done.expect(0).stderr
     assert "1 processes on 1 node(s)" in said
-    assert "inf GB/s" not in said
-    assert "one process, which sends nothing" in " ".join(said.replace("│", " ").split())
+    assert "one process, nothing to reduce" in said
+
+
+BALANCED = (
+    ["model.moe_aux_loss_coeff=0.01"],
+    "model.moe_aux_loss_coeff = 0.01: the router's biases keep the",
+)
+WHOLE_SEQUENCE = (["parallel.cp=2"], "parallel.cp = 2: a gated delta net reads its sequence from the first")
+OTHER_FAMILIES: dict[str, tuple[list[str], str]] = {
+    "glm4_moe": BALANCED,
+    "deepseek_v3": BALANCED,
+    "gpt_oss": (
+        ["parallel.tp=2", "parallel.sequence_parallel=true"],
+        "experts with biases, as this model",
+    ),
+    "qwen3_5_text": WHOLE_SEQUENCE,
+    "qwen3_next": (
+        ["lora={rank: 4, alpha: 8}"],
+        "lora does not know gated delta nets (qwen3_next) yet: remove it",
+    ),
+    "gemma3_text": (["model.moe_aux_loss_coeff=0.01"], "is about experts, and the model is no mixture"),
+}
+
+
+@pytest.mark.parametrize("family", cases(OTHER_FAMILIES, rarely=["deepseek_v3", "gpt_oss", "qwen3_5_text"]))
+def test_a_checkpoint_of_another_family_is_well_and_what_it_cannot_have_is_named(
+    family: str, project: Project, tmp_path: Path
+) -> None:
+    save_model(family, tmp_path / "hf")
+    tree = yaml.safe_load(project.yaml.read_text())
+    tree |= {"model": {"hf": str(tmp_path / "hf"), "dtype": "fp32"}, "run_dir": str(tmp_path / "run")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    changes, message = OTHER_FAMILIES[family]
+    plain = [str(tmp_path / "run.yaml")]
+    assert "all is well" in preflight([plain, plain])[0].expect(0).stderr
+    refused = preflight([[*plain, *changes]] * 2)[0].expect(2).stderr
+    assert message in " ".join(refused.split())
 
 
 def other_versions() -> contextlib.AbstractContextManager:

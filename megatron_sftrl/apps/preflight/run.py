@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import sys
 import uuid
@@ -370,16 +369,16 @@ def _network(
         rate = min(meeting.gather("all-reduce", all_reduce_rate(device)))
         clocks = meeting.gather("clocks", clock_after_barrier())
     problems = []
-    measured = f"{rate / 1e9:.2f} GB/s of bus bandwidth, {device.type}"
     if least_rate is not None and rate < least_rate:
         problems.append(
             f"all-reduce reaches {rate / 1e9:.2f} GB/s, less than --min-bandwidth {least_rate / 1e9:.2f}: "
             f"run it on halves of the nodes ({', '.join(leaders)}) to find the slow one"
         )
+    alone = "one process, nothing to reduce"
     return [
         Finding(
             check="all-reduce over all processes",
-            detail="one process, which sends nothing" if math.isinf(rate) else measured,
+            detail=alone if meeting.size == 1 else f"{rate / 1e9:.2f} GB/s of bus bandwidth, {device.type}",
             problems=tuple(problems),
         ),
         compare_clocks({facts[rank].node: clocks[rank] for rank in leaders.values()}),
