@@ -36,6 +36,9 @@ from megatron_sftrl.models.json_reader import JsonReader, read_json_object
 # Of GPT-OSS's gates, where a config.json is silent.
 _SLOPE, _LIMIT = 1.702, 7.0
 _QUERY_SCALAR = "query_pre_attn_scalar"
+_OF_EVERY_MODEL = ("activation", "all_biases", "gate_offset", "has_sinks", "norms", "norms_from_zero")
+_OF_EVERY_MODEL += ("qk_norm_spans_heads", "scales_embedding")
+"""Fields of an Architecture that a family has, whatever a config.json says."""
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -119,19 +122,12 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
             qk_norm=qk_norm,
             mixture=mixture,
             init_std=init_std,
-            norms=line.norms,
-            qk_norm_spans_heads=line.qk_norm_spans_heads,
             window_rope=window_rope if window_layers else None,
             no_rope_layers=no_rope_layers,
             latent=latent,
-            has_sinks=line.has_sinks,
-            all_biases=line.all_biases,
-            gate_offset=line.gate_offset,
             delta_net=delta_net,
             has_output_gate=line.has_delta_net,
-            norms_from_zero=line.norms_from_zero,
-            scales_embedding=line.scales_embedding,
-            activation=line.activation,
+            **{field: getattr(line, field) for field in _OF_EVERY_MODEL},
             **gate,
             **multipliers,
         )
