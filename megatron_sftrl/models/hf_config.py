@@ -96,7 +96,9 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
     mixture = read_mixture(reader, line, num_layers)
     qkv_bias, qk_norm = _biases_and_norms(reader, line)
     gate = _gate(reader, line)
-    multipliers = {field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys}
+    multipliers: dict[str, Any] = {
+        field: reader.number(key, 1.0) for key, field in MULTIPLIERS.items() if key in line.keys
+    }
     if _QUERY_SCALAR in line.keys:
         multipliers["attention_multiplier"] = reader.whole(_QUERY_SCALAR, 256) ** -0.5
     if head_dim is not None and rope.mscale_all_dim:
@@ -148,7 +150,7 @@ def _biases_and_norms(reader: JsonReader, line: HfFamily) -> tuple[bool, bool]:
     return qkv_bias, qk_norm
 
 
-def _gate(reader: JsonReader, line: HfFamily) -> dict[str, float]:
+def _gate(reader: JsonReader, line: HfFamily) -> dict[str, Any]:
     """Of the MLP, where a file can say it."""
     if "swiglu_limit" not in line.keys:
         return {}
