@@ -18,7 +18,8 @@ def test_a_fused_swiglu_is_rounded_once(is_fused: bool) -> None:
     x, fc1 = (torch.randn(size, generator=generator).bfloat16() for size in ((64, 32), (96, 32)))
     # The product behind it gives the numbers back as they are.
     fc2 = torch.eye(48).bfloat16()
-    mlp: Any = SimpleNamespace(config=SimpleNamespace(bias_activation_fusion=is_fused))
+    config = SimpleNamespace(bias_activation_fusion=is_fused, activation_func=F.silu)
+    mlp: Any = SimpleNamespace(config=config)
     mlp.linear_fc1, mlp.linear_fc2 = SimpleNamespace(weight=fc1), SimpleNamespace(weight=fc2)
     alone: Any = SimpleNamespace(size=lambda: 1)
     gate, up = F.linear(x, fc1).chunk(2, dim=-1)

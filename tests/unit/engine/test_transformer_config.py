@@ -101,6 +101,17 @@ def test_fusions_on_cuda_with_transformer_engine(section: ArchitectureSection, w
     assert config.gradient_accumulation_fusion
 
 
+@pytest.mark.usefixtures("with_te")
+def test_a_gate_that_is_no_swiglu_is_left_out_of_the_fusion() -> None:
+    """Megatron fuses a GELU that it is given by its own name alone, and refuses any other function."""
+    architecture = dataclasses.replace(from_section(SECTION), activation="gelu_pytorch_tanh")
+    config = config_of(architecture, is_cuda=True)
+    assert config.bias_activation_fusion is False
+    assert config.activation_func(torch.ones(1)) == torch.nn.functional.gelu(
+        torch.ones(1), approximate="tanh"
+    )
+
+
 @pytest.mark.parametrize("has_apex", [False, True])
 def test_fusions_on_cuda_with_torchs_layers(monkeypatch: pytest.MonkeyPatch, has_apex: bool) -> None:
     """Without Transformer Engine it is Apex whose kernel adds to fp32 gradients."""
