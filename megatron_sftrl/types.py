@@ -9,10 +9,15 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sftrl.errors import UserError
+
+OWN_CHOICE = -1
+"""In TokenBatch.experts: a token that no engine has seen, whose experts its router chooses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,8 @@ class TokenBatch:
         is_demonstration: [T] bool, True where a demonstration stands in a group of the policy's responses;
             old_logprobs and rollout_logprobs mean nothing there. No token's does when not given.
         is_padding: [T] bool, True where no real token stands; none does when not given.
+        experts: [T, layers with experts, k] int16, those that the policy's forward visits, OWN_CHOICE where
+            its routers choose. They choose everywhere when not given.
     Raises:
         UserError: a field whose shape is not [T], or cu_seqlens that do not end at T.
     """
@@ -54,13 +61,15 @@ class TokenBatch:
     advantages: Tensor | None = None
     is_demonstration: Tensor | None = None
     is_padding: Tensor | None = None
+    experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "cu_seqlens" or value is None:
                 continue
-            if value.shape != self.tokens.shape or value.dim() != 1:
+            shape = value.shape[:1] if field.name == "experts" else value.shape
+            if shape != self.tokens.shape or len(shape) != 1:
                 raise UserError(
                     f"TokenBatch.{field.name}: expected shape [T] = {list(self.tokens.shape)}, "
                     f"got {list(value.shape)}"
@@ -160,12 +169,16 @@ class Rollout:
         logprobs: nats, of each response token over the whole vocabulary at the sampling temperature (1 when
             greedy), before top_k and top_p cut it.
         is_finished: an end token or a stop text was reached.
+        experts: [n, layers with experts, k] uint8, or uint16 of more than 256: what the engine visited with
+            each token of prompt and response but the last, which it never computed; None where it is not
+            asked (rollout.router_replay).
     """
 
     prompt_tokens: tuple[int, ...]
     response_tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     is_finished: bool
+    experts: NDArray[np.integer] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -497,6 +497,10 @@ class RolloutSection(Section):
     know them: give them to vLLM or transformers again."""
     max_concurrent: int = Field(default=512, ge=1)
     """in_process: responses generated together on one replica; bounds the memory of the cache."""
+    router_replay: bool = False
+    """Of a mixture of experts: the policy's forwards in training visit the experts that the engine chose for
+    each token, weighed by the trainer's own logits (R3, arXiv:2510.11370); the reference chooses its own.
+    Rollouts grow by tokens * layers with experts * experts_per_token bytes, on every rank."""
     passes: int = Field(default=1, ge=1)
     """Times that each response is trained on, in mini-batches of batch.global_size."""
     offload: bool = False

@@ -25,6 +25,8 @@ class Example:
         source: where the row stands, such as `train.jsonl:17`.
         old_logprobs, rollout_logprobs, advantages: [k] fp32, of a response in a group; None elsewhere.
         is_demonstration: [k] bool, of a response in a group; None elsewhere.
+        experts: [n - 1, layers with experts, k] as in Rollout, of a response in a group; None where no engine
+            has said them.
     """
 
     tokens: NDArray[np.int32]
@@ -36,6 +38,7 @@ class Example:
     rollout_logprobs: NDArray[np.float32] | None = None
     advantages: NDArray[np.float32] | None = None
     is_demonstration: NDArray[np.bool_] | None = None
+    experts: NDArray[np.integer] | None = None
 
     @property
     def num_loss_tokens(self) -> int:

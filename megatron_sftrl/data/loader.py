@@ -82,6 +82,7 @@ def lay_out_step(
     normalization: StepNormalization,
     pad_id: int,
     carried: Sequence[Carried],
+    experts_shape: tuple[int, int] | None = None,
 ) -> StepData:
     """Spread a step's sequences over ranks and micro-batches, and build this rank's.
 
@@ -89,6 +90,7 @@ def lay_out_step(
         num_tokens: of each sequence of the step; its place in this list is its row.
         example: the sequence at a place; asked for those of this rank only.
         pad_id: any valid id.
+        experts_shape: as for build_token_batch.
     Raises:
         UserError: a sequence does not fit into batch.max_tokens.
     """
@@ -114,6 +116,7 @@ def lay_out_step(
             pad_to_multiple_of=layout.pad_to_multiple_of,
             pad_to_length=total,
             carried=carried,
+            experts_shape=experts_shape,
         )
         for positions, total in zip(plan[layout.dp_rank], totals[layout.dp_rank], strict=True)
     )

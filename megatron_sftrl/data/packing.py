@@ -15,7 +15,7 @@ from megatron_sftrl.config.data import Aggregation
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import token_weights
-from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.types import OWN_CHOICE, TokenBatch
 
 Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages", "is_demonstration"]
 """Fields of an Example that stand under the same name in a TokenBatch."""
@@ -61,6 +61,7 @@ def build_token_batch(
     pad_to_multiple_of: int = 1,
     pad_to_length: int | None = None,
     carried: Sequence[Carried] = (),
+    experts_shape: tuple[int, int] | None = None,
 ) -> TokenBatch:
     """Lay sequences one behind the other, aligned on the predicting position: labels[t] = tokens[t + 1].
 
@@ -75,6 +76,8 @@ def build_token_batch(
         sequence_multiple_of, pad_to_multiple_of: each sequence's length, and T, is a multiple of it.
         pad_to_length: T, when all micro-batches of a step have to be equal.
         carried: values of learned tokens that the batch carries, too; 0 where masked.
+        experts_shape: (layers with experts, k) where the batch carries experts; OWN_CHOICE where an example
+            has none, and in padding.
     Raises:
         UserError: the examples do not fit into pad_to_length, or an example lacks a carried value.
     """
@@ -97,6 +100,9 @@ def build_token_batch(
     values = {
         name: np.zeros(total, np.bool_ if name == "is_demonstration" else np.float32) for name in carried
     }
+    experts = None
+    if experts_shape is not None:
+        experts = np.full((total, *experts_shape), OWN_CHOICE, np.int16)
     start = 0
     for example, length in zip(examples, lengths, strict=True):
         real = slice(start, start + len(example.tokens) - 1)
@@ -109,6 +115,8 @@ def build_token_batch(
             if found is None:
                 raise UserError(f"{example.source}: the row has no {name}")
             target[real][example.loss_mask[1:]] = found
+        if experts is not None and example.experts is not None:
+            experts[real] = example.experts
         start += length
     loss_mask, cu_seqlens = torch.from_numpy(mask), _cumulative(spans)
     return TokenBatch(
@@ -126,6 +134,7 @@ def build_token_batch(
             max_length=normalization.max_length,
         ),
         is_padding=torch.from_numpy(is_padding),
+        experts=None if experts is None else torch.from_numpy(experts),
         **{name: torch.from_numpy(array) for name, array in values.items()},
     )
 
@@ -140,8 +149,13 @@ def padded_batch(batch: TokenBatch, total: int) -> TokenBatch:
     if not missing:
         return batch
     assert missing > 0 and batch.is_padding is not None
+    experts = {}
+    if batch.experts is not None:
+        chosen = batch.experts.new_full((missing, *batch.experts.shape[1:]), OWN_CHOICE)
+        experts["experts"] = torch.cat([batch.experts, chosen])
     return batch.map(
         lambda value: torch.cat([value, value.new_zeros(missing)]),
+        **experts,
         positions=torch.cat([batch.positions, torch.arange(missing)]),
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([total])]),
         is_padding=torch.cat([batch.is_padding, batch.is_padding.new_ones(missing)]),

@@ -24,17 +24,24 @@ class PackedSequences(PackedSeqParams):
     Args:
         lengths: of the whole sequences, before context parallelism cuts them.
         places: of the tokens in a cache of keys and values; None in training.
+        experts: as in TokenBatch, of this rank's share under context parallelism.
     """
 
     lengths: tuple[int, ...] = ()
     places: CacheSlots | None = None
+    experts: Tensor | None = None
     _plans: dict[int | None, AttentionPlan] = field(default_factory=dict, repr=False)
     _positions: Tensor | None = field(default=None, repr=False)
     _rows_with_gaps: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int], *, device: torch.device, places: CacheSlots | None = None
+        cls,
+        lengths: Sequence[int],
+        *,
+        device: torch.device,
+        places: CacheSlots | None = None,
+        experts: Tensor | None = None,
     ) -> PackedSequences:
         """The sequences; `device` is where the attention layers expect their boundaries."""
         offsets = torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
@@ -49,6 +56,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_kv=longest,
             lengths=tuple(lengths),
             places=places,
+            experts=experts,
         )
 
     def plan(self, *, cp_rank: int, cp_size: int, window: int | None, device: torch.device) -> AttentionPlan:

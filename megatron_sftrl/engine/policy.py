@@ -47,6 +47,7 @@ from megatron_sftrl.engine.optimizer import (
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.recompute import complete_recomputation
 from megatron_sftrl.engine.reference import ReferenceModel
+from megatron_sftrl.engine.router_replay import RouterReplay
 from megatron_sftrl.engine.schedule import LastStageInput, as_megatron_loss, finalize_gradients, run_schedule
 from megatron_sftrl.losses.registry import Loss
 from megatron_sftrl.models.architecture import Architecture
@@ -175,6 +176,9 @@ class PolicyEngine:
         self._balance: ExpertBalance | None = None
         if run.model.moe_aux_loss_coeff:
             self._balance = ExpertBalance(self.chunks, architecture.num_layers, parallel)
+        self.router_replay: RouterReplay | None = None
+        if run.grpo is not None and run.grpo.rollout.router_replay:
+            self.router_replay = RouterReplay(self.chunks, architecture, parallel)
         self.wrapped: list[DistributedDataParallel] | list[LanguageModel] = self.chunks
         self.optimizer = None
         self.training_state: TrainingState | None = None
@@ -249,6 +253,8 @@ class PolicyEngine:
         self.zero_gradients()
         if self._balance is not None:
             self._balance.begin_step(batches)
+        if self.router_replay is not None:
+            self.router_replay.begin_step()
         longest = self._objective.longest(batches, over_all_ranks=True)
         self.clock.start()
         try:
@@ -256,10 +262,13 @@ class PolicyEngine:
         finally:
             self._forget_added_gradients()
         forget_routing(self.chunks)
-        if self._balance is None:
-            return [first, *others]
-        first = dataclasses.replace(first, metrics={**first.metrics, **self._balance.finish_step()})
-        return [first, *others]
+        metrics = dict(first.metrics)
+        if self._balance is not None:
+            metrics |= self._balance.finish_step()
+        # Demonstrations of an SFT term have been seen by no engine.
+        if self.router_replay is not None and any(batch.experts is not None for batch in batches):
+            metrics |= self.router_replay.finish_step()
+        return [dataclasses.replace(first, metrics=metrics), *others]
 
     def zero_gradients(self) -> None:
         """Empty Megatron's gradient buffers; the schedule accumulates into them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -173,7 +173,9 @@ class ReferenceModel:
         if self._host is not None:
             self._host.bring_in()
         with self._as_reference():
-            states = run_schedule(self.chunks, batches, keep, self.parallel, forward_only=True)
+            # Its routers choose for themselves, also where they are the policy's (SharedReference).
+            own = [replace(batch, experts=None) for batch in batches]
+            states = run_schedule(self.chunks, own, keep, self.parallel, forward_only=True)
         if self._host is not None:
             self._host.leave(but=self._head_weights())
         return states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,7 +81,10 @@ def run_schedule(
         cached = None
         if places:
             cached = places[index].map(lambda value: value.to(parallel.device, non_blocking=True))
-        packed = PackedSequences.of(microbatch.lengths, device=boundaries, places=cached)
+        experts = microbatch.experts
+        if experts is not None:
+            experts = experts.to(parallel.device, non_blocking=True)
+        packed = PackedSequences.of(microbatch.lengths, device=boundaries, places=cached, experts=experts)
         output = chunk(**model_inputs(microbatch.batch, packed, marks_padding=marks_padding))
 
         def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
@@ -116,11 +119,15 @@ def run_schedule(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Microbatch:
-    """A micro-batch on its device, and what was asked of it before: see LastStageInput."""
+    """A micro-batch on its device, and what was asked of it before: see LastStageInput.
+
+    `experts` wait on the CPU: those of a whole step may be as large as its activations.
+    """
 
     batch: TokenBatch
     lengths: tuple[int, ...]
     weighted: Tensor
+    experts: Tensor | None
 
 
 def _microbatch(whole: TokenBatch, parallel: ParallelContext) -> _Microbatch:
@@ -128,9 +135,10 @@ def _microbatch(whole: TokenBatch, parallel: ParallelContext) -> _Microbatch:
     weighted = (share.token_weight > 0).nonzero().squeeze(1)
     # Copies from memory that is not pinned have been read when the call returns.
     return _Microbatch(
-        batch=share.to(parallel.device, non_blocking=True),
+        batch=replace(share, experts=None).to(parallel.device, non_blocking=True),
         lengths=whole.lengths(),
         weighted=weighted.to(parallel.device, non_blocking=True),
+        experts=share.experts,
     )
 
 

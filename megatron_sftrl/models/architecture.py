@@ -399,6 +399,11 @@ class Architecture:
         return self.mixture is not None and layer >= self.mixture.num_dense_layers
 
     @property
+    def layers_with_experts(self) -> tuple[int, ...]:
+        """Those layers, counted from 0."""
+        return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
+
+    @property
     def num_dense_layers(self) -> int:
         """Layers of a mixture that have an MLP, the first ones."""
         return self.mixture.num_dense_layers if self.mixture else 0

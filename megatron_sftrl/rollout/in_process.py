@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, why_no_cache
-from megatron_sftrl.engine.next_token import next_tokens
+from megatron_sftrl.engine.next_token import NextTokens, next_tokens
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import SharedProgress
@@ -170,6 +171,8 @@ class _Response:
     uniforms: np.ndarray  # [max_new_tokens] float64 in [0, 1)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    # [n, layers with experts, k] each, of all tokens that were computed; empty where none are recorded.
+    experts: list[NDArray[np.int16]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -210,7 +213,14 @@ def generate_in_flight(
             for number, rollout in landed.items():
                 on_landing(number, rollout)
             on_step()
-    return [done[number] for number in range(len(wanted))]
+    return [_with_whole_experts(done[number], policy) for number in range(len(wanted))]
+
+
+def _with_whole_experts(rollout: Rollout, policy: PolicyEngine) -> Rollout:
+    """Those that each rank of the replica has recorded, together; a collective of the replica."""
+    if rollout.experts is None or policy.router_replay is None:
+        return rollout
+    return replace(rollout, experts=policy.router_replay.of_replica(rollout.experts))
 
 
 class _Flight:
@@ -292,6 +302,7 @@ class _Flight:
                 response_tokens=tuple(response.tokens),
                 logprobs=tuple(response.logprobs),
                 is_finished=is_finished,
+                experts=np.concatenate(response.experts) if response.experts else None,
             )
             last = self.active.pop()
             if last is not response:
@@ -303,10 +314,41 @@ class _Flight:
     def _draw(self, packed: Packed, responses: Sequence[_Response]) -> None:
         batches, rows, places = packed
         uniforms = torch.tensor([each.uniforms[len(each.tokens)] for each in responses], dtype=torch.float64)
-        drawn = next_tokens(self._policy, batches, rows, uniforms, self._sampling, places=places)
+
+        def forward() -> NextTokens:
+            return next_tokens(self._policy, batches, rows, uniforms, self._sampling, places=places)
+
+        if (replay := self._policy.router_replay) is None:
+            drawn = forward()
+        else:
+            drawn, experts = replay.recorded(forward, batches)
+            _remember_experts(
+                experts, rows, responses, is_decoding=bool(places) and places[0].span is not None
+            )
         for each, token, logprob in zip(responses, drawn.ids.tolist(), drawn.logprobs.tolist(), strict=True):
             each.tokens.append(token)
             each.logprobs.append(logprob)
+
+
+def _remember_experts(
+    experts: Sequence[NDArray[np.int16]],
+    rows: Sequence[Tensor],
+    responses: Sequence[_Response],
+    *,
+    is_decoding: bool,
+) -> None:
+    """Give each response the experts of what was computed of it: one new token, or all that it is so far.
+
+    Args:
+        experts: of each micro-batch [T, layers with experts, k].
+        rows: of each micro-batch, of the last token of each response in order.
+    """
+    last = [(whole, row) for whole, each in zip(experts, rows, strict=True) for row in each.tolist()]
+    for response, (whole, row) in zip(responses, last, strict=True):
+        if is_decoding:
+            response.experts.append(whole[row : row + 1])
+        else:
+            response.experts = [whole[row + 1 - response.length : row + 1]]
 
 
 def _next(waiting: list[tuple[int, Wanted]], most: int, max_prompts: int) -> list[tuple[int, Wanted]]:

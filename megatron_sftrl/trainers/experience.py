@@ -99,6 +99,7 @@ def as_example(response: Response, number: int, *, is_learned: bool) -> Example:
         rollout_logprobs=np.array(response.rollout.logprobs[:count], np.float32),
         advantages=np.full(count, response.advantage, np.float32),
         is_demonstration=np.full(count, response.is_demonstration, np.bool_),
+        experts=response.rollout.experts,
     )
 
 
@@ -111,6 +112,7 @@ class ExperienceBatches:
         pad_id: any valid id.
         needs_reward: the loss looks at advantages: a response without a reward carries none.
         has_demonstrations: groups may hold some, and the loss is told which tokens are theirs.
+        experts_shape: (layers with experts, k) under rollout.router_replay.
     """
 
     batch: BatchSection
@@ -120,6 +122,7 @@ class ExperienceBatches:
     mask_truncated: bool
     needs_reward: bool = True
     has_demonstrations: bool = False
+    experts_shape: tuple[int, int] | None = None
 
     def has_signal(self, responses: Sequence[Response]) -> bool:
         """A response that carries loss has an advantage, where the loss looks at advantages."""
@@ -167,6 +170,7 @@ class ExperienceBatches:
                 "advantages",
                 *(("is_demonstration",) if self.has_demonstrations else ()),
             ),
+            experts_shape=self.experts_shape,
         )
 
 

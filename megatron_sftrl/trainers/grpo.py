@@ -257,6 +257,7 @@ class GrpoTrainer:
             mask_truncated=config.filters.mask_truncated,
             needs_reward="advantages" in run.loss.needs,
             has_demonstrations=config.rollout.demonstrations > 0,
+            experts_shape=None if run.policy.router_replay is None else run.policy.router_replay.shape,
         )
         self.updates = EngineUpdates(config, engine, run.policy, prompts.rows, self.batches, self.sampling)
 
