@@ -49,7 +49,25 @@ def check_engine(
         )
     assert config.rollout.engine != "auto", "engine_here() comes first"
     if config.rollout.engine == "vllm":
+        _check_router_replay(config, device)
         check_vllm(_vllm_settings(config), architecture, world_size=world_size)
+
+
+def _check_router_replay(config: GrpoConfig, device: torch.device) -> None:
+    """Refuse what vLLM cannot tell of its experts."""
+    if not config.rollout.router_replay:
+        return
+    if device.type == "cpu":
+        raise UserError(
+            "rollout.router_replay: vLLM 0.32 returns the experts of its tokens on GPUs alone (on the CPU it "
+            "says: Model Runner V2 requires Triton): use rollout.engine: in_process here"
+        )
+    if config.rollout.stop:
+        raise UserError(
+            "rollout.router_replay: vLLM tells the experts of a response at an end token or its last length, "
+            "not where a text of rollout.stop ends it: remove rollout.stop, give its tokens as "
+            "rollout.stop_ids, or use rollout.engine: in_process"
+        )
 
 
 def build_engine(
@@ -84,6 +102,7 @@ def _vllm_settings(config: GrpoConfig) -> VllmSettings:
         max_num_seqs=vllm.max_num_seqs,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         enforce_eager=vllm.enforce_eager,
+        returns_experts=config.rollout.router_replay,
         bucket_bytes=vllm.bucket_mb * 2**20,
         has_checksums=vllm.checksums,
     )

@@ -11,17 +11,20 @@ import json
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.rollout.api import (
@@ -336,6 +339,7 @@ class VllmEngine:
                 kv_cache_memory_bytes=cache,
                 enforce_eager=settings.enforce_eager or not self._is_cuda,
                 enable_prefix_caching=settings.enable_prefix_caching,
+                enable_return_routed_experts=settings.returns_experts,
                 # A prompt cut into chunks draws a token for each; vLLM then winds its random stream back,
                 # which torch's generators for the CPU cannot.
                 enable_chunked_prefill=self._is_cuda,
@@ -403,7 +407,13 @@ class VllmEngine:
                     if (answers[place].is_finished or output.finished) and place not in told:
                         told.add(place)
                         ended(place, answers[place].rollout(asked[place][0]))
-        return [answer.rollout(prompt) for (prompt, _), answer in zip(asked, answers, strict=True)]
+        rollouts = [answer.rollout(prompt) for (prompt, _), answer in zip(asked, answers, strict=True)]
+        if not self._settings.returns_experts:
+            return rollouts
+        return [
+            with_experts(rollout, answer.experts, self._architecture)
+            for rollout, answer in zip(rollouts, answers, strict=True)
+        ]
 
 
 Ended = Callable[[int, Rollout], None]
@@ -415,10 +425,13 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     is_finished: bool = False
+    experts: NDArray[np.integer] | None = None  # of all layers, told with the last token
 
     def take(self, output: RequestOutput, stops: Stops) -> None:
         """Append new tokens up to the one that ends the response."""
         completion = output.outputs[0]
+        if completion.routed_experts is not None:
+            self.experts = completion.routed_experts
         if self.is_finished or not completion.token_ids:
             return
         assert completion.logprobs is not None and completion.finish_reason in (None, "stop", "length")
@@ -437,6 +450,23 @@ class _Answer:
             logprobs=tuple(self.logprobs),
             is_finished=self.is_finished,
         )
+
+
+def with_experts(rollout: Rollout, told: NDArray[np.integer] | None, architecture: Architecture) -> Rollout:
+    """The rollout with what vLLM told of its experts, [n, all layers, k].
+
+    Raises:
+        RuntimeError: the experts of other tokens, or none.
+    """
+    assert architecture.mixture is not None
+    num_tokens = len(rollout.prompt_tokens) + len(rollout.response_tokens) - 1
+    expected = (num_tokens, architecture.num_layers, architecture.mixture.experts_per_token)
+    if told is None or told.shape != expected:
+        raise RuntimeError(
+            f"rollout.router_replay: expected vLLM's experts of {expected} (tokens, layers, choices), got "
+            f"{None if told is None else told.shape}: use rollout.engine: in_process"
+        )
+    return replace(rollout, experts=told[:, list(architecture.layers_with_experts)])
 
 
 def _vllm_sampling(sampling: SamplingParams, seed: int) -> VllmSamplingParams:

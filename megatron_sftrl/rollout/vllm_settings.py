@@ -34,6 +34,7 @@ class VllmSettings:
             first, the cache gets the rest. On the CPU the cache has room for max_num_seqs whole responses.
         enforce_eager: no CUDA graphs; slower, starts sooner and needs less memory. Always so on the CPU.
         enable_prefix_caching: the responses to one prompt share its keys and values.
+        returns_experts: responses come with the experts of their tokens (rollout.router_replay).
         bucket_bytes, is_checked, has_checksums: see Resharder.
     """
 
@@ -43,6 +44,7 @@ class VllmSettings:
     gpu_memory_utilization: float = 0.5
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    returns_experts: bool = False
     bucket_bytes: int = 512 * 2**20
     is_checked: bool = False
     has_checksums: bool = False
