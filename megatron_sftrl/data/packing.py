@@ -100,9 +100,6 @@ def build_token_batch(
     values = {
         name: np.zeros(total, np.bool_ if name == "is_demonstration" else np.float32) for name in carried
     }
-    experts = None
-    if experts_shape is not None:
-        experts = np.full((total, *experts_shape), OWN_CHOICE, np.int16)
     start = 0
     for example, length in zip(examples, lengths, strict=True):
         real = slice(start, start + len(example.tokens) - 1)
@@ -115,8 +112,6 @@ def build_token_batch(
             if found is None:
                 raise UserError(f"{example.source}: the row has no {name}")
             target[real][example.loss_mask[1:]] = found
-        if experts is not None and example.experts is not None:
-            experts[real] = example.experts
         start += length
     loss_mask, cu_seqlens = torch.from_numpy(mask), _cumulative(spans)
     return TokenBatch(
@@ -134,9 +129,21 @@ def build_token_batch(
             max_length=normalization.max_length,
         ),
         is_padding=torch.from_numpy(is_padding),
-        experts=None if experts is None else torch.from_numpy(experts),
+        experts=_packed_experts(examples, lengths, (total, *experts_shape)) if experts_shape else None,
         **{name: torch.from_numpy(array) for name, array in values.items()},
     )
+
+
+def _packed_experts(
+    examples: Sequence[Example], lengths: Sequence[int], shape: tuple[int, int, int]
+) -> Tensor:
+    """[T, layers with experts, k] int16 of sequences that take `lengths` positions each."""
+    experts, start = np.full(shape, OWN_CHOICE, np.int16), 0
+    for example, length in zip(examples, lengths, strict=True):
+        if example.experts is not None:
+            experts[start : start + len(example.tokens) - 1] = example.experts
+        start += length
+    return torch.from_numpy(experts)
 
 
 def padded_batch(batch: TokenBatch, total: int) -> TokenBatch:

@@ -121,8 +121,9 @@ class Gates:
     def __init__(self, model: Any, weigh: Weigh) -> None:
         self.chosen: list[Tensor] = []  # [T, k] of each layer
         self._forced: Tensor | None = None
-        layers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-        for place, gate in enumerate(layers):
+        mlps = [layer.mlp for layer in model.model.layers]
+        gates = [getattr(mlp, name) for mlp in mlps for name in ("gate", "router") if hasattr(mlp, name)]
+        for place, gate in enumerate(gates):
 
             def force(module: Any, _: object, output: tuple, place: int = place) -> tuple:
                 logits, _, own = output

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,6 +37,7 @@ def rollouts_to(prompt: int) -> tuple[Rollout, ...]:
             response_tokens=tuple(range(sample, sample + length)),
             logprobs=(-0.5 - sample,) * length,
             is_finished=True,
+            experts=np.full((length, 3, 2), (prompt + sample) % 256, np.uint8),
         )
         for sample in range(SIZE)
     )
@@ -60,6 +63,8 @@ def test_every_rank_gets_all_rollouts_and_the_bytes_of_each_once() -> None:
     size = len(pickle.dumps(expected))
     for groups, received in run_ranks(WORLD_SIZE, gather, -1):
         assert groups == expected
+        for ours, theirs in zip(chain(*groups), chain(*expected), strict=True):
+            np.testing.assert_array_equal(ours.experts, theirs.experts, strict=True)
         assert received < 1.5 * size
 
 

@@ -82,6 +82,7 @@ def refusal(
 
 
 VLLM = {"engine": "vllm"}
+REPLAY = {**VLLM, "router_replay": True}
 AUTO = {"engine": "auto"}
 
 
@@ -281,3 +282,20 @@ def test_vllm_is_refused_where_the_same_bits_are_asked_for() -> None:
     architecture = from_section(config.model.architecture)
     with pytest.raises(UserError, match="deterministic covers this package's steps"):
         check_run(config, architecture, 1, loss_needs=())
+
+
+@pytest.mark.parametrize(
+    ("rollout", "device", "said"),
+    [
+        (REPLAY, "cpu", "vLLM 0.32 returns the experts of its tokens on GPUs alone"),
+        ({**REPLAY, "stop": ["</answer>"]}, "cuda", "not where a text of rollout.stop ends it"),
+        (REPLAY, "cuda", ""),
+        ({"router_replay": True, "stop": ["</answer>"]}, "cpu", ""),
+    ],
+)
+def test_experts_that_vllm_does_not_tell_are_not_asked_for(
+    rollout: dict[str, Any], device: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = {"family": "qwen3_moe", "num_experts": 4, "experts_per_token": 2}
+    found = refusal(rollout, monkeypatch, device=device, **mixture)
+    assert said in found if said else not found

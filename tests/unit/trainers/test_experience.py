@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.loader import BatchLayout
+from megatron_sftrl.data.packing import padded_batch
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.rl.advantages import AdvantageEstimator
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response, as_example, with_advantages
-from megatron_sftrl.types import Rollout, TokenBatch
+from megatron_sftrl.types import OWN_CHOICE, Rollout, TokenBatch
 
 END = 2
 
@@ -235,3 +237,41 @@ def test_a_loss_that_looks_at_no_reward_learns_from_every_response() -> None:
     data = every.lay_out([unknown, CUT_OFF])
     assert data is not None
     assert data.num_loss_tokens == 3
+
+
+def with_experts(each: Response, *, of_layers: int = 2, first: int = 0) -> Response:
+    """Experts that tell every (token, layer, choice) apart."""
+    count = len(each.rollout.prompt_tokens) + len(each.rollout.response_tokens) - 1
+    experts = np.arange(first, first + count * of_layers * 2, dtype=np.uint16).reshape(count, of_layers, 2)
+    return replace(each, rollout=replace(each.rollout, experts=experts))
+
+
+def test_every_token_that_the_engine_computed_stands_beside_its_experts() -> None:
+    """Padding between sequences and behind them, and a demonstration, choose for themselves."""
+    shown = replace(response((17,), (27, END)), is_demonstration=True)
+    responses = [with_experts(FINISHED), shown, with_experts(CUT_OFF, first=100)]
+    made = replace(
+        batches(),
+        layout=BatchLayout(sequence_multiple_of=4, pad_to_multiple_of=16),
+        experts_shape=(2, 2),
+    )
+    data = made.lay_out(responses)
+    assert data is not None
+    batch = padded_batch(data.batches[0], 32)
+    assert batch.experts is not None
+    assert (batch.experts.dtype, batch.experts.shape) == (torch.int16, (32, 2, 2))
+    expected = torch.full((32, 2, 2), OWN_CHOICE, dtype=torch.int16)
+    starts = batch.cu_seqlens.tolist()
+    for start, row in zip(starts, data.microbatch_rows[0][0], strict=False):
+        if (experts := responses[row].rollout.experts) is not None:
+            expected[start : start + len(experts)] = torch.from_numpy(experts.astype(np.int16))
+    assert torch.equal(batch.experts, expected)
+    assert int((expected[:, 0, 0] == OWN_CHOICE).sum()) == 32 - (5 + 5)
+
+
+def test_a_micro_batch_without_any_experts_has_as_many_choices_as_others() -> None:
+    """Or ranks would differ in what they count."""
+    data = replace(batches(), experts_shape=(3, 2)).lay_out([FINISHED])
+    assert data is not None
+    assert data.batches[0].experts is not None
+    assert data.batches[0].experts.shape[1:] == (3, 2)
