@@ -112,6 +112,36 @@ def largest_mismatches(
     return found
 
 
+def reference_and_policy(
+    directory: Path, tokens: Tensor, lengths: list[int], experts: Tensor
+) -> tuple[bool, bool]:
+    """Whether the experts of a batch leave a reference's last states as they are, and the policy's.
+
+    The reference is the policy's own weights, as beside adapters.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.config.schema import ReferenceSection
+    from megatron_sftrl.engine.reference import SharedReference
+    from megatron_sftrl.engine.router_replay import RouterReplay
+    from megatron_sftrl.models import architecture_of
+    from megatron_sftrl.trainers.experience import ask_logprobs
+
+    config = engine_config(directory, {}, "fp32")
+    architecture = architecture_of(config.model)
+    context, policy = _loaded_policy(config, architecture)
+    policy.router_replay = RouterReplay(policy.chunks, architecture, context)
+    section = ReferenceSection(kind="frozen")
+    reference = SharedReference(section, context, policy.chunks, keeps_start=False)
+    own = _packed(tokens, lengths)
+    told = dataclasses.replace(own, experts=experts)
+    with policy.evaluation():
+        states = [reference.hidden_states([batch])[0] for batch in (own, told)]
+        logprobs = [policy.token_numbers([batch], ask_logprobs)[0] for batch in (own, told)]
+    parallel_state.destroy_model_parallel()
+    return torch.equal(*states), torch.equal(*logprobs)
+
+
 # The same by transformers: a router's module returns (logits, weights, experts).
 
 

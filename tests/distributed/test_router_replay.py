@@ -19,6 +19,7 @@ from tests.distributed.replay_runs import (
     Weigh,
     largest_mismatches,
     recorded_rollouts,
+    reference_and_policy,
     replayed_step,
     sigmoid_weights,
     softmax_weights,
@@ -161,6 +162,15 @@ def test_the_experts_of_the_neighbour_are_found(truths: Truths) -> None:
     shifted = [experts.roll(1, dims=0) for experts in truth.experts]
     (rank,) = step(truth, 1, {}, {}, shifted)
     assert largest_difference([rank.gradients], truth.gradients) > 0.1
+
+
+def test_the_reference_chooses_its_own_experts(truths: Truths) -> None:
+    truth = truths["qwen3_moe"]
+    ((is_same_reference, is_same_policy),) = run_ranks(
+        1, reference_and_policy, truth.directory, random_tokens(1), LENGTHS, truth.experts[0]
+    )
+    assert is_same_reference
+    assert not is_same_policy
 
 
 # What the training engine records while it generates.
