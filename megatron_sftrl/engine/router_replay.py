@@ -109,7 +109,7 @@ class RouterReplay:
         if self._choices:
             heard = torch.stack([choice.take(number) for choice in self._choices.values()], dim=1)
             rows = _rows_here(batch.lengths(), self._parallel).numpy()
-            whole[rows[:, None], np.array([*self._choices])] = heard.to("cpu", torch.int16).numpy()
+            whole[rows[:, None], np.array([*self._choices])] = heard.cpu().numpy()
         return whole
 
 
@@ -148,7 +148,7 @@ class _Choice:
         """Scores and ids of a token's experts, [T, k] each; the name is Megatron's."""
         values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if self.heard is not None:
-            self.heard.append(own)
+            self.heard.append(own.to(torch.int16))
         if self.told is None:
             return values, own
         is_told = self.told != OWN_CHOICE
