@@ -1,7 +1,8 @@
 """Moves the live policy's weights out of the trainer's shards into a rollout engine's, without a checkpoint.
 
 Who holds what is told once, when the Resharder is made; an update then costs the messages for the parts that
-a rank's engine needs and the rank does not hold. Where trainer and engine cut alike, there are none.
+a rank's engine needs and the rank does not hold. Where trainer and engine cut alike, there are none. A rank
+may hold nothing (it only generates) or want nothing (it only trains).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout, engine_regions
 from megatron_sftrl.models.tensors import Region, hf_boxes, hf_shapes, megatron_tensors
 from megatron_sftrl.rollout.reshard_plan import Holdings, NamedRegion, Round, plan_rounds
+
+T = TypeVar("T")
 
 # A sum over the exact bits of a tensor, computed where the tensor lies.
 
@@ -50,6 +53,48 @@ def checksum(tensor: Tensor) -> int:
         place = torch.arange(start, start + words.numel(), device=tensor.device)
         total += (words * (2 * place + 1)).sum()
     return int(total)
+
+
+# What carries messages between ranks: the default group of the job, where every rank trains and generates.
+
+
+Buffers = Sequence[tuple[int, Tensor]]
+"""Numbers of ranks, and of each the message to it or the memory for the one from it."""
+
+
+class Wires(Protocol):
+    """Ranks that hold weights or want them, numbered from 0, and their messages."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def gather(self, mine: T) -> list[T]:
+        """What each rank has, by its number; every rank calls it."""
+        ...
+
+    def start(self, *, receives: Buffers, sends: Buffers) -> Sequence[dist.Work]:
+        """Begin messages; between two ranks they arrive in the order of the calls."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DefaultGroup:
+    """Wires between all ranks of the default group."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, mine: T) -> list[T]:
+        everyone: list[T] = [mine] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def start(self, *, receives: Buffers, sends: Buffers) -> Sequence[dist.Work]:
+        operations = [
+            *(dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in receives),
+            *(dist.P2POp(dist.isend, buffer, peer) for peer, buffer in sends),
+        ]
+        return dist.batch_isend_irecv(operations) if operations else []
 
 
 # One exchange of messages between ranks: pack and send, later receive; one message for each pair of ranks.
@@ -88,6 +133,7 @@ class Exchange:
         self,
         each: Round,
         weights: LiveWeights,
+        wires: Wires,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -116,13 +162,10 @@ class Exchange:
                 source: torch.empty(len(parts), dtype=torch.int64, device=device)
                 for source, parts in each.receives.items()
             }
-        operations = [
-            *_operations(dist.irecv, self._inbox),
-            *_operations(dist.isend, self._outbox),
-            *_operations(dist.irecv, self._sums),
-            *_operations(dist.isend, self._own_sums),
-        ]
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+        self._works = wires.start(
+            receives=[*self._inbox.items(), *self._sums.items()],
+            sends=[*self._outbox.items(), *self._own_sums.items()],
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -159,11 +202,6 @@ def _places(parts: Sequence[NamedRegion], message: Tensor) -> Iterator[tuple[Nam
     sizes = [part.region.numel for part in parts]
     for part, flat in zip(parts, message.split(sizes), strict=True):
         yield part, flat.view(part.region.shape)
-
-
-def _operations(direction: Callable, buffers: Mapping[int, Tensor]) -> Iterator[dist.P2POp]:
-    for peer, buffer in buffers.items():
-        yield dist.P2POp(direction, buffer, peer)
 
 
 # One update of a rollout engine: the tensors one after another, and the proof that none was missed.
@@ -211,7 +249,7 @@ class StreamPlan:
         shapes: of every tensor, in the order of the stream, as regions count it (hf_boxes); of fp32 tensors
             among others as many elements of `dtype` as they have bits for.
         yielded: the dtype and shape in which the engine gets it.
-        share: the region of each that the rank's engine reads.
+        share: the region of each that the rank's engine reads; a tensor without one is not yielded.
         rounds: the rank's exchanges.
         is_checked: fill what the engine does not read with NaN.
         has_checksums: compare the bits of every part at its holder and here.
@@ -252,12 +290,17 @@ class WeightStream:
     """
 
     def __init__(
-        self, plan: StreamPlan, weights: LiveWeights, *, on_finish: Callable[[ReshardReport], None]
+        self,
+        plan: StreamPlan,
+        weights: LiveWeights,
+        wires: Wires,
+        *,
+        on_finish: Callable[[ReshardReport], None],
     ) -> None:
         self._on_finish = on_finish
         self.report: ReshardReport | None = None
         self._plan = plan
-        self._weights = weights
+        self._weights, self._wires = weights, wires
         self._count = _Count()
         self._items = self._produce()
         self._is_broken = False
@@ -324,7 +367,7 @@ class WeightStream:
         return self.report
 
     def _check(self, num_taken: int, failure: str | None, cause: Exception | None) -> None:
-        names = list(self._plan.shapes)
+        names = [name for name in self._plan.shapes if name in self._plan.share]
         if failure is not None:
             after = f"after {num_taken} of {len(names)} tensors"
             raise RuntimeError(f"the rollout engine stopped {after}: {failure}") from cause
@@ -352,6 +395,8 @@ class WeightStream:
             messages, parts = received.num_bytes + underway.num_bytes, _by_name(each, received)
             for fill in each.fills:
                 name = fill.name
+                if name not in plan.share:
+                    continue
                 if fill.region.start[0] == 0:
                     whole, filled = self._new(name), 0
                 count.peak = max(count.peak, messages + whole.nbytes)
@@ -374,6 +419,7 @@ class WeightStream:
         return Exchange(
             plan.rounds[number],
             self._weights,
+            self._wires,
             dtype=plan.dtype,
             device=plan.device,
             has_checksums=plan.has_checksums,
@@ -412,22 +458,26 @@ class Resharder:
     """Streams of the policy's weights for the engine ranks of this job; construction is collective.
 
     Args:
-        layout: how the ranks form engines; `EngineLayout(tp=1, world_size=...)` for whole tensors everywhere.
+        held: the weights that this rank gives, as they are when it is called; None where it gives none.
+        wanted: the region of each Hugging Face tensor (hf_boxes) that this rank's engine reads, such as
+            engine_regions; empty where the rank has no engine.
+        wires: between all ranks that give or want.
         bucket_bytes: an update takes at most the memory of two buckets and the largest tensor. (A row of a
             tensor travels whole, however large.)
         is_checked: fill what the engine does not read with NaN, so that a wrong share shows.
         has_checksums: compare the bits of every part at its holder and at its receiver.
     Raises:
-        UserError: on every rank: an engine that cannot cut the model like this, a part of the model that no
-            rank holds or that two hold differently, weights of several dtypes.
+        UserError: on every rank: a part of the model that no rank holds or that two hold differently, weights
+            of several dtypes.
     """
 
     def __init__(
         self,
-        chunks: Sequence[LanguageModel],
+        held: Callable[[], LiveWeights] | None,
         architecture: Architecture,
-        parallel: ParallelContext,
-        layout: EngineLayout,
+        wanted: Mapping[str, Region],
+        wires: Wires,
+        device: torch.device,
         *,
         bucket_bytes: int,
         is_checked: bool = False,
@@ -435,18 +485,13 @@ class Resharder:
     ) -> None:
         if bucket_bytes < 1:
             raise UserError(f"bucket_bytes = {bucket_bytes}: at least 1, commonly 256 MiB or more")
-        assert layout.world_size == parallel.world_size
-        self.layout = layout
         self.last_report: ReshardReport | None = None
-        self._chunks, self._architecture = chunks, architecture
-        shares = [engine_regions(architecture, tp=layout.tp, tp_rank=rank) for rank in range(layout.tp)]
-        wanted = [shares[layout.tp_rank(rank)] for rank in range(parallel.world_size)]
-        weights = live_weights(chunks, architecture)
+        self._held, self._wires = held or _nothing, wires
+        weights = self._held()
         self._regions = weights.regions()
-        holdings: list[tuple[Holdings, set[torch.dtype]]] = [None] * parallel.world_size  # type: ignore[list-item]
         mine = Holdings(host=socket.gethostname(), regions=self._regions)
-        dist.all_gather_object(holdings, (mine, weights.dtypes()))
-        dtypes = set[torch.dtype]().union(*(kinds for _, kinds in holdings))
+        everyone = wires.gather((mine, dict(wanted), weights.dtypes()))
+        dtypes = set[torch.dtype]().union(*(kinds for _, _, kinds in everyone))
         if len(dtypes) != 1:
             raise UserError(
                 f"weights of one dtype are expected, got {sorted(map(str, dtypes))}: set model.dtype"
@@ -454,29 +499,31 @@ class Resharder:
         (dtype,) = dtypes
         boxes, words = hf_boxes(architecture), torch.float32.itemsize // dtype.itemsize
         fp32 = [each.rows[0].name for each in megatron_tensors(architecture) if each.is_fp32]
+        shares = [share for _, share, _ in everyone]
         for name in fp32:
             boxes[name] = Region.of(boxes[name]).stretched(words).stop
-        for each in shares:
-            each.update({name: each[name].stretched(words) for name in fp32})
+            for share in shares:
+                if name in share:
+                    share[name] = share[name].stretched(words)
         self._plan = StreamPlan(
             shapes=boxes,
             yielded={
                 name: (torch.float32 if name in fp32 else dtype, shape)
                 for name, shape in hf_shapes(architecture).items()
             },
-            share=wanted[parallel.rank],
+            share=shares[wires.rank],
             rounds=plan_rounds(
                 boxes,
-                wanted,
-                [each for each, _ in holdings],
-                rank=parallel.rank,
+                shares,
+                [each for each, _, _ in everyone],
+                rank=wires.rank,
                 element_bytes=dtype.itemsize,
                 # Three messages share two buckets: the received one that is unpacked, and both directions of
                 # the exchange that is under way meanwhile.
                 bucket_bytes=max(1, 2 * bucket_bytes // 3),
             ),
             dtype=dtype,
-            device=parallel.device,
+            device=device,
             is_checked=is_checked,
             has_checksums=has_checksums,
         )
@@ -487,9 +534,64 @@ class Resharder:
         Every rank opens its stream, and ends it, at the same time, after PolicyEngine.gather_parameters().
         Nothing may change the weights before the end.
         """
-        weights = live_weights(self._chunks, self._architecture)
+        weights = self._held()
         assert weights.regions() == self._regions, "the policy's layout changed after the Resharder was made"
-        return WeightStream(self._plan, weights, on_finish=self._keep)
+        return WeightStream(self._plan, weights, self._wires, on_finish=self._keep)
+
+    def fill(self, weights: LiveWeights) -> None:
+        """Write one stream into the shards of another model, whose wanted_by() is what this rank wants."""
+        with self.stream() as stream:
+            for name, tensor in stream:
+                values = tensor.view(self._plan.dtype).view(self._plan.shapes[name])
+                for region, part in weights.parts[name].items():
+                    part.copy_(values[region.slices])
 
     def _keep(self, report: ReshardReport) -> None:
         self.last_report = report
+
+
+def _nothing() -> LiveWeights:
+    return LiveWeights(parts={}, added={})
+
+
+def between_all_ranks(
+    chunks: Sequence[LanguageModel],
+    architecture: Architecture,
+    parallel: ParallelContext,
+    layout: EngineLayout,
+    *,
+    bucket_bytes: int,
+    is_checked: bool = False,
+    has_checksums: bool = False,
+) -> Resharder:
+    """A Resharder of a job whose ranks all hold a part of the policy, and form engines in this layout.
+
+    Raises:
+        UserError: on every rank: as Resharder, or an engine that cannot cut the model like this.
+    """
+    assert layout.world_size == parallel.world_size
+    return Resharder(
+        lambda: live_weights(chunks, architecture),
+        architecture,
+        engine_regions(architecture, tp=layout.tp, tp_rank=layout.tp_rank(parallel.rank)),
+        DefaultGroup(rank=parallel.rank, world_size=parallel.world_size),
+        parallel.device,
+        bucket_bytes=bucket_bytes,
+        is_checked=is_checked,
+        has_checksums=has_checksums,
+    )
+
+
+def wanted_by(weights: LiveWeights, architecture: Architecture) -> dict[str, Region]:
+    """Of each tensor the smallest region that holds all that a model's shards have of it."""
+    whole = hf_boxes(architecture)
+    fp32 = {each.rows[0].name for each in megatron_tensors(architecture) if each.is_fp32}
+    return {
+        name: Region.of(whole[name])
+        if name in fp32  # its regions are counted in other words, and it is small
+        else Region(
+            tuple(map(min, zip(*(each.start for each in parts), strict=True))),
+            tuple(map(max, zip(*(each.stop for each in parts), strict=True))),
+        )
+        for name, parts in weights.parts.items()
+    }

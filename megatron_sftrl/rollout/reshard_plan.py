@@ -83,7 +83,7 @@ def plan_rounds(
 
     Args:
         shapes: every tensor, in the order of the stream.
-        wanted: for each rank, the region that it wants of each tensor.
+        wanted: for each rank, the region that it wants of each tensor; none of those that it leaves out.
         holdings: for each rank.
         element_bytes: size of a weight.
         bucket_bytes: most that a rank packs, and most that it receives, in one round.
@@ -96,7 +96,7 @@ def plan_rounds(
     closed: list[_OpenRound] = []
     current = _OpenRound()
     for name, shape in shapes.items():
-        regions = tuple(each[name] for each in wanted)
+        regions = tuple(each.get(name) or _none_of(shape) for each in wanted)
         key = (shape, regions, tuple(holders[name].items()))
         if key not in known:
             known[key] = _movement(name, shape, regions, holders[name], hosts, rank)
@@ -120,6 +120,10 @@ def plan_rounds(
             closed.append(current)
         current = _OpenRound()
     return [_closed(each) for each in [*closed, *([current] if current.fills else [])]]
+
+
+def _none_of(shape: Sequence[int]) -> Region:
+    return Region.of((0,) * len(shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ from megatron_sftrl.rollout.api import (
     response_seed,
 )
 from megatron_sftrl.rollout.process_state import Guest
-from megatron_sftrl.rollout.reshard import Resharder, ReshardReport
+from megatron_sftrl.rollout.reshard import ReshardReport, between_all_ranks
 from megatron_sftrl.rollout.vllm_settings import (
     VllmSettings,
     check_vllm,
@@ -205,7 +205,7 @@ class VllmEngine:
         self._layout = EngineLayout(tp=settings.tp, world_size=parallel.world_size)
         self._is_cuda = parallel.device.type == "cuda"
         self._guest = Guest(parallel.device, environment(parallel))
-        self._resharder = Resharder(
+        self._resharder = between_all_ranks(
             policy.chunks,
             policy.architecture,
             parallel,

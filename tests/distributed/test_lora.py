@@ -60,12 +60,12 @@ def streamed(directory: Path, parallel: dict, lora: dict, tp: int) -> dict[str, 
     from megatron.core import parallel_state
 
     from megatron_sftrl.models.engine_shards import EngineLayout
-    from megatron_sftrl.rollout.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import between_all_ranks
 
     policy, _ = policy_over(directory, parallel, lora)
     before = [weight.clone() for weight in policy.chunks[0].parameters()]
     layout = EngineLayout(tp=tp, world_size=policy.parallel.world_size)
-    resharder = Resharder(
+    resharder = between_all_ranks(
         policy.chunks,
         policy.architecture,
         policy.parallel,

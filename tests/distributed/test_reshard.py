@@ -100,7 +100,7 @@ def reshard_families(
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.rollout.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import between_all_ranks
 
     updates: list[Update] = []
     parallel = initialize_parallel(make_config(layout).parallel)
@@ -113,7 +113,7 @@ def reshard_families(
         for tp in engine_tps:
             engines = EngineLayout(tp=tp, world_size=parallel.world_size)
             resharders = [
-                Resharder(
+                between_all_ranks(
                     chunks,
                     architecture,
                     parallel,
@@ -233,7 +233,7 @@ def refused_construction(defect: str) -> str:
     reshard.live_weights = wrong
     try:
         with pytest.raises(ValueError, match=r"expected|make up the model") as caught:
-            reshard.Resharder(
+            reshard.between_all_ranks(
                 chunks, architecture, parallel, EngineLayout(tp=1, world_size=2), bucket_bytes=AMPLE
             )
     finally:
@@ -265,7 +265,7 @@ def corrupted_update(has_checksums: bool) -> tuple[str, int]:
     from megatron_sftrl.rollout import reshard as reshard_messages
 
     parallel, architecture, chunks, hf = small_policy({"tp": 2})
-    resharder = reshard.Resharder(
+    resharder = reshard.between_all_ranks(
         chunks,
         architecture,
         parallel,
@@ -306,10 +306,12 @@ def test_a_bit_that_changes_on_the_way_stops_the_update_on_every_rank() -> None:
 
 def interrupted_update(how: str) -> str:
     """The error of an update that rank 1's engine does not take to the end."""
-    from megatron_sftrl.rollout.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import between_all_ranks
 
     parallel, architecture, chunks, _ = small_policy({"pp": 2})
-    resharder = Resharder(chunks, architecture, parallel, EngineLayout(tp=1, world_size=2), bucket_bytes=TINY)
+    resharder = between_all_ranks(
+        chunks, architecture, parallel, EngineLayout(tp=1, world_size=2), bucket_bytes=TINY
+    )
 
     def load() -> None:
         with resharder.stream() as stream:
@@ -344,7 +346,7 @@ def trained_streams() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.losses.registry import build_loss
-    from megatron_sftrl.rollout.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import between_all_ranks
 
     overlapped = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
     run = make_config(overlapped, family="llama")
@@ -352,7 +354,7 @@ def trained_streams() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     architecture = from_section(run.model.architecture)
     parallel = initialize_parallel(run.parallel)
     policy = PolicyEngine(architecture, run, parallel)
-    resharder = Resharder(
+    resharder = between_all_ranks(
         policy.chunks, architecture, parallel, EngineLayout(tp=1, world_size=2), bucket_bytes=AMPLE
     )
     streams = []
@@ -384,7 +386,7 @@ def measured_memory() -> tuple[int, int, int, int]:
     from megatron_sftrl.engine.megatron_config import transformer_config
     from megatron_sftrl.engine.model import build_model_chunks, initialize_weights
     from megatron_sftrl.engine.parallel import initialize_parallel
-    from megatron_sftrl.rollout.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import between_all_ranks
 
     run = make_config({"tp": 2}, family="llama", hidden_size=256, ffn_hidden_size=1024, vocab_size=4096)
     assert run.model.architecture is not None
@@ -393,7 +395,7 @@ def measured_memory() -> tuple[int, int, int, int]:
     config = transformer_config(architecture, run.model, run.parallel, run.train, is_cuda=False)
     chunks = build_model_chunks(architecture, config, parallel)
     initialize_weights(chunks, architecture, seed=0)
-    resharder = Resharder(
+    resharder = between_all_ranks(
         chunks, architecture, parallel, EngineLayout(tp=1, world_size=2), bucket_bytes=BUCKET
     )
     with (

@@ -49,13 +49,15 @@ def streamed(hf: Path) -> dict[str, torch.Tensor]:
 
     from megatron_sftrl.models import architecture_of
     from megatron_sftrl.models.engine_shards import EngineLayout
-    from megatron_sftrl.rollout.reshard import Resharder
+    from megatron_sftrl.rollout.reshard import between_all_ranks
 
     config = engine_config(hf, {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}, "bf16")
     architecture = architecture_of(config.model)
     context, policy = _loaded_policy(config, architecture)
     layout = EngineLayout(tp=1, world_size=2)
-    resharder = Resharder(policy.chunks, architecture, context, layout, bucket_bytes=4096, is_checked=True)
+    resharder = between_all_ranks(
+        policy.chunks, architecture, context, layout, bucket_bytes=4096, is_checked=True
+    )
     with resharder.stream() as stream:
         found = {name: tensor.clone() for name, tensor in stream}
     parallel_state.destroy_model_parallel()

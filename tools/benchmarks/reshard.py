@@ -32,7 +32,7 @@ from megatron_sftrl.engine.parallel import ParallelContext, destroy_parallel, in
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.models.architecture import Architecture, from_section, num_parameters
 from megatron_sftrl.models.engine_shards import EngineLayout
-from megatron_sftrl.rollout.reshard import Resharder
+from megatron_sftrl.rollout.reshard import between_all_ranks
 from tools.benchmarks.model import add_model_arguments, benchmark_run
 
 CASES = (("tp2", {"tp": 2}, 1), ("tp2", {"tp": 2}, 2), ("pp2", {"pp": 2}, 2), ("tp1", {}, 1))
@@ -115,7 +115,9 @@ def _measure(
     arguments: argparse.Namespace,
 ) -> Measured:
     layout = EngineLayout(tp=engine_tp, world_size=parallel.world_size)
-    resharder = Resharder(chunks, architecture, parallel, layout, bucket_bytes=arguments.bucket_mib * 2**20)
+    resharder = between_all_ranks(
+        chunks, architecture, parallel, layout, bucket_bytes=arguments.bucket_mib * 2**20
+    )
 
     def stream() -> None:
         with resharder.stream() as tensors:
