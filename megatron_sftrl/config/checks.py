@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
+from megatron_sftrl.config.placement import generators_config
 from megatron_sftrl.config.schema import (
     GrpoConfig,
     ParallelSection,
@@ -63,6 +64,10 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("rollout", ("max_concurrent",), "rollout.engine is vllm (rollout.vllm.max_num_seqs)")
         if grpo.rollout.engine == "in_process":
             add("rollout", ("vllm",), "rollout.engine is in_process")
+        if not grpo.rollout.devices:
+            add("rollout", ("tp",), "rollout.devices is 0: the policy generates in its own layout")
+        else:
+            add("rollout", ("offload",), "rollout.devices have memory of their own")
         if not grpo.filters.dynamic_sampling:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
         if grpo.sft is not None and grpo.sft.data.train_weights is None:
@@ -80,38 +85,6 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
     if config.train.recompute != "full":
         add("train", ("recompute_layers",), f"train.recompute is {config.train.recompute}")
     return idle
-
-
-# Which engine rollout.engine: auto is.
-
-
-def with_engine(
-    config: GrpoConfig, *, is_cuda: bool, has_vllm: bool, place: str = "here"
-) -> tuple[GrpoConfig, str]:
-    """The run with the engine that it generates with on such a machine, and why ("" where the run says it).
-
-    `place` is how messages call the machine.
-
-    Raises:
-        UserError: rollout.engine is auto, and a setting of the engine that it is not is written.
-    """
-    rollout = config.rollout
-    if rollout.engine != "auto":
-        return config, ""
-    if is_cuda and has_vllm and not config.train.deterministic:
-        engine, idle, why = "vllm", "max_concurrent", "CUDA and vLLM are there"
-    else:
-        engine, idle = "in_process", "vllm"
-        why = "vLLM is not installed" if is_cuda else "there is no CUDA device"
-        if is_cuda and has_vllm:
-            why = "train.deterministic does not cover vLLM"
-    if idle in rollout.model_fields_set:
-        raise UserError(
-            f"rollout.{idle} has no effect: rollout.engine is auto, and that is {engine} {place}, since "
-            f"{why}; write the engine that you want, or remove it (rollout.{idle}=null on the command line)"
-        )
-    chosen = rollout.model_copy(update={"engine": engine})
-    return config.model_copy(update={"rollout": chosen}), why
 
 
 # Whether the sections fit each other, the model and the number of processes.
@@ -176,7 +149,7 @@ class StageSizes(Protocol):
 def check_run(
     config: TrainingConfig, architecture: ModelSizes, world_size: int, *, loss_needs: tuple[str, ...]
 ) -> None:
-    """Hold the sections against each other, the architecture and the number of processes.
+    """Hold the sections against each other, the architecture and the number of processes of the job.
 
     batch.global_size need not divide by dp * micro_size: a rank without sequences runs an empty micro-batch,
     and token_weight keeps every loss token's share.
@@ -186,8 +159,10 @@ def check_run(
     Raises:
         UserError: everything that does not fit, one line each.
     """
+    num_generators = 0 if config.grpo is None else config.grpo.rollout.devices
     problems = [
-        *_world_problems(config, architecture, world_size),
+        *_devices_problems(config, architecture, world_size),
+        *_world_problems(config, architecture, max(1, world_size - num_generators)),
         *_layout_problems(config, architecture),
         *_expert_problems(config, architecture),
         *_optimizer_problems(config),
@@ -588,6 +563,30 @@ def _ahead_problems(grpo: GrpoConfig, loss_needs: tuple[str, ...]) -> Iterator[s
             "rollout.ahead has no effect: checkpoint.every = 1, and the step after a checkpoint has "
             "responses of its own weights; raise checkpoint.every, or remove rollout.ahead"
         )
+
+
+def _devices_problems(config: TrainingConfig, architecture: ModelSizes, world_size: int) -> Iterator[str]:
+    if (grpo := config.grpo) is None or not grpo.rollout.devices:
+        return
+    devices, tp = grpo.rollout.devices, grpo.rollout.tp
+    if devices >= world_size:
+        yield (
+            f"rollout.devices = {devices} leaves none of the {world_size} process(es) to train: start more, "
+            "or lower it"
+        )
+    if grpo.rollout.engine == "vllm":
+        yield (
+            "rollout.devices needs rollout.engine = in_process: vLLM generates in the trainers' processes "
+            "only; set it, or remove rollout.devices"
+        )
+    if devices % tp:
+        yield (
+            f"rollout.devices = {devices} do not form generators of rollout.tp = {tp}: choose tp among the "
+            f"divisors of {devices}, or other devices"
+        )
+    theirs = generators_config(grpo, is_mixture=architecture.mixture is not None)
+    for problem in (*_layout_problems(theirs, architecture), *_expert_problems(theirs, architecture)):
+        yield f"the generators of rollout.devices: {problem.replace('parallel.tp', 'rollout.tp')}"
 
 
 def _idle_problems(config: TrainingConfig) -> Iterator[str]:

@@ -512,6 +512,13 @@ class RolloutSection(Section):
     weighs every token with the engine's own log-probability (loss.correction is tis where it is not given).
     The step after a checkpoint (checkpoint.every) has responses of its own weights, and a resumed run is the
     same."""
+    devices: int = Field(default=0, ge=0)
+    """Of the processes of the job the last so many only generate, each with a device of its own, and the
+    others train; every update sends them the weights. With ahead: 1 both sides work at the same time, without
+    it one waits for the other. 0: every process trains and generates in turns."""
+    tp: int = Field(default=1, ge=1)
+    """in_process with devices: tensor parallel size of a generator, whatever the trainers'; devices / tp
+    generators share the prompts."""
     save_samples: int = Field(default=4, ge=0)
     """Groups written to rollouts.jsonl each step."""
 

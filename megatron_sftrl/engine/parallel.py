@@ -31,7 +31,7 @@ class ParallelContext:
     dealt out again, so an ep group spans ranks that hold different tokens (dp, cp, and tp where etp < tp).
 
     Args:
-        rank, world_size: in the whole job.
+        rank, world_size: in the whole job, or on this side of it (engine/sides.py).
         dp_cp_group: the ranks that hold different tokens of one step for the same weights.
         ep_group: the ranks among which the experts are spread; it exchanges tokens in every forward, so all
             of its ranks run the same number of micro-batches.
@@ -85,8 +85,21 @@ _SECONDS_BEHIND_THE_WATCH = 30
 _NEVER = timedelta(days=3650)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Processes that make up one default group: this one's number, how many, and where they meet."""
+
+    rank: int
+    world_size: int
+    store: dist.Store
+
+
 def initialize_parallel(
-    section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES, deterministic: bool = False
+    section: ParallelSection,
+    *,
+    hang_minutes: float = _HANG_MINUTES,
+    deterministic: bool = False,
+    ranks: Ranks | None = None,
 ) -> ParallelContext:
     """Start torch.distributed (NCCL where CUDA is there, else gloo) and Megatron's process groups.
 
@@ -97,6 +110,7 @@ def initialize_parallel(
         hang_minutes: train.hang_minutes. Collectives wait a little longer: the watch over the run shows every
             rank's stacks, a collective that fails shows one. 0: they wait for ever.
         deterministic: train.deterministic, for this process.
+        ranks: of the job whose half this is; else the environment says them.
     Raises:
         UserError: the world size is not a multiple of tp * pp * cp, or of etp * ep * pp; an environment
             that contradicts `deterministic`.
@@ -105,8 +119,8 @@ def initialize_parallel(
     cpu_backend.install()
     from megatron.core import parallel_state
 
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = ranks.rank if ranks else int(os.environ.get("RANK", "0"))
+    world_size = ranks.world_size if ranks else int(os.environ.get("WORLD_SIZE", "1"))
     _check_world(section, world_size)
     choose_kernels(deterministic=deterministic)
     device = select_device()
@@ -114,7 +128,7 @@ def initialize_parallel(
     if not dist.is_initialized():
         # One process without torchrun: a store in this process, so that no port is needed.
         is_alone = world_size == 1 and "MASTER_ADDR" not in os.environ
-        store = dist.HashStore() if is_alone else None
+        store = ranks.store if ranks else dist.HashStore() if is_alone else None
         start_torch_distributed(device, rank=rank, world_size=world_size, timeout=timeout, store=store)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=section.tp,
@@ -175,13 +189,19 @@ def _check_world(section: ParallelSection, world_size: int) -> None:
 
 @contextlib.contextmanager
 def parallel_context(
-    section: ParallelSection, *, hang_minutes: float = _HANG_MINUTES, deterministic: bool = False
+    section: ParallelSection,
+    *,
+    hang_minutes: float = _HANG_MINUTES,
+    deterministic: bool = False,
+    ranks: Ranks | None = None,
 ) -> Iterator[ParallelContext]:
     """initialize_parallel, and its end when the block ends well.
 
     A rank that fails leaves at once instead: its peers may stand in a collective, and torchrun ends them.
     """
-    context = initialize_parallel(section, hang_minutes=hang_minutes, deterministic=deterministic)
+    context = initialize_parallel(
+        section, hang_minutes=hang_minutes, deterministic=deterministic, ranks=ranks
+    )
     try:
         yield context
     except BaseException:
@@ -191,11 +211,13 @@ def parallel_context(
     destroy_parallel()
 
 
-def run_context(config: TrainingConfig) -> contextlib.AbstractContextManager[ParallelContext]:
+def run_context(
+    config: TrainingConfig, ranks: Ranks | None = None
+) -> contextlib.AbstractContextManager[ParallelContext]:
     """parallel_context of a run."""
     train = config.train
     return parallel_context(
-        config.parallel, hang_minutes=train.hang_minutes, deterministic=train.deterministic
+        config.parallel, hang_minutes=train.hang_minutes, deterministic=train.deterministic, ranks=ranks
     )
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 
 import torch
 
-from megatron_sftrl.config.checks import with_engine
+from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.engine.policy import PolicyEngine
+from megatron_sftrl.engine.sides import Bridge
 from megatron_sftrl.engine.together import SharedProgress
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.rollout.api import Decode, RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
+from megatron_sftrl.rollout.separate import RemoteEngine, serve
 from megatron_sftrl.rollout.vllm import VllmEngine
 from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
 
@@ -68,6 +71,19 @@ def _check_router_replay(config: GrpoConfig, device: torch.device) -> None:
             "not where a text of rollout.stop ends it: remove rollout.stop, give its tokens as "
             "rollout.stop_ids, or use rollout.engine: in_process"
         )
+def remote_engine(
+    config: GrpoConfig, policy: PolicyEngine, progress: SharedProgress, bridge: Bridge
+) -> RemoteEngine:
+    """The generators of rollout.devices, as their trainers see them; collective over the whole job."""
+    return RemoteEngine(policy, bridge, progress.moved, bucket_bytes=_bucket_bytes(config))
+
+
+def serve_trainers(
+    config: GrpoConfig, policy: PolicyEngine, decode: Decode, progress: SharedProgress, bridge: Bridge
+) -> bool:
+    """The life of a generator, with an engine of its own for `policy`; as rollout.separate.serve."""
+    with contextlib.closing(build_engine(config, policy, decode, progress)) as engine:
+        return serve(bridge, policy, engine, progress.moved, bucket_bytes=_bucket_bytes(config))
 
 
 def build_engine(
@@ -104,5 +120,10 @@ def _vllm_settings(config: GrpoConfig) -> VllmSettings:
         enforce_eager=vllm.enforce_eager,
         returns_experts=config.rollout.router_replay,
         bucket_bytes=vllm.bucket_mb * 2**20,
+        bucket_bytes=_bucket_bytes(config),
         has_checksums=vllm.checksums,
     )
+
+
+def _bucket_bytes(config: GrpoConfig) -> int:
+    return config.rollout.vllm.bucket_mb * 2**20

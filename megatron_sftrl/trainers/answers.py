@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from megatron_sftrl.observability.watch import Timers
 from megatron_sftrl.rl.advantages import AdvantageEstimator
 from megatron_sftrl.rl.rewards import RewardInputs, RewardPool, Scored, Scoring
 from megatron_sftrl.rollout.api import OnResponse, RolloutEngine, no_matter
+from megatron_sftrl.rollout.separate import Generation, begin
 from megatron_sftrl.trainers.checked import response_text
 from megatron_sftrl.trainers.experience import Response, with_advantages
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
@@ -35,11 +36,16 @@ class Asked(Protocol):
         """How long it took to generate the responses; known when they are."""
         ...
 
+    def wait(self) -> None:
+        """Until they are generated, by generators elsewhere; rewards are not waited for."""
+        ...
+
     def responses(self) -> list[Response]:
         """Wait for the rewards; the same at every further call.
 
         Raises:
-            UserError, RuntimeError: on every rank: as RewardPool.score.
+            UserError, RuntimeError: on every rank: as RewardPool.score; the engine left a response out.
+            FloatingPointError: the policy's logits are NaN or infinite.
         """
         ...
 
@@ -83,16 +89,14 @@ class Answers:
     ) -> Asked:
         """Generate with an awake engine; a response is judged from its end on, also when this has returned.
 
-        One call's rewards are waited for, or given up, before the next call.
+        Generators elsewhere (rollout.devices) go on when this has returned. One call's rewards are waited
+        for, or given up, before the next call.
 
         Args:
             sampling: the run's when not given.
             phases: what the time of generation, and of the wait for rewards, is counted for.
             copies: of a group's responses, those that its row's demonstration takes the place of, where the
                 row has one.
-        Raises:
-            RuntimeError: the engine left a prompt or a response out.
-            FloatingPointError: the policy's logits are NaN or infinite.
         """
         sampling, row_of = sampling or self._sampling, dict(rows)
         with contextlib.ExitStack() as stack:
@@ -103,21 +107,21 @@ class Answers:
                 asked.append((number, place))
                 scoring.add(lambda: self._reward_inputs(rollout, row_of[number]))
 
-            started = time.perf_counter()
             with self._timers(phases[0]):
                 for each in self._share_of_demonstrations(rows, sampling.num_samples, copies):
                     ask(*each)
-                members = generate_groups(
+                groups = Groups(
                     self._engine,
                     rows,
                     sampling,
                     copies=copies,
                     on_response=lambda prompt, place, rollout: ask(prompt.id, place, rollout),
                 )
-
-            seconds = time.perf_counter() - started
+            stack.callback(groups.close)  # before the scoring, which it adds to
 
             def judge() -> list[Response]:
+                with self._timers(phases[0]):
+                    members = groups.members()
                 with self._timers(phases[1]):
                     scored = on_every_rank(lambda: self._rewarded(scoring))
                     known = _of_every_rank(dict(zip(asked, scored, strict=True)), self._parallel)
@@ -134,7 +138,7 @@ class Answers:
                 ]
                 return with_advantages(responses, self._estimator)
 
-            return _AskedHere(judge, stack.pop_all(), seconds)
+            return _Asked(groups, judge, stack.pop_all(), waiting=lambda: self._timers(phases[0]))
 
     def answer(
         self,
@@ -177,14 +181,25 @@ class Answers:
         return self._progress.together(lambda: scoring.results(moved))
 
 
-class _AskedHere:
-    """Asked of an engine in this process, which has generated everything."""
-
+class _Asked:
     def __init__(
-        self, judge: Callable[[], list[Response]], scoring: contextlib.ExitStack, seconds: float
+        self,
+        groups: Groups,
+        judge: Callable[[], list[Response]],
+        scoring: contextlib.ExitStack,
+        *,
+        waiting: Callable[[], AbstractContextManager],
     ) -> None:
-        self._judge, self._scoring, self.seconds = judge, scoring, seconds
+        self._groups, self._judge, self._scoring, self._waiting = groups, judge, scoring, waiting
         self._responses: list[Response] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._groups.seconds
+
+    def wait(self) -> None:
+        with self._waiting():
+            self._groups.wait()
 
     def responses(self) -> list[Response]:
         if self._responses is None:
@@ -216,42 +231,73 @@ class Member(NamedTuple):
     version: int
 
 
-def generate_groups(
-    engine: RolloutEngine,
-    rows: Sequence[NumberedRow],
-    sampling: SamplingParams,
-    *,
-    copies: int,
-    on_response: OnResponse = no_matter,
-) -> list[Member]:
-    """Whole groups in the order of `rows`, demonstrations behind what was generated.
+class Groups:
+    """Whole groups on their way, which an engine has been asked for.
 
     Args:
         copies: as for Answers.ask.
         sampling: num_samples is the size of a whole group.
         on_response: as for RolloutEngine.generate; not told of demonstrations.
-    Raises:
-        RuntimeError, FloatingPointError: as check_groups.
     """
-    shown = {number: row for number, row in rows if copies and row.demonstration is not None}
-    found: dict[int, RolloutGroup] = {}
-    for size, is_shown in ((sampling.num_samples, False), (sampling.num_samples - copies, True)):
-        prompts = [
-            Prompt(id=number, tokens=row.tokens) for number, row in rows if (number in shown) == is_shown
-        ]
-        if not prompts:
-            continue
-        groups = engine.generate(prompts, replace(sampling, num_samples=size), on_response)
-        check_groups(groups, prompts, size=size)
-        found |= {group.prompt.id: group for group in groups}
-    members: list[Member] = []
-    for number, _ in rows:
-        group = found[number]
-        rollouts = [(rollout, False) for rollout in group.rollouts]
-        if number in shown:
-            rollouts += [(_demonstrated(shown[number]), True)] * copies
-        members += [Member(number, place, *rollout, group.version) for place, rollout in enumerate(rollouts)]
-    return members
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rows: Sequence[NumberedRow],
+        sampling: SamplingParams,
+        *,
+        copies: int,
+        on_response: OnResponse = no_matter,
+    ) -> None:
+        self._rows, self._copies = rows, copies
+        self._shown = {number: row for number, row in rows if copies and row.demonstration is not None}
+        self._asked: list[tuple[list[Prompt], int, Generation]] = []
+        for size, is_shown in ((sampling.num_samples, False), (sampling.num_samples - copies, True)):
+            prompts = [
+                Prompt(id=number, tokens=row.tokens)
+                for number, row in rows
+                if (number in self._shown) == is_shown
+            ]
+            if prompts:
+                generation = begin(engine, prompts, replace(sampling, num_samples=size), on_response)
+                self._asked.append((prompts, size, generation))
+
+    @property
+    def seconds(self) -> float:
+        """That the engine took; known with the members."""
+        return sum(generation.seconds for _, _, generation in self._asked)
+
+    def wait(self) -> None:
+        """Until the engine is done."""
+        for _, _, generation in self._asked:
+            generation.wait()
+
+    def members(self) -> list[Member]:
+        """In the order of the rows, demonstrations behind what was generated; collective.
+
+        Raises:
+            RuntimeError, FloatingPointError: as check_groups.
+        """
+        found: dict[int, RolloutGroup] = {}
+        for prompts, size, generation in self._asked:
+            groups = generation.groups()
+            check_groups(groups, prompts, size=size)
+            found |= {group.prompt.id: group for group in groups}
+        members: list[Member] = []
+        for number, _ in self._rows:
+            group = found[number]
+            rollouts = [(rollout, False) for rollout in group.rollouts]
+            if number in self._shown:
+                rollouts += [(_demonstrated(self._shown[number]), True)] * self._copies
+            members += [
+                Member(number, place, *rollout, group.version) for place, rollout in enumerate(rollouts)
+            ]
+        return members
+
+    def close(self) -> None:
+        """They are not wanted any more."""
+        for _, _, generation in self._asked:
+            generation.close()
 
 
 def _demonstrated(row: PromptRow) -> Rollout:

@@ -13,6 +13,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.observability.watch import take_device_peak
 from megatron_sftrl.rl.rewards import Scored
 from megatron_sftrl.rollout.api import RolloutEngine
+from megatron_sftrl.rollout.separate import RemoteEngine
 from megatron_sftrl.trainers.experience import ExperienceBatches, Response, score_responses
 from megatron_sftrl.types import Prompt, SamplingParams
 
@@ -87,6 +88,8 @@ class EngineUpdates:
         self._note("train")
         numbers |= {f"memory/{whose}_peak_bytes": peak for whose, peak in self._peaks.items()}
         self._peaks = {}
+        if isinstance(self._engine, RemoteEngine):
+            numbers |= self._engine.numbers()
         if (report := self._engine.last_report) is not None:
             numbers |= {
                 "reshard/received_bytes": report.received_bytes,

@@ -7,10 +7,12 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
+from megatron_sftrl.config.placement import generators_config
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.data.loader import StepData
 from megatron_sftrl.data.packing import padded_batch
@@ -18,10 +20,12 @@ from megatron_sftrl.data.prompts import PromptSet
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import run_context
-from megatron_sftrl.engine.policy import Part
+from megatron_sftrl.engine.policy import Part, PolicyEngine
+from megatron_sftrl.engine.sides import Bridge, Side, side_of
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.losses.grpo import OF_DEMONSTRATIONS
 from megatron_sftrl.observability.run_directory import open_run_directory
+from megatron_sftrl.observability.watch import HangWatch
 from megatron_sftrl.rl.rewards import (
     RewardPool,
     check_canaries,
@@ -30,7 +34,13 @@ from megatron_sftrl.rl.rewards import (
 )
 from megatron_sftrl.rl.rewards.registry import Json
 from megatron_sftrl.rollout.api import RolloutEngine
-from megatron_sftrl.rollout.build import build_engine, check_engine, engine_here
+from megatron_sftrl.rollout.build import (
+    build_engine,
+    check_engine,
+    engine_here,
+    remote_engine,
+    serve_trainers,
+)
 from megatron_sftrl.trainers.answers import Answers
 from megatron_sftrl.trainers.checked import CheckedRun, batch_layout, checked_run
 from megatron_sftrl.trainers.demonstrations import SftTerm, open_sft_term
@@ -136,10 +146,15 @@ def run_grpo(config: GrpoConfig) -> bool:
     """
     config = engine_here(config)
     checked = checked_run(config)
+    side = side_of(config.rollout.devices)
+    if side is not None and side.is_generator:
+        return run_generator(checked, side)
     prompts, valid = open_prompts(checked)
+    hang_minutes = config.train.hang_minutes
     with (
         StopRequest() as stop,
-        run_context(config) as parallel,
+        run_context(config, side and side.ranks) as parallel,
+        Bridge(side, parallel, hang_minutes=hang_minutes) if side else nullcontext() as bridge,
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):
@@ -164,15 +179,40 @@ def run_grpo(config: GrpoConfig) -> bool:
             held_out=HELD_OUT if valid else (),
             sometimes=sometimes_there(config),
         )
-        progress = shared_progress(parallel, run.watch, hang_minutes=config.train.hang_minutes)
-        engine = build_engine(config, run.policy, checked.tokenizer.decode, progress)
+        progress = shared_progress(parallel, run.watch, hang_minutes=hang_minutes)
+        if bridge is not None:
+            engine = remote_engine(config, run.policy, progress, bridge)
+        else:
+            engine = build_engine(config, run.policy, checked.tokenizer.decode, progress)
         with contextlib.closing(engine):
             run.begin()
             is_finished = GrpoTrainer(
                 run, checked, engine, prompts, valid, rewards, progress, sft_term
             ).train()
+        if bridge is not None:
+            bridge.is_finished = is_finished
     run.tell_end()
     return is_finished
+
+
+def run_generator(checked: CheckedRun[GrpoConfig], side: Side) -> bool:
+    """A process of rollout.devices, to the end of the trainers; what it returns and raises is theirs.
+
+    A signal that asks the job to stop is theirs, too: they take it after a step.
+    """
+    config = generators_config(checked.config, is_mixture=checked.architecture.mixture is not None)
+    hang_minutes = config.train.hang_minutes
+    watch = HangWatch(hang_minutes)
+    with (
+        StopRequest(),
+        run_context(config, side.ranks) as parallel,
+        Bridge(side, parallel, hang_minutes=hang_minutes) as bridge,
+        watch,
+    ):
+        check_engine(config, checked.architecture, parallel.device, world_size=parallel.world_size)
+        policy = PolicyEngine(checked.architecture, config, parallel, with_optimizer=False)
+        progress = shared_progress(parallel, watch, hang_minutes=hang_minutes)
+        return serve_trainers(config, policy, checked.tokenizer.decode, progress, bridge)
 
 
 def _fingerprint(prompts: PromptSet, sft_term: SftTerm | None) -> str:
@@ -291,6 +331,8 @@ class GrpoTrainer:
         run = self.run
         num_skipped = run.state.skipped_steps
         with named_step(run.state.step + 1):
+            if self._begun is not None:
+                self._begun.asked.wait()  # generators take no weights before
             with self.updates.engine_turn(run.state.step, timed=run.timers("reshard")):
                 collected = self._collect()
                 self._begun = self._begin(after=collected) if self._asks_ahead else None

@@ -203,7 +203,8 @@ class Run(Generic[ConfigT]):
         LOGGER.info("last checkpoint: %s", checkpoint)
         if numbers := last_numbers(self.directory):
             LOGGER.info("last numbers: %s", numbers)
-        world_size = self.parallel.world_size
+        # Of the whole job, where some of its processes only generate.
+        world_size = int(os.environ.get("WORLD_SIZE", self.parallel.world_size))
         for line in next_commands(
             self.config,
             checkpoint,

@@ -19,8 +19,8 @@ from megatron_sftrl.apps.compare.config import (
     tree_of,
     yaml_of,
 )
-from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.load import config_from_text
+from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import GrpoConfig, ModelSection, RunConfig, TrainingConfig
 from megatron_sftrl.data.formats import Columns, FormattedRow, Kind, read_formatted
 from megatron_sftrl.data.sources import find_files

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from megatron_sftrl.apps.plan.job import Hardware, parse_bytes
 from megatron_sftrl.apps.plan.search import Plan, advice, plan_run, search_layouts
-from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.load import load_any_config
+from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses import build_loss

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.config.checks import with_engine
 from megatron_sftrl.config.load import config_from_text
+from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import GrpoConfig
 from megatron_sftrl.observability.run_directory import open_run_directory, write_atomically
 from tests.unit.config.example import example

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.observability.watch import Timers
-from megatron_sftrl.trainers.answers import Answers, check_groups, generate_groups
+from megatron_sftrl.trainers.answers import Answers, Groups, check_groups
 from megatron_sftrl.trainers.guards import named_step
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
@@ -89,7 +89,7 @@ def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> Non
 
     engine: Any = SimpleNamespace(generate=generate)
     rows = [(4, shown), (5, plain), (6, shown)]
-    members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=1)
+    members = Groups(engine, rows, SamplingParams(num_samples=3), copies=1).members()
     assert asked == [([5], 3), ([4, 6], 2)]
     assert [each.place for each in members] == [0, 1, 2] * 3
     assert {each.version for each in members} == {3}
@@ -102,6 +102,6 @@ def test_demonstrations_take_the_place_of_responses_where_a_row_has_one() -> Non
         expected = (7, 8) if is_shown else (3,) * (1 + number)
         assert (made.response_tokens, made.is_finished) == (expected, is_shown)
     asked.clear()
-    plain_members = generate_groups(engine, rows, SamplingParams(num_samples=3), copies=0)
+    plain_members = Groups(engine, rows, SamplingParams(num_samples=3), copies=0).members()
     assert asked == [([4, 5, 6], 3)]
     assert not any(each.is_demonstration for each in plain_members)
