@@ -17,6 +17,7 @@ VOCAB_SIZE = 101  # one more than the tokenizer has; odd, so that tp = 2 pads it
 TIMING = (
     "tokens_per_second", "seconds/", "peak_memory_bytes", "rollout/tokens_per_second",
     "reward/slowest_seconds", "reshard/gigabytes_per_second", "checkpoint/", "ranks/",
+    "rollout/wait_seconds", "rollout/generator_idle",
 )  # fmt: skip
 
 _SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")

@@ -1,0 +1,46 @@
+"""rollout.devices: the last ranks of a job only generate, and its numbers are those of ranks that do both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.curves import assert_same_curves, unequal_tensors
+from tests.e2e.grpo_project import GrpoProject, samples_of
+from tests.e2e.product import sftrl
+from tests.e2e.project import Metrics, metrics_of, without_timing
+from tests.e2e.test_grpo_layouts import OTHER_ORDER
+
+STEPS = 4
+AHEAD = ("rollout.ahead=1", "rollout.passes=1", "batch.global_size=16", "checkpoint.every=3")
+SETTINGS = {"in turns": (), "ahead": AHEAD}
+
+
+def trained(run: Path) -> Metrics:
+    """A run's numbers without those that only generators elsewhere have."""
+    rows = without_timing(metrics_of(run))
+    return [{name: row[name] for name in row if not name.startswith("reshard/")} for row in rows]
+
+
+def assert_one_run(ours: Path, truth: Path, *, steps: int) -> None:
+    """To the bit: the same layouts compute it."""
+    assert [row["step"] for row in metrics_of(ours)] == list(range(1, steps + 1))
+    assert trained(ours) == trained(truth)
+    assert (ours / "rollouts.jsonl").read_bytes() == (truth / "rollouts.jsonl").read_bytes()
+    final = f"checkpoints/step-{steps:08d}"
+    assert unequal_tensors(ours / final, truth / final) == []
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_trainer_beside_a_generator_is_a_run_on_one_process(
+    name: str, grpo: GrpoProject, tmp_path: Path
+) -> None:
+    common = (f"train.steps={STEPS}", *SETTINGS[name])
+    sftrl(*grpo.command(tmp_path / "one", *common))
+    sftrl(*grpo.command(tmp_path / "two", *common, "rollout.devices=1"), ranks=2)
+    assert_one_run(tmp_path / "two", tmp_path / "one", steps=STEPS)
+    for row in metrics_of(tmp_path / "two"):
+        assert row["rollout/wait_seconds"] > 0
+        assert 0 < row["rollout/generator_idle"] < 1
+        assert row["reshard/received_bytes"] > 0
