@@ -11,6 +11,7 @@ from tests.e2e.grpo_project import GrpoProject, samples_of
 from tests.e2e.product import sftrl
 from tests.e2e.project import Metrics, metrics_of, without_timing
 from tests.e2e.test_grpo_layouts import OTHER_ORDER
+from tests.grid import cases
 
 STEPS = 4
 AHEAD = ("rollout.ahead=1", "rollout.passes=1", "batch.global_size=16", "checkpoint.every=3")
@@ -44,3 +45,29 @@ def test_a_trainer_beside_a_generator_is_a_run_on_one_process(
         assert row["rollout/wait_seconds"] > 0
         assert 0 < row["rollout/generator_idle"] < 1
         assert row["reshard/received_bytes"] > 0
+
+
+WIDE = {
+    "tp2 + 1": ((), ("parallel.tp=2", "rollout.devices=1")),
+    "dp2 + 1, ahead": (AHEAD, ("rollout.devices=1",)),
+    "1 + tp2, ahead": (AHEAD, ("rollout.devices=2", "rollout.tp=2")),
+    "1 + 2 generators": ((), ("rollout.devices=2",)),
+    "pp2 + 1, further draws, evaluations": (
+        (*AHEAD, "filters={dynamic_sampling: true, max_rounds: 4}", "train.eval_every=2"),
+        ("parallel.pp=2", "rollout.devices=1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", cases(WIDE, rarely=[name for name in WIDE if name != "tp2 + 1"]))
+def test_other_layouts_on_either_side_follow_one_process(
+    name: str, grpo: GrpoProject, tmp_path: Path
+) -> None:
+    common, layout = WIDE[name]
+    common = ("train.steps=3", grpo.reward("hopeless"), f"data.valid=[{grpo.prompts}]", *common)
+    sftrl(*grpo.command(tmp_path / "one", *common))
+    sftrl(*grpo.command(tmp_path / "wide", *common, *layout), ranks=3)
+    tokens = [[row["response_tokens"] for row in samples_of(tmp_path / run)] for run in ("wide", "one")]
+    assert tokens[0] == tokens[1]
+    assert_same_curves(trained(tmp_path / "wide"), trained(tmp_path / "one"), tolerance=OTHER_ORDER)
+    assert {row["reshard/received_bytes"] for row in metrics_of(tmp_path / "wide")} != {0}
