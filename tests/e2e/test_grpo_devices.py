@@ -8,10 +8,11 @@ import pytest
 
 from tests.e2e.curves import assert_same_curves, unequal_tensors
 from tests.e2e.grpo_project import GrpoProject, samples_of
-from tests.e2e.product import sftrl
+from tests.e2e.product import run_product, sftrl, start_product
 from tests.e2e.project import Metrics, metrics_of, without_timing
 from tests.e2e.test_grpo_layouts import OTHER_ORDER
-from tests.grid import cases
+from tests.e2e.test_resume import wait_for_step
+from tests.grid import HOW_TO_RUN_ALL, cases, is_full
 
 STEPS = 4
 AHEAD = ("rollout.ahead=1", "rollout.passes=1", "batch.global_size=16", "checkpoint.every=3")
@@ -71,3 +72,23 @@ def test_other_layouts_on_either_side_follow_one_process(
     assert tokens[0] == tokens[1]
     assert_same_curves(trained(tmp_path / "wide"), trained(tmp_path / "one"), tolerance=OTHER_ORDER)
     assert {row["reshard/received_bytes"] for row in metrics_of(tmp_path / "wide")} != {0}
+
+
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_the_death_of_a_generator_ends_the_job_which_then_repeats_its_lost_steps(
+    grpo: GrpoProject, tmp_path: Path
+) -> None:
+    """Responses on their way are lost with it, and generated again."""
+    one, killed = tmp_path / "one", tmp_path / "killed"
+    long = (*AHEAD, "train.steps=14", "checkpoint.every=4")
+    sftrl(*grpo.command(one, *long))
+    command = grpo.command(killed, *long, "rollout.devices=1")
+    with start_product(*command, log=tmp_path / "log", ranks=2) as started:
+        wait_for_step(6, killed, started)
+        (generator,) = [each for each in started.processes() if each.environ().get("RANK") == "1"]
+        generator.kill()
+        assert started.wait(timeout_s=60) == 1
+        assert "exitcode  : -9" in started.output()
+    assert 4 < metrics_of(killed)[-1]["step"] < 14, "the kill came at another moment: the test is blind"
+    run_product(*command, log=tmp_path / "log", ranks=2)
+    assert_one_run(killed, one, steps=14)
