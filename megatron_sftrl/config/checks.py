@@ -64,9 +64,11 @@ def idle_settings(config: TrainingConfig) -> list[IdleSetting]:
             add("rollout", ("max_concurrent",), "rollout.engine is vllm (rollout.vllm.max_num_seqs)")
         if grpo.rollout.engine == "in_process":
             add("rollout", ("vllm",), "rollout.engine is in_process")
+        if grpo.rollout.devices and grpo.rollout.engine == "vllm":
+            add("rollout", ("tp",), "rollout.engine is vllm (rollout.vllm.tp)")
         if not grpo.rollout.devices:
             add("rollout", ("tp",), "rollout.devices is 0: the policy generates in its own layout")
-        else:
+        if grpo.rollout.devices:
             add("rollout", ("offload",), "rollout.devices have memory of their own")
         if not grpo.filters.dynamic_sampling:
             add("filters", ("max_rounds",), "filters.dynamic_sampling is off")
@@ -568,22 +570,21 @@ def _ahead_problems(grpo: GrpoConfig, loss_needs: tuple[str, ...]) -> Iterator[s
 def _devices_problems(config: TrainingConfig, architecture: ModelSizes, world_size: int) -> Iterator[str]:
     if (grpo := config.grpo) is None or not grpo.rollout.devices:
         return
-    devices, tp = grpo.rollout.devices, grpo.rollout.tp
+    devices, is_vllm = grpo.rollout.devices, grpo.rollout.engine == "vllm"
+    tp = grpo.rollout.vllm.tp if is_vllm else grpo.rollout.tp
+    key = "rollout.vllm.tp" if is_vllm else "rollout.tp"
     if devices >= world_size:
         yield (
             f"rollout.devices = {devices} leaves none of the {world_size} process(es) to train: start more, "
             "or lower it"
         )
-    if grpo.rollout.engine == "vllm":
-        yield (
-            "rollout.devices needs rollout.engine = in_process: vLLM generates in the trainers' processes "
-            "only; set it, or remove rollout.devices"
-        )
     if devices % tp:
         yield (
-            f"rollout.devices = {devices} do not form generators of rollout.tp = {tp}: choose tp among the "
+            f"rollout.devices = {devices} do not form generators of {key} = {tp}: choose tp among the "
             f"divisors of {devices}, or other devices"
         )
+    if is_vllm:  # which says itself what it cannot cut
+        return
     theirs = generators_config(grpo, is_mixture=architecture.mixture is not None)
     for problem in (*_layout_problems(theirs, architecture), *_expert_problems(theirs, architecture)):
         yield f"the generators of rollout.devices: {problem.replace('parallel.tp', 'rollout.tp')}"

@@ -19,14 +19,13 @@ def with_engine(
     rollout = config.rollout
     if rollout.engine != "auto":
         return config, ""
-    if is_cuda and has_vllm and not config.train.deterministic and not rollout.devices:
+    if is_cuda and has_vllm and not config.train.deterministic:
         engine, idle, why = "vllm", "max_concurrent", "CUDA and vLLM are there"
     else:
         engine, idle = "in_process", "vllm"
         why = "vLLM is not installed" if is_cuda else "there is no CUDA device"
         if is_cuda and has_vllm:
-            who = "rollout.devices" if rollout.devices else "train.deterministic"
-            why = f"{who} does not go with vLLM"
+            why = "train.deterministic does not cover vLLM"
     if idle in rollout.model_fields_set:
         raise UserError(
             f"rollout.{idle} has no effect: rollout.engine is auto, and that is {engine} {place}, since "

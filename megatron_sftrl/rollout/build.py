@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+from typing import Any
 
 import torch
 
 from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.engine.live_weights import live_weights
+from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.sides import Bridge
 from megatron_sftrl.engine.together import SharedProgress
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.engine_shards import EngineLayout, engine_regions
 from megatron_sftrl.rollout.api import Decode, RolloutEngine
 from megatron_sftrl.rollout.in_process import InProcessEngine
+from megatron_sftrl.rollout.reshard import Resharder, ReshardReport, wanted_by
 from megatron_sftrl.rollout.separate import RemoteEngine, serve
-from megatron_sftrl.rollout.vllm import VllmEngine
+from megatron_sftrl.rollout.vllm import VllmEngine, beside_trainer
 from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
 
 LOGGER = logging.getLogger(__name__)
@@ -75,15 +80,48 @@ def remote_engine(
     config: GrpoConfig, policy: PolicyEngine, progress: SharedProgress, bridge: Bridge
 ) -> RemoteEngine:
     """The generators of rollout.devices, as their trainers see them; collective over the whole job."""
-    return RemoteEngine(policy, bridge, progress.moved, bucket_bytes=_bucket_bytes(config))
+    return RemoteEngine(policy, bridge, progress.moved, **_messages(config))
 
 
 def serve_trainers(
-    config: GrpoConfig, policy: PolicyEngine, decode: Decode, progress: SharedProgress, bridge: Bridge
+    config: GrpoConfig,
+    architecture: Architecture,
+    parallel: ParallelContext,
+    decode: Decode,
+    progress: SharedProgress,
+    bridge: Bridge,
 ) -> bool:
-    """The life of a generator, with an engine of its own for `policy`; as rollout.separate.serve."""
-    with contextlib.closing(build_engine(config, policy, decode, progress)) as engine:
-        return serve(bridge, policy, engine, progress.moved, bucket_bytes=_bucket_bytes(config))
+    """The life of a generator, with an engine of its own; `config` is generators_config's. As serve().
+
+    Raises:
+        UserError: on every generator: what check_engine refuses, or not enough memory.
+    """
+    if config.rollout.engine == "vllm":
+        settings = _vllm_settings(config)
+        tp_rank = EngineLayout(tp=settings.tp, world_size=parallel.world_size).tp_rank(parallel.rank)
+        wanted = engine_regions(architecture, tp=settings.tp, tp_rank=tp_rank)
+        resharder = Resharder(None, architecture, wanted, bridge, parallel.device, **_messages(config))
+        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        engine = VllmEngine(architecture, parallel, dtype, resharder, settings, decode, progress)
+
+        def update(version: int) -> ReshardReport | None:
+            engine.update(None, version=version)
+            return resharder.last_report
+
+    else:
+        policy = PolicyEngine(architecture, config, parallel, with_optimizer=False)
+        engine = build_engine(config, policy, decode, progress)
+        shards = live_weights(policy.chunks, architecture)
+        wanted = wanted_by(shards, architecture)
+        resharder = Resharder(None, architecture, wanted, bridge, parallel.device, **_messages(config))
+
+        def update(version: int) -> ReshardReport | None:
+            resharder.fill(shards)
+            engine.update(policy, version=version)
+            return resharder.last_report
+
+    with contextlib.closing(engine):
+        return serve(bridge, engine, update, progress.moved)
 
 
 def build_engine(
@@ -107,7 +145,7 @@ def build_engine(
         )
     # vLLM measures what it may take: what will leave while it generates must not be in its way now.
     with policy.lent_memory(offload=rollout.offload):
-        return VllmEngine(policy, _vllm_settings(config), decode, progress)
+        return beside_trainer(policy, _vllm_settings(config), decode, progress)
 
 
 def _vllm_settings(config: GrpoConfig) -> VllmSettings:
@@ -121,9 +159,12 @@ def _vllm_settings(config: GrpoConfig) -> VllmSettings:
         returns_experts=config.rollout.router_replay,
         bucket_bytes=vllm.bucket_mb * 2**20,
         bucket_bytes=_bucket_bytes(config),
+        bucket_bytes=vllm.bucket_mb * 2**20,
         has_checksums=vllm.checksums,
     )
 
 
-def _bucket_bytes(config: GrpoConfig) -> int:
-    return config.rollout.vllm.bucket_mb * 2**20
+def _messages(config: GrpoConfig) -> dict[str, Any]:
+    """Of weights on their way to generators."""
+    vllm = config.rollout.vllm
+    return {"bucket_bytes": vllm.bucket_mb * 2**20, "has_checksums": vllm.checksums}

@@ -29,11 +29,14 @@ class Guest:
 
     Args:
         environment: variables that the library sees; one that is set already keeps its value.
+        in_any_case: others that it sees, whatever is set.
     """
 
-    def __init__(self, device: torch.device, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, device: torch.device, environment: Mapping[str, str], in_any_case: Mapping[str, str]
+    ) -> None:
         self._device = device
-        self._environment = dict(environment)
+        self._environment, self._in_any_case = dict(environment), dict(in_any_case)
         self._replaced: _Attributes = {}
 
     def run(self, action: Callable[[], T]) -> T:
@@ -47,6 +50,7 @@ class Guest:
         ):
             for name, value in self._environment.items():
                 os.environ.setdefault(name, value)
+            os.environ.update(self._in_any_case)
             return action()
 
     def _without_compilation(self) -> contextlib.AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from megatron_sftrl.engine.live_weights import live_weights
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.sides import Bridge
 from megatron_sftrl.rollout.api import OnResponse, RolloutEngine, no_matter
-from megatron_sftrl.rollout.reshard import Resharder, ReshardReport, wanted_by
+from megatron_sftrl.rollout.reshard import Resharder, ReshardReport
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 # The messages.
@@ -131,11 +131,17 @@ class RemoteEngine:
 
     Args:
         on_move: called while this rank waits for the generators and they live.
-        bucket_bytes: of weights in flight, as for Resharder.
+        bucket_bytes, has_checksums: of weights in flight, as for Resharder.
     """
 
     def __init__(
-        self, policy: PolicyEngine, bridge: Bridge, on_move: Callable[[], None], *, bucket_bytes: int
+        self,
+        policy: PolicyEngine,
+        bridge: Bridge,
+        on_move: Callable[[], None],
+        *,
+        bucket_bytes: int,
+        has_checksums: bool = False,
     ) -> None:
         self._parallel, self._bridge, self._on_move = policy.parallel, bridge, on_move
         self._resharder = Resharder(
@@ -145,7 +151,9 @@ class RemoteEngine:
             bridge,
             policy.parallel.device,
             bucket_bytes=bucket_bytes,
+            has_checksums=has_checksums,
         )
+        bridge.gather(None)  # until every generator has its engine
         self._num_commands, self._version = 0, -1
         self._last: RemoteGeneration | None = None
         self._waited = self._busy = self._idle = 0.0
@@ -310,29 +318,19 @@ def _answer_name(command: int, trainer: int, number: int) -> str:
 
 def serve(
     bridge: Bridge,
-    policy: PolicyEngine,
     engine: RolloutEngine,
+    update: Callable[[int], ReshardReport | None],
     on_move: Callable[[], None],
-    *,
-    bucket_bytes: int,
 ) -> bool:
     """Carry out commands until the trainers end; whether their run is finished (Bridge.is_finished).
 
     Args:
-        policy: a model that the weights are written into, and that `engine` reads.
-        on_move, bucket_bytes: as for RemoteEngine.
+        update: takes the weights that are sent into `engine`, as those of a version.
+        on_move: called while this rank waits for a command and the trainers live.
     Raises:
         UserError, RuntimeError: on every generator: the trainers have failed, or one of them is gone.
     """
-    held = live_weights(policy.chunks, policy.architecture)
-    resharder = Resharder(
-        None,
-        policy.architecture,
-        wanted_by(held, policy.architecture),
-        bridge,
-        policy.parallel.device,
-        bucket_bytes=bucket_bytes,
-    )
+    bridge.gather(None)  # the trainers send nothing before an engine is there
     for number in itertools.count():
         idle_since, name = time.perf_counter(), f"command/{number}"
         bridge.wait(lambda name=name: bridge.has(name) or bridge.other_end is not None, on_move)
@@ -341,14 +339,12 @@ def serve(
         command, started, report = bridge.read(name), time.perf_counter(), None
         if isinstance(command, Update):
             with bridge.named_failures():
-                resharder.fill(held)
-            engine.update(policy, version=command.version)
-            report = resharder.last_report
+                report = update(command.version)
         else:
             engine.generate(command.prompts, command.sampling, _Sender(bridge, number, command))
         if bridge.side.rank == 0:
-            now = time.perf_counter()
-            done = Done(seconds=now - started, idle_seconds=started - idle_since, report=report)
+            seconds = time.perf_counter() - started
+            done = Done(seconds=seconds, idle_seconds=started - idle_since, report=report)
             bridge.put(f"done/{number}", done)
     raise AssertionError("commands are counted without an end")
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.errors import UserError
@@ -36,13 +37,14 @@ from megatron_sftrl.rollout.api import (
     response_seed,
 )
 from megatron_sftrl.rollout.process_state import Guest
-from megatron_sftrl.rollout.reshard import ReshardReport, between_all_ranks
+from megatron_sftrl.rollout.reshard import Resharder, ReshardReport, between_all_ranks
 from megatron_sftrl.rollout.vllm_settings import (
     VllmSettings,
     check_vllm,
     cpu_cache_bytes,
     environment,
     memory_advice,
+    ranks,
 )
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
@@ -181,43 +183,36 @@ def load_weights(
 
 
 class VllmEngine:
-    """A RolloutEngine (see api.py) on vLLM; construction is collective.
+    """A RolloutEngine (see api.py) on vLLM, after check_vllm; construction is collective.
 
     Args:
-        policy: its architecture, dtype and ranks are the engine's.
+        parallel: the ranks that form engines.
+        dtype: of the weights.
+        resharder: gives this rank what it reads of them.
         decode: needed where sampling stops at texts.
         progress: told of every step of the engine.
     Raises:
-        UserError: on every rank: vLLM is missing or too old, ranks that form no whole replicas, a model that
-            vLLM cannot cut like this, not enough memory.
+        UserError: on every rank: not enough memory.
     """
 
     def __init__(
         self,
-        policy: PolicyEngine,
+        architecture: Architecture,
+        parallel: ParallelContext,
+        dtype: torch.dtype,
+        resharder: Resharder,
         settings: VllmSettings,
         decode: Decode | None = None,
         progress: SharedProgress | None = None,
     ) -> None:
-        parallel = policy.parallel
-        check_vllm(settings, policy.architecture, world_size=parallel.world_size)
-        self._settings, self._parallel, self._architecture = settings, parallel, policy.architecture
+        self._settings, self._parallel, self._architecture = settings, parallel, architecture
         self._layout = EngineLayout(tp=settings.tp, world_size=parallel.world_size)
         self._is_cuda = parallel.device.type == "cuda"
-        self._guest = Guest(parallel.device, environment(parallel))
-        self._resharder = between_all_ranks(
-            policy.chunks,
-            policy.architecture,
-            parallel,
-            self._layout,
-            bucket_bytes=settings.bucket_bytes,
-            is_checked=settings.is_checked,
-            has_checksums=settings.has_checksums,
-        )
-        self._policy, self._decode, self._progress = policy, decode, progress
+        self._guest = Guest(parallel.device, environment(parallel), ranks(parallel))
+        self._resharder = resharder
+        self._decode, self._progress = decode, progress
         self._version: int | None = None
         self._temperature = 1.0
-        dtype = policy.config.params_dtype
         # It is no result: vLLM keeps frames of its start alive, and with them whatever they return.
         self._guest.run(lambda: on_every_rank(lambda: self._start(dtype)))
         self._model = self._llm.apply_model(lambda model: model)[0]
@@ -234,9 +229,8 @@ class VllmEngine:
     def last_report(self) -> ReshardReport | None:
         return self._resharder.last_report
 
-    def update(self, policy: PolicyEngine, *, version: int) -> None:
-        """`policy` is the one that the engine was made for."""
-        assert policy is self._policy, "an engine serves the policy that it was made for"
+    def update(self, policy: PolicyEngine | None, *, version: int) -> None:
+        """The weights are those that the Resharder gives, whoever has them."""
         self._version = None
         self._wake("weights")
         self._guest.run(self._load)
@@ -414,6 +408,32 @@ class VllmEngine:
             with_experts(rollout, answer.experts, self._architecture)
             for rollout, answer in zip(rollouts, answers, strict=True)
         ]
+
+
+def beside_trainer(
+    policy: PolicyEngine,
+    settings: VllmSettings,
+    decode: Decode | None = None,
+    progress: SharedProgress | None = None,
+) -> VllmEngine:
+    """Engines on the ranks that train the policy.
+
+    Raises:
+        UserError: on every rank: what check_vllm refuses, or not enough memory.
+    """
+    architecture, parallel = policy.architecture, policy.parallel
+    check_vllm(settings, architecture, world_size=parallel.world_size)
+    resharder = between_all_ranks(
+        policy.chunks,
+        architecture,
+        parallel,
+        EngineLayout(tp=settings.tp, world_size=parallel.world_size),
+        bucket_bytes=settings.bucket_bytes,
+        is_checked=settings.is_checked,
+        has_checksums=settings.has_checksums,
+    )
+    dtype = policy.config.params_dtype
+    return VllmEngine(architecture, parallel, dtype, resharder, settings, decode, progress)
 
 
 Ended = Callable[[int, Rollout], None]

@@ -62,10 +62,14 @@ def environment(parallel: ParallelContext) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         # Each update would warn that rotary tables are not loaded; what matters is raised.
         "VLLM_LOGGING_LEVEL": "ERROR",
-        # external_launcher asks for them, also where the job was not started with torchrun.
-        "RANK": str(parallel.rank),
+        # external_launcher asks for it, also where the job was not started with torchrun.
         "LOCAL_RANK": str(parallel.device.index or 0),
     }
+
+
+def ranks(parallel: ParallelContext) -> dict[str, str]:
+    """Variables that vLLM runs with in any case: the ranks that form engines may be the last of a job."""
+    return {"RANK": str(parallel.rank), "WORLD_SIZE": str(parallel.world_size)}
 
 
 def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size: int) -> None:

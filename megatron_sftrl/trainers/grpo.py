@@ -20,7 +20,7 @@ from megatron_sftrl.data.prompts import PromptSet
 from megatron_sftrl.engine.objective import StepReport, combine_reports
 from megatron_sftrl.engine.optimizer import OptimStep
 from megatron_sftrl.engine.parallel import run_context
-from megatron_sftrl.engine.policy import Part, PolicyEngine
+from megatron_sftrl.engine.policy import Part
 from megatron_sftrl.engine.sides import Bridge, Side, side_of
 from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_rank_zero
 from megatron_sftrl.losses.grpo import OF_DEMONSTRATIONS
@@ -158,7 +158,8 @@ def run_grpo(config: GrpoConfig) -> bool:
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):
-        check_engine(config, checked.architecture, parallel.device, world_size=parallel.world_size)
+        num_generating = config.rollout.devices or parallel.world_size
+        check_engine(config, checked.architecture, parallel.device, world_size=num_generating)
         directory = open_run_directory(config, is_writer=False)
         stack.enter_context(hold(directory))
         sets = [prompts, *([valid] if valid else [])]
@@ -210,9 +211,10 @@ def run_generator(checked: CheckedRun[GrpoConfig], side: Side) -> bool:
         watch,
     ):
         check_engine(config, checked.architecture, parallel.device, world_size=parallel.world_size)
-        policy = PolicyEngine(checked.architecture, config, parallel, with_optimizer=False)
         progress = shared_progress(parallel, watch, hang_minutes=hang_minutes)
-        return serve_trainers(config, policy, checked.tokenizer.decode, progress, bridge)
+        return serve_trainers(
+            config, checked.architecture, parallel, checked.tokenizer.decode, progress, bridge
+        )
 
 
 def _fingerprint(prompts: PromptSet, sft_term: SftTerm | None) -> str:

@@ -69,13 +69,13 @@ SELDOM = ["dp2_to_two_replicas", "tp2_pp2_to_two_of_tp2"]  # others have what is
 
 def make_engine(policy: PolicyEngine, *, tp: int) -> VllmEngine:
     """Seven responses at once; tiny buckets, and NaN in what a rank's engine is not meant to read."""
-    from megatron_sftrl.rollout.vllm import VllmEngine
+    from megatron_sftrl.rollout.vllm import beside_trainer
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     settings = VllmSettings(
         tp=tp, max_model_len=MAX_LENGTH, max_num_seqs=7, bucket_bytes=2**14, is_checked=True
     )
-    return VllmEngine(policy, settings, decode)
+    return beside_trainer(policy, settings, decode)
 
 
 @pytest.fixture(scope="module", params=cases(SCENARIOS, rarely=SELDOM))
@@ -198,7 +198,7 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     from megatron_sftrl.models import architecture_of
     from megatron_sftrl.models.hf_weights import open_weights
     from megatron_sftrl.models.tensors import hf_shapes
-    from megatron_sftrl.rollout.vllm import VllmEngine, load_weights
+    from megatron_sftrl.rollout.vllm import beside_trainer, load_weights
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     config = engine_config(directory, {}, "fp32")
@@ -207,7 +207,7 @@ def own_rules(model: str, directory: Path) -> OwnRules:
     policy = PolicyEngine(architecture, config, context, with_optimizer=False)
     refused = {}
     for name, settings in BAD_SETTINGS.items():
-        refused[name] = said_by(lambda settings=settings: VllmEngine(policy, VllmSettings(**settings)))
+        refused[name] = said_by(lambda settings=settings: beside_trainer(policy, VllmSettings(**settings)))
     load(policy, directory)
     engine = make_engine(policy, tp=1)
     with open_weights(directory) as weights:
@@ -351,14 +351,14 @@ def many_prompts(directory: Path) -> Crowded:
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.models import architecture_of
-    from megatron_sftrl.rollout.vllm import VllmEngine
+    from megatron_sftrl.rollout.vllm import beside_trainer
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     config = engine_config(directory, {}, "fp32").model_copy(update={"lora": LoraSection(rank=4, alpha=8)})
     context = initialize_parallel(config.parallel)
     policy = PolicyEngine(architecture_of(config.model), config, context, with_optimizer=False)
     load(policy, directory)
-    engine = VllmEngine(policy, VllmSettings(tp=1, max_model_len=MAX_LENGTH, max_num_seqs=60))
+    engine = beside_trainer(policy, VllmSettings(tp=1, max_model_len=MAX_LENGTH, max_num_seqs=60))
     engine.update(policy, version=0)
     drawn = torch.randint(VOCAB_SIZE, (60, 100), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [Prompt(id=number, tokens=tuple(tokens)) for number, tokens in enumerate(drawn)]

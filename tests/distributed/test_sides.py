@@ -1,4 +1,4 @@
-"""A job in two halves: weights cross from one layout to another, and the end of a side is told to the other."""
+"""A job in two halves: weights cross from layout to layout, and the end of a side is told to the other."""
 
 from __future__ import annotations
 

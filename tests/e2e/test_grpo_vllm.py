@@ -152,3 +152,19 @@ def test_two_processes_and_an_engine_over_both_follow_one(killed: Killed, runs: 
     for row in metrics_of(killed.run_dir):
         assert 0 < row["mismatch/max"] <= SAME_LOGPROBS
         assert row["reshard/received_bytes"] > 0
+
+
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_vllm_on_a_device_of_its_own_answers_as_it_does_beside_the_trainer(
+    grpo: GrpoProject, tmp_path: Path
+) -> None:
+    ahead = ("train.steps=4", "rollout.ahead=1", "rollout.passes=1", "batch.global_size=16")
+    sftrl(*command(grpo, tmp_path / "beside", *ahead))
+    sftrl(*command(grpo, tmp_path / "apart", *ahead, "rollout.devices=1"), ranks=2)
+    assert samples_of(tmp_path / "apart") == samples_of(tmp_path / "beside")
+    beside, apart = (without_timing(metrics_of(tmp_path / name)) for name in ("beside", "apart"))
+    for ours, theirs in zip(apart, beside, strict=True):
+        assert ours["rollout/staleness"] == theirs["rollout/staleness"]
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+        assert 0 < ours["mismatch/probe"] <= SAME_LOGPROBS
+        assert ours["reshard/received_bytes"] == theirs["reshard/copied_bytes"]

@@ -133,7 +133,7 @@ def _in_process(directory: Path, arguments: argparse.Namespace) -> Iterator[Cont
 def _vllm(directory: Path, arguments: argparse.Namespace) -> Iterator[Contender]:
     from megatron_sftrl.engine.parallel import parallel_context
     from megatron_sftrl.engine.policy import PolicyEngine
-    from megatron_sftrl.rollout.vllm import VllmEngine
+    from megatron_sftrl.rollout.vllm import beside_trainer
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
 
     config = config_of(directory, arguments)
@@ -141,7 +141,7 @@ def _vllm(directory: Path, arguments: argparse.Namespace) -> Iterator[Contender]
     settings = VllmSettings(tp=1, max_model_len=length, max_num_seqs=arguments.batch)
     with parallel_context(config.parallel) as parallel:
         policy = PolicyEngine(architecture_of(config), config, parallel, with_optimizer=False)
-        engine = VllmEngine(policy, settings)
+        engine = beside_trainer(policy, settings)
         yield _engine(engine, policy, directory)
         engine.close()
 

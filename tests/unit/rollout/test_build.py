@@ -220,7 +220,9 @@ def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) 
 
     policy: Any = object.__new__(PolicyEngine)
     policy.parallel = SimpleNamespace(dp_size=2)
-    monkeypatch.setattr(build, "VllmEngine", lambda _policy, settings, decode, _progress: (settings, decode))
+    monkeypatch.setattr(
+        build, "beside_trainer", lambda _policy, settings, decode, _progress: (settings, decode)
+    )
     monkeypatch.setattr(build, "InProcessEngine", lambda _parallel, **most: tuple(most.values()))
     vllm: dict[str, Any] = {
         "tp": 2,
@@ -263,7 +265,7 @@ def test_what_will_leave_is_not_in_the_way_when_vllm_measures_the_memory(
     policy.training_state = SimpleNamespace(
         leave=lambda: calls.append("leave"), come_back=lambda: calls.append("come_back")
     )
-    monkeypatch.setattr(build, "VllmEngine", lambda *_: calls.append("build"))
+    monkeypatch.setattr(build, "beside_trainer", lambda *_: calls.append("build"))
     build.build_engine(config_of({**VLLM, "offload": offload}), policy, str)
     assert calls == [*around[:1], "build", *around[1:]]
 
