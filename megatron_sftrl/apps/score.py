@@ -28,7 +28,7 @@ from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.trainers.checked import batch_layout, checked_model
 from megatron_sftrl.trainers.experience import ask_logprobs, look_at_tokens
-from megatron_sftrl.trainers.weights import give_weights, without_adapters
+from megatron_sftrl.trainers.weights import give_weights, only_read
 
 
 def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: Path) -> None:
@@ -43,7 +43,7 @@ def score(config: TrainingConfig, *, checkpoint: Path | None, data: Path, out: P
         raise UserError(f"{out} exists already: choose another --out, or remove it")
     if (checkpoint := checkpoint or config.model.hf) is None:
         raise UserError("score: the YAML has no model.hf; name the weights by --checkpoint")
-    config = without_adapters(config)
+    config = only_read(config)
     architecture, tokenizer = checked_model(config)
     # What a GRPO run says about its data is about prompts.
     said = config.data if isinstance(config, RunConfig) else None

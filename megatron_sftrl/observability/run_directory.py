@@ -33,6 +33,8 @@ _FREE_TO_CHANGE = (
     "train.eval_every",
     "train.max_nonfinite_steps",
     "train.hang_minutes",
+    "rollout.devices",
+    "rollout.tp",
     "rollout.max_concurrent",
     "rollout.save_samples",
     "reward_workers.num_workers",

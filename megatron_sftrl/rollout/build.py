@@ -46,6 +46,8 @@ def check_engine(
 ) -> None:
     """Refuse an engine that cannot run here, before any model is built; `config` is engine_here's.
 
+    Args:
+        world_size: of the job; the engine has rollout.devices of it, where the run says any.
     Raises:
         UserError: on every rank: an engine that is not installed or does not fit ranks or model, or an
             offload without a GPU.
@@ -58,7 +60,8 @@ def check_engine(
     assert config.rollout.engine != "auto", "engine_here() comes first"
     if config.rollout.engine == "vllm":
         _check_router_replay(config, device)
-        check_vllm(_vllm_settings(config), architecture, world_size=world_size)
+        size = config.rollout.devices or world_size
+        check_vllm(_vllm_settings(config), architecture, world_size=size)
 
 
 def _check_router_replay(config: GrpoConfig, device: torch.device) -> None:

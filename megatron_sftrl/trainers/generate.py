@@ -20,7 +20,7 @@ from megatron_sftrl.errors import UserError, error_of
 from megatron_sftrl.observability.run_directory import write_atomically
 from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.trainers.checked import check_stop_ids, checked_model, response_text, stop_ids
-from megatron_sftrl.trainers.weights import give_weights, without_adapters
+from megatron_sftrl.trainers.weights import give_weights, only_read
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 
 _RESPONSES_AT_ONCE = 512
@@ -59,7 +59,7 @@ def run_generate(config: TrainingConfig, request: GenerateRequest) -> None:
         raise UserError(f"num_samples: expected at least 1, got {request.num_samples}")
     if request.out.exists():
         raise UserError(f"{request.out} exists already: choose another --out, or remove it")
-    config = without_adapters(config)
+    config = only_read(config)
     architecture, tokenizer = checked_model(config)
     check_stop_ids("--stop-id", sorted(request.sampling.stop_ids), architecture.vocab_size)
     columns = config.grpo.data.columns if config.grpo is not None else None

@@ -158,8 +158,7 @@ def run_grpo(config: GrpoConfig) -> bool:
         RewardPool(config.rewards, config.reward_workers) as rewards,
         contextlib.ExitStack() as stack,
     ):
-        num_generating = config.rollout.devices or parallel.world_size
-        check_engine(config, checked.architecture, parallel.device, world_size=num_generating)
+        check_engine(config, checked.architecture, parallel.device, world_size=parallel.world_size)
         directory = open_run_directory(config, is_writer=False)
         stack.enter_context(hold(directory))
         sets = [prompts, *([valid] if valid else [])]
@@ -210,7 +209,6 @@ def run_generator(checked: CheckedRun[GrpoConfig], side: Side) -> bool:
         Bridge(side, parallel, hang_minutes=hang_minutes) as bridge,
         watch,
     ):
-        check_engine(config, checked.architecture, parallel.device, world_size=parallel.world_size)
         progress = shared_progress(parallel, watch, hang_minutes=hang_minutes)
         return serve_trainers(
             config, checked.architecture, parallel, checked.tokenizer.decode, progress, bridge

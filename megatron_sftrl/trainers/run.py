@@ -350,7 +350,8 @@ def next_commands(
     layout = config.parallel
     experts = (layout.etp or layout.tp) * layout.ep * layout.pp
     smallest = math.lcm(layout.tp * layout.pp * layout.cp, experts)
-    one_copy = _program(smallest if smallest <= per_node else world_size, per_node)
+    num_training = world_size - (grpo.rollout.devices if grpo else 0)
+    one_copy = _program(smallest if smallest <= per_node else num_training, per_node)
     generate = [
         *("generate", resolved, "--checkpoint", str(checkpoint), "--prompts", _held_out_prompts(config)),
         *("--out", str(run_dir / f"responses-{step}.jsonl"), "--max-new-tokens", str(longest)),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_sftrl.config.schema import TrainingConfig
+from megatron_sftrl.config.schema import RolloutSection, TrainingConfig
 from megatron_sftrl.engine.checkpoint import checkpoint_at
 from megatron_sftrl.engine.checkpoint.directory import read_record
 from megatron_sftrl.engine.checkpoint.store import check_architecture
@@ -25,9 +25,15 @@ from megatron_sftrl.trainers.origins import hash_of_weights
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
-def without_adapters(config: ConfigT) -> ConfigT:
-    """The run for a command that only reads models: adapters are merged where weights are given."""
-    return config.model_copy(update={"lora": None})
+def only_read(config: ConfigT) -> ConfigT:
+    """The run for a command that only reads models: adapters are merged where weights are given, and every
+    process holds the model and generates.
+    """
+    update: dict[str, object] = {"lora": None}
+    if (grpo := config.grpo) is not None and grpo.rollout.devices:
+        rollout = grpo.rollout.model_dump(exclude_unset=True, exclude={"devices", "tp"})
+        update["rollout"] = RolloutSection.model_validate(rollout)
+    return config.model_copy(update=update)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +62,7 @@ def give_weights(
 ) -> GivenWeights:
     """Fill a policy that takes no optimizer step from here on; every rank calls it.
 
-    It is a whole model (without_adapters), and adapters of a checkpoint are merged into it.
+    It is a whole model (only_read), and adapters of a checkpoint are merged into it.
 
     Args:
         path: step directory, run directory, or Hugging Face directory.
@@ -64,7 +70,7 @@ def give_weights(
     Raises:
         UserError: on every rank: nothing there, files that are damaged, or a model of other sizes.
     """
-    assert policy.lora is None, "without_adapters comes first"
+    assert policy.lora is None, "only_read comes first"
     architecture, chunks = policy.architecture, policy.chunks if into is None else into
     if not is_hugging_face(path):
         base = config.model.hf

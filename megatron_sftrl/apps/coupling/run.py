@@ -31,7 +31,7 @@ from megatron_sftrl.models.hf_output import write_assets
 from megatron_sftrl.models.tokenizer_files import has_tokenizer
 from megatron_sftrl.rollout.build import engine_here
 from megatron_sftrl.trainers.checked import checked_run
-from megatron_sftrl.trainers.weights import check_sizes, without_adapters
+from megatron_sftrl.trainers.weights import check_sizes, only_read
 
 
 def run_coupling(config: GrpoConfig, request: CouplingRequest) -> None:
@@ -46,7 +46,7 @@ def run_coupling(config: GrpoConfig, request: CouplingRequest) -> None:
     if request.rank < 0:
         raise UserError(f"--rank: expected 0 or more, got {request.rank}")
     check_matplotlib()
-    config = engine_here(without_adapters(config))
+    config = engine_here(only_read(config))
     checked = checked_run(config)
     evaluations = [request.evaluation(stage) for stage in request.stages]
     held_out = read_held_out(config, evaluations[0])

@@ -48,7 +48,7 @@ from megatron_sftrl.trainers.experience import (
 )
 from megatron_sftrl.trainers.grpo_numbers import SUCCESS
 from megatron_sftrl.trainers.rollouts import check_rows, try_own_answers
-from megatron_sftrl.trainers.weights import give_weights, weights_at, without_adapters
+from megatron_sftrl.trainers.weights import give_weights, only_read, weights_at
 from megatron_sftrl.types import SamplingParams
 
 
@@ -86,7 +86,7 @@ def run_evaluation(config: GrpoConfig, request: EvalRequest) -> bool:
         UserError: prompts or rows that cannot be used, no checkpoint, a k above the samples, an output of
             another evaluation.
     """
-    config = engine_here(without_adapters(config))
+    config = engine_here(only_read(config))
     held_out = read_held_out(config, request)
     with run_context(config) as parallel:
         evaluate_all(config, [request], held_out, parallel)

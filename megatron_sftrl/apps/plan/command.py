@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sftrl.apps.plan.job import Hardware, parse_bytes
-from megatron_sftrl.apps.plan.search import Plan, advice, plan_run, search_layouts
+from megatron_sftrl.apps.plan.memory import Phase
+from megatron_sftrl.apps.plan.search import Plan, advice, num_generating, plan_run, search_layouts
 from megatron_sftrl.config.load import load_any_config
 from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import TrainingConfig
@@ -38,7 +39,12 @@ def print_plan(plan: Plan, hardware: Hardware, console: Console) -> None:
     for name, count in zip(("first", "last"), layers, strict=True):
         sizes += "" if count is None else f"; {count} layers on the {name} stage"
     console.print(f"{grid.world_size} GPUs: {sizes}", highlight=False)
-    console.print(_memory_table(plan, hardware))
+    stage = plan.memory.fullest
+    title = f"GB a GPU on pipeline stage {stage.stage}, the fullest"
+    console.print(_memory_table(title, stage.phases, hardware))
+    if plan.memory.generators:
+        title = f"GB a GPU on {num_generating(plan.config)} more GPUs, which generate (rollout.devices)"
+        console.print(_memory_table(title, plan.memory.generators, hardware))
     others = [
         f"stage {stage.stage}: {stage.fullest.total / _GB:.1f} ({stage.fullest.name})"
         for stage in plan.memory.stages
@@ -118,19 +124,18 @@ def assumptions(plan: Plan, hardware: Hardware) -> list[str]:
     ]
 
 
-def _memory_table(plan: Plan, hardware: Hardware) -> Table:
-    stage = plan.memory.fullest
-    table = Table(title=f"GB a GPU on pipeline stage {stage.stage}, the fullest", title_justify="left")
+def _memory_table(title: str, phases: Sequence[Phase], hardware: Hardware) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for phase in stage.phases:
+    for phase in phases:
         table.add_column(phase.name, justify="right")
-    names = list(dict.fromkeys(name for phase in stage.phases for name in phase.items))
+    names = list(dict.fromkeys(name for phase in phases for name in phase.items))
     for name in names:
-        values = [phase.items.get(name) for phase in stage.phases]
+        values = [phase.items.get(name) for phase in phases]
         table.add_row(name, *("" if value is None else f"{value / _GB:.2f}" for value in values))
     table.add_section()
-    table.add_row("total", *(f"{phase.total / _GB:.2f}" for phase in stage.phases))
-    table.add_row("of", *(f"{hardware.gpu_memory / _GB:.2f}" for _ in stage.phases))
+    table.add_row("total", *(f"{phase.total / _GB:.2f}" for phase in phases))
+    table.add_row("of", *(f"{hardware.gpu_memory / _GB:.2f}" for _ in phases))
     return table
 
 
@@ -146,7 +151,10 @@ def _time_table(plan: Plan) -> Table:
     table.add_row("model FLOPs utilisation while training", f"{estimate.utilisation:.1%}")
     table.add_row("pipeline bubble", f"{estimate.bubble:.1%}")
     table.add_row("micro-batches a rank and update", str(estimate.num_microbatches))
-    table.add_row("tokens a second and GPU", f"{estimate.tokens / estimate.total / plan.grid.world_size:.0f}")
+    num_gpus = plan.grid.world_size + (
+        plan.config.grpo.rollout.devices if plan.config.grpo is not None else 0
+    )
+    table.add_row("tokens a second and GPU", f"{estimate.tokens / estimate.total / num_gpus:.0f}")
     for axis, size in estimate.gigabytes.items():
         table.add_row(f"sent by a GPU over {axis}", f"{size:.2f} GB")
     return table
@@ -165,6 +173,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
             {phase.name: {**phase.items, "total": phase.total} for phase in stage.phases}
             for stage in plan.memory.stages
         ],
+        "generators": {phase.name: {**phase.items, "total": phase.total} for phase in plan.memory.generators},
         "estimate": {**asdict(plan.estimate), "total_seconds": plan.estimate.total},
     }
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from megatron_sftrl.apps.plan.activations import Microbatch, StepPeak, forward_bytes, microbatch_of, step_peak
 from megatron_sftrl.apps.plan.job import Hardware, workload_of
-from megatron_sftrl.apps.plan.model_state import Grid, ModelState, element_bytes, model_state
+from megatron_sftrl.apps.plan.model_state import Grid, ModelState, element_bytes, grid_of, model_state
 from megatron_sftrl.config.checks import stage_layers
+from megatron_sftrl.config.placement import generators_config
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import engine_regions
@@ -62,7 +63,7 @@ def rollout_memory(
         weights=weights,
         cache=max(0.0, cache),
         work=VLLM_WORK,
-        update=2.0 * vllm.bucket_mb * 2**20 + loading * element,
+        update=_buckets(config) + loading * element,
         num_concurrent=min(vllm.max_num_seqs, fits),
         bytes_per_token=per_token,
     )
@@ -202,12 +203,14 @@ class MemoryPlan:
     """All stages in order, and the rollout engine, if any.
 
     Args:
+        generators: phases of a rank of rollout.devices; none where the ranks of the stages generate.
         host_reference: bytes of an offloaded reference in the memory of each node, over its GPUs.
         host_optimizer: bytes of what optim.cpu_offload keeps there, over the GPUs of a node.
         host_checkpoint: bytes that the copies of an asynchronous save take in the memory of a node, at most.
     """
 
     stages: tuple[StageMemory, ...]
+    generators: tuple[Phase, ...]
     rollout: RolloutMemory | None
     host_reference: float
     host_optimizer: float
@@ -225,8 +228,10 @@ def plan_memory(
     """What each stage's ranks need at the largest micro-batch; UserError if no engine can cut the model."""
     batch = microbatch_of(config, grid, hardware.kernels)
     num_microbatches = workload_of(config, grid).num_microbatches
-    rollout = None
-    if (grpo := config.grpo) is not None:
+    rollout, generators = None, ()
+    if (grpo := config.grpo) is not None and grpo.rollout.devices:
+        rollout, generators = _apart(architecture, grpo, hardware)
+    elif grpo is not None:
         rollout = rollout_memory(architecture, grpo, grid, batch, hardware)
     stages = []
     is_offloaded = config.reference is not None and config.reference.placement == "offload"
@@ -234,7 +239,7 @@ def plan_memory(
     for stage in range(grid.pp):
         state = model_state(architecture, config, grid, stage=stage)
         peak = step_peak(architecture, config, grid, batch, stage=stage, num_microbatches=num_microbatches)
-        phases = _phases(state, peak, rollout, hardware, config)
+        phases = _phases(state, peak, None if generators else rollout, hardware, config)
         stages.append(StageMemory(stage=stage, phases=phases))
         largest_reference = max(largest_reference, state.reference + state.reference_average)
         largest_optimizer = max(largest_optimizer, state.optimizer_on_host)
@@ -242,11 +247,42 @@ def plan_memory(
     per_node = min(hardware.gpus_per_node, grid.world_size)
     return MemoryPlan(
         stages=tuple(stages),
+        generators=generators,
         rollout=rollout,
         host_reference=float(largest_reference * per_node * is_offloaded),
         host_optimizer=float(largest_optimizer * per_node),
         host_checkpoint=float(largest_copy if config.checkpoint.async_save else 0),
     )
+
+
+def _apart(
+    architecture: Architecture, config: GrpoConfig, hardware: Hardware
+) -> tuple[RolloutMemory, tuple[Phase, ...]]:
+    """Of the ranks of rollout.devices, which hold an engine and nothing of the trainers."""
+    theirs = generators_config(config, is_mixture=architecture.mixture is not None)
+    grid = grid_of(theirs.parallel, config.rollout.devices)
+    rollout = rollout_memory(
+        architecture, theirs, grid, microbatch_of(theirs, grid, hardware.kernels), hardware
+    )
+    if config.rollout.engine == "in_process":
+        whole = max(math.prod(shape) for shape in hf_shapes(architecture).values())
+        rollout = replace(
+            rollout,
+            weights=float(model_state(architecture, theirs, grid, stage=0).parameters),
+            update=_buckets(config) + float(whole * element_bytes(config)),
+        )
+    reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
+    weights = {"rollout weights": rollout.weights}
+    at_work = {"key/value cache": rollout.cache, "rollout work": rollout.work}
+    return rollout, (
+        Phase(name="generating", items=weights | at_work | reserve),
+        Phase(name="taking weights", items=weights | {"reshard buckets": rollout.update} | reserve),
+    )
+
+
+def _buckets(config: GrpoConfig) -> float:
+    """Of messages of an update, in both directions."""
+    return 2.0 * config.rollout.vllm.bucket_mb * 2**20
 
 
 def _copies_on_node(state: ModelState, config: TrainingConfig, grid: Grid, hardware: Hardware) -> int:
@@ -300,6 +336,9 @@ def _phases(
             "rollout work": rollout.work,
         }
         phases.append(Phase(name="generating", items=base | between | engine | reserve))
+    if config.grpo is not None and config.grpo.rollout.devices:
+        sent = {"reshard buckets": _buckets(config.grpo)}
+        phases.append(Phase(name="sending weights", items=base | between | sent | reserve))
     if rollout is not None and rollout.weights:
         moving = {"rollout weights": rollout.weights, "reshard buckets": rollout.update}
         phases.append(Phase(name="moving weights", items=base | between | moving | asleep | reserve))

@@ -56,13 +56,18 @@ def plan_run(
 ) -> Plan:
     """What the run needs as it is written; UserError for settings that the run itself would refuse."""
     check_run(config, architecture, num_gpus, loss_needs=loss_needs)
-    grid = grid_of(config.parallel, num_gpus)
+    grid = grid_of(config.parallel, num_gpus - num_generating(config))
     memory = plan_memory(architecture, config, grid, hardware)
     estimate = estimate_step(
         architecture, config, grid, hardware, rollout=memory.rollout, mean_length=mean_length
     )
     problems = tuple(_problems(memory, hardware))
     return Plan(config=config, grid=grid, memory=memory, estimate=estimate, problems=problems)
+
+
+def num_generating(config: TrainingConfig) -> int:
+    """GPUs of the job whose processes only generate."""
+    return config.grpo.rollout.devices if config.grpo is not None else 0
 
 
 def search_layouts(
@@ -79,12 +84,12 @@ def search_layouts(
     tp and etp stay inside a node.
     """
     found = []
-    for layout in candidates(architecture, config, num_gpus, hardware):
+    for layout in candidates(architecture, config, max(1, num_gpus - num_generating(config)), hardware):
         try:
             check_run(layout, architecture, num_gpus, loss_needs=loss_needs)
         except UserError:  # the run's own checks refuse this layout
             continue
-        grid = grid_of(layout.parallel, num_gpus)
+        grid = grid_of(layout.parallel, num_gpus - num_generating(layout))
         ways = _recomputations(layout, max(stage_layers(grid, architecture.num_layers)) // grid.vp)
         fitting = _first_that_fits(architecture, ways, grid, hardware)
         if fitting is not None:
@@ -172,6 +177,12 @@ def _problems(memory: MemoryPlan, hardware: Hardware) -> Iterator[str]:
             yield (
                 f"pipeline stage {stage.stage} needs {phase.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB in "
                 f"the phase {phase.name!r} (largest: {named})"
+            )
+    for phase in memory.generators:
+        if phase.total > limit:
+            yield (
+                f"a generator of rollout.devices needs {phase.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB in "
+                f"the phase {phase.name!r}: raise rollout.tp (rollout.vllm.tp)"
             )
     rollout = memory.rollout
     if rollout is not None and rollout.weights and rollout.num_concurrent == 0:

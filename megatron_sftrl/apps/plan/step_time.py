@@ -223,7 +223,11 @@ def estimate_step(
         scored = work.num_updates / grpo.rollout.passes - 1
         parts["old log-probabilities"] = waves * cost.forward * scored
         if rollout is not None and rollout.weights:
-            parts["generating"] = _generation_seconds(architecture, grpo, grid, hardware, rollout, work)
+            seconds = _generation_seconds(architecture, grpo, grid, hardware, rollout, work)
+            if grpo.rollout.devices and grpo.rollout.ahead:  # at the same time
+                parts["waiting for generators"] = max(0.0, seconds - sum(parts.values()))
+            else:
+                parts["generating"] = seconds
     tokens = work.num_updates * config.batch.global_size * work.length
     useful = model_flops(
         architecture, tokens=tokens, length=work.length, has_frozen_matrices=config.lora is not None
@@ -411,8 +415,9 @@ def _generation_seconds(
 
     A token costs one reading of weights and cache. Every response is as long as the estimate assumes.
     """
-    tp = config.rollout.vllm.tp
-    responses = math.ceil(work.num_responses / (grid.world_size // tp))
+    rolling = config.rollout
+    tp = rolling.tp if rolling.engine == "in_process" else rolling.vllm.tp
+    responses = math.ceil(work.num_responses / ((rolling.devices or grid.world_size) // tp))
     together = min(responses, max(1, rollout.num_concurrent))
     rate = hardware.peak_flops * hardware.efficiency * tp
     flops = 2.0 * num_parameters(a)

@@ -147,7 +147,8 @@ def memory_problem(
 
     `gpu_bytes` is of this process's GPU, None on the CPU; the run's own checks have accepted `config`.
     """
-    grid = grid_of(config.parallel, world_size)
+    num_generators = config.grpo.rollout.devices if config.grpo is not None else 0
+    grid = grid_of(config.parallel, world_size - num_generators)
     is_offloaded = config.reference is not None and config.reference.placement == "offload"
     needed = 0
     for stage in range(grid.pp):

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sftrl.apps.plan.job import Hardware
+from megatron_sftrl.apps.plan.search import plan_run
 from megatron_sftrl.cli import main
 from megatron_sftrl.config.load import load_any_config
+from megatron_sftrl.models import architecture_of
 from tests.unit.config.example import EXAMPLE
 from tests.unit.plan.public_models import model_directory
 
@@ -152,6 +155,41 @@ def test_a_run_that_names_no_engine_is_planned_with_the_one_of_gpus_that_have_vl
     words = ["rollout.engine=null", "rollout.vllm=null", "rollout.max_concurrent=8"]
     assert plan("grpo_70b", tmp_path, *words) == 2
     assert "that is vllm on the GPUs that are planned for, since" in capsys.readouterr().err
+
+
+def test_generators_have_their_own_memory_and_trainers_none_of_an_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight more GPUs that only generate: what is left on the others, and what these hold."""
+    out, plans = tmp_path / "plan.json", []
+    apart = ["rollout.devices=8", "rollout.ahead=1"]
+    in_process = ["rollout.engine=in_process", "rollout.vllm=null", "rollout.tp=8"]
+    for words, gpus in (([], 64), (apart, 72), ([*apart, *in_process], 72)):
+        assert plan("grpo_70b", tmp_path, *words, "--json", str(out), gpus=gpus) == 0
+        plans.append(json.loads(out.read_text())["plan"])
+    beside, vllm, embedded = plans
+    assert beside["grid"] == vllm["grid"] == embedded["grid"]
+    assert beside["generators"] == {}
+    for stages in zip(beside["stages"], vllm["stages"], strict=True):
+        training = [dict(stage["training"]) for stage in stages]
+        asleep = training[0].pop("vLLM asleep")
+        assert training[0].pop("total") - asleep == training[1].pop("total")
+        assert training[0] == training[1]
+        assert "generating" not in stages[1]
+        assert stages[1]["sending weights"]["reshard buckets"] == 2 * 512 * 2**20
+    for name in ("rollout weights", "key/value cache"):
+        assert vllm["generators"]["generating"][name] == beside["stages"][0]["generating"][name]
+    # Two bytes of each of 70.6e9 parameters, over tp 8.
+    weights = embedded["generators"]["generating"]["rollout weights"]
+    assert weights == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
+    assert weights + embedded["generators"]["generating"]["key/value cache"] > weights
+    assert "generating" not in vllm["estimate"]["seconds"]
+    assert "on 8 more GPUs, which generate (rollout.devices)" in capsys.readouterr().out
+    model = f"model.hf_config={tmp_path / SHIPPED['grpo_70b'][0]}"
+    config = load_any_config(EXAMPLES / "grpo_70b.yaml", [model, *apart, *in_process[:2]])
+    alone = plan_run(architecture_of(config.model), config, 72, Hardware(gpu_memory=80e9), loss_needs=())
+    (problem,) = alone.problems
+    assert problem.startswith("a generator of rollout.devices needs 1")
 
 
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_do_fit(

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sftrl.config.checks import check_run, idle_settings, with_engine
+from megatron_sftrl.config.checks import check_run, idle_settings
 from megatron_sftrl.config.load import config_from_text, parse_yaml, resolved_yaml
+from megatron_sftrl.config.placement import with_engine
 from megatron_sftrl.config.schema import GrpoConfig, RolloutSection
 from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.errors import UserError
+from megatron_sftrl.models import architecture_of
 from megatron_sftrl.models.architecture import Family, from_section
 from megatron_sftrl.rollout import vllm_settings
 from megatron_sftrl.rollout.vllm_settings import VllmSettings
@@ -148,7 +150,55 @@ def test_settings_of_the_engine_that_auto_is_not_are_refused_with_the_reason(
     # On the other machine they are settings like any other, and nothing calls them idle while it is open.
     config = config_of({**AUTO, **written})
     assert with_engine(config, is_cuda=not is_cuda, has_vllm=True)[0].rollout.engine != "auto"
-    assert not [each.key for each in idle_settings(config) if each.key.startswith("rollout.")]
+    idle = idle_settings(config)
+    assert not [each.key for each in idle if each.key.startswith("rollout.") and each.is_written]
+
+
+DEVICES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no trainer": ({"devices": 4}, {}, "rollout.devices = 4 leaves none of the 4 process(es) to train"),
+    "trainers' sizes": (
+        {"devices": 1},
+        {"parallel": {"tp": 2}},
+        "3 process(es) are not a multiple of parallel.tp * pp * cp = 2 * 1 * 1 = 2: start 2 (dp = 1) or 4",
+    ),
+    "generators' tp": (
+        {"devices": 3, "tp": 2},
+        {},
+        "rollout.devices = 3 do not form generators of rollout.tp",
+    ),
+    "vLLM's tp": (
+        {"devices": 3, "engine": "vllm", "vllm": {"tp": 2}},
+        {},
+        "rollout.devices = 3 do not form generators of rollout.vllm.tp = 2",
+    ),
+    "heads": (
+        {"devices": 3, "tp": 3},
+        {},
+        "the generators of rollout.devices: the model's 4 attention heads do not divide by rollout.tp = 3",
+    ),
+    "tp without devices": ({"tp": 2}, {}, "rollout.tp has no effect: rollout.devices is 0"),
+    "tp of in_process": (
+        {"devices": 1, "tp": 1, "engine": "vllm"},
+        {},
+        "rollout.tp has no effect: rollout.engine is vllm",
+    ),
+    "offload": ({"devices": 1, "offload": True}, {}, "rollout.offload has no effect: rollout.devices have"),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_devices_that_do_not_fit_are_refused_by_name(name: str) -> None:
+    rollout, sections, said = DEVICES[name]
+    config = config_of(rollout)
+    config = type(config).model_validate({**config.model_dump(exclude_unset=True), **sections})
+    with pytest.raises(UserError) as caught:
+        check_run(config, architecture_of(config.model), 4, loss_needs=())
+    assert said in str(caught.value)
+
+
+def test_trainers_and_generators_share_a_job_in_layouts_of_their_own() -> None:
+    config = config_of({"devices": 2, "tp": 2})
+    check_run(config, architecture_of(config.model), 3, loss_needs=())
 
 
 def test_what_can_run_passes(monkeypatch: pytest.MonkeyPatch) -> None:
