@@ -265,11 +265,10 @@ def _apart(
         architecture, theirs, grid, microbatch_of(theirs, grid, hardware.kernels), hardware
     )
     if config.rollout.engine == "in_process":
-        whole = max(math.prod(shape) for shape in hf_shapes(architecture).values())
         rollout = replace(
             rollout,
             weights=float(model_state(architecture, theirs, grid, stage=0).parameters),
-            update=_buckets(config) + float(whole * element_bytes(config)),
+            update=_buckets(config) + float(_largest_tensor(architecture) * element_bytes(config)),
         )
     reserve = {"reserve (CUDA, NCCL, allocator)": hardware.reserve}
     weights = {"rollout weights": rollout.weights}
@@ -278,6 +277,11 @@ def _apart(
         Phase(name="generating", items=weights | at_work | reserve),
         Phase(name="taking weights", items=weights | {"reshard buckets": rollout.update} | reserve),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _largest_tensor(architecture: Architecture) -> int:
+    return max(math.prod(shape) for shape in hf_shapes(architecture).values())
 
 
 def _buckets(config: GrpoConfig) -> float:

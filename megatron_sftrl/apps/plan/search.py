@@ -178,12 +178,12 @@ def _problems(memory: MemoryPlan, hardware: Hardware) -> Iterator[str]:
                 f"pipeline stage {stage.stage} needs {phase.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB in "
                 f"the phase {phase.name!r} (largest: {named})"
             )
-    for phase in memory.generators:
-        if phase.total > limit:
-            yield (
-                f"a generator of rollout.devices needs {phase.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB in "
-                f"the phase {phase.name!r}: raise rollout.tp (rollout.vllm.tp)"
-            )
+    phase = max(memory.generators, key=lambda phase: phase.total, default=None)
+    if phase is not None and phase.total > limit:
+        yield (
+            f"a generator of rollout.devices needs {phase.total / 1e9:.1f} GB of {limit / 1e9:.1f} GB in the "
+            f"phase {phase.name!r}: raise its tp (rollout.tp, or rollout.vllm.tp), or answer fewer at once"
+        )
     rollout = memory.rollout
     if rollout is not None and rollout.weights and rollout.num_concurrent == 0:
         yield (
