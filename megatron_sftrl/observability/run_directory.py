@@ -33,6 +33,7 @@ _FREE_TO_CHANGE = (
     "train.eval_every",
     "train.max_nonfinite_steps",
     "train.hang_minutes",
+    "rollout.offload",
     "rollout.devices",
     "rollout.tp",
     "rollout.max_concurrent",

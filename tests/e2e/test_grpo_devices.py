@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.curves import assert_same_curves, unequal_tensors
 from tests.e2e.grpo_project import GrpoProject, samples_of
-from tests.e2e.product import run_product, sftrl, start_product
+from tests.e2e.product import run_product, sftrl, sftrl_each, start_product
 from tests.e2e.project import Metrics, metrics_of, without_timing
 from tests.e2e.test_grpo_layouts import OTHER_ORDER
 from tests.e2e.test_resume import wait_for_step
@@ -46,6 +46,24 @@ def test_a_trainer_beside_a_generator_is_a_run_on_one_process(
         assert row["rollout/wait_seconds"] > 0
         assert 0 < row["rollout/generator_idle"] < 1
         assert row["reshard/received_bytes"] > 0
+
+
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_a_run_may_go_on_with_generators_that_it_began_without(grpo: GrpoProject, tmp_path: Path) -> None:
+    one, both = tmp_path / "one", tmp_path / "both"
+    common = (*AHEAD, "train.steps=6")
+    sftrl(*grpo.command(one, *common))
+    sftrl(*grpo.command(both, *AHEAD, "train.steps=3"))
+    sftrl(*grpo.command(both, *common, "rollout.devices=1"), ranks=2)
+    assert_one_run(both, one, steps=6)
+
+
+def test_devices_that_leave_no_trainer_are_refused_before_anything_is_built(
+    grpo: GrpoProject, tmp_path: Path
+) -> None:
+    (ended,) = sftrl_each([grpo.command(tmp_path / "run", "rollout.devices=1")])
+    assert "rollout.devices = 1 leaves none of the 1 process(es) to train" in ended.expect(2).stderr
+    assert not (tmp_path / "run").exists()
 
 
 WIDE = {

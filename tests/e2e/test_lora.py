@@ -146,6 +146,11 @@ def test_grpo_samples_from_the_adapters_that_it_trains(grpo: GrpoProject, base: 
     sftrl(*grpo_with_adapters(grpo, base, tmp_path / "run"), ranks=1)
     metrics = metrics_of(tmp_path / "run")
     assert all(row["mismatch/max"] < 1e-4 for row in metrics)
+    if is_full():  # a generator has merged weights
+        sftrl(*grpo_with_adapters(grpo, base, tmp_path / "apart"), "rollout.devices=1", ranks=2)
+        apart = metrics_of(tmp_path / "apart")
+        assert all(0 < row["mismatch/max"] < 1e-4 for row in apart)
+        assert apart[-1]["loss"] == pytest.approx(metrics[-1]["loss"], abs=1e-4)
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it")
