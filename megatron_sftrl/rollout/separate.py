@@ -287,19 +287,19 @@ class RemoteGeneration:
             judges = [judge_of(*each, size=size, num_trainers=side.world_size) for each in places]
             for number in range(judges.count(side.rank)):
                 name = _answer_name(self._number, side.rank, number)
-                self._take_turns(name)
+                self._until_there(name)
                 answer: Answer = self._bridge.read(name)
                 self._bridge.remove(name)
                 self._mine.append(answer)
                 place, sample, rollout = answer
                 self._on_response(self._prompts[place], sample, rollout)
-            self._take_turns(f"done/{self._number}")
+            self._until_there(f"done/{self._number}")
         except _GivenUp:
             pass
         except BaseException as error:
             self._error = error
 
-    def _take_turns(self, name: str) -> None:
+    def _until_there(self, name: str) -> None:
         while not self._bridge.has(name):
             if self._is_closed.wait(_LOOK):
                 raise _GivenUp
