@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.curves import assert_same_curves, unequal_tensors
 from tests.e2e.grpo_project import GrpoProject, samples_of
 from tests.e2e.product import run_product, sftrl, sftrl_each, start_product
-from tests.e2e.project import Metrics, metrics_of, without_timing
+from tests.e2e.project import Metrics, metrics_of, read_rows, without_timing
 from tests.e2e.test_grpo_layouts import OTHER_ORDER
 from tests.e2e.test_resume import wait_for_step
 from tests.grid import HOW_TO_RUN_ALL, cases, is_full
@@ -46,6 +46,11 @@ def test_a_trainer_beside_a_generator_is_a_run_on_one_process(
         assert row["rollout/wait_seconds"] > 0
         assert 0 < row["rollout/generator_idle"] < 1
         assert row["reshard/received_bytes"] > 0
+    # What is written of the run is enough for a command that reads it, on one process.
+    out = tmp_path / "answers.jsonl"
+    ask = ("--prompts", str(grpo.prompts), "--max-new-tokens", "2", "--out", str(out))
+    sftrl("generate", str(tmp_path / "two" / "resolved.yaml"), *ask)
+    assert len(read_rows(out)) == len(read_rows(grpo.prompts))
 
 
 @pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
