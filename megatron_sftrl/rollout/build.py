@@ -79,6 +79,8 @@ def _check_router_replay(config: GrpoConfig, device: torch.device) -> None:
             "not where a text of rollout.stop ends it: remove rollout.stop, give its tokens as "
             "rollout.stop_ids, or use rollout.engine: in_process"
         )
+
+
 def remote_engine(
     config: GrpoConfig, policy: PolicyEngine, progress: SharedProgress, bridge: Bridge
 ) -> RemoteEngine:
@@ -160,8 +162,6 @@ def _vllm_settings(config: GrpoConfig) -> VllmSettings:
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         enforce_eager=vllm.enforce_eager,
         returns_experts=config.rollout.router_replay,
-        bucket_bytes=vllm.bucket_mb * 2**20,
-        bucket_bytes=_bucket_bytes(config),
         bucket_bytes=vllm.bucket_mb * 2**20,
         has_checksums=vllm.checksums,
     )
