@@ -208,12 +208,12 @@ def generate_in_flight(
                 flight.admit(_next(waiting, flight.num_free, max_prompts))
             else:
                 flight.advance()
-            landed = flight.land()
+            landed = {number: _with_whole_experts(each, policy) for number, each in flight.land().items()}
             done.update(landed)
             for number, rollout in landed.items():
                 on_landing(number, rollout)
             on_step()
-    return [_with_whole_experts(done[number], policy) for number in range(len(wanted))]
+    return [done[number] for number in range(len(wanted))]
 
 
 def _with_whole_experts(rollout: Rollout, policy: PolicyEngine) -> Rollout:

@@ -10,7 +10,7 @@ from tests.e2e.grpo_project import GrpoProject, samples_of
 from tests.e2e.product import sftrl, sftrl_each
 from tests.e2e.project import VOCAB_SIZE, make_tokenizer, metrics_of, without_timing
 from tests.e2e.test_grpo_layouts import assert_same_run
-from tests.grid import often
+from tests.grid import HOW_TO_RUN_ALL, is_full, often
 from tests.hf_models import write_model
 
 MIXTURE = (
@@ -69,3 +69,17 @@ def test_two_processes_follow_one(name: str, grpo: GrpoProject, tmp_path: Path) 
     assert_same_run(tmp_path / "two", tmp_path / "one")
     rows = metrics_of(tmp_path / "one")
     assert any(row[CHANGED] > 0 for row in rows), "the policy's own choice was always the engine's"
+
+
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_generators_elsewhere_send_the_experts_of_all_their_ranks(grpo: GrpoProject, tmp_path: Path) -> None:
+    sftrl(*grpo.command(tmp_path / "one", *REPLAY, *LONG))
+    apart = ("rollout.devices=2", "rollout.tp=2")
+    sftrl(*grpo.command(tmp_path / "apart", *REPLAY, *LONG, *apart), ranks=3)
+    apart_tokens, one_tokens = (
+        [row["response_tokens"] for row in samples_of(tmp_path / name)] for name in ("apart", "one")
+    )
+    assert apart_tokens == one_tokens
+    for ours, truth in zip(metrics_of(tmp_path / "apart"), metrics_of(tmp_path / "one"), strict=True):
+        for name in ("loss", "grad_norm", CHANGED):
+            assert ours[name] == pytest.approx(truth[name], rel=2e-5, abs=2e-5)
