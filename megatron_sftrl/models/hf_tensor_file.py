@@ -298,7 +298,7 @@ def packed_experts(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedTenso
 def read_packed(
     read: Callable[[StoredTensor, tuple[slice, ...]], Tensor], packed: PackedTensor, part: Sequence[slice]
 ) -> Tensor:
-    """A region of the tensor, bf16, contiguous.
+    """A region of the tensor, bf16, as a view: rows and columns lie in the order of the blocks.
 
     Args:
         read: a region of one of the two.
@@ -312,12 +312,12 @@ def read_packed(
         read(packed.blocks, (experts, rows, groups)), read(packed.scales, (experts, rows, groups))
     )
     first = groups.start * _GROUP
-    return values[:, :, columns.start - first : columns.stop - first].mT.contiguous()
+    return values[:, :, columns.start - first : columns.stop - first].mT
 
 
 def dequantised(blocks: Tensor, scales: Tensor) -> Tensor:
     """[..., groups, 16] and [..., groups] bytes -> [..., 32 groups] bf16."""
-    entries = (scales.int()[..., None] << 8) | blocks
+    entries = blocks.int().add_(scales.int()[..., None], alpha=256)
     pairs = _pairs().index_select(0, entries.flatten())
     return pairs.view(torch.bfloat16).view(*scales.shape[:-1], -1)
 

@@ -392,16 +392,20 @@ class HfWeights:
         Raises:
             UserError: the file was cut short after it was opened.
         """
-        if part is not None and len(part) > len(self.shapes[name]):
+        return self._seen(name, part or ()).contiguous()
+
+    def _seen(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        """As read(), perhaps with other strides: what puts it elsewhere then moves it once."""
+        if len(part) > len(self.shapes[name]):
             *outer, last, half = part
-            pairs = self.read(name, (*outer, slice(2 * last.start, 2 * last.stop)))
-            return pairs.unflatten(-1, (-1, 2))[..., half].contiguous()
+            pairs = self._seen(name, (*outer, slice(2 * last.start, 2 * last.stop)))
+            return pairs.unflatten(-1, (-1, 2))[..., half]
         if (packed := self._packed.get(name)) is not None:
-            return read_packed(self._read_stored, packed, part or ())
+            return read_packed(self._read_stored, packed, part)
         stored = self._tensors[name]
         if stored.scales is not None:
-            return self._scaled(stored, stored.scales, part or ()).to(self.dtypes[name])
-        return self._read_stored(stored, part or ())
+            return self._scaled(stored, stored.scales, part).to(self.dtypes[name])
+        return self._read_stored(stored, part)
 
     def _read_stored(self, stored: StoredTensor, part: tuple[slice, ...]) -> Tensor:
         return read_part(self._descriptors[stored.file], stored, part)
@@ -409,7 +413,7 @@ class HfWeights:
     def read_into(self, target: Tensor, name: str, part: tuple[slice, ...]) -> None:
         """As read(), into a tensor of the region's shape, any dtype and device; directly where both agree."""
         if name in self._packed or len(part) > len(self.shapes[name]):
-            target.copy_(self.read(name, part))
+            target.copy_(self._seen(name, part))
             return
         stored = self._tensors[name]
         if stored.scales is not None:
