@@ -49,7 +49,7 @@ def experts_of_both(directory: Path) -> list[tuple[NDArray[Any], NDArray[Any]]]:
 
     from megatron_sftrl.engine.router_replay import RouterReplay
     from megatron_sftrl.models import architecture_of
-    from megatron_sftrl.rollout.vllm import VllmEngine, with_experts
+    from megatron_sftrl.rollout.vllm import beside_trainer, with_experts
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
     from megatron_sftrl.trainers.experience import ask_logprobs
 
@@ -58,7 +58,7 @@ def experts_of_both(directory: Path) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     context, policy = _loaded_policy(config, architecture)
     policy.router_replay = RouterReplay(policy.chunks, architecture, context)
     settings = VllmSettings(tp=1, max_model_len=MAX_LENGTH, max_num_seqs=7, enable_prefix_caching=False)
-    engine = VllmEngine(policy, settings)
+    engine = beside_trainer(policy, settings)
     engine.update(policy, version=0)
     assert architecture.mixture is not None
     listener = Listener(architecture.num_layers, architecture.mixture.experts_per_token)
