@@ -69,6 +69,7 @@ def write_multimodal(name: str, directory: Path) -> None:
         "gemma3": {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
     }
     text = {key: value for key, value in CONFIGS[f"{name}_text"].items() if value is not None}
+    text["tie_word_embeddings"] = name == "gemma3"
     config = AutoConfig.for_model(name, text_config=text, vision_config={**sizes, **vision[name]})
     torch.manual_seed(0)
     model: Any = AutoModelForImageTextToText.from_config(config)
