@@ -40,9 +40,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SOME, OTHERS = ("llama", "llama_tied", "qwen3_moe"), ("qwen2", "qwen3", "mixtral")
 # A few of the pairs: which box of which tensor goes where is tested for all of them, bit for bit, in
 # tests/distributed/test_reshard.py.
-VLLM = {("tp2", 2): OTHERS, ("pp2", 2): SOME}
+VLLM = {("tp2", 2): OTHERS}
 if is_full():
-    VLLM |= {("tp2", 1): SOME, ("pp2", 1): OTHERS}
+    VLLM |= {("pp2", 2): SOME, ("tp2", 1): SOME, ("pp2", 1): OTHERS}
     NAMES += OTHER_NAMES
     # vLLM runs the first three with transformers' code, at tp 1 only, and does not update the last one.
     VLLM |= {("one process", 1): OTHER_NAMES[:-1], ("sp2", 2): OTHER_NAMES[3:-1]}

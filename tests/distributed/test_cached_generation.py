@@ -17,7 +17,7 @@ from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 from tests.contract.models import VOCAB_SIZE, save_versions
 from tests.distributed.engine_outputs import engine_config
 from tests.distributed.te_layers import copy_into_fused_layers, layers_like_transformer_engines
-from tests.grid import is_full
+from tests.grid import HOW_TO_RUN_ALL, is_full
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -115,7 +115,12 @@ def assert_same(
     [
         (1, {}, (*MODELS, "mixtral", "qwen3_moe", *(OTHERS if is_full() else ()))),
         (2, {"tp": 2, "sequence_parallel": True}, ("qwen2_window", "qwen3", "mixtral")),
-        (2, {"pp": 2}, ("qwen2_window", "qwen3", "mixtral")),
+        pytest.param(
+            2,
+            {"pp": 2},
+            ("qwen2_window", "qwen3", "mixtral"),
+            marks=pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL),
+        ),
     ],
     ids=["one", "tp2", "pp2"],
 )

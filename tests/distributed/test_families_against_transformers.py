@@ -64,7 +64,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 cp2": (4, {**SEQUENCE, "cp": 2}),
 }
 # Two ranks cost most of the time: of those that are a part of another only one in the everyday run.
-ALWAYS = ("one process", "sp2", "vp2", "cp2", "ep2")
+ALWAYS = ("one process", "sp2", "cp2", "ep2")
 
 
 def random_tokens(seed: int) -> Tensor:

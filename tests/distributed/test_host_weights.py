@@ -12,6 +12,7 @@ from megatron_sftrl.config.schema import ReferenceSection
 from megatron_sftrl.models.architecture import from_section
 from tests.distributed.test_layouts import make_config, step_batches
 from tests.distributed.test_offload import storage_bytes
+from tests.grid import cases
 from tests.ranks import run_ranks
 
 NUM_STEPS = 3
@@ -103,7 +104,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str, dict[str, Any]]
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES, rarely=["frozen", "average"]))
 def test_weights_that_wait_on_the_host_change_no_bit_and_are_copied_one_way(name: str) -> None:
     world_size, parallel, section, dtype, model = CASES[name]
     resident, waiting = (
