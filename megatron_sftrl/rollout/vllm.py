@@ -400,14 +400,14 @@ class VllmEngine:
                         engine.abort_request([output.request_id])
                     if (answers[place].is_finished or output.finished) and place not in told:
                         told.add(place)
-                        ended(place, answers[place].rollout(asked[place][0]))
-        rollouts = [answer.rollout(prompt) for (prompt, _), answer in zip(asked, answers, strict=True)]
+                        ended(place, self._rollout(asked[place][0], answers[place]))
+        return [self._rollout(prompt, answer) for (prompt, _), answer in zip(asked, answers, strict=True)]
+
+    def _rollout(self, prompt: Prompt, answer: _Answer) -> Rollout:
+        rollout = answer.rollout(prompt)
         if not self._settings.returns_experts:
-            return rollouts
-        return [
-            with_experts(rollout, answer.experts, self._architecture)
-            for rollout, answer in zip(rollouts, answers, strict=True)
-        ]
+            return rollout
+        return with_experts(rollout, answer.experts, self._architecture)
 
 
 def beside_trainer(

@@ -139,7 +139,17 @@ class ExperienceBatches:
 
         StepData.rows and microbatch_rows are places in `responses`. With `everything` every generated token
         is there, to look at log-probabilities; nothing is masked.
+
+        Raises:
+            RuntimeError: the engine gave a response without its experts, under rollout.router_replay.
         """
+        if self.experts_shape and any(
+            each.rollout.experts is None and not each.is_demonstration for each in responses
+        ):
+            raise RuntimeError(
+                "rollout.router_replay: the engine gave a response without its experts: use rollout.engine: "
+                "in_process, or remove router_replay"
+            )
         examples = [
             as_example(
                 response,

@@ -271,7 +271,13 @@ def test_every_token_that_the_engine_computed_stands_beside_its_experts() -> Non
 
 def test_a_micro_batch_without_any_experts_has_as_many_choices_as_others() -> None:
     """Or ranks would differ in what they count."""
-    data = replace(batches(), experts_shape=(3, 2)).lay_out([FINISHED])
+    shown = replace(FINISHED, is_demonstration=True)
+    data = replace(batches(), experts_shape=(3, 2)).lay_out([shown])
     assert data is not None
     assert data.batches[0].experts is not None
     assert data.batches[0].experts.shape[1:] == (3, 2)
+
+
+def test_a_response_whose_experts_an_engine_has_lost_is_not_trained_on_others() -> None:
+    with pytest.raises(RuntimeError, match="gave a response without its experts"):
+        replace(batches(), experts_shape=(2, 2)).lay_out([with_experts(FINISHED), CUT_OFF])
