@@ -26,12 +26,13 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 def only_read(config: ConfigT) -> ConfigT:
-    """The run for a command that only reads models: adapters are merged where weights are given, and every
-    process holds the model and generates.
+    """The run for a command that only reads models: adapters are merged where weights are given, every
+    process holds the model and generates, and no engine keeps what only training asks for.
     """
     update: dict[str, object] = {"lora": None}
-    if (grpo := config.grpo) is not None and grpo.rollout.devices:
-        rollout = grpo.rollout.model_dump(exclude_unset=True, exclude={"devices", "tp"})
+    if (grpo := config.grpo) is not None:
+        left_out = {"devices", "tp", "router_replay"}
+        rollout = grpo.rollout.model_dump(exclude_unset=True, exclude=left_out)
         update["rollout"] = RolloutSection.model_validate(rollout)
     return config.model_copy(update=update)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_sftrl.types import Prompt, SamplingParams
 from tests.contract.models import save_versions
 from tests.contract.rollout_contract import GREEDY, MAX_LENGTH, PROMPTS
 from tests.distributed.engine_outputs import _loaded_policy, _packed, engine_config
 from tests.grid import cases
 from tests.ranks import run_ranks
+from tests.unit.rollout.test_vllm_answers import END, mixture, told
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it"
@@ -90,3 +93,44 @@ def test_vllm_chooses_the_experts_that_the_trainer_chooses(model: str, tmp_path:
     for theirs, ours in found:
         assert len(ours) > GREEDY.max_new_tokens - 1
         np.testing.assert_array_equal(np.sort(theirs, axis=2), np.sort(ours, axis=2))
+
+
+class OneByOne:
+    """In the place of vLLM's loop: a step ends one response, the last one that was asked first."""
+
+    def __init__(self, experts: NDArray[np.uint8]) -> None:
+        self._waiting: list[str] = []
+        self._experts = experts
+
+    def add_request(self, number: str, *_: object) -> None:
+        self._waiting.append(number)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._waiting)
+
+    def step(self) -> list[Any]:
+        number = self._waiting.pop()
+        output = told(END, experts=self._experts + int(number))
+        output.request_id = number
+        return [output]
+
+
+@needs_vllm
+def test_a_response_has_its_experts_when_it_is_told_before_the_others_have_ended() -> None:
+    """As generators elsewhere send it."""
+    from megatron_sftrl.rollout.vllm import VllmEngine
+    from megatron_sftrl.rollout.vllm_settings import VllmSettings
+
+    engine, architecture = VllmEngine.__new__(VllmEngine), mixture()
+    prompt = Prompt(id=1, tokens=(5, 6, 7))
+    experts = np.zeros((3, architecture.num_layers, 2), np.uint8)
+    engine._architecture, engine._decode, engine._progress = architecture, None, None
+    engine._settings = VllmSettings(tp=1, max_model_len=8, max_num_seqs=2, returns_experts=True)
+    engine._llm = SimpleNamespace(llm_engine=OneByOne(experts))  # type: ignore[assignment]
+    heard: list[tuple[int, Any]] = []
+    sampling = SamplingParams(max_new_tokens=4, stop_ids=frozenset({END}), seed=1)
+    given = engine._answer([(prompt, 0), (prompt, 1)], sampling, lambda *each: heard.append(each))
+    assert [number for number, _ in heard] == [1, 0]
+    for number, rollout in heard:
+        np.testing.assert_array_equal(rollout.experts, experts + number)
+        np.testing.assert_array_equal(given[number].experts, experts + number)

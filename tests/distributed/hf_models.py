@@ -290,6 +290,22 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
     return model.eval()
 
 
+def saved_gradients(model: Any, directory: Path) -> dict[str, Tensor]:
+    """The gradients of a backward by the names of files, which the model has no more afterwards.
+
+    Through transformers' own writer: a mixture's experts are one tensor in the model, many in a file.
+    """
+    from tests.hf_models import read_tensors  # which imports this module
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data, parameter.grad = parameter.grad, parameter.data
+        model.save_pretrained(directory)
+        for parameter in model.parameters():
+            parameter.data, parameter.grad = parameter.grad, None
+    return read_tensors(directory)
+
+
 def is_norm_from_zero(config: Any, name: str) -> bool:
     """Whether a norm multiplies by 1 + weight: a Gemma 3's, and a hybrid's outside gated delta nets."""
     is_hybrid = hasattr(config, "linear_num_key_heads")

@@ -16,7 +16,14 @@ from torch import Tensor
 from megatron_sftrl.apps.plan.model_state import chunk_parameters, grid_of
 from megatron_sftrl.models import architecture_of
 from tests.distributed.engine_outputs import Case, Numbers, embedded, engine_config, engine_numbers
-from tests.distributed.hf_models import CONFIGS, VOCAB_SIZE, WINDOW, save_model, transformers_logits
+from tests.distributed.hf_models import (
+    CONFIGS,
+    VOCAB_SIZE,
+    WINDOW,
+    save_model,
+    saved_gradients,
+    transformers_logits,
+)
 from tests.grid import is_full
 from tests.hf_models import read_tensors
 from tests.ranks import run_ranks
@@ -81,15 +88,7 @@ class Truth:
         self.logits = transformers_logits(self.model, random_tokens(1), LENGTHS)
         logits = [self.model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
         torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
-        # Through transformers' own writer: a mixture's experts are one tensor in the model, many in a file.
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.data, parameter.grad = parameter.grad, parameter.data
-        self.model.save_pretrained(directory / "gradients")
-        self.gradients = read_tensors(directory / "gradients")
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.data, parameter.grad = parameter.grad, None
+        self.gradients = saved_gradients(self.model, directory / "gradients")
 
 
 @pytest.fixture(scope="module")

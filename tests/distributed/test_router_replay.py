@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sftrl.types import OWN_CHOICE, SamplingParams
 from tests.distributed.engine_outputs import engine_config
-from tests.distributed.hf_models import VOCAB_SIZE, save_model
+from tests.distributed.hf_models import VOCAB_SIZE, save_model, saved_gradients
 from tests.distributed.replay_runs import (
     Gates,
     Replayed,
@@ -26,7 +26,6 @@ from tests.distributed.replay_runs import (
 )
 from tests.distributed.test_families_against_transformers import largest_difference
 from tests.grid import cases
-from tests.hf_models import read_tensors
 from tests.ranks import run_ranks
 
 LENGTHS = [12, 40, 4, 24]  # multiples of 4 for cp 2
@@ -104,14 +103,7 @@ class Truth:
         loss = torch.stack(losses).mean()
         loss.backward()
         self.loss, self.changed = float(loss), changed / counted
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.data, parameter.grad = parameter.grad, parameter.data
-        self.model.save_pretrained(directory / "gradients")
-        self.gradients = read_tensors(directory / "gradients")
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.data, parameter.grad = parameter.grad, None
+        self.gradients = saved_gradients(self.model, directory / "gradients")
 
 
 class Truths:

@@ -23,6 +23,7 @@ from megatron_sftrl.models import architecture_of
 from megatron_sftrl.models.architecture import Family, from_section
 from megatron_sftrl.rollout import vllm_settings
 from megatron_sftrl.rollout.vllm_settings import VllmSettings
+from megatron_sftrl.trainers.weights import only_read
 
 SIZES = {
     "family": "qwen3",
@@ -351,3 +352,11 @@ def test_experts_that_vllm_does_not_tell_are_not_asked_for(
     mixture = {"family": "qwen3_moe", "num_experts": 4, "experts_per_token": 2}
     found = refusal(rollout, monkeypatch, device=device, **mixture)
     assert said in found if said else not found
+
+
+def test_a_command_that_only_reads_generates_on_every_process_and_records_no_experts() -> None:
+    rollout = {"devices": 2, "tp": 2, "router_replay": True, "group_size": 4}
+    config = config_of(rollout, family="qwen3_moe", num_experts=4, experts_per_token=2)
+    found = only_read(config).rollout
+    assert (found.devices, found.tp, found.router_replay, found.group_size) == (0, 1, False, 4)
+    assert "tp" not in found.model_fields_set, "it would be refused as without effect"
