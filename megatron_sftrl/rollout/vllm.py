@@ -230,7 +230,7 @@ class VllmEngine:
         return self._resharder.last_report
 
     def update(self, policy: PolicyEngine | None, *, version: int) -> None:
-        """The weights are those that the Resharder gives, whoever has them."""
+        """The weights are those that the Resharder gives; a `policy` is not looked at."""
         self._version = None
         self._wake("weights")
         self._guest.run(self._load)
