@@ -9,7 +9,7 @@ engines compares both.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.blocks import query_factors
-from megatron_sftrl.engine.kv_cache import CacheSlots, seen_positions
+from megatron_sftrl.engine.kv_cache import CacheSlots, Reading, readings
 from megatron_sftrl.engine.local_layers import layer_window, norm_from_zero, rms_norm
 from megatron_sftrl.models.architecture import Architecture, Latent, Rope
 
@@ -110,14 +110,14 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
         dtype = torch.float32 if config.apply_rope_fusion else hidden.dtype
         turns = {rope: _turn(rope, modules.frequencies, places, dtype) for rope in set(ropes)}
         windows = [layer_window(config, layer.layer_number) for layer in layers]
-        masks = {window: seen_positions(places, window=window) for window in set(windows)}
+        read = {window: readings(places, window=window) for window in set(windows)}
         for layer, rope, window in zip(layers, ropes, windows, strict=True):
             attention = layer.self_attention
             normed = _before(hidden, names.attention, layer, architecture)
             attend = _attention if architecture.latent is None else _latent_attention
             if not architecture.attends(layer.layer_number - 1):
                 attend = _delta_net
-            output = attend(attention, architecture, normed, group, places, turns[rope], masks[window])
+            output = attend(attention, architecture, normed, group, places, turns[rope], read[window])
             hidden = _added(hidden, output, "post_self_attn_layernorm", layer, architecture)
             if isinstance(layer.mlp, MoELayer):
                 normed = _before(hidden, names.experts, layer, architecture)
@@ -193,7 +193,7 @@ def _attention(
     group: dist.ProcessGroup,
     places: CacheSlots,
     turn: _Turn | None,
-    mask: Tensor | None,
+    read: Sequence[Reading],
 ) -> Tensor:
     config: TransformerConfig = attention.config
     projection = attention.linear_qkv
@@ -226,7 +226,7 @@ def _attention(
     if turn is not None and turn.query is not None:
         query = query * turn.query.to(x.dtype)
     places.cache.write(attention.layer_number, places, key, value)
-    return _attended(attention, query, group, places, mask, gate)
+    return _attended(attention, query, group, places, read, gate)
 
 
 def _delta_net(
@@ -236,7 +236,7 @@ def _delta_net(
     group: dist.ProcessGroup,
     places: CacheSlots,
     __: _Turn | None,
-    ___: Tensor | None,
+    ___: Sequence[Reading],
 ) -> Tensor:
     return _row_parallel(net.linear_proj, net.step(x, places), group)
 
@@ -248,7 +248,7 @@ def _latent_attention(
     group: dist.ProcessGroup,
     places: CacheSlots,
     turn: _Turn | None,
-    mask: Tensor | None,
+    read: Sequence[Reading],
 ) -> Tensor:
     """latent_attention.py's; the cache holds keys and values of each head."""
     latent: Latent = attention.latent
@@ -266,7 +266,7 @@ def _latent_attention(
 
     query, key, value = attention.heads_of(query, turned(turning[:, None]), both, turned)
     places.cache.write(attention.layer_number, places, key, value)
-    return _attended(attention, query[:, :, None], group, places, mask)
+    return _attended(attention, query[:, :, None], group, places, read)
 
 
 def _attended(
@@ -274,22 +274,14 @@ def _attended(
     query: Tensor,  # [T, groups/tp, heads per group, head_dim]
     group: dist.ProcessGroup,
     places: CacheSlots,
-    mask: Tensor | None,
+    read: Sequence[Reading],
     gate: Tensor | None = None,  # as the query
 ) -> Tensor:
     """[T, H] of the cache, where the new tokens' keys and values are already."""
-    keys, values = places.cache.read(attention.layer_number, places)
-    num = len(keys)
-    # The query heads of a group stand where other tokens would: the group's keys are read once for all.
-    sinks = getattr(attention.core_attention, "softmax_offset", None)
-    if sinks is None:
-        attended = F.scaled_dot_product_attention(
-            query[:num], keys, values, attn_mask=mask, scale=attention.config.softmax_scale
-        )
-    else:
-        attended = _attended_with_sinks(
-            query[:num], keys, values, mask, sinks, attention.core_attention.scale
-        )
+    parts = [_attended_to(attention, query[what.rows], places, what) for what in read]
+    num = sum(map(len, parts))
+    # A pipeline has more micro-batches than responses are left.
+    attended = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else query[:0]
     if gate is not None:
         attended = (attended * torch.sigmoid(gate[:num].float())).to(attended.dtype)
     attended = attended.flatten(1)
@@ -297,6 +289,18 @@ def _attended(
         attended = F.pad(attended, (0, 0, 0, len(query) - num))
     output = _row_parallel(attention.linear_proj, attended, group)
     return output + attention.linear_proj.bias if attention.config.add_bias_linear else output
+
+
+def _attended_to(attention: Any, query: Tensor, places: CacheSlots, what: Reading) -> Tensor:
+    """[S, groups/tp, heads per group, value_dim] of one run."""
+    keys, values = places.cache.read(attention.layer_number, what)
+    # The query heads of a group stand where other tokens would: the group's keys are read once for all.
+    sinks = getattr(attention.core_attention, "softmax_offset", None)
+    if sinks is None:
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=what.mask, scale=attention.config.softmax_scale
+        )
+    return _attended_with_sinks(query, keys, values, what.mask, sinks, attention.core_attention.scale)
 
 
 def _attended_with_sinks(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,6 +12,8 @@ from torch import Tensor
 
 _GROWTH = 128
 """Tokens of memory that a layer takes at least beyond what it must hold."""
+_SHORT = 128
+"""Sequences up to this length are read together: another call of attention costs more than it saves."""
 
 
 class KvCache:
@@ -34,12 +37,10 @@ class KvCache:
         keys[at.slots, :, at.positions] = key
         values[at.slots, :, at.positions] = value
 
-    def read(self, layer: int, at: CacheSlots) -> tuple[Tensor, Tensor]:
-        """Keys and values, [S, groups/tp, L, head_dim] each, of the sequences in `at.span`, in place."""
-        assert at.span is not None
+    def read(self, layer: int, what: Reading) -> tuple[Tensor, Tensor]:
+        """Keys and values, [S, groups/tp, L, head_dim] each, in place."""
         keys, values = self._layers[layer]
-        where = slice(*at.span)
-        return keys[where, :, : at.longest], values[where, :, : at.longest]
+        return keys[what.slots, :, what.positions], values[what.slots, :, what.positions]
 
     def write_state(self, layer: int, name: str, slots: Tensor, values: Tensor) -> None:
         """Keep what a layer without keys and values has of whole sequences: [N, ...], one in each slot."""
@@ -64,6 +65,15 @@ class KvCache:
                 for target in targets:
                     kept[target, :, :length] = kept[source, :, :length]
 
+    def reorder(self, order: Sequence[int], length: int) -> None:
+        """Give the slot i what the slot order[i] holds, the first `length` tokens, in every layer."""
+        num = len(order)
+        for state in self._states.values():
+            state[:num] = state[list(order)]
+        for pair in self._layers.values():
+            for kept in pair:
+                kept[:num, :, :length] = kept[list(order), :, :length]
+
     def _grown(self, layer: int, which: int, at: CacheSlots, like: Tensor) -> Tensor:
         before = self._layers[layer][which] if layer in self._layers else None
         held = 0 if before is None else before.shape[2]
@@ -85,7 +95,7 @@ class CacheSlots:
         span: None where the micro-batch holds whole sequences from position 0. Otherwise it holds one new
             token of each sequence, and attention is to the cache: the first tokens are of the slots first to
             last in order, and `span` is (first, last + 1); the others only fill the batch up.
-        is_even: all sequences of `span` are of one length.
+        runs: what attention reads of the sequences of `span`, in their order.
     """
 
     cache: KvCache
@@ -93,17 +103,97 @@ class CacheSlots:
     positions: Tensor
     longest: int
     span: tuple[int, int] | None = None
-    is_even: bool = False
+    runs: tuple[Run, ...] = ()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> CacheSlots:
-        return CacheSlots(
-            cache=self.cache,
-            slots=function(self.slots),
-            positions=function(self.positions),
-            longest=self.longest,
-            span=self.span,
-            is_even=self.is_even,
+        return replace(self, slots=function(self.slots), positions=function(self.positions))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Sequences beside each other that attention reads to one length.
+
+    Args:
+        first, last: the first of them in a span, and the first behind them.
+        shortest, longest: of them, in tokens.
+    """
+
+    first: int
+    last: int
+    shortest: int
+    longest: int
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that attention reads without a window: all sequences to the longest."""
+        return (self.last - self.first) * self.longest
+
+
+def runs_of(lengths: Sequence[int]) -> tuple[Run, ...]:
+    """Neighbours that attention reads together; the fewer tokens, the more the longest stand first.
+
+    Behind longer ones alone, at most a third of a run's tokens (beyond _SHORT) belongs to no sequence.
+    """
+    # Of each sequence and those behind it: a shorter one before a longer one is read as long as that one.
+    longest = list(accumulate(reversed(lengths), max))[::-1]
+    runs, first = [], 0
+    for _, group in groupby(longest, key=_size_class):
+        last = first + len(list(group))
+        runs.append(Run(first, last, min(lengths[first:last]), longest[first]))
+        first = last
+    return tuple(runs)
+
+
+def _size_class(length: int) -> int:
+    """The least of _SHORT times 1, 1.5, 2, 3, 4, 6, ... that `length` does not pass."""
+    power = _SHORT
+    while power < length:
+        power *= 2
+    return power * 3 // 4 if _SHORT < length <= power * 3 // 4 else power
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A run's part of the cache.
+
+    Args:
+        rows: of the run's queries in the micro-batch.
+        positions: that any of them sees.
+        mask: [S, 1, 1, L] True where a query sees a position; None where each sees all.
+    """
+
+    rows: slice
+    slots: slice
+    positions: slice
+    mask: Tensor | None
+
+
+def readings(at: CacheSlots, *, window: int | None) -> list[Reading]:
+    """What attention reads for new tokens.
+
+    Args:
+        at: with a span.
+        window: positions that a token sees, its own included; None for all.
+    """
+    assert at.span is not None
+    found = []
+    for run in at.runs:
+        start = 0 if window is None else max(0, run.shortest - window)
+        mask = None
+        if run.shortest < run.longest:
+            positions = at.positions[run.first : run.last, None]
+            distance = positions - torch.arange(start, run.longest, device=positions.device)  # [S, L]
+            is_seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            mask = is_seen[:, None, None]
+        found.append(
+            Reading(
+                rows=slice(run.first, run.last),
+                slots=slice(at.span[0] + run.first, at.span[0] + run.last),
+                positions=slice(start, run.longest),
+                mask=mask,
+            )
         )
+    return found
 
 
 def why_no_cache(config: TransformerConfig) -> str | None:
@@ -113,23 +203,3 @@ def why_no_cache(config: TransformerConfig) -> str | None:
     if config.fp8 or config.fp4:
         return "the layers compute in fp8 or fp4"
     return None
-
-
-def seen_positions(at: CacheSlots, *, window: int | None) -> Tensor | None:
-    """[S, 1, 1, L] True where a new token sees what stands in the cache; None where it sees everything.
-
-    Args:
-        at: with a span.
-        window: positions that a token sees, its own included; None for all.
-    """
-    assert at.span is not None
-    if window is not None and window >= at.longest:
-        window = None
-    if at.is_even and window is None:
-        return None
-    positions = at.positions[: at.span[1] - at.span[0], None]
-    distance = positions - torch.arange(at.longest, device=positions.device)  # [S, L]
-    is_seen = distance >= 0
-    if window is not None:
-        is_seen &= distance < window
-    return is_seen[:, None, None]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sftrl.engine import cpu_backend
-from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, why_no_cache
+from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, runs_of, why_no_cache
 from megatron_sftrl.engine.next_token import NextTokens, next_tokens
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import PolicyEngine
@@ -91,15 +91,15 @@ def pack_new_tokens(
         batch_positions = torch.tensor([*positions[first:last], *padding])
         batches.append(_batch(torch.tensor([*tokens[first:last], *padding]), batch_positions, [0, length]))
         rows.append(torch.arange(len(share)))
-        longest = max(positions[first:last], default=0) + 1
+        lengths = [position + 1 for position in positions[first:last]]
         places.append(
             CacheSlots(
                 cache=cache,
                 slots=torch.tensor([*share, *[cache.scratch_slot] * len(padding)]),
                 positions=batch_positions,
-                longest=longest,
+                longest=max(lengths, default=1),
                 span=(first, last),
-                is_even=min(positions[first:last], default=0) + 1 == longest,
+                runs=runs_of(lengths),
             )
         )
     return batches, rows, places
@@ -149,6 +149,8 @@ def _round_up(value: int, multiple: int) -> int:
 
 _SMALLEST_REFILL = 0.25
 """Share of the places that must be free before waiting responses interrupt those on their way."""
+_WORTH_SORTING = 0.125
+"""Share of what attention reads for a token that another order must save: it copies the cache once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +276,7 @@ class _Flight:
         self._draw((batches, rows, places), new)
         for (slot, prompt), group in zip(leaders.items(), groups, strict=True):
             self._cache.copy(slot, range(slot + 1, slot + len(group)), len(prompt))
+        self._sort()
 
     def advance(self) -> None:
         """Draw one more token of each response; without any, take part in the forwards of others."""
@@ -309,7 +312,21 @@ class _Flight:
                 self.active[slot] = last
                 if self._cache is not None:
                     self._cache.copy(len(self.active), [slot], last.length)
+        if landed:
+            self._sort()
         return landed
+
+    def _sort(self) -> None:
+        """Give the slots another order, from the longest response to the shortest, where that pays."""
+        if self._cache is None:
+            return
+        order = sorted(range(len(self.active)), key=lambda slot: -self.active[slot].length)
+        lengths = [each.length for each in self.active]
+        now = sum(run.num_read for run in runs_of(lengths))
+        then = sum(run.num_read for run in runs_of([lengths[slot] for slot in order]))
+        if now - then > _WORTH_SORTING * now:
+            self._cache.reorder(order, max(lengths))
+            self.active = [self.active[slot] for slot in order]
 
     def _draw(self, packed: Packed, responses: Sequence[_Response]) -> None:
         batches, rows, places = packed

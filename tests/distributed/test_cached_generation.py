@@ -32,11 +32,19 @@ SAME_NATS = 2e-6
 
 @dataclass(frozen=True)
 class Generated:
-    """Of one kind of layers: with and without a cache, and how many steps ran new tokens alone."""
+    """Of one kind of layers: with and without a cache.
+
+    Args:
+        num_cached_steps: ran new tokens alone.
+        num_runs: the most that attention read in one of them.
+        num_sorted: times that responses were given other slots.
+    """
 
     cached: list[RolloutGroup]
     again: list[RolloutGroup]
     num_cached_steps: int
+    num_runs: int
+    num_sorted: int
 
 
 # Their greedy tokens are held against transformers' in test_families_against_transformers.py.
@@ -78,16 +86,35 @@ def both_kinds(
 
 
 def both_ways(policy: PolicyEngine) -> Generated:
+    from megatron_sftrl.engine import kv_cache
     from megatron_sftrl.rollout import in_process
     from megatron_sftrl.rollout.in_process import InProcessEngine
 
     engine = InProcessEngine(policy.parallel, max_responses=4)
     engine.update(policy, version=0)
-    with mock.patch.object(in_process, "pack_new_tokens", wraps=in_process.pack_new_tokens) as packed:
+    steps: list[int] = []
+
+    def packed(*arguments: Any) -> in_process.Packed:
+        made = pack_new_tokens(*arguments)
+        steps.append(max(len(each.runs) for each in made[2]))
+        return made
+
+    pack_new_tokens, reorder = in_process.pack_new_tokens, mock.Mock(wraps=kv_cache.KvCache.reorder)
+    with (
+        mock.patch.object(kv_cache, "_SHORT", 4),
+        mock.patch.object(in_process, "pack_new_tokens", packed),
+        mock.patch.object(kv_cache.KvCache, "reorder", lambda *arguments: reorder(*arguments)),
+    ):
         cached = engine.generate(prompts(), SAMPLING)
     with mock.patch.object(in_process, "why_no_cache", return_value="a test says so"):
         again = engine.generate(prompts(), SAMPLING)
-    return Generated(cached=cached, again=again, num_cached_steps=packed.call_count)
+    return Generated(
+        cached=cached,
+        again=again,
+        num_cached_steps=len(steps),
+        num_runs=max(steps),
+        num_sorted=reorder.call_count,
+    )
 
 
 def generated(directories: list[Path], parallel: dict[str, Any]) -> list[dict[str, Generated]]:
@@ -132,6 +159,8 @@ def test_a_cache_changes_no_token_whichever_layers(
         for name, kinds in zip(models, found, strict=True):
             for kind, each in kinds.items():
                 assert each.num_cached_steps >= SAMPLING.max_new_tokens - 1, f"{name}: no cache was used"
+                assert each.num_runs > 1, f"{name}: all were read to one length"
+                assert each.num_sorted > 0, f"{name}: responses kept their slots"
                 assert_same(each.cached, each.again, f"{name} with layers of {kind}")
                 lengths = {
                     len(rollout.response_tokens) for group in each.cached for rollout in group.rollouts

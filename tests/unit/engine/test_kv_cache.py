@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, seen_positions, why_no_cache
+from megatron_sftrl.engine import kv_cache
+from megatron_sftrl.engine.kv_cache import CacheSlots, KvCache, readings, runs_of, why_no_cache
 
 HEAD_DIM = 6
 SCALE = 0.37  # not 1 / sqrt(HEAD_DIM): the one that is given must be used
@@ -47,26 +48,42 @@ def new_tokens(cache: KvCache, lengths: list[int]) -> CacheSlots:
     return replace(
         written(cache, list(range(len(lengths))), last),
         span=(0, len(lengths)),
-        is_even=len(set(lengths)) == 1,
+        runs=runs_of(lengths),
     )
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, at: CacheSlots, *, window: int | None) -> Tensor:
+def attend(query: Tensor, at: CacheSlots, *, window: int | None, layer: int = 0) -> Tensor:
     """[S, heads, head_dim], as the decoding step asks for it."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        query.unflatten(1, (keys.shape[1], -1)),
-        keys,
-        values,
-        attn_mask=seen_positions(at, window=window),
-        scale=SCALE,
-    ).flatten(1, 2)
+    parts = []
+    for what in readings(at, window=window):
+        keys, values = at.cache.read(layer, what)
+        by_group = query[what.rows].unflatten(1, (keys.shape[1], -1))
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                by_group, keys, values, attn_mask=what.mask, scale=SCALE
+            ).flatten(1, 2)
+        )
+    return torch.cat(parts)
+
+
+def kept(cache: KvCache, layer: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """[slots, groups, L, head_dim] each, of sequences that are read together."""
+    (what,) = readings(new_tokens(cache, lengths), window=None)
+    return cache.read(layer, what)
+
+
+@pytest.fixture(params=[2, 128], ids=["several runs", "one run"])
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Up to which length sequences are read together."""
+    monkeypatch.setattr(kv_cache, "_SHORT", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
-@pytest.mark.parametrize("lengths", [[5, 1, 9], [6, 6, 6]])
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [9, 5, 1], [9, 8, 2], [6, 6, 6]])
 def test_new_tokens_see_what_full_attention_shows_them(
-    lengths: list[int], num_groups: int, window: int | None
+    lengths: list[int], num_groups: int, window: int | None, short: int
 ) -> None:
     torch.manual_seed(num_groups)
     num_heads = 4
@@ -83,9 +100,10 @@ def test_new_tokens_see_what_full_attention_shows_them(
     cache.write(0, new, *(torch.stack([both[i][-1] for both in whole]) for i in (0, 1)))
 
     query = normal(3, num_heads, HEAD_DIM)
-    found = attend(query, *cache.read(0, new), new, window=window)
-    for row, kept in enumerate(whole):
-        expected = dense_attention(query[row], *kept, window=window)
+    assert (len(new.runs) > 1) == (short == 2 and lengths[0] == 9)
+    found = attend(query, new, window=window)
+    for row, pair in enumerate(whole):
+        expected = dense_attention(query[row], *pair, window=window)
         # float64, sums of at most 9 terms.
         torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
 
@@ -93,13 +111,54 @@ def test_new_tokens_see_what_full_attention_shows_them(
 def test_what_stands_behind_a_token_in_the_cache_does_not_reach_it() -> None:
     """A shorter sequence beside a longer one: its rows behind the end are of no one, or of an older use."""
     torch.manual_seed(0)
-    keys, values, query = normal(2, 2, 7, HEAD_DIM), normal(2, 2, 7, HEAD_DIM), normal(2, 4, HEAD_DIM)
-    at = new_tokens(KvCache(num_slots=2, max_length=7), [3, 7])
-    clean = attend(query, keys, values, at, window=None)
+    cache, query = KvCache(num_slots=2, max_length=7), normal(2, 4, HEAD_DIM)
+    everything = written(cache, [0] * 7 + [1] * 7, [*range(7), *range(7)])
+    cache.write(0, everything, normal(14, 2, HEAD_DIM), normal(14, 2, HEAD_DIM))
+    at = new_tokens(cache, [3, 7])
+    keys, values = kept(cache, 0, [7, 7])
+    clean = attend(query, at, window=None)
     keys[0, :, 3:], values[0, :, 3:] = 1e6, -1e6
-    assert torch.equal(attend(query, keys, values, at, window=None), clean)
+    assert torch.equal(attend(query, at, window=None), clean)
     keys[0, :, 2] = 1.0
-    assert not torch.equal(attend(query, keys, values, at, window=None), clean)
+    assert not torch.equal(attend(query, at, window=None), clean)
+
+
+def test_sequences_of_similar_length_are_read_together() -> None:
+    lengths = [900, 700, 769, 512, 400, 200, 130, 128, 100, 1]
+    runs = [(run.first, run.last, run.shortest, run.longest) for run in runs_of(lengths)]
+    # 700 stands before 769 and is read as that is; classes are 128, 192, 256, 384, 512, 768, 1024, ...
+    assert runs == [
+        (0, 3, 700, 900), (3, 5, 400, 512), (5, 6, 200, 200), (6, 7, 130, 130), (7, 10, 1, 128)
+    ]  # fmt: skip
+    assert sum(run.num_read for run in runs_of(lengths)) == 3 * 900 + 2 * 512 + 200 + 130 + 3 * 128
+    assert runs_of([]) == ()
+
+
+def test_behind_a_window_nothing_is_read() -> None:
+    cache = KvCache(num_slots=2, max_length=300)
+    uneven, even = (readings(new_tokens(cache, each), window=50)[0] for each in ([290, 280], [290, 290]))
+    assert (uneven.positions, even.positions) == (slice(230, 290), slice(240, 290))
+    assert uneven.mask is not None
+    assert even.mask is None
+
+
+def test_another_order_of_slots_takes_all_that_they_hold_along() -> None:
+    cache = KvCache(num_slots=3, max_length=6)
+    for layer in (1, 2):
+        rows = torch.randn(12, 2, HEAD_DIM)
+        cache.write(layer, written(cache, [0] * 4 + [1] * 4 + [2] * 4, [*range(4)] * 3), rows, -rows)
+        cache.write_state(layer, "sums", torch.arange(3), torch.randn(3, 5))
+    at = new_tokens(cache, [4, 4, 4])
+
+    def held(layer: int) -> list[Tensor]:
+        keys, values = kept(cache, layer, [4, 4, 4])
+        return [keys[:, :, :3].clone(), values[:, :, :3].clone(), cache.state(layer, "sums", at).clone()]
+
+    before = {layer: held(layer) for layer in (1, 2)}
+    cache.reorder([2, 0, 1], 3)
+    for layer in (1, 2):
+        for old, new in zip(before[layer], held(layer), strict=True):
+            assert torch.equal(new, old[[2, 0, 1]])
 
 
 def test_layers_and_slots_are_kept_apart_and_padding_harms_no_one() -> None:
@@ -111,7 +170,7 @@ def test_layers_and_slots_are_kept_apart_and_padding_harms_no_one() -> None:
             cache.write(layer, at, ones * (10 * layer + slot), -ones * (10 * layer + slot))
     cache.write(0, written(cache, [cache.scratch_slot], [0]), ones * 99, ones * 99)
     for layer in (0, 1):
-        keys, values = cache.read(layer, new_tokens(cache, [1, 1]))
+        keys, values = kept(cache, layer, [1, 1])
         assert keys.shape == (2, 1, 1, HEAD_DIM)
         assert keys[:, 0, 0, 0].tolist() == [10 * layer, 10 * layer + 1]
         assert values[:, 0, 0, 0].tolist() == [-10 * layer, -10 * layer - 1]
@@ -123,12 +182,12 @@ def test_a_cache_that_grows_keeps_what_it_holds_and_adds_zeros() -> None:
     cache.write(3, written(cache, [0], [0]), first, -first)
     last = 700  # beyond what one growth gives
     cache.write(3, written(cache, [0], [last]), later, -later)
-    keys, values = cache.read(3, new_tokens(cache, [last + 1]))
+    keys, values = kept(cache, 3, [last + 1])
     assert keys.shape == (1, 2, last + 1, HEAD_DIM)
-    for kept, sign in ((keys, 1), (values, -1)):
-        assert torch.equal(kept[:, :, 0], sign * first)
-        assert torch.equal(kept[:, :, last], sign * later)
-        assert not kept[:, :, 1:last].any()
+    for held, sign in ((keys, 1), (values, -1)):
+        assert torch.equal(held[:, :, 0], sign * first)
+        assert torch.equal(held[:, :, last], sign * later)
+        assert not held[:, :, 1:last].any()
 
 
 def test_a_copied_slot_holds_the_same_in_every_layer_and_not_more_than_was_asked_for() -> None:
@@ -138,12 +197,12 @@ def test_a_copied_slot_holds_the_same_in_every_layer_and_not_more_than_was_asked
         cache.write(layer, written(cache, [1] * 4, [0, 1, 2, 3]), rows, -rows)
     cache.copy(1, [0, 3], 3)
     for layer in (1, 2):
-        for kept in cache.read(layer, new_tokens(cache, [4, 4, 4, 4])):
-            assert kept[1].all()
+        for held in kept(cache, layer, [4, 4, 4, 4]):
+            assert held[1].all()
             for target in (0, 3):
-                assert torch.equal(kept[target, :, :3], kept[1, :, :3])
-                assert not kept[target, :, 3:].any()
-            assert not kept[2].any()
+                assert torch.equal(held[target, :, :3], held[1, :, :3])
+                assert not held[target, :, 3:].any()
+            assert not held[2].any()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import torch
 
-from megatron_sftrl.engine.kv_cache import KvCache
+from megatron_sftrl.engine.kv_cache import KvCache, runs_of
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.rollout.in_process import Packed, pack_new_tokens, pack_prefixes
 
@@ -98,7 +98,7 @@ def test_new_tokens_go_behind_their_prefixes(sizes: dict[str, int], positions: l
         mine = list(range(*at.span))
         assert at.slots[: len(mine)].tolist() == mine, "the tokens of the span stand first"
         assert at.longest == max((positions[slot] + 1 for slot in mine), default=1)
-        assert at.is_even == (len({positions[slot] for slot in mine}) <= 1)
+        assert at.runs == runs_of([positions[slot] + 1 for slot in mine])
         slots += mine
     assert slots == [0, 1, 2, 3, 4]
 
