@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=2 python -m tools.benchmarks.beside_trl [--trl-python ENV/bin/python] [--json FILE]
 
 The same random Llama of 135M weights, rows, batch, fp32, AdamW and threads. Each turn is a run of its own,
-as a user starts it, ours and then TRL's; of each run the first step is left out. `TRL, by default` does not
-pack.
+as a user starts it, ours and then TRL's; of each run the first step is left out. `recomputed` keeps no
+activations inside a layer: train.recompute=full, and gradient_checkpointing, TRL's default. `TRL, by default`
+does not pack, either.
 TRL wants an environment of its own (pip install trl==1.16.0 beside torch), unless this one has it.
 """
 
@@ -27,7 +28,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, GROUP_SIZE, NEW_TOKENS, LR = 1024, 16, 64, 1e-5
-OURS, TRL, TRL_DEFAULT = "ours", "TRL", "TRL, by default"
+OURS, OURS_RECOMPUTED = "ours", "ours, recomputed"
+TRL, TRL_RECOMPUTED, TRL_DEFAULT = "TRL", "TRL, recomputed", "TRL, by default"
 LIMITS = {"sft": (1.4, 0.65), "grpo": (1.8, 0.45)}
 """Tokens per second at least, and peak memory at most, of TRL's."""
 _TEMPLATE = (
@@ -69,7 +71,9 @@ def main() -> None:
         found = {}
         for kind in arguments.kinds:
             num_tokens = _write_rows(root, kind, vocabulary, arguments.rows)
-            sides = [OURS, TRL, *([TRL_DEFAULT] if kind == "sft" and arguments.default else [])]
+            sides = [OURS, TRL]
+            sides += [OURS_RECOMPUTED, TRL_RECOMPUTED] if arguments.recomputed else []
+            sides += [TRL_DEFAULT] if kind == "sft" and arguments.default else []
             measured = {side: Measured() for side in sides}
             for turn in range(arguments.turns):
                 for side in sides:
@@ -86,6 +90,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--trl-python", default=sys.executable, help="the Python that has TRL; this one")
     parser.add_argument("--kinds", nargs="+", choices=["sft", "grpo"], default=["sft", "grpo"])
     parser.add_argument("--default", action="store_true", help="SFT as TRL does it by default, too")
+    parser.add_argument("--recomputed", action="store_true", help="both sides without activations, too")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of each run; the first is not counted")
     parser.add_argument("--rows", type=int, default=16, help="of an SFT step, 64 to 256 tokens each")
@@ -146,12 +151,12 @@ def _write_rows(root: Path, kind: str, vocabulary: list[str], num_rows: int) -> 
 def _run(kind: str, side: str, run: Path, arguments: argparse.Namespace, measured: Measured) -> None:
     """One run of one side, added to what was measured of it."""
     root, threads = run.parent, int(os.environ.get("OMP_NUM_THREADS", "1"))
-    start: Callable[..., list[float]] = _ours if side == OURS else _trl
+    start: Callable[..., list[float]] = _ours if side in (OURS, OURS_RECOMPUTED) else _trl
     settings = {
         "model": str(root / "model"), "data": str(root / f"{kind}.jsonl"), "run_dir": str(run), "lr": LR,
         "steps": arguments.steps, "threads": threads, "packing": side != TRL_DEFAULT, "max_length": LENGTH,
         "rows_per_pass": 8, "group_size": GROUP_SIZE, "max_new_tokens": NEW_TOKENS,
-        "num_rows": arguments.rows,
+        "num_rows": arguments.rows, "recompute": side in (OURS_RECOMPUTED, TRL_RECOMPUTED, TRL_DEFAULT),
     }  # fmt: skip
     losses = start(kind, settings, run, arguments.trl_python, measured)
     measured.first_losses.append(losses[0])
@@ -165,7 +170,7 @@ def _ours(kind: str, settings: dict[str, Any], run: Path, _: str, measured: Meas
         "batch": {"packing": True, "max_tokens": LENGTH, "global_size": settings["num_rows"]},
         "loss": {"name": kind},
         "optim": {"lr": LR, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0},
-        "train": {"steps": settings["steps"]},
+        "train": {"steps": settings["steps"], "recompute": "full" if settings["recompute"] else "none"},
         "log": {"wandb": "off", "progress": False},
     }
     if kind == "sft":
@@ -225,10 +230,12 @@ def _report(kind: str, measured: dict[str, Measured], num_tokens: int) -> dict[s
             f"  {side:<16} {seconds[side]:8.2f} s a step {num_tokens / seconds[side]:8.0f} tokens/s "
             f"{peaks[side] / 1e9:6.2f} GB   first loss {each.first_losses[0]:.6f}"
         )
-    speed, memory = seconds[TRL] / seconds[OURS], peaks[OURS] / peaks[TRL]
     fastest, smallest = LIMITS[kind]
-    print(f"  ours / TRL: {speed:.2f} of the tokens per second (at least {fastest}), ", end="")
-    print(f"{memory:.2f} of the memory (at most {smallest})")
+    pairs = [(OURS, TRL), (OURS_RECOMPUTED, TRL_RECOMPUTED), (OURS_RECOMPUTED, TRL)]
+    for ours, theirs in pairs[: None if OURS_RECOMPUTED in measured else 1]:
+        speed, memory = seconds[theirs] / seconds[ours], peaks[ours] / peaks[theirs]
+        print(f"  {ours} / {theirs}: {speed:.2f} of the tokens per second (at least {fastest}), ", end="")
+        print(f"{memory:.2f} of the memory (at most {smallest})")
     if kind == "sft":
         gap = abs(measured[OURS].first_losses[0] - measured[TRL].first_losses[0])
         print(f"  first losses differ by {gap:.1e} (at most 1e-4)")

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def common(settings: dict[str, Any]) -> dict[str, Any]:
-    """What makes a step of TRL's the same work: fp32, AdamW, nothing computed twice, no file written."""
+    """What makes a step of TRL's the same work: fp32, AdamW, no file written."""
     return {
         "output_dir": settings["run_dir"],
         "max_steps": settings["steps"],
@@ -57,7 +57,7 @@ def common(settings: dict[str, Any]) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": settings["recompute"],
         "use_cpu": True,
         "bf16": False,
         "logging_steps": 1,
