@@ -30,7 +30,11 @@ from megatron_sftrl.models.architecture import Architecture, Rope
 
 
 class SpanningNorm(torch.nn.Module):
-    """RMSNorm over the heads of all tensor-parallel ranks together; a rank holds its own heads' weights."""
+    """RMSNorm over the heads of all tensor-parallel ranks together; a rank holds its own heads' weights.
+
+    Queries and keys leave it in fp32 and are rounded when they have turned to their positions: OLMo's
+    transformers turns them in fp32.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
         super().__init__()
@@ -46,14 +50,14 @@ class SpanningNorm(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., heads/tp, head_dim], rounded once."""
+        """[..., heads/tp, head_dim] fp32."""
         wide = x.float()
         squares = wide.square().sum(dim=(-2, -1), keepdim=True)
         # The sum's gradient, too, is a sum over ranks: each rank's heads were divided by it.
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         normed = wide * torch.rsqrt(squares / self.width + self.eps)
-        return (normed * self.weight.view(x.shape[-2:])).to(x.dtype)
+        return normed * self.weight.view(x.shape[-2:])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -96,6 +100,8 @@ def complete_blocks(
                 layer.add_module(f"{name}_layernorm", post_norm)
             if post_norm is not None or a.residual_multiplier != 1:
                 branch.register_forward_hook(partial(_finish_branch, post_norm, a.residual_multiplier))
+        if a.qk_norm_spans_heads:
+            layer.self_attention.core_attention.register_forward_pre_hook(_round_turned)
         _set_positions(layer.self_attention, a, frequencies)
 
 
@@ -112,6 +118,11 @@ def _finish_branch(
     if norm is not None:
         branch = norm(branch)
     return (branch if factor == 1 else branch * factor), bias
+
+
+def _round_turned(_: torch.nn.Module, args: tuple) -> tuple:
+    query, key, value, *others = args
+    return query.to(value.dtype), key.to(value.dtype), value, *others
 
 
 def _set_positions(attention: Any, architecture: Architecture, frequencies: Mapping[Rope, Tensor]) -> None:

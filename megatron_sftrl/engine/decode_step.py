@@ -26,22 +26,17 @@ from torch import Tensor
 from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.blocks import query_factors
 from megatron_sftrl.engine.kv_cache import CacheSlots, Reading, readings
-from megatron_sftrl.engine.local_layers import layer_window, norm_from_zero, rms_norm
+from megatron_sftrl.engine.local_layers import layer_window, rms_norm
 from megatron_sftrl.models.architecture import Architecture, Latent, Rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _NormWeights:
-    """Where a layer keeps the weights of its norms; every other weight has one name in all layers.
-
-    Args:
-        rounds_twice: x / rms(x) is rounded before the weight is multiplied with it, not only afterwards.
-    """
+    """Where a layer keeps the weights of its norms; every other weight has one name in all layers."""
 
     attention: str
     mlp: str
     experts: str
-    rounds_twice: bool
 
 
 _NORM_WEIGHTS = {
@@ -49,13 +44,11 @@ _NORM_WEIGHTS = {
         attention="input_layernorm.weight",
         mlp="pre_mlp_layernorm.weight",
         experts="pre_mlp_layernorm.weight",
-        rounds_twice=True,
     ),
     "transformer_engine": _NormWeights(
         attention="self_attention.linear_qkv.layer_norm_weight",
         mlp="mlp.linear_fc1.layer_norm_weight",
         experts="pre_mlp_layernorm.weight",
-        rounds_twice=False,
     ),
 }
 """By TransformerConfig.transformer_impl."""
@@ -107,7 +100,8 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
         ropes = [architecture.rope_of(layer.layer_number - 1) for layer in layers]
         # The kernel rounds its result alone.
-        dtype = torch.float32 if config.apply_rope_fusion else hidden.dtype
+        turns_in_fp32 = config.apply_rope_fusion or architecture.qk_norm_spans_heads
+        dtype = torch.float32 if turns_in_fp32 else hidden.dtype
         turns = {rope: _turn(rope, modules.frequencies, places, dtype) for rope in set(ropes)}
         windows = [layer_window(config, layer.layer_number) for layer in layers]
         read = {window: readings(places, window=window) for window in set(windows)}
@@ -148,15 +142,8 @@ def _added(residual: Tensor, output: Tensor, name: str, layer: Any, architecture
 
 
 def _norm(x: Tensor, weight: Tensor, config: TransformerConfig) -> Tensor:
-    if config.layernorm_zero_centered_gamma:
-        return norm_from_zero(x, weight, config.layernorm_epsilon)
-    return (_divided_by_rms(x, config) * weight).to(x.dtype)
-
-
-def _divided_by_rms(x: Tensor, config: TransformerConfig) -> Tensor:
-    """Over the last dimension; in fp32 where the layer multiplies its weight before it rounds."""
-    rounds_twice = _NORM_WEIGHTS[config.transformer_impl].rounds_twice
-    return rms_norm(x if rounds_twice else x.float(), config.layernorm_epsilon)
+    is_from_zero = config.layernorm_zero_centered_gamma
+    return rms_norm(x, weight, config.layernorm_epsilon, is_from_zero=is_from_zero).to(x.dtype)
 
 
 def _turn(
@@ -216,12 +203,13 @@ def _attention(
         query, key = attention.q_layernorm(turned[:, :, :-1]), attention.k_layernorm(turned[:, :, -1:])
         turned = torch.cat((query, key), dim=2)
     elif architecture.qk_norm:
-        turned = _divided_by_rms(turned, config)
+        turned = rms_norm(turned, None, config.layernorm_epsilon)
         turned[:, :, :-1].mul_(attention.q_layernorm.weight)
         turned[:, :, -1].mul_(attention.k_layernorm.weight)
         turned = turned.to(x.dtype)
     if turn is not None:
         turned = _turned(turned, turn)
+    turned = turned.to(x.dtype)
     query, key = turned[:, :, :-1], turned[:, :, -1]
     if turn is not None and turn.query is not None:
         query = query * turn.query.to(x.dtype)

@@ -43,7 +43,10 @@ Heads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class OutputNorm(torch.nn.Module):
-    """weight * x / rms(x) * silu(gate) over each head; the weight is every rank's, the heads are not."""
+    """weight * x / rms(x) * silu(gate) over each head, rounded once.
+
+    The weight is every rank's, the heads are not.
+    """
 
     def __init__(self, config: TransformerConfig, width: int, group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class OutputNorm(torch.nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight, group=self.group)
-        return (weight * rms_norm(x, self.eps) * F.silu(gate.float())).to(x.dtype)
+        return (rms_norm(x, weight, self.eps) * F.silu(gate.float())).to(x.dtype)
 
 
 class GatedDeltaNet(MegatronModule):

@@ -28,9 +28,9 @@ from megatron_sftrl.engine.packed_sequences import PackedSequences
 
 
 class RMSNorm(torch.nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), reduced in fp32.
+    """y = weight * x / sqrt(mean(x^2) + eps) in fp32, rounded once, as Transformer Engine's.
 
-    With layernorm_zero_centered_gamma 1 + weight takes the place of the weight, in fp32.
+    With layernorm_zero_centered_gamma 1 + weight takes the place of the weight.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
@@ -43,19 +43,14 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_from_zero:
-            return norm_from_zero(x, self.weight, self.eps)
-        return rms_norm(x, self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps, is_from_zero=self.is_from_zero).to(x.dtype)
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, reduced in fp32, rounded once."""
-    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
-
-
-def norm_from_zero(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(1 + weight) x / sqrt(mean(x^2) + eps) in fp32, rounded once."""
-    return (rms_norm(x.float(), eps) * (1 + weight.float())).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, is_from_zero: bool = False) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, fp32; from zero it is 1 + weight."""
+    if weight is not None:
+        weight = 1 + weight.float() if is_from_zero else weight.float()
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):

@@ -244,7 +244,8 @@ def test_a_new_token_is_rounded_as_the_layers_round_it(tmp_path: Path) -> None:
     for kind, (at_once, alone) in found.items():
         assert_equal_in_bf16(at_once, alone, kind, flipped=0.01)
     keys = {kind: at_once.first_keys for kind, (at_once, _) in found.items()}
-    assert (keys["local"] != keys["transformer_engine"]).float().mean() > 0.1, "a blind test"
+    # Transformer Engine's fused rope is rounded once.
+    assert (keys["local"] != keys["transformer_engine"]).float().mean() > 0.05, "a blind test"
 
 
 def warnings_of_engine(directory: Path, parallel: dict[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ transformers runs each sequence alone, the engine runs them packed, in several l
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,34 +158,6 @@ def test_no_wrong_number_in_the_architecture_would_stay_unseen(models: Models, d
     name, falsified = WRONG[defect]
     # Ten times the bound: nothing of this size hides in rounding. The smallest is norm_eps, 2e-4 (measured).
     assert difference_from_transformers(models, name, {}, LENGTHS, world_size=1, **falsified) > 10 * BOUND
-
-
-# Beside ours, transformers' own bf16 model has its rounding error. Dense models: 0.98 to 1.01 of it over 28
-# seeds (measured); a projection rounded once more than theirs costs 1.05. In a mixture a rounded router logit
-# may send a token to another expert, which makes the mean noisy: 0.90 to 1.07 over 12 seeds.
-@pytest.mark.parametrize(
-    ("name", "factor"),
-    [
-        ("llama_yarn", 1.03),
-        ("mistral", 1.03),
-        ("qwen2_window", 1.03),
-        ("qwen3", 1.03),
-        ("mixtral", 1.2),
-        ("qwen3_moe", 1.2),
-        ("qwen3_moe_unnormalized", 1.2),
-    ],
-)
-def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(
-    models: Models, name: str, factor: float
-) -> None:
-    lengths = LENGTHS * 16
-    tokens = random_tokens(lengths)
-    model = models.model(name)
-    exact = transformers_logits(model, tokens, lengths)
-    theirs = transformers_logits(copy.deepcopy(model).bfloat16(), tokens, lengths)
-    config = engine_config(models.directory(name), {}, "bf16")
-    (ours,) = run_ranks(1, engine_logits, config, architecture_of(config.model), tokens, lengths)
-    assert (ours - exact).abs().mean() <= factor * (theirs - exact).abs().mean()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

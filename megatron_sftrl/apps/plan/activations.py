@@ -152,9 +152,9 @@ def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, loss: 
 
 
 def _norm_bytes(width: int, batch: Microbatch, tokens: int | None = None, out: bool = True) -> int:
-    """Input and output of an RMSNorm; the torch one keeps its input in fp32, and the normalised values."""
+    """Input and output of an RMSNorm; the torch one keeps input and normalised values in fp32."""
     tokens = batch.residual_tokens if tokens is None else tokens
-    kept = batch.element if batch.kernels == "transformer_engine" else _FP32 + batch.element
+    kept = batch.element if batch.kernels == "transformer_engine" else 2 * _FP32
     return tokens * (width * (kept + batch.element * out) + _FP32)
 
 
