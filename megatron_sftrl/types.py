@@ -20,6 +20,11 @@ OWN_CHOICE = -1
 """In TokenBatch.experts: a token that no engine has seen, whose experts its router chooses."""
 
 
+def experts_dtype(num_experts: int) -> np.dtype:
+    """Of the experts that a response carries (Rollout.experts)."""
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """One packed micro-batch, aligned on the predicting position: `labels[t]` follows `tokens[t]`.
@@ -169,7 +174,7 @@ class Rollout:
         logprobs: nats, of each response token over the whole vocabulary at the sampling temperature (1 when
             greedy), before top_k and top_p cut it.
         is_finished: an end token or a stop text was reached.
-        experts: [n, layers with experts, k] uint8, or uint16 of more than 256: what the engine visited with
+        experts: [n, layers with experts, k] of experts_dtype: what the engine visited with
             each token of prompt and response but the last, which it never computed; None where it is not
             asked (rollout.router_replay).
     """

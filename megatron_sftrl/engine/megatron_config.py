@@ -27,7 +27,6 @@ from megatron_sftrl.config.schema import (
 from megatron_sftrl.engine.device import transformer_engine
 from megatron_sftrl.engine.megatron_fields import DTYPES, megatron_fields
 from megatron_sftrl.engine.recompute import gelu_tanh, own_modules
-from megatron_sftrl.engine.router_replay import router_replay_problems
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 
@@ -266,7 +265,6 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
         *_latent_problems(run, architecture, with_te=with_te),
         *_sink_problems(run, architecture, with_te=with_te),
         *_hybrid_problems(run, architecture, with_te=with_te),
-        *router_replay_problems(run, architecture, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:

@@ -20,13 +20,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_sftrl.config.checks import recomputed_modules
-from megatron_sftrl.config.schema import TrainingConfig
 from megatron_sftrl.engine.context_parallel import local_rows
 from megatron_sftrl.engine.packed_sequences import PackedSequences
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import Architecture
-from megatron_sftrl.types import OWN_CHOICE, TokenBatch
+from megatron_sftrl.types import OWN_CHOICE, TokenBatch, experts_dtype
 
 CHANGED_METRIC = "router_replay/changed"
 
@@ -43,11 +41,11 @@ class RouterReplay:
     def __init__(
         self, chunks: Sequence[torch.nn.Module], architecture: Architecture, parallel: ParallelContext
     ) -> None:
-        assert architecture.mixture is not None, "router_replay_problems() refuses a dense model"
+        assert architecture.mixture is not None, "config.checks refuses a dense model"
         self._parallel = parallel
         self.shape = (len(architecture.layers_with_experts), architecture.mixture.experts_per_token)
         """(layers with experts, k), of the whole model."""
-        self._dtype = np.uint8 if architecture.mixture.num_experts <= 256 else np.uint16
+        self._dtype = experts_dtype(architecture.mixture.num_experts)
         place_of = {layer: place for place, layer in enumerate(architecture.layers_with_experts)}
         self._choices: dict[int, _Choice] = {}
         layers: list[Any] = [layer for chunk in chunks for layer in chunk.decoder.layers]  # type: ignore[union-attr]
@@ -93,7 +91,7 @@ class RouterReplay:
         """Put together what the ranks of this replica have recorded of a sequence; a collective among them.
 
         Returns:
-            [n, layers with experts, k] uint8, or uint16 of more than 256 experts.
+            [n, layers with experts, k] of experts_dtype.
         """
         parallel = self._parallel
         whole = torch.from_numpy(part.astype(np.int32)).to(parallel.device)
@@ -210,28 +208,3 @@ def _begin_block(
 
 def _end_block(choice: _Choice, _: torch.nn.Module, __: tuple, ___: object) -> None:
     choice.told = None
-
-
-def router_replay_problems(
-    run: TrainingConfig, architecture: Architecture, *, with_te: bool
-) -> Iterator[str]:
-    """What keeps rollout.router_replay from being done, where a run asks for it."""
-    if run.grpo is None or not run.grpo.rollout.router_replay:
-        return
-    if architecture.mixture is None:
-        yield (
-            f"rollout.router_replay: a {architecture.family} without experts has no routers: remove it, or "
-            "train a mixture of experts"
-        )
-        return
-    if run.parallel.moe_router_fusion:
-        yield (
-            "rollout.router_replay: the fused router of parallel.moe_router_fusion chooses experts itself: "
-            "remove one of them"
-        )
-    modules = recomputed_modules(run.train, is_mixture=True, with_te=with_te)
-    if run.train.fp8 is not None and "moe" in modules:
-        yield (
-            "rollout.router_replay: train.recompute_modules = moe under train.fp8 does not know it yet: take "
-            "moe_act, or train.recompute: full"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -11,12 +11,15 @@ import torch
 
 from megatron_sftrl.apps.plan.activations import microbatch_of
 from megatron_sftrl.apps.plan.job import Hardware
-from megatron_sftrl.apps.plan.memory import rollout_memory
+from megatron_sftrl.apps.plan.memory import plan_memory, rollout_memory
 from megatron_sftrl.apps.plan.model_state import grid_of
 from megatron_sftrl.config.schema import GrpoConfig
+from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.engine.kv_cache import KvCache
 from megatron_sftrl.models.architecture import from_section
-from megatron_sftrl.types import Prompt, SamplingParams
+from megatron_sftrl.rl.rewards import Scored
+from megatron_sftrl.trainers.experience import Response
+from megatron_sftrl.types import Prompt, Rollout, SamplingParams
 from tests.distributed.memory_runs import allocated_peak, storage_bytes
 from tests.distributed.test_layouts import make_config
 from tests.grid import cases
@@ -149,3 +152,72 @@ def test_the_cache_is_planned_to_the_byte_and_the_fullest_moment_closely(name: s
     for held in run_ranks(case.world_size, measure, run, case.num_held_out):
         assert planned.cache == held.cache
         assert planned.cache + planned.work == pytest.approx(held.peak, rel=case.bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Bytes of router replay on one rank: of all responses, and of the batches of one update."""
+
+    told: int
+    batched: int
+
+
+def measure_experts(run: GrpoConfig) -> Experts:
+    """A step's generation with random weights, and its first update; on every rank."""
+    from megatron.core import parallel_state
+
+    from megatron_sftrl.engine.parallel import initialize_parallel
+    from megatron_sftrl.engine.policy import PolicyEngine
+    from megatron_sftrl.rollout.build import build_engine
+    from megatron_sftrl.trainers.checked import batch_layout
+    from megatron_sftrl.trainers.experience import ExperienceBatches
+
+    assert run.model.architecture is not None
+    context = initialize_parallel(run.parallel)
+    policy = PolicyEngine(from_section(run.model.architecture), run, context, with_optimizer=False)
+    engine = build_engine(run, policy, str)
+    engine.update(policy, version=0)
+    length, rollout = run.data.max_prompt_length, run.rollout
+    prompts = [Prompt(id=i, tokens=(i,) * length) for i in range(rollout.prompts_per_step)]
+    sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, num_samples=rollout.group_size, seed=1)
+    rollouts = [each for group in engine.generate(prompts, sampling) for each in group.rollouts]
+    assert policy.router_replay is not None
+    data = ExperienceBatches(
+        batch=run.batch,
+        layout=batch_layout(run, dp_rank=context.dp_rank, dp_size=context.dp_size),
+        max_length=rollout.max_new_tokens,
+        pad_id=0,
+        mask_truncated=False,
+        experts_shape=policy.router_replay.shape,
+    ).lay_out([_response(each) for each in rollouts[: run.batch.global_size]])
+    parallel_state.destroy_model_parallel()
+    assert data is not None
+    told = sum(each.experts.nbytes for each in rollouts if each.experts is not None)
+    return Experts(told=told, batched=sum(b.experts.nbytes for b in data.batches if b.experts is not None))
+
+
+def _response(rollout: Rollout) -> Response:
+    row = PromptRow(tokens=rollout.prompt_tokens, values={}, source="rows.jsonl:1")
+    scored = Scored(reward=0.0, lenient=0.0, parts=())
+    return Response(
+        group=0, row=row, rollout=rollout, scored=scored, advantage=1.0, old_logprobs=rollout.logprobs
+    )
+
+
+MIXTURE = {"family": "qwen3_moe", "experts_per_token": 2, "num_layers": 2}
+REPLAYS = {
+    "bytes": Generation(model={**MIXTURE, "num_experts": 4}, world_size=2, parallel={"ep": 2}),
+    "two bytes": Generation(model={**MIXTURE, "num_experts": 260, "ffn_hidden_size": 8}),
+}
+
+
+@pytest.mark.parametrize("name", cases(REPLAYS, rarely=["two bytes"]))
+def test_the_experts_of_router_replay_are_planned_to_the_byte(name: str) -> None:
+    case = replace(REPLAYS[name], max_prompt_length=5, max_new_tokens=4, rollout={"router_replay": True})
+    run = make_run(case)
+    assert run.model.architecture is not None
+    architecture, grid = from_section(run.model.architecture), grid_of(run.parallel, case.world_size)
+    planned = plan_memory(architecture, run, grid, Hardware(gpu_memory=80e9, gpus_per_node=1)).host_experts
+    held = run_ranks(case.world_size, measure_experts, run)
+    assert [each.told + each.batched for each in held] == [planned] * case.world_size
+    assert held[0].told == 16 * 8 * 2 * 2 * (2 if name == "two bytes" else 1)

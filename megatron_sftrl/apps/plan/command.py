@@ -76,6 +76,12 @@ def print_plan(plan: Plan, hardware: Hardware, console: Console) -> None:
             "asynchronous save (more where torch rounds pinned blocks up to powers of two)",
             highlight=False,
         )
+    if plan.memory.host_experts:
+        console.print(
+            f"Host memory: at most {plan.memory.host_experts / _GB:.1f} GB a node for the experts of "
+            "rollout.router_replay",
+            highlight=False,
+        )
     console.print(_time_table(plan))
     for line in assumptions(plan, hardware):
         console.print(line, highlight=False)
@@ -169,6 +175,7 @@ def _plan_values(plan: Plan) -> dict[str, Any]:
         "host_reference": plan.memory.host_reference,
         "host_optimizer": plan.memory.host_optimizer,
         "host_checkpoint": plan.memory.host_checkpoint,
+        "host_experts": plan.memory.host_experts,
         "stages": [
             {phase.name: {**phase.items, "total": phase.total} for phase in stage.phases}
             for stage in plan.memory.stages

@@ -8,15 +8,18 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from megatron_sftrl.apps.plan.activations import Microbatch, StepPeak, forward_bytes, microbatch_of, step_peak
 from megatron_sftrl.apps.plan.job import Hardware, workload_of
 from megatron_sftrl.apps.plan.model_state import Grid, ModelState, element_bytes, grid_of, model_state
-from megatron_sftrl.config.checks import stage_layers
+from megatron_sftrl.config.layout import stage_layers
 from megatron_sftrl.config.placement import generators_config
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import engine_regions
 from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.types import experts_dtype
 
 VLLM_WORK = 3e9
 """Bytes that vLLM is taken to need for its forward and its CUDA graphs: an assumption."""
@@ -207,6 +210,7 @@ class MemoryPlan:
         host_reference: bytes of an offloaded reference in the memory of each node, over its GPUs.
         host_optimizer: bytes of what optim.cpu_offload keeps there, over the GPUs of a node.
         host_checkpoint: bytes that the copies of an asynchronous save take in the memory of a node, at most.
+        host_experts: bytes of rollout.router_replay there: every rank has all responses of a step.
     """
 
     stages: tuple[StageMemory, ...]
@@ -215,6 +219,7 @@ class MemoryPlan:
     host_reference: float
     host_optimizer: float
     host_checkpoint: float
+    host_experts: float
 
     @property
     def fullest(self) -> StageMemory:
@@ -252,7 +257,24 @@ def plan_memory(
         host_reference=float(largest_reference * per_node * is_offloaded),
         host_optimizer=float(largest_optimizer * per_node),
         host_checkpoint=float(largest_copy if config.checkpoint.async_save else 0),
+        host_experts=float(_experts_bytes(architecture, config, grid) * per_node),
     )
+
+
+def _experts_bytes(architecture: Architecture, config: TrainingConfig, grid: Grid) -> int:
+    """Of a rank: the experts of all responses of a step, each as long as it may be (with rollout.ahead
+    those of the next step, too), and int16 of its own sequences in an update.
+    """
+    if (grpo := config.grpo) is None or not grpo.rollout.router_replay:
+        return 0
+    rollout, mixture = grpo.rollout, architecture.mixture
+    assert mixture is not None, "config.checks refuses a dense model"
+    responses = rollout.prompts_per_step * (rollout.group_size - rollout.demonstrations) * (1 + rollout.ahead)
+    work = workload_of(config, grid)
+    sequences = work.num_microbatches * work.microbatch_tokens // work.length
+    per_sequence = (work.length - 1) * len(architecture.layers_with_experts) * mixture.experts_per_token
+    told, batched = experts_dtype(mixture.num_experts).itemsize, np.dtype(np.int16).itemsize
+    return per_sequence * (responses * told + sequences * batched)
 
 
 def _apart(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_sftrl.config.checks import stage_layers
+from megatron_sftrl.config.layout import stage_layers
 from megatron_sftrl.config.schema import OptimSection, ParallelSection, TrainingConfig
 from megatron_sftrl.models.architecture import Architecture, LayerKind, padded_vocab_size
 from megatron_sftrl.models.tensor_rules import WHOLE_WEIGHTS

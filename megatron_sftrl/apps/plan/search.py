@@ -10,7 +10,8 @@ from megatron_sftrl.apps.plan.job import Hardware
 from megatron_sftrl.apps.plan.memory import MemoryPlan, plan_memory
 from megatron_sftrl.apps.plan.model_state import Grid, grid_of
 from megatron_sftrl.apps.plan.step_time import StepEstimate, estimate_step
-from megatron_sftrl.config.checks import check_run, stage_layers
+from megatron_sftrl.config.checks import check_run
+from megatron_sftrl.config.layout import stage_layers
 from megatron_sftrl.config.schema import TrainingConfig, TrainSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
