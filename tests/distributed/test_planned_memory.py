@@ -56,7 +56,7 @@ STATES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def make_run(parallel: dict[str, Any], model: dict[str, Any], dtype: str, **sections: Any) -> RunConfig:
+def make_run(parallel: dict[str, Any], model: dict[str, Any], dtype: str, /, **sections: Any) -> RunConfig:
     """The toy run of test_layouts, with other sections."""
     tree = make_config(parallel, **model).model_dump(exclude_unset=True)
     tree["model"]["dtype"] = dtype
@@ -131,15 +131,19 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", cases(FAMILIES, rarely=["gpt_oss", "gemma3_text", "qwen3_5_text"]))
 def test_the_state_of_other_families_is_planned_to_the_byte(family: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({**CONFIGS[family], "architectures": [hf_family(family).architecture]})  # type: ignore[arg-type]
-    )
-    tree = make_config(FAMILIES[family]).model_dump(exclude_unset=True)
-    tree |= {"loss": {"name": "gift", "beta": 4.0}, "reference": {"kind": "frozen"}}
-    run = RunConfig.model_validate({**tree, "model": {"hf_config": tmp_path, "dtype": "bf16"}})
+    model = write_config(tmp_path, family)
+    sections = {"loss": {"name": "gift", "beta": 4.0}, "reference": {"kind": "frozen"}, "model": model}
+    run = make_run(FAMILIES[family], {}, "bf16", **sections)
     for held, planned in planned_and_held(run, 4):
         assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
         assert (planned.optimizer, planned.reference) == (held.optimizer, held.reference)
+
+
+def write_config(directory: Path, family: str, dtype: str = "bf16", **sizes: Any) -> dict[str, Any]:
+    """The section `model` of a run whose model hf_models describes, with other sizes."""
+    config = {**CONFIGS[family], **sizes, "architectures": [hf_family(family).architecture]}  # type: ignore[arg-type]
+    (directory / "config.json").write_text(json.dumps(config))
+    return {"hf_config": directory, "dtype": dtype}
 
 
 def measure_small(run: RunConfig) -> Held:
@@ -190,8 +194,13 @@ def megatron_buckets(run: RunConfig, bucket_size: int) -> list[tuple[int, list[t
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A step whose activations are large beside whatever else it allocates."""
+    """A step whose activations are large beside whatever else it allocates.
 
+    Args:
+        hf: a model of hf_models, whose sizes `model` has, in place of the toy.
+    """
+
+    hf: str | None = None
     world_size: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -209,6 +218,11 @@ class Step:
 
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 192, "vocab_size": 600, "max_position_embeddings": 4096}
 WIDE_MIXTURE = {"family": "qwen3_moe", "num_experts": 8, "experts_per_token": 2, "ffn_hidden_size": 64}
+HYBRID = {
+    **{"hidden_size": 64, "intermediate_size": 192, "vocab_size": 600, "max_position_embeddings": 4096},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+}
+DEEP_HYBRID = {**HYBRID, "num_hidden_layers": 12}
 DEEP = {"num_layers": 12}
 SPLIT = {"tp": 2, "sequence_parallel": True}
 STEPS = {
@@ -301,6 +315,23 @@ STEPS = {
     "pp 2 vp 2": Step(world_size=2, parallel={"pp": 2, "vp": 2}, num_microbatches=4),
     "cp 2": Step(world_size=2, parallel={"cp": 2}, num_tokens=2048, num_sequences=2),
     "experts": Step(world_size=2, parallel={**SPLIT, "ep": 2, "etp": 1}, model=WIDE_MIXTURE),
+    "a hybrid": Step(hf="qwen3_5_text", model=HYBRID, num_tokens=512, num_sequences=2),
+    "a hybrid, fp32": Step(hf="qwen3_5_text", model=HYBRID, dtype="fp32"),
+    "a hybrid, one long sequence": Step(hf="qwen3_5_text", model=HYBRID, num_tokens=2048, num_sequences=1),
+    "a hybrid, tp 2": Step(hf="qwen3_5_text", model=HYBRID, world_size=2, parallel=SPLIT),
+    "a hybrid, selective": Step(hf="qwen3_5_text", model=DEEP_HYBRID, recompute="selective", num_tokens=512),
+    "a hybrid, recomputed": Step(hf="qwen3_5_text", model=DEEP_HYBRID, recompute="full"),
+    "a hybrid at pp 2": Step(
+        hf="qwen3_5_text",
+        model={**HYBRID, "num_hidden_layers": 8},
+        world_size=2,
+        parallel={"pp": 2},
+        num_microbatches=4,
+    ),
+    "a hybrid with experts": Step(hf="qwen3_next", model=HYBRID),
+    "a hybrid with experts, ep 2": Step(
+        hf="qwen3_next", model=HYBRID, world_size=2, parallel={**SPLIT, "ep": 2, "etp": 1}
+    ),
     "cut experts, recomputed": Step(
         world_size=2,
         parallel={**SPLIT, "etp": 2},
@@ -311,16 +342,20 @@ STEPS = {
 }
 
 
-def run_of(step: Step) -> RunConfig:
+def run_of(step: Step, directory: Path) -> RunConfig:
     train: dict[str, Any] = {"steps": 2, "recompute": step.recompute}
     if step.recompute_modules is not None:
         train["recompute_modules"] = step.recompute_modules
     if step.recompute_layers is not None:
         train["recompute_layers"] = step.recompute_layers
+    model = {}
+    if step.hf is not None:
+        model["model"] = write_config(directory, step.hf, step.dtype, **step.model)
     return make_run(
         step.parallel,
-        {**SIZES, **step.model},
+        {} if model else {**SIZES, **step.model},
         step.dtype,
+        **model,
         loss=step.loss,
         reference=step.reference,
         lora=step.lora,
@@ -330,12 +365,10 @@ def run_of(step: Step) -> RunConfig:
     )
 
 
-def planned_peak(step: Step, pp_rank: int) -> int:
-    run = run_of(step)
-    assert run.model.architecture is not None
+def planned_peak(run: RunConfig, step: Step, pp_rank: int) -> int:
     grid = grid_of(run.parallel, step.world_size)
     planned = step_peak(
-        from_section(run.model.architecture),
+        architecture_of(run.model),
         run,
         grid,
         microbatch_of(run, grid, "torch"),
@@ -363,15 +396,19 @@ SELDOM = [
     "recomputed",
     "all that is elementwise, tp 2",
     "a reference at pp 2",
+    *(name for name in STEPS if name.startswith("a hybrid") and name != "a hybrid"),
 ]
 
 
 @pytest.mark.parametrize("name", cases(STEPS, rarely=SELDOM))
-def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name: str) -> None:
+def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name: str, tmp_path: Path) -> None:
     step = STEPS[name]
-    for held in run_ranks(step.world_size, measure_step, run_of(step), step):
+    run = run_of(step, tmp_path)
+    for held in run_ranks(step.world_size, measure_step, run, step):
+        planned = planned_peak(run, step, held.pp_rank)
+        print(f"{name}: {planned / held.peak:.2f}")
         # Measured: 0.92 to 1.10.
-        assert planned_peak(step, held.pp_rank) == pytest.approx(held.peak, rel=0.15)
+        assert planned == pytest.approx(held.peak, rel=0.15)
 
 
 FREED = {
@@ -384,11 +421,12 @@ FREED = {
 
 
 @pytest.mark.parametrize("name", cases(FREED, rarely=["layernorm", "mlp", "mlp_act"]))
-def test_recomputing_frees_what_the_plan_says(name: str) -> None:
+def test_recomputing_frees_what_the_plan_says(name: str, tmp_path: Path) -> None:
     plain = Step(model=DEEP, num_tokens=512)
     step = replace(plain, **{"recompute": "selective", **FREED[name]})
-    before, after = (run_ranks(1, measure_step, run_of(each), each)[0].peak for each in (plain, step))
-    planned = planned_peak(plain, 0) - planned_peak(step, 0)
+    runs = [(run_of(each, tmp_path), each) for each in (plain, step)]
+    before, after = (run_ranks(1, measure_step, *each)[0].peak for each in runs)
+    planned = planned_peak(*runs[0], 0) - planned_peak(*runs[1], 0)
     assert before - after > 0.08 * before
     assert planned == pytest.approx(before - after, rel=0.1)
 
