@@ -101,7 +101,12 @@ def block_bytes(
     saved = mixer + mlp(architecture, grid, batch)
     freed = _freed_bytes(architecture, grid, batch, modules)
     # A product's gradient replaces what the backward has let go by then.
-    work = _widest(architecture, grid, batch) + 2 * stream + gathered * grid.sequence_parallel
+    work = _widest(architecture, grid, batch) + 2 * stream
+    whole = unfused = gathered * grid.sequence_parallel
+    if batch.kernels == "torch" and architecture.mixture is None:
+        # Beside the product's gradient those of both halves of fc1's output, and one half on its way there;
+        # the tokens of the other ranks are gathered before or after that.
+        unfused = max(whole, (_FC1_OUTPUT + 1) * _widest(architecture, grid, batch))
     if architecture.mixture is not None:
         # Token visits are permuted, exchanged and sorted by expert: what a step reads, and what it writes.
         work += 2 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
@@ -109,8 +114,8 @@ def block_bytes(
         input=stream,
         saved=saved - sum(freed),
         again=max(freed),
-        forward=work + larger,
-        backward=work + larger + _largest_gradient(architecture, grid, batch),
+        forward=work + larger + whole,
+        backward=work + larger + unfused + _largest_gradient(architecture, grid, batch),
     )
 
 
