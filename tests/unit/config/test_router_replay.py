@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_sftrl.apps.plan.job import Hardware
+from megatron_sftrl.apps.plan.search import plan_run
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.config.load import config_from_text
 from megatron_sftrl.config.schema import GrpoConfig
@@ -52,3 +54,9 @@ def test_what_router_replay_does_not_know_is_named(overrides: tuple[str, ...], s
     found = problems_of(run_with(*overrides))
     assert said in found
     assert ("rollout.router_replay" in found) == bool(said)
+
+
+def test_a_plan_refuses_a_dense_model_as_its_run_does() -> None:
+    run = run_with()
+    with pytest.raises(UserError, match=r"rollout\.router_replay: a qwen3 without experts"):
+        plan_run(architecture_of(run.model), run, 1, Hardware(gpu_memory=80e9), loss_needs=())
