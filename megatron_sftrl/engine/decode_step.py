@@ -253,8 +253,11 @@ def _latent_attention(
         return _turned(part[:, :, None], turn)[:, :, 0]
 
     query, key, value = attention.heads_of(query, turned(turning[:, None]), both, turned)
+    query = query[:, :, None]
+    if turn.query is not None:
+        query = query * turn.query.to(x.dtype)
     places.cache.write(attention.layer_number, places, key, value)
-    return _attended(attention, query[:, :, None], group, places, read)
+    return _attended(attention, query, group, places, read)
 
 
 def _attended(

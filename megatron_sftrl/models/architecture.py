@@ -137,6 +137,7 @@ Family = Literal[
     "glm4",
     "glm4_moe",
     "deepseek_v3",
+    "mistral4",
     "gpt_oss",
     "gemma3_text",
     "qwen3_5_text",
@@ -146,7 +147,7 @@ Family = Literal[
 Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
 Activation = Literal["silu", "gelu_pytorch_tanh"]
-MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
+MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
 MIXTURE_FAMILIES += ("qwen3_5_moe_text", "qwen3_next")
 _HYBRID_FAMILIES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 

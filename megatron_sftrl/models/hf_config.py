@@ -21,9 +21,11 @@ from megatron_sftrl.models.architecture import (
     has_qkv_bias,
     latent_attention_multiplier,
 )
-from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, asked_family, hf_family
+from megatron_sftrl.models.hf_families import asked_family, hf_family
+from megatron_sftrl.models.hf_family import MULTIPLIERS, HfFamily
 from megatron_sftrl.models.hf_hybrids import delta_net_values, language_model, read_delta_net
 from megatron_sftrl.models.hf_positions import (
+    latent_head,
     read_no_rope_layers,
     read_ropes,
     read_window,
@@ -36,6 +38,7 @@ from megatron_sftrl.models.json_reader import JsonReader, read_json_object
 # Of GPT-OSS's gates, where a config.json is silent.
 _SLOPE, _LIMIT = 1.702, 7.0
 _QUERY_SCALAR = "query_pre_attn_scalar"
+_GROUPS = ("n_group", "topk_group")
 _OF_EVERY_MODEL = ("activation", "all_biases", "gate_offset", "has_sinks", "norms", "norms_from_zero")
 _OF_EVERY_MODEL += ("qk_norm_spans_heads", "scales_embedding")
 """Fields of an Architecture that a family has, whatever a config.json says."""
@@ -71,7 +74,7 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
     )
     groups, latent = _num_query_groups(reader, line, heads), None
     if line.has_latent:
-        latent, head_dim = _latent(reader, heads=heads, groups=groups)
+        latent, head_dim = _latent(reader, line, heads=heads, groups=groups)
     else:
         head_dim = _head_dim(reader, line)
     max_positions = reader.whole("max_position_embeddings", line.max_position_embeddings)
@@ -92,7 +95,7 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
     norm_eps = reader.number("rms_norm_eps", line.norm_eps)
     init_std = reader.number("initializer_range", 0.02)
     tie_embeddings = reader.flag("tie_word_embeddings", line.tie_word_embeddings)
-    read_mixture = _mixture_values if line.mixture is None or line.mixture.routing == "softmax" else _sigmoid
+    read_mixture = _grouped if line.mixture is not None and line.mixture.has_groups else _mixture_values
     mixture = read_mixture(reader, line, num_layers)
     qkv_bias, qk_norm = _biases_and_norms(reader, line)
     gate = _gate(reader, line)
@@ -176,10 +179,11 @@ def _head_dim(reader: JsonReader, line: HfFamily) -> int | None:
     return reader.whole("head_dim", 1)
 
 
-def _latent(reader: JsonReader, *, heads: int, groups: int) -> tuple[Latent, int]:
+def _latent(reader: JsonReader, line: HfFamily, *, heads: int, groups: int) -> tuple[Latent, int]:
     """Latent attention and the width of its queries' and keys' heads; problems are added to the reader."""
-    rope_dim, still = reader.whole("qk_rope_head_dim", 64), reader.whole("qk_nope_head_dim", 128)
-    for key, built in (("head_dim", rope_dim), ("qk_head_dim", still + rope_dim)):
+    rope_dim, still = latent_head(reader, line)
+    head_dim = rope_dim if line.latent_head_dim == "turning" else still + rope_dim
+    for key, built in (("head_dim", head_dim), ("qk_head_dim", still + rope_dim)):
         if reader.has(key) and reader.get(key) != built:
             reader.say(
                 key, f" {reader.get(key)!r} contradicts qk_rope_head_dim and qk_nope_head_dim: {built}"
@@ -194,8 +198,8 @@ def _latent(reader: JsonReader, *, heads: int, groups: int) -> tuple[Latent, int
         )
     has_query_rank = not reader.has("q_lora_rank") or reader.get("q_lora_rank") is not None
     latent = Latent(
-        query_rank=reader.whole("q_lora_rank", 1536) if has_query_rank else None,
-        rank=reader.whole("kv_lora_rank", 512),
+        query_rank=reader.whole("q_lora_rank", line.sizes["q_lora_rank"]) if has_query_rank else None,
+        rank=reader.whole("kv_lora_rank", line.sizes["kv_lora_rank"]),
         rope_dim=rope_dim,
         value_dim=reader.whole("v_head_dim", 128),
     )
@@ -242,11 +246,14 @@ def _mixture_values(reader: JsonReader, line: HfFamily, _: int) -> Mixture | Non
         return None
 
 
-def _sigmoid(reader: JsonReader, line: HfFamily, num_layers: int) -> Mixture | None:
-    """The experts behind a sigmoid router; problems are added to the reader."""
+def _grouped(reader: JsonReader, line: HfFamily, num_layers: int) -> Mixture | None:
+    """The experts under DeepSeek-V3's keys; problems are added to the reader."""
     assert line.mixture is not None
-    if not reader.flag("norm_topk_prob", default=True):
+    normalizes, is_sigmoid = reader.flag("norm_topk_prob", default=True), line.mixture.routing == "sigmoid"
+    if is_sigmoid and not normalizes:
         reader.say("norm_topk_prob", " False: a sigmoid router's weights are always normalised here")
+    if not is_sigmoid and (asked := [reader.values.get(key, 1) for key in _GROUPS]) != [1, 1]:
+        reader.say(_GROUPS[0], f", {_GROUPS[1]} {asked}: groups are only built behind a sigmoid router")
     width = reader.whole(line.mixture.width_key, line.mixture.width)
     dense_layers = _count(reader, "first_k_dense_replace", line.mixture.num_dense_layers)
     num_shared = _count(reader, "n_shared_experts", 1)
@@ -256,12 +263,12 @@ def _sigmoid(reader: JsonReader, line: HfFamily, num_layers: int) -> Mixture | N
         return Mixture(
             num_experts=reader.whole("n_routed_experts", line.mixture.num_experts),
             experts_per_token=reader.whole("num_experts_per_tok", line.mixture.experts_per_token),
-            normalizes_weights=True,
+            normalizes_weights=normalizes,
             shared_width=width * num_shared,
             shared_is_gated=False,
-            routing="sigmoid",
-            num_groups=reader.whole("n_group", line.mixture.num_groups),
-            groups_per_token=reader.whole("topk_group", line.mixture.groups_per_token),
+            routing=line.mixture.routing,
+            num_groups=reader.whole(_GROUPS[0], line.mixture.num_groups) if is_sigmoid else 1,
+            groups_per_token=reader.whole(_GROUPS[1], line.mixture.groups_per_token) if is_sigmoid else 1,
             weights_factor=reader.number("routed_scaling_factor", line.mixture.weights_factor),
             num_dense_layers=min(dense_layers, num_layers),
             dense_width=reader.whole("intermediate_size") if dense_layers else 0,
@@ -298,7 +305,7 @@ def hf_config_values(architecture: Architecture, *, dtype: torch.dtype | None) -
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": None,
-        "head_dim": a.rope_head_dim,
+        "head_dim": a.head_dim if line.latent_head_dim == "all" else a.rope_head_dim,
         line.activation_key: a.activation,
         "hidden_size": a.hidden_size,
         "initializer_range": a.init_std,
@@ -364,8 +371,8 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
     if a.mixture is None:
         return {}
     assert line.mixture is not None
-    if line.mixture.routing == "sigmoid":
-        return _keys_of_sigmoid(a, a.mixture)
+    if line.mixture.has_groups:
+        return _keys_of_grouped(a, a.mixture)
     values: dict[str, Any] = {
         "num_experts_per_tok": a.mixture.experts_per_token,
         "output_router_logits": False,
@@ -389,17 +396,17 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
     }
 
 
-def _keys_of_sigmoid(a: Architecture, mixture: Mixture) -> dict[str, Any]:
+def _keys_of_grouped(a: Architecture, mixture: Mixture) -> dict[str, Any]:
     return {
         "first_k_dense_replace": mixture.num_dense_layers,
         "intermediate_size": mixture.dense_width or a.ffn_hidden_size,
         "moe_intermediate_size": a.ffn_hidden_size,
-        "n_group": mixture.num_groups,
+        _GROUPS[0]: mixture.num_groups,
         "n_routed_experts": mixture.num_experts,
         "n_shared_experts": mixture.shared_width // a.ffn_hidden_size,
-        "norm_topk_prob": True,
+        "norm_topk_prob": mixture.normalizes_weights,
         "num_experts_per_tok": mixture.experts_per_token,
         "output_router_logits": False,
         "routed_scaling_factor": mixture.weights_factor,
-        "topk_group": mixture.groups_per_token,
+        _GROUPS[1]: mixture.groups_per_token,
     }

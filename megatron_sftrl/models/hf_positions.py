@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, Rope, yarn_attention_factor
-from megatron_sftrl.models.hf_families import HfFamily
+from megatron_sftrl.models.hf_family import HfFamily
 from megatron_sftrl.models.json_reader import JsonReader, shown
 
 _KINDS = ("full_attention", "sliding_attention")
@@ -302,6 +302,14 @@ def _mscales(rope: JsonReader) -> dict[str, float]:
     return {"mscale": float(mscale), "mscale_all_dim": float(of_all)} if of_all else {}
 
 
+def latent_head(reader: JsonReader, family: HfFamily) -> tuple[int, int]:
+    """Of the dimensions of a head in latent attention those that turn, and the others."""
+    return (
+        reader.whole("qk_rope_head_dim", 64),
+        reader.whole("qk_nope_head_dim", family.sizes["qk_nope_head_dim"]),
+    )
+
+
 def _or_default(rope: JsonReader, key: str, default: float) -> float:
     """A number above 0; null stands for the default here."""
     return default if rope.get(key) is None else rope.number(key)
@@ -315,10 +323,16 @@ def _fraction(reader: JsonReader, rope: JsonReader, family: HfFamily) -> float:
     """
     key = "partial_rotary_factor"
     if family.partial_rotary is None:
+        built, what = 1.0, "rotary positions on whole heads"
+        if family.latent_head_dim == "all":
+            turning, still = latent_head(reader, family)
+            built, what = turning / (turning + still), "what qk_rope_head_dim says"
         for part in (reader, rope):
-            value = part.values.get(key, 1.0)
-            if isinstance(value, bool) or value != 1.0:
-                part.say(key, f" {value!r}: only 1.0 is supported, rotary positions on whole heads")
+            value = part.values.get(key, built)
+            if isinstance(value, bool) or value != built:
+                part.say(key, f" {value!r}: only {built} is supported, {what}")
+        if built != 1 and key not in {**reader.values, **(reader.get("rope_scaling") or {key: built})}:
+            reader.say("rope_scaling", f" has no {key}: transformers takes 1 then and fails, write {built}")
         return 1.0
     given = {part.number(key) for part in (reader, rope) if part.has(key)}
     if len(given) > 1:
@@ -473,6 +487,8 @@ def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
             values |= {} if a.rope.kind == "default" else {"rope_scaling": sets[0]}
         return values
     scaling = _rope_set(a.rope, family)
+    if family.latent_head_dim == "all":
+        scaling["partial_rotary_factor"] = a.rope_head_dim / a.head_dim
     values |= {"rope_parameters": scaling, "rope_theta": a.rope.theta}
     if a.rope.kind != "default":
         values["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}

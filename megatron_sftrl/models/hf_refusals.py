@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_sftrl.models.architecture import has_qk_norm, has_qkv_bias
-from megatron_sftrl.models.hf_families import HfFamily
+from megatron_sftrl.models.hf_family import HfFamily
 from megatron_sftrl.models.hf_hybrids import DELTA_KEYS
 from megatron_sftrl.models.json_reader import JsonReader, shown
 
@@ -64,8 +64,8 @@ _MIXTURE_KEYS = frozenset(
     }
 )
 
-# Of a sigmoid router and what comes with it.
-_SIGMOID_KEYS = frozenset(
+# DeepSeek-V3's.
+_GROUPED_KEYS = frozenset(
     {
         "first_k_dense_replace",
         "moe_intermediate_size",
@@ -156,8 +156,8 @@ def refuse_what_is_not_supported(reader: JsonReader, line: HfFamily) -> None:
             reader.note(
                 line.draft_keys[-1], f" {count}: layers that draft tokens are left out, also of exports"
             )
-    if line.mixture is not None and line.mixture.routing == "sigmoid":
-        known |= _SIGMOID_KEYS
+    if line.mixture is not None and line.mixture.has_groups:
+        known |= _GROUPED_KEYS
     elif line.mixture is not None:
         known |= _MIXTURE_KEYS | ({SHARED_WIDTH} if line.mixture.shared_width is not None else set())
         _refuse_other_mixtures(reader, line)

@@ -9,12 +9,14 @@ Loading, saving, the conversion tools and the resharding to a rollout engine all
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megatron_sftrl.models.architecture import Architecture, DeltaNet
+from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.tensor_rules import (
     EMBEDDING,
     EXPERTS,
@@ -208,6 +210,38 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         name: box if half is None else (*box[:-2], 2 * box[-2])
         for name, (box, half) in _boxes(architecture).items()
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileTensor:
+    """A tensor of an export, and those of hf_shapes() that it is made of, one behind the other."""
+
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+
+
+_OF_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj\.weight")
+
+
+def file_tensors(architecture: Architecture) -> dict[str, FileTensor]:
+    """By name, in the order of the model, what an export holds: tensors of hf_shapes(), or stacks of them."""
+    shapes = hf_shapes(architecture)
+    if "stacks" not in hf_family(architecture.family).fused:
+        return {name: FileTensor(shape=shape, parts=(name,)) for name, shape in shapes.items()}
+    parts: dict[str, list[str]] = {}
+    for name in shapes:
+        expert = _OF_EXPERT.fullmatch(name)
+        stack = name if expert is None else f"{expert[1]}.{'down' if expert[2] == 'down' else 'gate_up'}_proj"
+        parts.setdefault(stack, []).append(name)
+    found = {}
+    for name, each in parts.items():
+        shape = shapes[each[0]]
+        if name not in shapes:
+            assert architecture.mixture is not None
+            num_experts = architecture.mixture.num_experts
+            shape = (num_experts, len(each) // num_experts * shape[0], shape[1])
+        found[name] = FileTensor(shape=shape, parts=tuple(each))
+    return found
 
 
 def hf_matrices(architecture: Architecture, names: Collection[str]) -> dict[str, tuple[int, int]]:

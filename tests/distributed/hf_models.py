@@ -209,6 +209,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
     },
     "deepseek_v3_plain": {**_DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    # Of two layers one is dense; weights of experts times a factor. A query at 24, 48, ... is longer. Then
+    # queries out of the residual stream, and weights that are not normalised: with more than one layer of
+    # experts transformers' own fp32 gradients are 2.4e-5 away from float64 (measured).
+    "mistral4": {
+        **_DEEPSEEK_V3,
+        "model_type": "mistral4",
+        "num_hidden_layers": 2,
+        "hidden_size": 48,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 24,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {
+            **_YARN,
+            "original_max_position_embeddings": 24,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    "mistral4_plain": {
+        **_DEEPSEEK_V3,
+        "model_type": "mistral4",
+        "q_lora_rank": None,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 3,
+        "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1},
+    },
     "gpt_oss": {**_GPT_OSS, "swiglu_limit": 0.6},
     "gpt_oss_other_gates": {
         **_GPT_OSS,
@@ -260,18 +288,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def auto_model() -> Any:
+    """transformers' AutoModelForCausalLM, told of the one class that its table (5.19) has not got."""
+    from transformers import AutoModelForCausalLM, Mistral4Config, Mistral4ForCausalLM
+
+    AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
+    return AutoModelForCausalLM
+
+
 def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
     """Write the named model to `directory` and return it, fp32, with weights that bf16 represents exactly.
 
     It runs transformers' default attention, sdpa, where the model has it: the eager one is at 4200 tokens in
     fp32 up to 1.2e-5 of the logit scale away from float64 (measured), more than the bound between it and us.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.for_model(**CONFIGS[name])
     torch.manual_seed(seed)
     attention = "eager" if config.model_type == "gpt_oss" else "sdpa"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model = auto_model().from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             # Large enough that attention and routing are far from uniform: an error in a window, an angle
@@ -290,6 +326,22 @@ def save_model(name: str, directory: Path, *, seed: int = 0) -> Any:
     return model.eval()
 
 
+def experts_apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the matrices of each expert for themselves where a file has [E, 2 width, H] and [E, H, width]."""
+    apart = {}
+    for name, tensor in tensors.items():
+        block, _, which = name.rpartition(".")
+        is_stack = block.endswith("mlp.experts") and which in ("gate_up_proj", "down_proj")
+        if not is_stack or f"{name}_bias" in tensors:
+            apart[name] = tensor
+            continue
+        names = ("gate_proj", "up_proj") if which == "gate_up_proj" else (which,)
+        for expert, whole in enumerate(tensor):
+            parts = zip(names, whole.chunk(len(names)), strict=True)
+            apart |= {f"{block}.{expert}.{each}.weight": part for each, part in parts}
+    return apart
+
+
 def saved_gradients(model: Any, directory: Path) -> dict[str, Tensor]:
     """The gradients of a backward by the names of files, which the model has no more afterwards.
 
@@ -303,7 +355,7 @@ def saved_gradients(model: Any, directory: Path) -> dict[str, Tensor]:
         model.save_pretrained(directory)
         for parameter in model.parameters():
             parameter.data, parameter.grad = parameter.grad, None
-    return read_tensors(directory)
+    return experts_apart(read_tensors(directory))
 
 
 def is_norm_from_zero(config: Any, name: str) -> bool:

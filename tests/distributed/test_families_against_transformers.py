@@ -20,6 +20,7 @@ from tests.distributed.hf_models import (
     CONFIGS,
     VOCAB_SIZE,
     WINDOW,
+    experts_apart,
     save_model,
     saved_gradients,
     transformers_logits,
@@ -39,19 +40,21 @@ NAMES = (
     "glm4",
     "glm4_moe",
     "deepseek_v3",
+    "mistral4",
     "gpt_oss",
     "gemma3_text",
     "qwen3_5_text",
     "qwen3_next",
 )
 if is_full():
-    NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "gpt_oss_other_gates")
+    NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "mistral4_plain", "gpt_oss_other_gates")
     NAMES += ("gemma3_text_published", "qwen3_5_text_published", "qwen3_5_moe_text")
 # In the everyday run each of these in the layout that is most of its own.
 FEW = {
     "gemma3_text": ("sp2", "cp2"),
     "glm4_moe": ("vp2",),
     "gpt_oss": ("sp2",),
+    "mistral4": ("sp2", "cp2"),
     "qwen3_5_text": ("sp2", "vp2"),
     "qwen3_next": ("sp2",),
 }
@@ -84,7 +87,7 @@ class Truth:
     def __init__(self, name: str, directory: Path) -> None:
         self.directory = directory
         self.model = save_model(name, directory)
-        self.tensors = read_tensors(directory)
+        self.tensors = experts_apart(read_tensors(directory))
         self.logits = transformers_logits(self.model, random_tokens(1), LENGTHS)
         logits = [self.model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
         torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()

@@ -21,7 +21,7 @@ from megatron_sftrl.models.architecture import Architecture, from_record
 from megatron_sftrl.models.hf_output import HfFile, plan_files, write_index
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
 from megatron_sftrl.models.hf_weights import HfWeights
-from megatron_sftrl.models.tensors import hf_shapes
+from megatron_sftrl.models.tensors import FileTensor, file_tensors
 from megatron_sftrl.trainers.adapters import MergedWeights, StoredAdapters
 
 LOGGER = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ def write_merged(
     on_bytes: Callable[[int, int], None],
 ) -> None:
     """The weight files and their index of a merged model; each rank writes whole files."""
-    shapes = hf_shapes(architecture)
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    tensors = file_tensors(architecture)
+    sizes = {name: math.prod(each.shape) * dtype.itemsize for name, each in tensors.items()}
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
     mine = files[dist.get_rank() :: dist.get_world_size()]
 
     def write() -> None:
         with closing(StoredAdapters(path, lora, architecture.vocab_size)) as adapters:
             merged = MergedWeights(weights, adapters)
-            _write_files(temporary, mine, merged, sizes, shapes, dtype, on_bytes)
+            _write_files(temporary, mine, merged, sizes, tensors, dtype, on_bytes)
 
     on_every_rank(write)
     on_rank_zero(lambda: write_index(temporary, files, list(sizes.items())))
@@ -58,7 +58,7 @@ def _write_files(
     files: Sequence[HfFile],
     weights: MergedWeights,
     sizes: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, FileTensor],
     dtype: torch.dtype,
     on_bytes: Callable[[int, int], None],
 ) -> None:
@@ -68,12 +68,13 @@ def _write_files(
         nonlocal done
         done += sizes[name]
         on_bytes(done, total)
-        return weights.read(name).to(dtype)
+        shape, parts = tensors[name].shape, tensors[name].parts
+        read = [weights.read(part).to(dtype) for part in parts]
+        return read[0] if len(read) == 1 else torch.cat(read).view(shape)
 
     for file in files:
-        write_safetensors(
-            directory / file.name, {name: (dtype, shapes[name]) for name in file.tensors}, tensor
-        )
+        kinds = {name: (dtype, tensors[name].shape) for name in file.tensors}
+        write_safetensors(directory / file.name, kinds, tensor)
 
 
 def convert_to_peft(checkpoint: Path, out: Path) -> Path:

@@ -236,11 +236,12 @@ def _batch(prompt: Tensor) -> TokenBatch:
 
 @torch.no_grad()
 def _transformers_logits(hf: Path, prompts: Tensor, device: torch.device) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    # By the name that config.json has: AutoModelForCausalLM (5.19) does not find every family's.
+    names = transformers.AutoConfig.from_pretrained(hf, local_files_only=True).architectures
+    kind = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(hf, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     model = model.to(device)  # type: ignore[arg-type]
     return model(prompts.to(device)).logits.float().cpu()
 

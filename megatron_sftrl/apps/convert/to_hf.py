@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from megatron_sftrl.models.hf_output import (
 )
 from megatron_sftrl.models.hf_positions import FOR_VLLM
 from megatron_sftrl.models.hf_tensor_file import write_safetensors
-from megatron_sftrl.models.tensors import hf_shapes, megatron_tensors
+from megatron_sftrl.models.tensors import FileTensor, file_tensors, hf_shapes, megatron_tensors
 from megatron_sftrl.trainers.adapters import open_base
 
 # The exported tokenizer gives the ids that training saw, also to programs that load it by its class.
@@ -142,13 +142,13 @@ def convert_to_hf(
     if base is not None:
         raise UserError(f"--base has no effect: {path} holds a whole model and no adapters")
     stored = on_every_rank(lambda: StoredModel(path, architecture))
-    dtypes = _dtypes(stored, architecture, dtype)
-    sizes = {name: math.prod(stored.shapes[name]) * each.itemsize for name, each in dtypes.items()}
+    dtypes, tensors = _dtypes(stored, architecture, dtype), file_tensors(architecture)
+    sizes = {name: math.prod(each.shape) * dtypes[each.parts[0]].itemsize for name, each in tensors.items()}
     files = plan_files(list(sizes.items()), max_bytes=max_file_bytes)
     with closing(stored), new_directory_together(out, num_bytes=sum(sizes.values())) as temporary:
         mine = files[dist.get_rank() :: dist.get_world_size()]
         try:
-            on_every_rank(lambda: _write_files(temporary, mine, stored, dtypes, on_bytes))
+            on_every_rank(lambda: _write_files(temporary, mine, stored, tensors, dtypes, on_bytes))
         finally:
             # A damaged file is named as such, whatever else went wrong with it before.
             verification.finish()
@@ -202,29 +202,34 @@ def _write_files(
     directory: Path,
     files: list[HfFile],
     stored: StoredModel,
+    tensors: Mapping[str, FileTensor],
     wanted: dict[str, torch.dtype],
     on_bytes: Callable[[int, int], None],
 ) -> None:
-    shapes, dtypes, done = stored.shapes, stored.dtypes, 0
-    names = [name for file in files for name in file.tensors]
-    sizes = {name: math.prod(shapes[name]) * wanted[name].itemsize for name in names}
+    done = 0
+    # The parts of a tensor are alike.
+    kinds = {
+        name: (wanted[tensors[name].parts[0]], tensors[name].shape) for file in files for name in file.tensors
+    }
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in kinds.items()}
     total = sum(sizes.values())
-    largest = max((math.prod(shapes[name]) * dtypes[name].itemsize for name in names), default=0)
+    held = {name: stored.dtypes[tensors[name].parts[0]] for name in kinds}
+    largest = max((math.prod(tensors[name].shape) * held[name].itemsize for name in kinds), default=0)
     # One piece of memory for all tensors, one after the other: fresh pages would cost as much as copying.
     memory = np.empty(largest, np.uint8)
 
     def tensor(name: str) -> Tensor:
         nonlocal done
-        shape = shapes[name]
-        whole = torch.frombuffer(memory, dtype=dtypes[name], count=math.prod(shape)).view(shape)
-        stored.read_into(whole, name)
+        dtype, shape = kinds[name]
+        whole, parts = torch.frombuffer(memory, dtype=held[name], count=math.prod(shape)), tensors[name].parts
+        for part, values in zip(parts, whole.chunk(len(parts)), strict=True):
+            stored.read_into(values.view(stored.shapes[part]), part)
         done += sizes[name]
         on_bytes(done, total)
-        return whole.to(wanted[name])
+        return whole.view(shape).to(dtype)
 
     for file in files:
-        kinds = {name: (wanted[name], shapes[name]) for name in file.tensors}
-        write_safetensors(directory / file.name, kinds, tensor)
+        write_safetensors(directory / file.name, {name: kinds[name] for name in file.tensors}, tensor)
 
 
 def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtype) -> HfAssets:
