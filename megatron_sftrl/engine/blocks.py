@@ -26,7 +26,8 @@ from torch import Tensor
 
 from megatron_sftrl.engine.megatron_config import scale_cos_and_sin
 from megatron_sftrl.engine.packed_sequences import PackedSequences
-from megatron_sftrl.models.architecture import Architecture, Rope
+from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.models.rope import Rope
 
 
 class SpanningNorm(torch.nn.Module):

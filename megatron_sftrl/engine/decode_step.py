@@ -27,7 +27,8 @@ from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.blocks import query_factors
 from megatron_sftrl.engine.kv_cache import CacheSlots, Reading, readings
 from megatron_sftrl.engine.local_layers import layer_window, rms_norm
-from megatron_sftrl.models.architecture import Architecture, Latent, Rope
+from megatron_sftrl.models.architecture import Architecture, Latent
+from megatron_sftrl.models.rope import Rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,8 @@ from megatron_sftrl.engine.mixtures import (
 )
 from megatron_sftrl.engine.packed_sequences import PackedSequences, places_of
 from megatron_sftrl.engine.parallel import ParallelContext
-from megatron_sftrl.models.architecture import Architecture, Rope, inverse_frequencies, padded_vocab_size
+from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
+from megatron_sftrl.models.rope import Rope, inverse_frequencies
 from megatron_sftrl.types import TokenBatch
 from megatron_sftrl.vocab_parallel import OutputLayer
 

@@ -19,21 +19,21 @@ from megatron_sftrl.models.architecture import (
     divided_head_dim,
     has_qk_norm,
     has_qkv_bias,
-    latent_attention_multiplier,
 )
 from megatron_sftrl.models.hf_families import asked_family, hf_family
 from megatron_sftrl.models.hf_family import MULTIPLIERS, HfFamily
 from megatron_sftrl.models.hf_hybrids import delta_net_values, language_model, read_delta_net
 from megatron_sftrl.models.hf_positions import (
     latent_head,
+    longest_of,
     read_no_rope_layers,
     read_ropes,
-    read_window,
     rope_values,
-    window_values,
 )
 from megatron_sftrl.models.hf_refusals import DROPOUTS, SHARED_WIDTH, refuse_what_is_not_supported
+from megatron_sftrl.models.hf_windows import read_window, window_values
 from megatron_sftrl.models.json_reader import JsonReader, read_json_object
+from megatron_sftrl.models.rope import latent_attention_multiplier
 
 # Of GPT-OSS's gates, where a config.json is silent.
 _SLOPE, _LIMIT = 1.702, 7.0
@@ -117,7 +117,7 @@ def read_hf_config(path: Path | str, *, text_only: bool = False) -> tuple[Archit
             num_query_groups=groups,
             head_dim=head_dim or divided_head_dim(hidden_size, heads),
             vocab_size=vocab_size,
-            max_position_embeddings=max_positions,
+            max_position_embeddings=longest_of(rope, max_positions),
             rope=rope,
             sliding_window=window,
             window_layers=window_layers,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture, DeltaNet
+from megatron_sftrl.models.architecture import Architecture, DeltaNet, Family
+from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.json_reader import JsonReader
 
 _DELTA, _FULL = "linear_attention", "full_attention"
@@ -62,12 +63,13 @@ def delta_net_values(a: Architecture) -> dict[str, Any]:
 # model.language_model (a Gemma 3 as published: language_model). Everything else is about images and video.
 
 
-_LANGUAGE_MODELS = {
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "qwen3_5": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
-    "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+_LANGUAGE_MODELS: Mapping[str, tuple[Family, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "mistral3": ("mistral", "ministral3", "mistral4"),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
-"""By model_type of the multimodal model: that of its language model, and its class."""
+"""By model_type of the multimodal model: those of its language model, the first where it does not say."""
 _LANGUAGE_PREFIXES = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",
@@ -88,10 +90,12 @@ def language_model_values(values: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the language model inside a multimodal one; any other one as it is."""
     if not is_multimodal(values):
         return values
-    model_type, architecture = _LANGUAGE_MODELS[values["model_type"]]
+    families = _LANGUAGE_MODELS[values["model_type"]]
     inside: dict[str, Any] = values["text_config"]
     outside = {key: values[key] for key in _FROM_OUTSIDE if key in values and inside.get(key) is None}
-    return {"model_type": model_type, **inside, **outside, "architectures": [architecture]}
+    family = next((each for each in families if each == inside.get("model_type")), families[0])
+    architectures = [hf_family(family).architecture]
+    return {"model_type": family, **inside, **outside, "architectures": architectures}
 
 
 def language_model_name(name: str) -> str | None:

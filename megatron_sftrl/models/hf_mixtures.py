@@ -135,7 +135,6 @@ MIXTURES: tuple[HfFamily, ...] = (
             "rope_theta": 10000.0,
             "factor": 128.0,
             "original_max_position_embeddings": 8192,
-            "max_position_embeddings": 1048576,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
             "mscale_all_dim": 1.0,
@@ -145,7 +144,11 @@ MIXTURES: tuple[HfFamily, ...] = (
         interleaved=True,
         keys=frozenset({"llama_4_scaling"}),
         states=("attention_bias",),
-        refuses=dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
+        for_vllm={"moe_layer_freq": 1, "scoring_func": "softmax", "topk_method": "greedy"},
+        refuses={
+            **dict.fromkeys(("num_experts", "num_local_experts"), "give n_routed_experts"),
+            "moe_router_dtype": "vLLM's router obeys it, transformers' does not",
+        },
     ),
     HfFamily(
         family="gpt_oss",

@@ -10,12 +10,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture, Rope, yarn_attention_factor
+from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.hf_family import HfFamily
 from megatron_sftrl.models.json_reader import JsonReader, shown
+from megatron_sftrl.models.rope import Rope, longrope_attention_factor, yarn_attention_factor
 
-_KINDS = ("full_attention", "sliding_attention")
+KINDS = ("full_attention", "sliding_attention")
 _BETA = "llama_4_scaling_beta"
 _COMMON_KEYS = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 _OWN_KEYS = {
@@ -35,6 +35,9 @@ _OWN_KEYS = {
             "mscale_all_dim",
             "truncate",
         }
+    ),
+    "longrope": frozenset(
+        {"attention_factor", "factor", "long_factor", "original_max_position_embeddings", "short_factor"}
     ),
 }
 
@@ -108,22 +111,22 @@ def _sets_by_layer_type(reader: JsonReader, family: HfFamily) -> tuple[dict[str,
             reader.say(
                 "rope_theta",
                 f" {reader.get('rope_theta')!r}: transformers gives layers with a window "
-                f"{family.rope_theta:g} all the same; give rope_parameters with both of {_KINDS}",
+                f"{family.rope_theta:g} all the same; give rope_parameters with both of {KINDS}",
             )
         if scaling and "rope_type" not in scaling:
             reader.say("rope_scaling", ": rope_type is missing: transformers scales nothing without it")
         return scaling or {}, {}
-    if scaling is not None or not isinstance(nested, dict) or nested.keys() != set(_KINDS):
-        reader.say("rope_parameters", f": expected a set for each of {_KINDS} and no rope_scaling")
+    if scaling is not None or not isinstance(nested, dict) or nested.keys() != set(KINDS):
+        reader.say("rope_parameters", f": expected a set for each of {KINDS} and no rope_scaling")
         return {}, {}
     if not all(_is_flat(values) for values in nested.values()):
         reader.say("rope_parameters", f": expected two flat sets of values, got {shown(nested)}")
         return {}, {}
-    return nested[_KINDS[0]], nested[_KINDS[1]]
+    return nested[KINDS[0]], nested[KINDS[1]]
 
 
 _BASES = ("rope_theta", "rope_local_base_freq")
-"""Older keys of a Gemma 3, in the order of _KINDS."""
+"""Older keys of a Gemma 3, in the order of KINDS."""
 
 
 def _sets_with_bases(reader: JsonReader, family: HfFamily) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,20 +134,20 @@ def _sets_with_bases(reader: JsonReader, family: HfFamily) -> tuple[dict[str, An
     assert family.window_theta is not None
     nested, scaling = reader.get("rope_parameters") or {}, reader.get("rope_scaling") or {}
     if not isinstance(nested, dict) or not all(_is_flat(values) for values in (scaling, *nested.values())):
-        reader.say("rope_parameters", f": expected flat sets of values for {_KINDS}, got {shown(nested)}")
+        reader.say("rope_parameters", f": expected flat sets of values for {KINDS}, got {shown(nested)}")
         return {}, {}
-    if others := sorted(nested.keys() - set(_KINDS)):
-        reader.say("rope_parameters", f" {', '.join(others)}: only sets for {_KINDS} are supported")
+    if others := sorted(nested.keys() - set(KINDS)):
+        reader.say("rope_parameters", f" {', '.join(others)}: only sets for {KINDS} are supported")
     if scaling and "rope_type" not in scaling:
         reader.say("rope_scaling", ": rope_type is missing: transformers scales nothing without it")
-    full, window = (dict(nested.get(kind, {})) for kind in _KINDS)
+    full, window = (dict(nested.get(kind, {})) for kind in KINDS)
     for values, key, default in zip(
         (full, window), _BASES, (family.rope_theta, family.window_theta), strict=True
     ):
         base = reader.number(key, default) if reader.has(key) or "rope_theta" not in values else None
         if base is not None and values.setdefault("rope_theta", base) != base:
             reader.say(key, f" {base:g} contradicts that of rope_parameters, {values['rope_theta']!r}")
-    if nested.get(_KINDS[0]) and any(full.get(key) != value for key, value in scaling.items()):
+    if nested.get(KINDS[0]) and any(full.get(key) != value for key, value in scaling.items()):
         reader.problems.append("rope_scaling and rope_parameters contradict each other: remove one of them")
     return {**full, **scaling}, window
 
@@ -183,6 +186,8 @@ def _read_set(
         if kind == "default":
             return plain
         return replace(plain, kind="linear", factor=rope.number("factor", at_least=1))
+    if kind == "longrope":
+        return replace(plain, kind=kind, **_longrope(reader, rope, max_position_embeddings))
     original_length = _original_length(reader, rope, max_position_embeddings)
     if kind == "llama3":
         return replace(plain, kind=kind, original_length=original_length, **_llama3(rope))
@@ -251,6 +256,43 @@ def _llama3(rope: JsonReader) -> dict[str, Any]:
     if rope.has("low_freq_factor") and rope.has("high_freq_factor") and not low < high:
         rope.say("high_freq_factor", f" {high:g} must be greater than low_freq_factor {low:g}")
     return {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+
+
+def _longrope(reader: JsonReader, rope: JsonReader, max_position_embeddings: int) -> dict[str, Any]:
+    """Of a Phi-3, in transformers and vLLM: they agree up to the original length, on short_factor.
+
+    Beyond it transformers takes long_factor for a forward with a longer sequence, vLLM for an engine whose
+    max_model_len is larger, and both leave keys and values in caches as they are.
+    """
+    key = "original_max_position_embeddings"
+    original = reader.whole(key, _PHI3_LENGTH)
+    if rope.get(key) not in (None, original):
+        rope.say(key, f" {rope.get(key)!r}: transformers takes the one beside the set, {original}")
+    if original < 2:
+        reader.say(key, f" {original}: expected at least 2")
+        original = 2
+    factor = max_position_embeddings / original
+    built = {"factor": factor, "attention_factor": longrope_attention_factor(factor, original)}
+    for name, value in built.items():
+        if rope.get(name) not in (None, value):
+            rope.say(name, f" {rope.get(name)!r}: vLLM takes {value:g}, of max_position_embeddings and {key}")
+    rope.note("short_factor", f" counts, in sequences of up to {original} tokens; long_factor is only kept")
+    return {
+        **built,
+        "original_length": original,
+        "short_factors": rope.numbers("short_factor"),
+        "long_factors": rope.numbers("long_factor"),
+    }
+
+
+_PHI3_LENGTH = 4096
+"""transformers' original length where a Phi-3's file is silent."""
+
+
+def longest_of(rope: Rope, max_position_embeddings: int) -> int:
+    """Tokens of the longest sequence that is built."""
+    original = rope.original_length if rope.kind == "longrope" else None
+    return min(max_position_embeddings, original or max_position_embeddings)
 
 
 def _yarn(
@@ -343,118 +385,6 @@ def _fraction(reader: JsonReader, rope: JsonReader, family: HfFamily) -> float:
     return fraction
 
 
-# Reads which layers of a config.json attend over a sliding window, as transformers 5 decides it.
-#
-# A window of w tokens holds the token itself: query q attends to keys k with q - w < k <= q (transformers'
-# sliding_window_overlay together with the causal mask).
-
-
-def read_window(
-    reader: JsonReader,
-    family: HfFamily,
-    *,
-    num_layers: int,
-    max_position_embeddings: int,
-    no_rope_layers: tuple[int, ...],
-    has_own_rope: bool,
-) -> tuple[int | None, tuple[int, ...]]:
-    """(window in tokens or None, layers that use it); problems are added to the reader.
-
-    A window of max_position_embeddings or more excludes nothing and counts as none, unless its layers have
-    positions of their own (`has_own_rope`).
-    """
-    window = _size(reader, family)
-    has_others = "layer_types" in family.refuses or family.has_delta_net
-    given = None if has_others else _given_layers(reader, num_layers)
-    if family.window in ("layers", "pattern"):
-        layers = given
-        if layers is None:
-            layers = _layers_by_rule(reader, family, num_layers, no_rope_layers)
-            layers = layers if window is not None or family.window == "pattern" else ()
-        elif reader.has(family.full_every_key or "") and layers != _layers_by_rule(
-            reader, family, num_layers, no_rope_layers
-        ):
-            reader.say("layer_types", f" contradicts {family.full_every_key}: remove one of them")
-        if layers and window is None:
-            reader.say("layer_types", " has sliding_attention, but no sliding_window is in use")
-    else:
-        layers = () if window is None else tuple(range(num_layers))
-        _refuse_other_layers(reader, family, layers, given)
-    if window is None or not layers or (window >= max_position_embeddings and not has_own_rope):
-        return None, ()
-    return window, layers
-
-
-def _layers_by_rule(
-    reader: JsonReader, family: HfFamily, num_layers: int, no_rope_layers: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The layers with a window where layer_types does not say it."""
-    if family.no_rope_every is not None:
-        return no_rope_layers
-    if family.full_every is not None:
-        key = family.full_every_key
-        every = family.full_every if key is None else reader.whole(key, family.full_every)
-        return tuple(layer for layer in range(num_layers) if (layer + 1) % every)
-    first = reader.values.get("max_window_layers", 28)
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        reader.say("max_window_layers", f": expected a whole number >= 0, got {first!r}")
-        first = 0
-    return tuple(range(first, num_layers))
-
-
-def _size(reader: JsonReader, family: HfFamily) -> int | None:
-    """The window in tokens, None if the family's switch is off or the size null."""
-    if family.window == "none":
-        # transformers' Llama does not read it, vLLM's does: the two would be different networks.
-        is_off = reader.get("use_sliding_window") is False
-        if (reader.get("sliding_window") is not None and not is_off) or reader.get("use_sliding_window"):
-            reader.say("sliding_window", f": {family.architecture} has none in transformers, remove it")
-        return None
-    if family.window == "off":
-        if reader.flag("use_sliding_window"):
-            reader.say("use_sliding_window", f": a window in {family.architecture} is not supported")
-        return None
-    if family.window in ("switch", "layers") and not reader.flag("use_sliding_window"):
-        return None
-    if family.sliding_window is None and not reader.has("sliding_window"):
-        return None
-    if reader.has("sliding_window") and reader.get("sliding_window") is None and family.window != "pattern":
-        return None
-    return reader.whole("sliding_window", family.sliding_window)
-
-
-def _given_layers(reader: JsonReader, num_layers: int) -> tuple[int, ...] | None:
-    """The layers that layer_types puts under the window, None without layer_types."""
-    kinds = reader.get("layer_types")
-    if kinds is None:
-        return None
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        reader.say("layer_types", f": expected a list with one entry for each of {num_layers} layers")
-        return None
-    others = sorted({str(kind) for kind in kinds} - set(_KINDS))
-    if others:
-        reader.say("layer_types", f" {', '.join(others)}: only {' and '.join(_KINDS)} are supported")
-    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
-
-
-def _refuse_other_layers(
-    reader: JsonReader, family: HfFamily, layers: tuple[int, ...], given: tuple[int, ...] | None
-) -> None:
-    """Keys that transformers does not read in this family must agree with what it does."""
-    if given is not None and given != layers:
-        reader.say(
-            "layer_types",
-            f" contradicts sliding_window: transformers uses the window in "
-            f"{'all' if layers else 'no'} layers of {family.architecture}",
-        )
-    if layers and reader.get("max_window_layers"):
-        reader.say(
-            "max_window_layers",
-            f" {reader.get('max_window_layers')!r}: transformers uses the window in all layers of "
-            f"{family.architecture}; only 0 is supported",
-        )
-
-
 def read_no_rope_layers(reader: JsonReader, family: HfFamily, num_layers: int) -> tuple[int, ...]:
     """The layers without positions: where no_rope_layers has a 0."""
     if family.no_rope_every is None:
@@ -469,7 +399,7 @@ def read_no_rope_layers(reader: JsonReader, family: HfFamily, num_layers: int) -
     return tuple(layer for layer, turn in enumerate(turns) if not turn)
 
 
-# Writes positions and windows of an architecture as keys of a config.json.
+# Writes positions of an architecture as keys of a config.json.
 
 
 def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
@@ -481,7 +411,7 @@ def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
     if family.rope_by_layer_type:
         ropes = (a.rope, a.window_rope or a.rope)
         sets = [_rope_set(rope, family) for rope in ropes]
-        values["rope_parameters"] = dict(zip(_KINDS, sets, strict=True))
+        values["rope_parameters"] = dict(zip(KINDS, sets, strict=True))
         if family.window_theta is not None:
             values |= {key: rope.theta for key, rope in zip(_BASES, ropes, strict=True)}
             values |= {} if a.rope.kind == "default" else {"rope_scaling": sets[0]}
@@ -490,7 +420,15 @@ def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
     if family.latent_head_dim == "all":
         scaling["partial_rotary_factor"] = a.rope_head_dim / a.head_dim
     values |= {"rope_parameters": scaling, "rope_theta": a.rope.theta}
-    if a.rope.kind != "default":
+    if a.rope.kind == "longrope":
+        assert a.rope.original_length is not None
+        # The quotient of two lengths, which is exact enough to give the first one back.
+        values["max_position_embeddings"] = round(a.rope.factor * a.rope.original_length)
+        values["original_max_position_embeddings"] = a.rope.original_length
+        # Older readers refuse a fourth key.
+        older = {"short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+        values["rope_scaling"] = {"type": "longrope", **older}
+    elif a.rope.kind != "default":
         values["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
     if family.partial_rotary is not None:
         values["partial_rotary_factor"] = a.rope.fraction
@@ -501,10 +439,12 @@ def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
 
 def _rope_set(rope: Rope, family: HfFamily) -> dict[str, Any]:
     values: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
+    if rope.kind not in ("default", "longrope"):
         values["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
+    if rope.kind in ("llama3", "yarn", "longrope"):
         values["original_max_position_embeddings"] = rope.original_length
+    if rope.kind == "longrope":
+        values |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
     if rope.kind == "llama3":
         values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
@@ -517,34 +457,4 @@ def _rope_set(rope: Rope, family: HfFamily) -> dict[str, Any]:
         values["partial_rotary_factor"] = rope.fraction
     if _BETA in (family.rope or {}):
         values[_BETA] = rope.query_beta
-    return values
-
-
-def window_values(a: Architecture, line: HfFamily) -> dict[str, Any]:
-    """What read_window reads back."""
-    if line.window not in ("layers", "pattern") and len(a.window_layers) not in (0, a.num_layers):
-        raise UserError(
-            f"window_layers {list(a.window_layers)}: {line.architecture} has a sliding window in all of its "
-            f"{a.num_layers} layers or in none; use family qwen2 or qwen3 for a window in some"
-        )
-    if line.window in ("none", "off") and a.sliding_window is not None:
-        raise UserError(
-            f"sliding_window {a.sliding_window}: {line.architecture} has none; use family mistral"
-        )
-    if line.window == "none":
-        return {}
-    values: dict[str, Any] = {"sliding_window": 0 if line.window == "off" else a.sliding_window}
-    if line.window == "pattern":
-        # transformers fails on null, also where no layer has a window.
-        values["sliding_window"] = a.sliding_window or a.max_position_embeddings
-    elif line.window != "always":
-        values["use_sliding_window"] = a.sliding_window is not None
-    if line.window in ("layers", "pattern", "off"):
-        values["layer_types"] = [_KINDS[layer in a.window_layers] for layer in range(a.num_layers)]
-    if line.window in ("layers", "off") and line.no_rope_every is None:
-        # Read only by those who do not know layer_types: the first layer from which all have the window.
-        values["max_window_layers"] = next(
-            (first for first in range(a.num_layers) if {*a.window_layers} >= {*range(first, a.num_layers)}),
-            a.num_layers,
-        )
     return values

@@ -80,6 +80,17 @@ class JsonReader:
         self.say(key, f": expected a number {bound}, got {value!r}")
         return 1.0
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above 0, as they are written; the key must be there."""
+        values = self.get(key)
+        if isinstance(values, list) and all(
+            isinstance(each, int | float) and not isinstance(each, bool) and 0 < each <= sys.float_info.max
+            for each in values
+        ):
+            return tuple(values)
+        self.say(key, f": expected a list of numbers > 0, got {shown(values)}")
+        return ()
+
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key, default)
         if not isinstance(value, bool):

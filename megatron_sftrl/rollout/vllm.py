@@ -27,7 +27,6 @@ from megatron_sftrl.engine.together import SharedProgress, on_every_rank, on_ran
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout
-from megatron_sftrl.models.hf_config import hf_config_values
 from megatron_sftrl.rollout.api import (
     Decode,
     OnResponse,
@@ -45,6 +44,7 @@ from megatron_sftrl.rollout.vllm_settings import (
     environment,
     memory_advice,
     ranks,
+    vllm_config,
 )
 from megatron_sftrl.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
@@ -315,7 +315,7 @@ class VllmEngine:
         cache = None if self._is_cuda else cpu_cache_bytes(settings, self._architecture, dtype)
         name = on_rank_zero(lambda: secrets.token_hex(8))
         with tempfile.TemporaryDirectory(prefix="vllm-model-") as directory, memory_advice(settings):
-            values = hf_config_values(self._architecture, dtype=dtype)
+            values = vllm_config(self._architecture, dtype)
             Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
             self._llm = LLM(
                 directory,

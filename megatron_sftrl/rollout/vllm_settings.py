@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout, check_cut
+from megatron_sftrl.models.hf_config import hf_config_values
 
 _OLDEST_VLLM = (0, 32)
 _CPU_BLOCK = 128
@@ -118,6 +120,22 @@ def check_version() -> None:
         raise UserError(f"rollout.engine: vllm needs vLLM, which is not installed: {wanted}")
     if tuple(int(part) for part in found[0].split(".")[:2]) < _OLDEST_VLLM:
         raise UserError(f"vLLM {found[0]} is installed, which is too old for rollout.engine: vllm: {wanted}")
+
+
+def vllm_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of an engine.
+
+    vLLM 0.32 has no class of the name Mistral4ForCausalLM. Its DeepSeek-V3 is this network, with a softmax in
+    the router and longer queries if the file says so, and reads head_dim as transformers' does.
+    """
+    values = hf_config_values(architecture, dtype=dtype)
+    if architecture.family != "mistral4":
+        return values
+    values |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    values["head_dim"] = architecture.rope_head_dim
+    for key in ("rope_parameters", "rope_scaling"):
+        values[key] = {**values[key], "partial_rotary_factor": 1.0}
+    return values
 
 
 def cpu_cache_bytes(settings: VllmSettings, architecture: Architecture, dtype: torch.dtype) -> int:

@@ -123,6 +123,7 @@ def checked_configuration(config: ConfigT, *, world_size: int | None = None) -> 
     world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     sft_loss = None if config.grpo is None else sft_term_loss(config.grpo)
     loss_needs = loss.needs + (() if sft_loss is None else sft_loss.needs)
+    check_original_length(config, architecture)
     check_run(config, architecture, world_size, loss_needs=loss_needs)
     check_targets(config, architecture)
     if config.lora is not None and config.lora.start is not None:
@@ -144,11 +145,34 @@ def checked_model(config: TrainingConfig) -> tuple[Architecture, Tokenizer]:
     architecture = architecture_of(config.model)
     say_notes(notes_on(config.model))
     needs = ("reference",) if config.reference is not None else ()
+    check_original_length(config, architecture)
     check_run(config, architecture, int(os.environ.get("WORLD_SIZE", "1")), loss_needs=needs)
     check_targets(config, architecture)
     check_megatron(config, architecture, is_cuda=torch.cuda.is_available())
     tokenizer = _tokenizer(config, architecture)
     return architecture, tokenizer
+
+
+def check_original_length(config: TrainingConfig, architecture: Architecture) -> None:
+    """Refuse sequences for which a longrope has other factors than those that are built.
+
+    Raises:
+        UserError: naming the settings that make them.
+    """
+    rope = architecture.rope
+    if rope.kind != "longrope" or rope.original_length is None:
+        return
+    lengths = {config.length_keys: config.max_length}
+    if config.grpo is not None and config.grpo.sft is not None:
+        lengths["sft.data.max_length"] = config.grpo.sft.data.max_length
+    for keys, length in lengths.items():
+        if length > rope.original_length:
+            raise UserError(
+                f"{keys} = {length}: a model with rope_type longrope is only trained and run with sequences "
+                f"of up to its original_max_position_embeddings = {rope.original_length} tokens; beyond that "
+                "transformers and vLLM choose between short_factor and long_factor by different lengths, and "
+                "trainer and rollouts would be two networks: shorten sequences"
+            )
 
 
 def check_targets(config: TrainingConfig, architecture: Architecture) -> None:

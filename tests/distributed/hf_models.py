@@ -168,6 +168,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "sliding_window": WINDOW,
     },
+    # As Phi-4-mini: more positions than the original length, which sequences here keep to.
+    "phi3_longrope": {
+        "model_type": "phi3",
+        **_DEEP,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.13, 2.5],
+            "long_factor": [1.1, 7.0, 32.5],
+        },
+        "original_max_position_embeddings": 2 * ORIGINAL_LENGTH,
+        "tie_word_embeddings": True,
+    },
     # With four layers transformers' own fp32 gradients of a GLM-4 are 2e-5 away from float64 (measured).
     "ministral3": {
         "model_type": "ministral3",

@@ -35,6 +35,7 @@ NAMES = (
     "olmo3",
     "granite",
     "phi3",
+    "phi3_longrope",
     "ministral3",
     "qwen2_moe",
     "glm4",
@@ -55,6 +56,7 @@ FEW = {
     "glm4_moe": ("vp2",),
     "gpt_oss": ("sp2",),
     "mistral4": ("sp2", "cp2"),
+    "phi3_longrope": ("sp2", "cp2"),
     "qwen3_5_text": ("sp2", "vp2"),
     "qwen3_next": ("sp2",),
 }

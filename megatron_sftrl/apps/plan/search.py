@@ -15,6 +15,7 @@ from megatron_sftrl.config.layout import stage_layers
 from megatron_sftrl.config.schema import TrainingConfig, TrainSection
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
+from megatron_sftrl.trainers.checked import check_original_length
 
 _LARGEST_CP = 16
 
@@ -56,6 +57,7 @@ def plan_run(
     mean_length: int | None = None,
 ) -> Plan:
     """What the run needs as it is written; UserError for settings that the run itself would refuse."""
+    check_original_length(config, architecture)
     check_run(config, architecture, num_gpus, loss_needs=loss_needs)
     grid = grid_of(config.parallel, num_gpus - num_generating(config))
     memory = plan_memory(architecture, config, grid, hardware)

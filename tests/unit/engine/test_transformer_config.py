@@ -15,7 +15,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_sftrl.config.schema import ArchitectureSection, ModelSection, ParallelSection, TrainSection
 from megatron_sftrl.engine import megatron_config
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Architecture, Rope, from_section, yarn_attention_factor
+from megatron_sftrl.models.architecture import Architecture, from_section
+from megatron_sftrl.models.rope import Rope, yarn_attention_factor
 
 SECTION = ArchitectureSection(
     family="mistral",

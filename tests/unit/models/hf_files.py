@@ -29,6 +29,7 @@ CLASSES = {
     "glm4": "Glm4",
     "glm4_moe": "Glm4Moe",
     "deepseek_v3": "DeepseekV3",
+    "mistral4": "Mistral4",
     "gpt_oss": "GptOss",
     "gemma3_text": "Gemma3",
     "qwen3_5_text": "Qwen3_5",
@@ -49,7 +50,7 @@ def values(model_type: str = "llama", **changes: object) -> dict[str, object]:
         "vocab_size": 1000,
         "pad_token_id": None,
         # Without it transformers has more heads of keys than of queries.
-        **({"num_key_value_heads": 32} if model_type == "deepseek_v3" else {}),
+        **({"num_key_value_heads": 32} if model_type in ("deepseek_v3", "mistral4") else {}),
         **changes,
     }
 
@@ -62,7 +63,7 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
     return from_hf_config(file)
 
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 MIXTURES += HYBRIDS[1:]
 OWN_ROPES = (
@@ -72,6 +73,7 @@ OWN_ROPES = (
     "glm4",
     "glm4_moe",
     "deepseek_v3",
+    "mistral4",
     "gpt_oss",
     "gemma3_text",
     *HYBRIDS,
@@ -96,10 +98,11 @@ def transformers_rotary(config: Any, layers: str = "") -> tuple[Tensor, float]:
 def window_layers_of(config: Any) -> tuple[int | None, tuple[int, ...]]:
     """(window, layers) as the attention modules of transformers' own model carry them."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from tests.distributed.hf_models import auto_model
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_model().from_config(config)
     windows = []
     for layer in model.model.layers:
         # These read it from the configuration at each forward.

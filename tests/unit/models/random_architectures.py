@@ -14,13 +14,16 @@ from megatron_sftrl.models.architecture import (
     Family,
     Latent,
     Mixture,
-    Rope,
     has_qk_norm,
     has_qkv_bias,
-    latent_attention_multiplier,
-    yarn_attention_factor,
 )
 from megatron_sftrl.models.hf_families import MULTIPLIERS, HfFamily, hf_family
+from megatron_sftrl.models.rope import (
+    Rope,
+    latent_attention_multiplier,
+    longrope_attention_factor,
+    yarn_attention_factor,
+)
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -35,6 +38,10 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
     head_dim = latent.rope_dim + rng.randint(1, 9) if latent else head_dim
     window, window_layers = _window(rng, line, num_layers, max_positions)
     rope, width = _rope(rng, line, head_dim), rng.randint(2, 24)
+    if rope.kind == "longrope" and rope.original_length is not None:
+        # What a file has as the longest sequence, and what is built of it.
+        max_positions = min(rope.original_length, round(rope.factor * rope.original_length))
+        window, window_layers = None, ()
     factors = {field: rng.uniform(0.1, 9) for key, field in MULTIPLIERS.items() if key in line.keys}
     if family == "gemma3_text":
         factors["attention_multiplier"] = rng.randint(1, 300) ** -0.5
@@ -43,7 +50,7 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
     return Architecture(
         family=family,
         num_layers=num_layers,
-        hidden_size=heads * rng.randint(1, 3) if family in ("llama", "gemma3_text") else rng.randint(3, 24),
+        hidden_size=_hidden_size(rng, family, heads, head_dim),
         ffn_hidden_size=width,
         num_attention_heads=heads,
         num_query_groups=groups,
@@ -78,6 +85,12 @@ def random_architecture(rng: random.Random, family: Family) -> Architecture:
     )
 
 
+def _hidden_size(rng: random.Random, family: Family, heads: int, head_dim: int) -> int:
+    if family == "phi3":  # of which transformers counts longrope's factors
+        return heads * head_dim
+    return heads * rng.randint(1, 3) if family in ("llama", "gemma3_text") else rng.randint(3, 24)
+
+
 def _delta_net(rng: random.Random, num_layers: int) -> DeltaNet | None:
     key_heads = rng.randint(1, 3)
     if rng.random() < 0.2:
@@ -102,10 +115,11 @@ def _latent(rng: random.Random) -> Latent:
 
 
 def _rope(rng: random.Random, line: HfFamily, head_dim: int) -> Rope:
-    rope = random_rope(rng, line.rope_kinds)
+    kinds = [kind for kind in line.rope_kinds if kind != "longrope"]
+    rope = random_rope(rng, kinds)
     if line.rope_by_layer_type:
         rope = replace(rope, truncate=True)
-    if line.family == "ministral3":
+    if line.family in ("ministral3", "mistral4"):
         rope = replace(rope, query_beta=rng.choice([0.0, rng.uniform(0.1, 2)]))
     if line.has_latent and rope.kind == "yarn":
         multipliers = rng.choice([(0.0, 0.0), (rng.uniform(0.1, 2), rng.uniform(0.1, 2))])
@@ -116,7 +130,22 @@ def _rope(rng: random.Random, line: HfFamily, head_dim: int) -> Rope:
         turning = 2 * rng.randint(1, head_dim // 2)
         fraction = turning / head_dim if int(head_dim * (turning / head_dim)) == turning else 1.0
         rope = replace(rope, fraction=fraction)
+    if "longrope" in line.rope_kinds and rng.random() < 0.5:
+        rope = _longrope(rng, rope, rope.turning(head_dim) // 2)
     return replace(rope, interleaved=line.interleaved)
+
+
+def _longrope(rng: random.Random, rope: Rope, num_factors: int) -> Rope:
+    original, longest = rng.randint(2, 9000), rng.randint(2, 200000)
+    return replace(
+        rope,
+        kind="longrope",
+        factor=longest / original,
+        original_length=original,
+        attention_factor=longrope_attention_factor(longest / original, original),
+        short_factors=tuple(rng.choice([1, 1.0, rng.uniform(1, 3)]) for _ in range(num_factors)),
+        long_factors=tuple(rng.uniform(1, 60) for _ in range(num_factors)),
+    )
 
 
 def random_rope(rng: random.Random, kinds: Sequence[str] = ("default", "linear", "llama3", "yarn")) -> Rope:
@@ -171,6 +200,9 @@ def _mixture(rng: random.Random, family: Family, num_layers: int, width: int) ->
         return None
     if family in ("glm4_moe", "deepseek_v3"):
         return _sigmoid(rng, num_layers, width)
+    if family == "mistral4":
+        ungrouped = replace(_sigmoid(rng, num_layers, width), num_groups=1, groups_per_token=1)
+        return replace(ungrouped, routing="softmax", normalizes_weights=rng.random() < 0.5)
     num_experts = rng.randint(1, 5)
     return Mixture(
         num_experts=num_experts,

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sftrl.errors import UserError
-from megatron_sftrl.models.architecture import Rope, inverse_frequencies, num_parameters
+from megatron_sftrl.models.architecture import num_parameters
 from megatron_sftrl.models.hf_config import from_hf_config, hf_config_values, read_hf_config
 from megatron_sftrl.models.hf_output import read_assets
 from megatron_sftrl.models.hf_weights import open_weights
+from megatron_sftrl.models.rope import Rope, inverse_frequencies
 from megatron_sftrl.models.tensors import hf_shapes
 from tests.unit.models.hf_files import transformers_rotary, window_layers_of
 

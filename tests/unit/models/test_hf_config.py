@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sftrl.models.hf_config import from_hf_config
+from megatron_sftrl.models.hf_families import hf_family
 from tests.unit.models.hf_files import CLASSES, MIXTURES, read, values, window_layers_of
 from tests.unit.models.random_architectures import FAMILIES
 
@@ -26,6 +27,7 @@ MINISTRAL = {
     "original_max_position_embeddings": 4096,
     "llama_4_scaling_beta": 0.3,
 }
+LONGROPE = {"type": "longrope", "short_factor": [1] * 32, "long_factor": [2.5] * 32}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
@@ -53,9 +55,10 @@ def test_every_size_is_what_transformers_reads(
         "mixtral": ("moe_intermediate_size", "norm_topk_prob"),
         "glm4_moe": ("num_experts", "num_local_experts"),
         "deepseek_v3": ("num_experts", "num_local_experts", "num_key_value_heads", "head_dim"),
+        "mistral4": ("num_experts", "num_local_experts", "num_key_value_heads", "head_dim"),
         "gpt_oss": ("moe_intermediate_size", "norm_topk_prob"),
     }.get(family, tuple(changes) if "num_experts_per_tok" in changes else ())
-    if family in ("olmo3", "ministral3", "gpt_oss"):
+    if family in ("olmo3", "ministral3", "mistral4", "gpt_oss"):
         not_read = (*not_read, "rope_theta", "rope_parameters", "rope_scaling")
     if family == "gemma3_text" and "rope_parameters" in changes:
         not_read = (*not_read, "rope_theta", "rope_parameters")
@@ -68,7 +71,9 @@ def test_every_size_is_what_transformers_reads(
     assert (ours.num_layers, ours.hidden_size) == (theirs.num_hidden_layers, theirs.hidden_size)
     width = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert (ours.ffn_hidden_size, ours.num_query_groups) == (width, theirs.num_key_value_heads)
-    assert (ours.rope_head_dim, ours.vocab_size) == (head_dim, theirs.vocab_size)
+    is_whole = hf_family(ours.family).latent_head_dim == "all"
+    assert (ours.head_dim if is_whole else ours.rope_head_dim) == head_dim
+    assert ours.vocab_size == theirs.vocab_size
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     rope = theirs.rope_parameters
     assert ours.rope.theta == rope.get("full_attention", rope)["rope_theta"]
@@ -193,6 +198,26 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
         ("granite", {"residual_multiplier": 0.22}, {"residual_multiplier": 0.22}),
         ("granite", {"logits_scaling": 8.0}, {"logits_divisor": 8.0}),
         ("phi3", {"partial_rotary_factor": 0.75}, {"rope.fraction": 0.75}),
+        ("phi3", {"auto_map": {"AutoModel": "x.Y"}}, {}),
+        (
+            "phi3",
+            {
+                "rope_scaling": LONGROPE,
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 2048,
+            },
+            {"rope.short_factors": (1,) * 32, "rope.factor": 64.0, "max_position_embeddings": 2048},
+        ),
+        (
+            "phi3",
+            {"rope_scaling": LONGROPE, "max_position_embeddings": 64},
+            {"rope.original_length": 4096, "max_position_embeddings": 64},
+        ),
+        ("mistral4", {"kv_lora_rank": 8}, {"latent.rank": 8}),
+        ("mistral4", {"qk_nope_head_dim": 8}, {"head_dim": 72}),
+        ("mistral4", {"rope_parameters": {**MINISTRAL, "partial_rotary_factor": 0.5}}, {"rope.factor": 4.0}),
+        ("mistral4", {"norm_topk_prob": False}, {"mixture.normalizes_weights": False}),
+        ("mistral4", {"first_k_dense_replace": 2}, {"mixture.num_dense_layers": 2}),
         ("glm4", {"partial_rotary_factor": 0.75}, {"rope.fraction": 0.75}),
         ("glm4", {"attention_bias": False}, {"qkv_bias": False}),
         ("ministral3", {"rope_parameters": MINISTRAL}, {"rope.query_beta": 0.3, "rope.factor": 4.0}),

@@ -16,9 +16,10 @@ WINDOWS = ["sliding_attention"] * 4
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 SUPPORTED = (
     "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
-    "MixtralForCausalLM, Qwen3MoeForCausalLM, SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, "
-    "GraniteForCausalLM, Phi3ForCausalLM, Ministral3ForCausalLM, Qwen2MoeForCausalLM, Glm4ForCausalLM, "
-    "Glm4MoeForCausalLM, DeepseekV3ForCausalLM, GptOssForCausalLM"
+    "SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, GraniteForCausalLM, Phi3ForCausalLM, "
+    "Ministral3ForCausalLM, Glm4ForCausalLM, Gemma3ForCausalLM, Qwen3_5ForCausalLM, MixtralForCausalLM, "
+    "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, Glm4MoeForCausalLM, DeepseekV3ForCausalLM, "
+    "Mistral4ForCausalLM, GptOssForCausalLM"
 )
 
 
@@ -208,9 +209,29 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
         ("granite", {"embedding_multiplier": None}, "embedding_multiplier: expected a number > 0, got None"),
         ("granite", {"layer_types": ["full_attention"] * 4}, "layer_types: vLLM builds attention sinks"),
         ("granite", {"attention_sinks": True}, "attention_sinks True: vLLM builds another network"),
-        ("phi3", {"rope_scaling": LONGROPE}, "rope_type 'longrope': only default are supported"),
+        (
+            "phi3",
+            {"rope_scaling": {**LONGROPE, "type": "longrope"}},
+            "hold 1 and 1 numbers: expected 32",
+        ),
+        ("phi3", {"rope_scaling": {**LONGROPE, "factor": 4.0}}, "rope factor 4.0: vLLM takes 1, of max_posi"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "attention_factor": 1.2}}, "attention_factor 1.2: vLLM takes"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "short_mscale": 1.1}}, "rope short_mscale 1.1: not supported"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "long_factor": [0]}}, "rope long_factor: expected a list of"),
+        ("phi3", {"rope_scaling": {**LONGROPE, "short_factor": None}}, "rope short_factor: expected a list"),
+        (
+            "phi3",
+            {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 8}},
+            "rope original_max_position_embeddings 8: transformers takes the one beside the set, 4096",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": LONGROPE, "original_max_position_embeddings": 1},
+            "original_max_position_embeddings 1: expected at least 2",
+        ),
+        ("phi3", {"rope_scaling": {"type": "su"}}, "rope_type 'su': only default, longrope are supported"),
         ("phi3", {"rope_scaling": {**LONGROPE, "type": "su"}}, "contradict each other"),
-        ("phi3", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
+        ("phi3", {"rope_scaling": YARN}, "rope_type 'yarn': only default, longrope are supported"),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop 0.1: dropout is not supported"),
         ("phi3", {"attention_bias": True}, "attention_bias"),
         ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5: at most 1"),
@@ -313,6 +334,18 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
             {"rope_scaling": {"type": "linear", "factor": 2}},
             "only default, yarn are supported",
         ),
+        ("mistral4", {"n_group": 2, "topk_group": 1}, "n_group, topk_group [2, 1]: groups are only built"),
+        ("mistral4", {"head_dim": 64}, "head_dim 64 contradicts qk_rope_head_dim and qk_nope_head_dim: 128"),
+        ("mistral4", {"rope_interleave": False}, "rope_interleave False: vLLM turns neighbours together"),
+        ("mistral4", {"num_key_value_heads": 8}, "num_key_value_heads 8: only num_attention_heads = 32"),
+        ("mistral4", {"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25: only 0.5 is supported"),
+        ("mistral4", {"rope_parameters": {"rope_theta": 1.0}}, "rope_type 'default': only yarn"),
+        (
+            "mistral4",
+            {"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}},
+            "rope_scaling has no partial_rotary_factor: transformers takes 1 then and fails, write 0.5",
+        ),
+        ("mistral4", {"num_local_experts": 8}, "num_local_experts: give n_routed_experts"),
         ("deepseek_v3", {"index_topk": 8}, "index_topk 8: it changes which positions are attended to"),
         ("glm4", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
         ("glm4", {"attention_bias": None}, "attention_bias: expected true or false, got None"),

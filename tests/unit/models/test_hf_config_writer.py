@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sftrl.models.architecture import Architecture, Family, inverse_frequencies
+from megatron_sftrl.models.architecture import Architecture, Family
 from megatron_sftrl.models.hf_config import from_hf_config, hf_config_values
 from megatron_sftrl.models.hf_families import MULTIPLIERS, hf_family
+from megatron_sftrl.models.rope import inverse_frequencies
 from tests.unit.models.hf_files import CLASSES, HYBRIDS, transformers_rotary, window_layers_of
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
@@ -31,6 +32,10 @@ def test_what_is_written_is_read_back_as_the_same_architecture(tmp_path: Path, f
         assert from_hf_config(tmp_path) == architecture
 
 
+def is_longrope(architecture: Architecture) -> bool:
+    return architecture.rope.kind == "longrope"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, family: Family) -> None:
     transformers = pytest.importorskip("transformers")
@@ -42,7 +47,9 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
         assert theirs.architectures == [f"{CLASSES[family]}ForCausalLM"]
         assert (theirs.model_type, theirs.dtype) == (family, torch.bfloat16)
         assert (theirs.rms_norm_eps, theirs.initializer_range) == (ours.norm_eps, ours.init_std)
-        assert theirs.max_position_embeddings == ours.max_position_embeddings
+        original = theirs.rope_parameters["original_max_position_embeddings"] if is_longrope(ours) else None
+        longest = min(theirs.max_position_embeddings, original or theirs.max_position_embeddings)
+        assert longest == ours.max_position_embeddings
         assert window_layers_of(theirs) == (ours.sliding_window, ours.window_layers)
         ropes = {"": ours.rope}
         if hf_family(family).rope_by_layer_type:
@@ -55,7 +62,7 @@ def test_transformers_reads_what_is_written_as_the_same_network(tmp_path: Path, 
             assert rope.attention_factor == factor
         if ours.mixture is not None:
             shared = ours.ffn_hidden_size * getattr(theirs, "n_shared_experts", 0)
-            is_local = ours.mixture.routing == "sigmoid" or family == "gpt_oss"
+            is_local = hasattr(theirs, "num_local_experts")
             name = "num_local_experts" if is_local else "num_experts"
             assert getattr(theirs, name) == ours.mixture.num_experts
             assert theirs.num_experts_per_tok == ours.mixture.experts_per_token
@@ -97,12 +104,12 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
     # Its version, a slicing of the same products, the weight of a loss that transformers computes, and what
     # only a rope asks for that is refused.
     left_out = {"transformers_version", "pretraining_tp", "router_aux_loss_coef"}
-    left_out |= {"original_max_position_embeddings"}
+    left_out |= {"original_max_position_embeddings"} - written.keys()
     # Refused, or what layer_types was made of.
     left_out |= {"attn_logit_softcapping", "final_logit_softcapping", "_sliding_window_pattern"}
     # Most of its classes have no field for head_dim, but their attention reads it; vLLM has its own key for
     # the factors on queries.
-    added = {"llama_4_scaling"} if family == "ministral3" else {"head_dim"} - own_keys
+    added = {"llama_4_scaling"} if family in ("ministral3", "mistral4") else {"head_dim"} - own_keys
     added |= hf_family(family).for_vllm.keys()
     if family in HYBRIDS:
         added |= {"partial_rotary_factor", *hf_family(family).draft_keys}
@@ -112,6 +119,8 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
 
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
+    if is_longrope(architecture):  # it keeps the older name of rope_type, too
+        assert saved["rope_parameters"].pop("type") == "longrope"
     # For a null its class puts the ids of the published tokenizer; a caller that knows one writes them over.
     kept = newer.keys() - ({"eos_token_id"} if family == "glm4" else set())
     assert {key: newer[key] for key in kept} == {key: saved[key] for key in kept}

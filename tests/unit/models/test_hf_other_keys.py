@@ -17,14 +17,15 @@ from megatron_sftrl.models.hf_config import read_hf_config
 from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_hybrids import DELTA_KEYS
 from megatron_sftrl.models.hf_refusals import (
+    _GROUPED_KEYS,
     _KEYS_WITHOUT_EFFECT,
     _LATENT_KEYS,
     _MIXTURE_KEYS,
     _OBEYED_ELSEWHERE,
     _READ_KEYS,
-    _SIGMOID_KEYS,
 )
 from megatron_sftrl.trainers.checked import say_notes
+from tests.distributed.hf_models import auto_model
 from tests.unit.models.hf_files import read, values
 from tests.unit.models.random_architectures import FAMILIES
 
@@ -91,8 +92,9 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
     more |= {"residual_multiplier": 0.2, "hidden_dropout": 0.5, "resid_pdrop": 0.5, "is_decoder": True}
     line = hf_family(family)
     more = {key: value for key, value in more.items() if key not in {*line.keys, line.qk_norm_key}}
-    if family == "deepseek_v3":
-        sizes |= {"num_key_value_heads": 2, "head_dim": 64}
+    if line.has_latent:
+        head_dim = 128 if line.latent_head_dim == "all" else 64
+        sizes |= {"num_key_value_heads": 2, "head_dim": head_dim}
     if line.has_delta_net:
         sizes |= {"full_attention_interval": 2}
     sizes |= {"shared_expert_intermediate_size": 8, "pad_token_id": None, "bos_token_id": None}
@@ -111,11 +113,11 @@ def test_transformers_gives_the_same_logits_with_the_keys_that_get_a_line(family
             }
         elif family == "olmo3":
             rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", **factor}}
-        elif family == "ministral3":
+        elif family in ("ministral3", "mistral4"):
             rope["llama_4_scaling_beta"] = 0.1
         config = transformers.AutoConfig.for_model(family, **sizes, rope_parameters=rope, **extra)
         torch.manual_seed(0)
-        logits.append(transformers.AutoModelForCausalLM.from_config(config).train()(tokens).logits)
+        logits.append(auto_model().from_config(config).train()(tokens).logits)
     assert torch.equal(*logits)
 
 
@@ -134,7 +136,8 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     elif family in ("smollm3", "olmo2", "olmo3"):
         pytest.skip("vLLM runs transformers' own code for it")
     else:
-        others = {"phi3": "llama", "ministral3": "mistral", "deepseek_v3": "deepseek_v2"}
+        others = {"phi3": "llama", "ministral3": "mistral"}
+        others |= dict.fromkeys(("deepseek_v3", "mistral4"), "deepseek_v2")
         others |= {"gemma3_text": "gemma3"}
         others |= {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5"}
         name = others.get(family, family)
@@ -156,12 +159,12 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     settings_of_vllm |= {f"{name}_config" for name in ("cache", "model", "quant", "parallel")} | {
         "quant_config"
     }
-    if family == "deepseek_v3":  # read with index_topk alone, which is refused
+    if line.has_latent:  # read with index_topk alone, which is refused
         settings_of_vllm |= {"index_head_dim", "index_n_heads", "index_skip_topk_offset", "index_topk_freq"}
         settings_of_vllm |= {"index_topk_pattern", "indexer_rope_interleave", "attn_module_list_cfg"}
     known = _READ_KEYS | _MIXTURE_KEYS | _KEYS_WITHOUT_EFFECT | _OBEYED_ELSEWHERE.keys() | line.keys
-    known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_SIGMOID_KEYS, *line.draft_keys}
-    known |= DELTA_KEYS | _LATENT_KEYS | line.for_vllm.keys() | {line.activation_key}
+    known |= {line.bias_key, line.qk_norm_key, "rope_parameters", *_GROUPED_KEYS, *line.draft_keys}
+    known |= DELTA_KEYS | _LATENT_KEYS | line.for_vllm.keys() | line.refuses.keys() | {line.activation_key}
     assert len(read_there) > 5
     assert read_there - known - settings_of_vllm == set()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sftrl.models.architecture import Rope, num_parameters
+from megatron_sftrl.models.architecture import num_parameters
+from megatron_sftrl.models.rope import Rope
 from tests.unit.models.hf_files import CLASSES, read
 
 LLAMA3_2_ROPE = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sftrl.models.architecture import inverse_frequencies
 from megatron_sftrl.models.hf_families import hf_family
+from megatron_sftrl.models.rope import inverse_frequencies
 from tests.unit.models.hf_files import OWN_ROPES, read, transformers_rotary, values
 from tests.unit.models.random_architectures import FAMILIES
 
@@ -86,6 +86,30 @@ def test_a_part_of_each_head_turns_as_in_transformers(
     assert len(frequencies) == factor * ours.head_dim / 2
 
 
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_longrope_up_to_its_original_length_is_that_of_transformers(tmp_path: Path, place: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(32)
+    for _ in range(20):
+        fraction = rng.choice([0.5, 0.75, 1.0])
+        factors = {
+            f"{which}_factor": [rng.choice([1, rng.uniform(1, 60)]) for _ in range(int(32 * fraction))]
+            for which in ("short", "long")
+        }
+        asked = values(
+            "phi3",
+            partial_rotary_factor=fraction,
+            max_position_embeddings=rng.randint(64, 200000),
+            original_max_position_embeddings=rng.randint(64, 8192),
+            rope_theta=10 ** rng.uniform(2, 7),
+            **{place: {"type": "longrope", **factors}},
+        )
+        ours = read(tmp_path, asked)
+        frequencies, factor = transformers_rotary(transformers.AutoConfig.from_pretrained(tmp_path))
+        assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), frequencies)
+        assert ours.rope.attention_factor == factor
+
+
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_layers_with_a_window_have_positions_of_their_own(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -124,7 +148,7 @@ def test_an_original_length_beside_the_set_is_the_one_that_counts(tmp_path: Path
 
 def test_llama3_scaling_is_what_megatron_computes_for_the_values_that_it_fixes() -> None:
     rotary = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
-    from megatron_sftrl.models.architecture import Rope
+    from megatron_sftrl.models.rope import Rope
 
     theirs = rotary.RotaryEmbedding(
         kv_channels=128,
@@ -139,17 +163,24 @@ def test_llama3_scaling_is_what_megatron_computes_for_the_values_that_it_fixes()
     torch.testing.assert_close(inverse_frequencies(ours, 128), theirs, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "mistral4"])
 @pytest.mark.parametrize("scales", [{}, {"mscale": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.2}])
-def test_yarn_in_latent_attention_is_that_of_transformers(tmp_path: Path, scales: dict[str, float]) -> None:
+def test_yarn_in_latent_attention_is_that_of_transformers(
+    tmp_path: Path, scales: dict[str, float], family: str
+) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+    from transformers.models.mistral4.modeling_mistral4 import Mistral4Attention
 
+    attention: Any = {"deepseek_v3": DeepseekV3Attention, "mistral4": Mistral4Attention}[family]
     yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, **scales}
-    ours = read(tmp_path, values("deepseek_v3", rope_scaling=yarn))
+    if family == "mistral4":
+        yarn |= {"llama_4_scaling_beta": 0.1, "partial_rotary_factor": 0.5}
+    ours = read(tmp_path, values(family, rope_scaling=yarn))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     frequencies, factor = transformers_rotary(config)
     assert torch.equal(inverse_frequencies(ours.rope, ours.rope_head_dim), frequencies)
     assert ours.rope.attention_factor == factor
     with torch.device("meta"):
-        scaling = DeepseekV3Attention(config, 0).scaling
+        scaling = attention(config, 0).scaling
     assert (ours.attention_multiplier or ours.head_dim**-0.5) == pytest.approx(scaling, rel=1e-15)

@@ -18,10 +18,12 @@ from megatron_sftrl.models.tensors import (
     HfRegion,
     MegatronTensor,
     Region,
+    file_tensors,
     hf_regions,
     hf_shapes,
     megatron_tensors,
 )
+from tests.distributed.hf_models import auto_model
 from tests.unit.models.hf_files import MIXTURES
 from tests.unit.models.random_architectures import FAMILIES, random_architecture
 
@@ -118,7 +120,7 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
     if name == "mlp.router.weight":
         return hf[f"{mlp}gate.weight"]
     if name.startswith("mlp.shared_experts."):
-        mlp = f"{mlp}shared_expert{'s' * (a.family in ('glm4_moe', 'deepseek_v3'))}."
+        mlp = f"{mlp}shared_expert{'s' * (a.family in ('glm4_moe', 'deepseek_v3', 'mistral4'))}."
     if tensor.is_expert:
         mlp = f"{mlp}experts.{tensor.expert}."
     if name.endswith("linear_fc2.weight"):
@@ -316,7 +318,7 @@ def test_names_and_shapes_are_those_that_transformers_saves_a_mixture_with(
         architecture = random_architecture(rng, family)
         (directory / "config.json").write_text(json.dumps(hf_config_values(architecture, dtype=None)))
         config = transformers.AutoConfig.from_pretrained(directory)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+        auto_model().from_config(config).save_pretrained(directory)
         with safe_open(directory / "model.safetensors", "pt") as file:
             theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        assert hf_shapes(architecture) == theirs
+        assert {name: each.shape for name, each in file_tensors(architecture).items()} == theirs
