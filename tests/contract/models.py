@@ -10,7 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.hf_models import CONFIGS, is_norm_from_zero
+from tests.distributed.hf_models import CONFIGS, auto_model, is_norm_from_zero
+
+
+def longrope(original_length: int) -> dict[str, Any]:
+    """Changes to phi3_longrope for heads of 32, of which 24 dimensions turn."""
+    factors = {
+        "short_factor": [1 + 0.1 * number for number in range(12)],
+        "long_factor": [1 + 2.0 * number for number in range(12)],
+    }
+    return {
+        "rope_parameters": {**CONFIGS["phi3_longrope"]["rope_parameters"], **factors},
+        "original_max_position_embeddings": original_length,
+        "max_position_embeddings": 4 * original_length,
+    }
+
 
 # Heads of 32: the smallest that vLLM's attention for the CPU knows. Experts of 64: a multiple of its tiles.
 SIZES = {
@@ -23,8 +37,8 @@ SIZES = {
 }
 VOCAB_SIZE = 101
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
-OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "ministral3", "qwen2_moe", "glm4")
-OTHER_NAMES += ("gemma3_text", "glm4_moe", "deepseek_v3", "gpt_oss")
+OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "phi3_longrope", "ministral3", "qwen2_moe")
+OTHER_NAMES += ("glm4", "gemma3_text", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
@@ -39,7 +53,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {"moe_intermediate_size": 64},
     "gpt_oss": {"swiglu_limit": 7.0},
+    "phi3_longrope": longrope(256),
 }
+EXPERTS["mistral4"] = {**EXPERTS["deepseek_v3"], "head_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -59,14 +75,14 @@ def save_versions(name: str, root: Path, *, num_versions: int, has_large_logits:
             0.25: two versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with the
             logits, stays below a tolerance of 1e-6.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     changes = {**SIZES, **EXPERTS.get(name, {})}
     end_std = 0.13 if has_large_logits else 0.02
     directories = []
     for seed in range(num_versions):
         config = AutoConfig.for_model(**{**CONFIGS[name], **changes})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_model().from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
@@ -85,9 +101,7 @@ def scores(
     directory: Path, sequences: Sequence[Sequence[int]], *, temperature: float, dtype: torch.dtype
 ) -> list[Tensor]:
     """[T - 1] float64 nats of each token but the first, by transformers; the model computes in dtype."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model = auto_model().from_pretrained(directory, dtype=dtype).eval()
     found = []
     for tokens in sequences:
         logits = model(torch.tensor([tokens])).logits[0, :-1].double() / temperature
@@ -100,9 +114,7 @@ def greedy_tokens(
     directory: Path, prompts: Sequence[tuple[int, ...]], *, num_new: int
 ) -> list[tuple[int, ...]]:
     """What transformers continues each prompt with, the whole sequence run anew for each token."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = auto_model().from_pretrained(directory, dtype=torch.float32).eval()
     found = []
     for prompt in prompts:
         tokens = list(prompt)

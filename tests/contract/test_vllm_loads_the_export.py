@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_sftrl.apps.convert.from_hf import Layout
-from tests.contract.models import EXPERTS
+from tests.contract.models import EXPERTS, longrope
 from tests.distributed.hf_models import ORIGINAL_LENGTH
 from tests.distributed.test_conversion import convert_there_and_back
 from tests.grid import is_full
@@ -51,6 +51,8 @@ if is_full():
         "gpt_oss": ("gpt_oss", {"intermediate_size": 64, "swiglu_limit": 7.0}),
         "granite": ("granite", {}),
         "phi3": ("phi3", {}),
+        # Up to its original length: a longer engine takes long_factor.
+        "phi3_longrope": ("phi3_longrope", longrope(4 * ORIGINAL_LENGTH)),
         "glm4": ("glm4", {}),
         "gemma3_text": ("gemma3_text", {}),
         "olmo3": ("olmo3", {}),
