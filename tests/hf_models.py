@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.distributed.hf_models import CONFIGS, is_norm_from_zero
+from tests.distributed.hf_models import CONFIGS, auto_model, is_norm_from_zero
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 
@@ -38,9 +38,9 @@ def write_model(
     Returns:
         `directory`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**CONFIGS[name], **changes}))
+    model = auto_model().from_config(AutoConfig.for_model(**{**CONFIGS[name], **changes}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

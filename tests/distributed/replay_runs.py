@@ -175,7 +175,9 @@ class Gates:
 
 def softmax_weights(config: Any, logits: Tensor, experts: Tensor) -> Tensor:
     weights = logits.float().softmax(dim=1).gather(1, experts)
-    return weights / weights.sum(dim=1, keepdim=True) if getattr(config, "norm_topk_prob", True) else weights
+    if getattr(config, "norm_topk_prob", True):
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return weights * getattr(config, "routed_scaling_factor", 1.0)
 
 
 def sigmoid_weights(config: Any, logits: Tensor, experts: Tensor) -> Tensor:

@@ -184,6 +184,8 @@ OTHER_FAMILIES = {
     "gemma3_text": Layout(tp=2, pp=2),
     "glm4_moe": Layout(tp=2, pp=2, ep=2),
     "gpt_oss": Layout(pp=2, ep=2),
+    "mistral4": Layout(tp=2, pp=2, ep=2),
+    "phi3_longrope": Layout(tp=2, pp=2),
     "qwen3_5_text": Layout(tp=2, pp=2),
     "qwen3_5_moe_text": Layout(tp=2, pp=2, ep=2),
     "qwen3_next": Layout(tp=2, pp=2, ep=2),
@@ -198,6 +200,8 @@ def test_the_tools_give_back_every_bit_of_blocks_of_another_kind(family: str, tm
     run_ranks(1, convert_there_and_back, hf, tmp_path, [OTHER_FAMILIES[family]])
     assert differing(read_tensors(hf), read_tensors(tmp_path / "export-0")) == []
     assert from_hf_config(tmp_path / "export-0") == from_hf_config(hf)
+    sets = [json.loads((each / "config.json").read_text()) for each in (hf, tmp_path / "export-0")]
+    assert sets[0]["rope_parameters"] == sets[1]["rope_parameters"]
 
 
 def test_a_published_deepseek_comes_back_with_every_bit_in_bf16_and_without_what_is_not_trained(
@@ -258,6 +262,7 @@ def test_a_disk_that_fills_up_is_told_as_the_users_error_and_nothing_is_left(tmp
 
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
 DEEPSEEK = Source(name="deepseek_v3", dtype="bf16", changes={"num_hidden_layers": 4})
+MISTRAL4 = Source(name="mistral4", dtype="bf16", changes={"num_hidden_layers": 4}, max_shard_size="20KB")
 ENGINE = {
     "llama tp2": (2, {"tp": 2}, "bf16", Source(name="llama", dtype="bf16")),
     "llama tied pp2 vp2": (
@@ -308,6 +313,8 @@ ENGINE = {
     "qwen3_moe tp2 etp1 ep2": (2, {**SEQUENCE, "etp": 1, "ep": 2}, "fp32", Source(name="qwen3_moe")),
     "deepseek_v3 tp2 ep2": (2, {**SEQUENCE, "etp": 1, "ep": 2}, "bf16", DEEPSEEK),
     "deepseek_v3 vp2": (2, {"pp": 2, "vp": 2}, "bf16", DEEPSEEK),
+    "mistral4 tp2 ep2": (2, {**SEQUENCE, "etp": 1, "ep": 2}, "bf16", MISTRAL4),
+    "mistral4 vp2": (2, {"pp": 2, "vp": 2}, "bf16", MISTRAL4),
     "qwen3_moe vp2": (
         2,
         {"pp": 2, "vp": 2},

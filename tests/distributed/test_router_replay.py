@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[Weigh, int, int]] = {  # weights of a choice, E, k
     "qwen3_moe_unnormalized": (softmax_weights, 8, 3),
     "qwen3_next": (softmax_weights, 8, 3),
     "deepseek_v3": (sigmoid_weights, 12, 4),
+    "mistral4": (softmax_weights, 8, 3),
     "gpt_oss": (softmax_weights, 8, 3),
     "qwen2_moe": (softmax_weights, 8, 3),
 }
@@ -58,12 +59,14 @@ RUNS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "weights that are not normalised": ("qwen3_moe_unnormalized", 1, {}, {}),
     "a hybrid": ("qwen3_next", 1, {}, FULL),
     "deepseek_v3": ("deepseek_v3", 1, {}, {}),
+    "mistral4": ("mistral4", 1, {}, {}),
     "gpt_oss": ("gpt_oss", 1, {}, MOE),
     "qwen2_moe": ("qwen2_moe", 1, {}, {}),
 }
 SELDOM = (
     "moe recomputed", "sp2 etp1 recomputed", "pp2", "vp2 recomputed", "ep2", "qwen3_moe",
-    "sp2 cp2 moe recomputed", "weights that are not normalised", "deepseek_v3", "gpt_oss", "qwen2_moe",
+    "sp2 cp2 moe recomputed", "weights that are not normalised", "deepseek_v3", "mistral4", "gpt_oss",
+    "qwen2_moe",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ CROSSINGS = {
     "gpt_oss": ({**SPLIT, "etp": 1, "ep": 2}, 1, 1),
     "qwen3_next": ({"pp": 2}, 2, 2),
     "deepseek_v3": ({"pp": 2}, 1, 1),
+    "mistral4": ({"ep": 2}, 1, 1),
 }
 
 
@@ -79,7 +80,9 @@ def crossed(hf: Path, layout: dict[str, Any], num_generators: int, tp: int) -> t
         return different, resharder.last_report.received_bytes
 
 
-@pytest.mark.parametrize("name", cases(CROSSINGS, rarely=("llama_tied", "deepseek_v3", "gpt_oss")))
+@pytest.mark.parametrize(
+    "name", cases(CROSSINGS, rarely=("llama_tied", "deepseek_v3", "mistral4", "gpt_oss"))
+)
 def test_what_a_generator_receives_is_the_model_that_it_would_load(name: str, tmp_path: Path) -> None:
     layout, num_generators, tp = CROSSINGS[name]
     hf = write_model(tmp_path / "hf", name, dtype=torch.bfloat16)

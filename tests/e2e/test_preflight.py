@@ -92,10 +92,16 @@ BALANCED = (
     "model.moe_aux_loss_coeff = 0.01: the router's biases keep the",
 )
 WHOLE_SEQUENCE = (["parallel.cp=2"], "parallel.cp = 2: a gated delta net reads its sequence from the first")
-RARELY = ("glm4_moe", "deepseek_v3", "gpt_oss", "qwen3_5_text")
+RARELY = ("glm4_moe", "deepseek_v3", "mistral4", "gpt_oss", "qwen3_5_text")
 OTHER_FAMILIES: dict[str, tuple[list[str], str]] = {
     "glm4_moe": BALANCED,
     "deepseek_v3": BALANCED,
+    "mistral4": (["parallel.tp=2"], "a mixture of experts at parallel.tp = 2 needs parallel.sequence_par"),
+    "phi3_longrope": (
+        ["data.max_length=129"],
+        "data.max_length = 129: a model with rope_type longrope is only trained and run with sequences of up "
+        "to its original_max_position_embeddings = 128 tokens",
+    ),
     "gpt_oss": (
         ["parallel.tp=2", "parallel.sequence_parallel=true"],
         "experts with biases, as this model",

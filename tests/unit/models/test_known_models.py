@@ -177,6 +177,32 @@ PHI_4 = config(
     rope_theta=250000,
     sliding_window=None,
 )
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1] * 24, "long_factor": [1, 60.5] * 24}
+PHI_3_MINI_128K = config(
+    "phi3",
+    (3072, 8192, 32, 32, 32, 32064),
+    auto_map={"A": "B"},
+    max_position_embeddings=131072,
+    original_max_position_embeddings=4096,
+    rope_scaling=LONGROPE,
+    sliding_window=262144,
+)
+PHI_4_MINI = config(
+    "phi3",
+    (3072, 8192, 32, 24, 8, 200064),
+    attention_bias=False,
+    auto_map={"A": "B"},
+    full_attn_mod=1,
+    interpolate_factor=1,
+    lm_head_bias=False,
+    max_position_embeddings=131072,
+    mlp_bias=False,
+    original_max_position_embeddings=4096,
+    partial_rotary_factor=0.75,
+    rope_scaling=LONGROPE,
+    sliding_window=262144,
+    tie_word_embeddings=True,
+)
 QWEN1_5_MOE = config(
     "qwen2_moe",
     (2048, 5632, 24, 16, 16, 151936),
@@ -336,7 +362,9 @@ MOONLIGHT = config(
         (OLMO_2_7B, 7_298_617_344),
         (OLMO_3_7B, 7_298_011_136),
         (GRANITE_3_1_8B, 8_170_848_256),
+        (PHI_3_MINI_128K, 3_821_079_552),
         (PHI_4, 14_659_507_200),
+        (PHI_4_MINI, 3_836_021_760),
         (QWEN1_5_MOE, 14_315_784_192),
         (GLM_4_9B, 9_400_279_040),
         (DEEPSEEK_V3, 671_026_404_352 + 58 * 256),
@@ -371,6 +399,19 @@ def test_published_positions_are_read_with_every_parameter(tmp_path: Path) -> No
     assert read(tmp_path, QWEN2_5_05B_YARN).rope == Rope(
         kind="yarn", theta=1e6, factor=4.0, original_length=32768, attention_factor=1.1386294361119891
     )
+    phi = read(tmp_path, PHI_4_MINI)
+    # sqrt(1 + ln(131072 / 4096) / ln(4096)), as in transformers and vLLM.
+    assert phi.rope == Rope(
+        kind="longrope",
+        theta=10000.0,
+        factor=32.0,
+        original_length=4096,
+        attention_factor=1.1902380714238083,
+        fraction=0.75,
+        short_factors=(1.0, 1.1) * 24,
+        long_factors=(1, 60.5) * 24,
+    )
+    assert phi.max_position_embeddings == 4096
     olmo, plain = read(tmp_path, OLMO_3_7B), Rope(kind="default", theta=500000.0)
     assert (olmo.sliding_window, olmo.rope.kind, olmo.rope.factor) == (4096, "yarn", 8.0)
     assert (olmo.window_rope, olmo.rope_of(2), olmo.rope_of(3)) == (plain, plain, olmo.rope)
