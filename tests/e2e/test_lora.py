@@ -90,6 +90,27 @@ def test_both_exports_are_the_base_and_its_adapters(base: Path, trained: Path, t
     assert "holds adapters over other weights" in ended.expect(2).stderr
 
 
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+def test_experts_that_files_hold_as_stacks_are_exported_merged(project: Project, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "mistral4", vocab_size=VOCAB_SIZE)
+    make_tokenizer(base)
+    sftrl(*sft(project, base, tmp_path / "run", "lora.targets=[q_b_proj, gate_proj, down_proj]"))
+    export = ["convert", "to-hf", "--checkpoint", str(tmp_path / "run"), "--verify"]
+    sftrl(*export, "--out", str(tmp_path / "merged"), "--max-file-gb", "2e-5")
+    weights, before = read_tensors(tmp_path / "merged"), read_tensors(base)
+    assert {name: each.shape for name, each in weights.items()} == {
+        name: each.shape for name, each in before.items()
+    }
+    changed = [name for name in before if not torch.equal(weights[name], before[name])]
+    assert {".".join(name.split(".")[3:]) for name in changed} == {
+        "self_attn.q_b_proj.weight",
+        *(f"mlp.{part}_proj.weight" for part in ("gate", "down")),
+        *(f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "down")),
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    }
+
+
 def test_a_run_starts_from_an_adapter_and_its_frozen_reference_with_it(
     project: Project, base: Path, trained: Path, tmp_path: Path
 ) -> None:
