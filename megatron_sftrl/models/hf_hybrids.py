@@ -93,7 +93,8 @@ def language_model_values(values: dict[str, Any]) -> dict[str, Any]:
     families = _LANGUAGE_MODELS[values["model_type"]]
     inside: dict[str, Any] = values["text_config"]
     outside = {key: values[key] for key in _FROM_OUTSIDE if key in values and inside.get(key) is None}
-    family: Family = next((each for each in families if each == inside.get("model_type")), families[0])
+    asked = inside.get("model_type")
+    family = families[families.index(asked) if asked in families else 0]
     architectures = [hf_family(family).architecture]
     return {"model_type": family, **inside, **outside, "architectures": architectures}
 
