@@ -168,7 +168,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "sliding_window": WINDOW,
     },
-    # As Phi-4-mini: more positions than the original length, which sequences here keep to.
+    # As Phi-4-mini: more positions than the original length, which sequences here keep to. Without a window
+    # transformers' own fp32 gradients are 3.6e-5 away from float64 (measured).
     "phi3_longrope": {
         "model_type": "phi3",
         **_DEEP,
@@ -180,6 +181,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "long_factor": [1.1, 7.0, 32.5],
         },
         "original_max_position_embeddings": 2 * ORIGINAL_LENGTH,
+        "sliding_window": WINDOW,
         "tie_word_embeddings": True,
     },
     # With four layers transformers' own fp32 gradients of a GLM-4 are 2e-5 away from float64 (measured).
