@@ -3,7 +3,7 @@
 # GRPO from there with the same task's verifier, and the result in transformers.
 # Usage: bash examples/quickstart.sh                        QUICKSTART_SEED=1 for other problems and other weights,
 #                                                           QUICKSTART_STEPS=20 to see the stages with so few steps of
-#                                                           SFT that rewards do not rise
+#                                                           SFT, on a part of the data, that rewards do not rise
 #        bash examples/quickstart.sh grpo optim.lr=3e-4     GRPO again and what follows, with changed keys
 # Everything it makes is in .venv and runs/quickstart; the latter is emptied first, or what GRPO made of it.
 set -euo pipefail
@@ -14,9 +14,10 @@ seed="${QUICKSTART_SEED:-0}"
 what="${1:-all}"
 changes=("${@:2}")
 few=(${QUICKSTART_STEPS:+train.steps="$QUICKSTART_STEPS"})
+part=(${QUICKSTART_STEPS:+--share 0.1})
 
 prepare_for_rewards() {
-  stage "data and tokenizer"  python $here/prepare.py $out/data --seed "$seed"
+  stage "data and tokenizer"  python $here/prepare.py $out/data --seed "$seed" "${part[@]}"
   stage "base model, dp 2"    train sft base "${few[@]}"
   stage "answers of base"     answer base
   stage "GIFT, tp 2"          train sft gift "${few[@]}"

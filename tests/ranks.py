@@ -12,10 +12,12 @@ from typing import Any
 
 from megatron_sftrl.apps.doctor.ranks import RankError, RankPool, free_port
 
-__all__ = ["POOL", "ROOT", "RankError", "close_ranks", "free_port", "run_ranks"]
+__all__ = ["LATE_IMPORTS", "POOL", "ROOT", "RankError", "close_ranks", "free_port", "run_ranks"]
 
 ROOT = Path(__file__).resolve().parents[1]
-POOL = RankPool()
+# What the first tokenizer and the first optimizer of a process import: seconds of every worker.
+LATE_IMPORTS = ("torch._dynamo", "transformers.tokenization_utils_tokenizers")
+POOL = RankPool(imports=LATE_IMPORTS)
 atexit.register(POOL.close)
 
 

@@ -11,8 +11,6 @@ stage() {
 
 stage environment
 source tools/environment.sh test
-# Compiled once, not in every one of some hundred processes.
-unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MODE=offline
 stage lint
 ruff check .
@@ -20,14 +18,17 @@ ruff format --check .
 stage "other people's programs"
 bash tests/oracles.sh
 bash tests/slurm/install.sh
-# Only now: what calls vLLM is checked against the vLLM that is installed here.
-stage types
-pyright
+# Only now: what calls vLLM is checked against the vLLM that is installed here. Beside the tests, where they leave a
+# processor alone; what it said comes behind theirs.
+stage "types, until after the tests"
+types="$(mktemp)"
+nice -n 5 pyright > "$types" 2>&1 &
+pyright=$!
+curves="$(mktemp -d)"
+trap 'kill "$pyright" 2> /dev/null || true; rm -rf "$types" "$curves"' EXIT
 if [ "${SFTRL_TEST_NEWEST:-}" = 1 ]; then
   stage "the newest megatron-core, on Python 3.12"
   python3.12 --version  # on the PATH, with its own name
-  curves="$(mktemp -d)"
-  trap 'rm -rf "$curves"' EXIT
   python -W ignore -m tests.newest "$curves"
   (
     SFTRL_VENV="$PWD/.venv-newest" SFTRL_PYTHON=python3.12
@@ -38,4 +39,9 @@ fi
 # Two processes of tests, a file in one of them. The folders come in the order of testpaths in pyproject.toml; a
 # failure is printed at once (tests/conftest.py).
 stage tests
-python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+tested=0 typed=0
+python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || tested=$?
+stage types
+wait "$pyright" || typed=$?
+cat "$types"
+[ "$tested" = 0 ] && [ "$typed" = 0 ]

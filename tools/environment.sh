@@ -36,8 +36,11 @@ if ! grep -qsFx "$_want" "${_serving[@]}"; then
   rm -f "$_venv"/.installed-*
   "$_python" -m venv "$_venv"
   # torch first and pinned: left to the resolver it would come with another build's CUDA packages.
-  "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check "${SFTRL_TORCH:-torch==2.13.0}"
-  "$_venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$_root${_extras:+[$_extras]}"
+  # Most of 26,000 files are never imported: each is compiled by the first process that does.
+  _pip=("$_venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
+  "${_pip[@]}" "${SFTRL_TORCH:-torch==2.13.0}"
+  "${_pip[@]}" -e "$_root${_extras:+[$_extras]}"
   echo "$_want" | tee "$_venv/.installed-core" > "$_stamp"
 fi
 export PATH="$_venv/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE  # or every process would compile

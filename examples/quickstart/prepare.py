@@ -1,6 +1,6 @@
 """Writes what the quick start trains on: a small tokenizer and five files of problems.
 
-    python examples/quickstart/prepare.py OUTPUT_DIRECTORY [--seed 0]
+    python examples/quickstart/prepare.py OUTPUT_DIRECTORY [--seed 0] [--share 1]
 
 tokenizer/        Hugging Face directory: digit by digit, whole words, a chat template
 base.jsonl        prompt, response: mixed styles, for the base model
@@ -41,17 +41,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="other problems, other texts")
+    parser.add_argument("--share", type=float, default=1.0, help="of the rows, to see the stages sooner (1)")
     arguments = parser.parse_args()
+    share: float = arguments.share
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)
 
     # One stream cut in four, and no problem comes twice: what is held out is never trained on.
     stream = problems(arguments.seed)
-    held_out = list(islice(stream, NUM_HELD_OUT))
-    demos = list(islice(stream, NUM_DEMONSTRATIONS))
+    held_out = list(islice(stream, round(share * NUM_HELD_OUT)))
+    demos = list(islice(stream, round(share * NUM_DEMONSTRATIONS)))
     draw = random.Random(arguments.seed)
-    base = [{"prompt": p.question, "response": base_text(p, draw)} for p in islice(stream, NUM_BASE)]
-    rewarded = list(islice(stream, NUM_REWARDED))
+    base = [
+        {"prompt": p.question, "response": base_text(p, draw)}
+        for p in islice(stream, round(share * NUM_BASE))
+    ]
+    rewarded = list(islice(stream, round(share * NUM_REWARDED)))
 
     write_rows(directory / "base.jsonl", base)
     write_rows(

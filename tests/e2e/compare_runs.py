@@ -5,6 +5,7 @@ python -m tests.e2e.compare_runs compare.yaml key=value ...
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -20,6 +21,7 @@ import yaml
 
 from tests.e2e.product import sftrl
 from tests.e2e.project import make_tokenizer, write_rows
+from tests.ranks import LATE_IMPORTS
 
 SFT_STEPS, GRPO_STEPS, SAMPLES = 3, 2, 4
 
@@ -168,6 +170,9 @@ def _main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     for module in ("apps.evaluate.run", "apps.report.page", "trainers.grpo", "trainers.sft"):
         importlib.import_module(f"megatron_sftrl.{module}")
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
+    gc.freeze()  # as in the rank workers
     launch = importlib.import_module("megatron_sftrl.apps.compare.launch")
     launch.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": Fork})
     sys.exit(_main(sys.argv[1:]))

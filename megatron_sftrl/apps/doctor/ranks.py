@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -67,9 +67,14 @@ class _Worker:
 
 
 class RankPool:
-    """Owns the worker processes: started when first needed, more of them when a call needs more."""
+    """Owns the worker processes: started when first needed, more of them when a call needs more.
 
-    def __init__(self) -> None:
+    Args:
+        imports: modules that the workers will need beside the package's; they may start no thread.
+    """
+
+    def __init__(self, imports: Sequence[str] = ()) -> None:
+        self._imports = [*IMPORTED_BEFORE_THE_FORKS, *imports]
         self._workers: list[_Worker] = []
         self._folder: tempfile.TemporaryDirectory | None = None
         self._num_calls = 0
@@ -135,7 +140,7 @@ class RankPool:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED_BEFORE_THE_FORKS)
+        context.set_forkserver_preload(self._imports)
         for index in range(len(self._workers), size):
             ours, theirs = context.Pipe()
             stack_file = Path(self._folder.name) / f"stack-{index}"
