@@ -13,6 +13,9 @@ import torch.distributed as dist
 from tests.ranks import RankError, run_ranks
 
 
+_KEPT: list[object] = []
+
+
 def _sum_of_ranks(scale: float) -> tuple[float, int]:
     value = torch.tensor(scale * (dist.get_rank() + 1))
     dist.all_reduce(value)
@@ -42,6 +45,10 @@ def _keep_a_group_in_a_cycle() -> None:
     cycle.append(cycle)
 
 
+def _keep_groups(count: int) -> None:
+    _KEPT.extend(dist.new_group() for _ in range(count))
+
+
 def _num_threads() -> int:
     return psutil.Process().num_threads()
 
@@ -58,6 +65,15 @@ def test_the_threads_of_a_calls_groups_end_with_it_even_where_a_cycle_holds_them
     before = run_ranks(2, _num_threads)
     run_ranks(2, _keep_a_group_in_a_cycle)
     assert run_ranks(2, _num_threads) == before
+
+
+def test_workers_with_many_threads_that_no_call_needs_are_replaced():
+    run_ranks(2, _keep_groups, 5)
+    first = run_ranks(2, os.getpid)
+    assert run_ranks(2, _num_threads)[0] > 15, "the groups ended by themselves: the test is blind"
+    run_ranks(2, _keep_groups, 35)
+    assert set(run_ranks(2, os.getpid)).isdisjoint(first)
+    assert max(run_ranks(2, _num_threads)) < 15
 
 
 def test_a_failing_rank_is_named_with_its_traceback_while_the_others_wait():

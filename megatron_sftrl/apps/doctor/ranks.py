@@ -11,7 +11,8 @@
 Importing torch and Megatron costs seconds, so one process does it and every worker is a fork of that one;
 the workers are kept from call to call, and every call gets a fresh gloo group. A rank that raises is reported
 with its traceback, a call that does not end with the stack of every rank. After either the workers are
-killed, because a rank may still stand in a collective, and the next call forks others.
+killed, because a rank may still stand in a collective, and the next call forks others; so it does where calls
+have left too many threads.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from typing import Any
 IMPORTED_BEFORE_THE_FORKS = ["megatron_sftrl.trainers.grpo", "megatron_sftrl.trainers.sft"]
 """They start no thread, which a fork would lose."""
 
+MANY_THREADS = 100
+"""Of ended calls, in a worker: each group has three, one of which wakes up a hundred times a second."""
+
 GRACE_S = 1.0  # how long the other ranks may take to report after the first one raised
 
 
@@ -57,6 +61,12 @@ class _Call:
     port: int
     timeout_s: float
     group: bool
+
+
+@dataclass(frozen=True)
+class _Answer:
+    value: Any
+    num_threads: int
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,9 @@ class RankPool:
             worker.pipe.send_bytes(pickle.dumps(call))
         results, problems, waiting = _collect(workers, time.monotonic() + timeout_s)
         if not problems and not waiting:
-            return [results[rank] for rank in range(world_size)]
+            if any(answer.num_threads > MANY_THREADS for answer in results.values()):
+                self.close()
+            return [results[rank].value for rank in range(world_size)]
         if waiting and not problems:
             problems.append(f"{function.__qualname__} did not finish within {timeout_s} s")
         stacks = [f"rank {rank} stood here:\n{_stack(workers[rank])}" for rank in sorted(waiting)]
@@ -151,9 +163,9 @@ class RankPool:
             self._workers.append(_Worker(process, ours, stack_file))
 
 
-def _collect(workers: list[_Worker], deadline: float) -> tuple[dict[int, Any], list[str], set[int]]:
+def _collect(workers: list[_Worker], deadline: float) -> tuple[dict[int, _Answer], list[str], set[int]]:
     """Results by rank, a text for each failed rank, and the ranks that said nothing before the deadline."""
-    results: dict[int, Any] = {}
+    results: dict[int, _Answer] = {}
     problems: list[str] = []
     waiting = set(range(len(workers)))
     rank_of = {workers[rank].pipe: rank for rank in waiting}
@@ -226,14 +238,16 @@ def _serve(pipe: Connection, stack_file: str) -> None:
             except (EOFError, ConnectionResetError):  # the parent is done, or was killed
                 return
             try:
-                answer = pickle.dumps((True, _answer(pickle.loads(packed_call))))
+                value = _answer(pickle.loads(packed_call))
+                num_left = _collect_groups(num_left)
+                answer = pickle.dumps((True, _Answer(value, num_left)))
+                del value
             except BaseException:
                 answer = pickle.dumps((False, traceback.format_exc()))
             try:
                 pipe.send_bytes(answer)
             except BrokenPipeError:
                 return
-            num_left = _collect_groups(num_left)
 
 
 def _collect_groups(num_left: int) -> int:
@@ -241,7 +255,8 @@ def _collect_groups(num_left: int) -> int:
 
     A model is a cycle of references and holds its groups. Left to the collector's own time their threads go
     on polling, hundreds of them after some calls, and take the processor from every later call. A collection
-    costs too, so it is done only when threads have come in addition to those that the last one left.
+    costs too, so it is done only when threads have come in addition to those that the last one left. What
+    it cannot end, since libraries hold it outside of Python, is for the pool to count (MANY_THREADS).
     """
     if _num_threads() <= num_left:
         return num_left
