@@ -6,13 +6,14 @@ assert run_ranks(2, total, 3) == [6, 6]           # total: a module-level functi
 from __future__ import annotations
 
 import atexit
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_sftrl.apps.doctor.ranks import RankError, RankPool, free_port
 
-__all__ = ["LATE_IMPORTS", "POOL", "ROOT", "RankError", "close_ranks", "free_port", "run_ranks"]
+__all__ = ["LATE_IMPORTS", "POOL", "ROOT", "RankError", "close_ranks", "end_groups", "free_port", "run_ranks"]
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the first tokenizer and the first optimizer of a process import: seconds of every worker.
@@ -31,3 +32,16 @@ def run_ranks(
 def close_ranks() -> None:
     """Kill the workers; the next `run_ranks` starts new ones."""
     POOL.close()
+
+
+def end_groups() -> None:
+    """Between two models of one call, on every rank: Megatron's groups end, and the threads that poll for them."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.barrier()  # a rank that ended one early would break the connections of the others
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()

@@ -15,6 +15,7 @@ from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.models import Architecture
 from megatron_sftrl.models.tensors import Region
 from megatron_sftrl.types import Prompt, SamplingParams, TokenBatch
+from tests.ranks import end_groups
 
 if TYPE_CHECKING:
     from megatron_sftrl.engine.parallel import ParallelContext
@@ -76,38 +77,36 @@ class Numbers:
 
 def engine_numbers(cases: list[Case]) -> list[Numbers]:
     """Of each case, all of one layout, one after the other."""
-    from megatron.core import parallel_state
-
-    from megatron_sftrl.losses.registry import build_loss
-
     found = []
     for case in cases:
-        context, policy = _loaded_policy(case.config, case.architecture, with_optimizer=True)
-        logits = _whole_logits(policy, case.architecture, case.tokens, case.lengths)
-        weights = _hf_parts(policy, case.architecture, {})
-        batch = _packed(case.tokens, case.lengths, labels=case.labels)
-        share = batch.token_weight / len(case.tokens) / context.pp_size / context.dp_size
-        batch = dataclasses.replace(batch, token_weight=share)
-        policy.forward_backward([batch] * context.pp_size, build_loss("sft", {}))
-        grads = {
-            id(p): p.main_grad  # type: ignore[attr-defined]
-            for chunk in policy.chunks
-            for p in chunk.parameters()
-            if p.requires_grad
-        }
-        gradients = _hf_parts(policy, case.architecture, grads)
-        responses = _greedy(policy, case.prompts, case.num_new) if case.prompts else []
-        found.append(
-            Numbers(
-                logits=logits,
-                weights=weights,
-                gradients=gradients,
-                responses=responses,
-                sizes=[[each.numel() for each in chunk.parameters()] for chunk in policy.chunks],
-            )
-        )
-        parallel_state.destroy_model_parallel()
+        found.append(_numbers(case))
+        end_groups()
     return found
+
+
+def _numbers(case: Case) -> Numbers:
+    from megatron_sftrl.losses.registry import build_loss
+
+    context, policy = _loaded_policy(case.config, case.architecture, with_optimizer=True)
+    logits = _whole_logits(policy, case.architecture, case.tokens, case.lengths)
+    weights = _hf_parts(policy, case.architecture, {})
+    batch = _packed(case.tokens, case.lengths, labels=case.labels)
+    share = batch.token_weight / len(case.tokens) / context.pp_size / context.dp_size
+    batch = dataclasses.replace(batch, token_weight=share)
+    policy.forward_backward([batch] * context.pp_size, build_loss("sft", {}))
+    grads = {
+        id(p): p.main_grad  # type: ignore[attr-defined]
+        for chunk in policy.chunks
+        for p in chunk.parameters()
+        if p.requires_grad
+    }
+    return Numbers(
+        logits=logits,
+        weights=weights,
+        gradients=_hf_parts(policy, case.architecture, grads),
+        responses=_greedy(policy, case.prompts, case.num_new) if case.prompts else [],
+        sizes=[[each.numel() for each in chunk.parameters()] for chunk in policy.chunks],
+    )
 
 
 def _hf_parts(
