@@ -35,7 +35,7 @@ def close_ranks() -> None:
 
 
 def end_groups() -> None:
-    """Between two models of one call, on every rank: Megatron's groups end, and the threads that poll for them."""
+    """Between two models of one call, on every rank: Megatron's groups end, and the threads that poll."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def names(requirements: list[str]) -> list[str]:
     return [re.split(r"[<>=!~\[; ]", text)[0] for text in requirements]
 
 
+@functools.cache
 def imported_libraries(folders: tuple[str, ...] = ("megatron_sftrl", "tools", "examples")) -> set[str]:
     """First names of every import in the product."""
     found: set[str] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def imported_modules(source: str, *, package: str) -> Iterator[str]:
             yield from (str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant))
 
 
+@functools.cache
 def modules_of(file: Path) -> list[str]:
     package = ".".join(file.relative_to(ROOT).parent.parts)
     return list(imported_modules(file.read_text(encoding="utf-8"), package=package))

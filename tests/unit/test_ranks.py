@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from tests.ranks import RankError, run_ranks
 
-
 _KEPT: list[object] = []
 
 
