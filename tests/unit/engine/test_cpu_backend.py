@@ -70,16 +70,19 @@ def test_transformers_still_computes_its_rotary_frequencies_under_the_redirectio
     torch.testing.assert_close(run_ranks(1, rotary_frequencies)[0], expected)
 
 
-def test_importing_megatron_loads_neither_wandb_nor_torch_s_compilers() -> None:
+def test_importing_megatron_loads_neither_wandb_nor_torch_s_compilers_and_is_never_garbage() -> (
+    None
+):
     look = (
         "import sys, torch; compiler = torch.compile; import megatron_sftrl.engine.model;"
         "from megatron_sftrl.engine.determinism import choose_kernels; choose_kernels(deterministic=False);"
         "print([name for name in ('wandb', 'torch._dynamo', 'torch._inductor') if name in sys.modules]);"
         "from megatron.core.jit import jit_fuser;"
         "print(torch.compile is compiler, jit_fuser(look := lambda: 1) is look);"
-        "import wandb; print(wandb.__version__)"
+        "import wandb; print(wandb.__version__);"
+        "import gc; print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
     )
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", look], capture_output=True, text=True, timeout=300
     )
-    assert ended.stdout.splitlines() == ["[]", "True True", version("wandb")], ended.stderr
+    assert ended.stdout.splitlines() == ["[]", "True True", version("wandb"), "True True"], ended.stderr
