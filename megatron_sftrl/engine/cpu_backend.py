@@ -7,6 +7,7 @@ mode cannot see, are replaced one by one. Written against megatron-core 0.16.1; 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -68,6 +69,7 @@ def import_megatron() -> None:
         if hidden:
             del sys.modules["wandb"]
         gc.freeze()
+        atexit.register(gc.unfreeze)  # or Triton's bindings print what was not released, at the end
         if collects:
             gc.enable()
 
