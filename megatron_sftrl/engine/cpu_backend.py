@@ -50,7 +50,7 @@ def import_megatron() -> None:
     as soon as a function is given to torch.compile: fused functions are then what they were before.
 
     The garbage collector rests meanwhile and never looks at what is here afterwards: hundreds of thousands of
-    objects that stay, a fifth of a start.
+    objects that stay.
     """
     collects = gc.isenabled()
     gc.disable()
