@@ -174,6 +174,7 @@ def _collect(workers: list[_Worker], deadline: float) -> tuple[dict[int, _Answer
             assert isinstance(pipe, Connection)
             rank = rank_of[pipe]
             waiting.discard(rank)
+            payload: Any
             try:
                 is_good, payload = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
