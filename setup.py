@@ -54,5 +54,5 @@ setup(
         "report": ["matplotlib"],  # sftrl report, and the quick start
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "pyright", "tensorboard", "matplotlib"],
     },
-    entry_points={"console_scripts": ["sftrl = megatron_sftrl.cli:main"]},
+    entry_points={"console_scripts": ["sftrl = megatron_sftrl.__main__:start"]},
 )

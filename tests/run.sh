@@ -19,7 +19,7 @@ stage "other people's programs"
 bash tests/oracles.sh
 bash tests/slurm/install.sh
 # Only now: what calls vLLM is checked against the vLLM that is installed here. Beside the tests, where they leave a
-# processor alone; what it said comes behind theirs.
+# processor alone; what it complains about comes behind theirs.
 stage "types, until after the tests"
 types="$(mktemp)"
 nice -n 5 pyright > "$types" 2>&1 &
@@ -39,9 +39,11 @@ fi
 # Two processes of tests, a file in one of them. The folders come in the order of testpaths in pyproject.toml; a
 # failure is printed at once (tests/conftest.py).
 stage tests
-tested=0 typed=0
+tested=0
 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@" || tested=$?
-stage types
-wait "$pyright" || typed=$?
-cat "$types"
-[ "$tested" = 0 ] && [ "$typed" = 0 ]
+if ! wait "$pyright"; then
+  stage types
+  cat "$types"
+  exit 1
+fi
+exit "$tested"

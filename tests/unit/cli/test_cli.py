@@ -453,3 +453,43 @@ def test_a_level_that_does_not_exist_is_refused(
     monkeypatch.setenv("SFTRL_LOG", "loud")
     assert run_command(lambda: 0) == 2
     assert "SFTRL_LOG: expected one of DEBUG, INFO" in capsys.readouterr().err
+
+
+_AN_END = """
+import atexit, threading, time
+from megatron_sftrl import __main__ as program, cli
+
+
+class Kept:
+    def __del__(self):
+        print("memory cleared up")
+
+
+def main():
+    atexit.register(lambda: print("a library's end"))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("a thread's end"))).start()
+    if "raise" in {how!r}:
+        raise ValueError("a failure")
+    return 75
+
+
+kept, cli.main = Kept(), main
+raise SystemExit(program.start())
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("return", 75), ("raise", 1)])
+def test_a_program_ends_behind_its_threads_and_libraries_and_clears_no_memory_up(how: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _AN_END.replace("{how!r}", repr(how))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    ends = ["a thread's end", "a library's end"]
+    # A failure ends as in any program.
+    assert done.stdout.splitlines() == (ends if how == "return" else [*ends, "memory cleared up"])
+    assert ("ValueError: a failure" in done.stderr) == (how == "raise")
