@@ -321,6 +321,11 @@ def _lora_problems(config: TrainingConfig) -> Iterator[str]:
         )
     elif config.model.hf is None:
         yield "lora trains adapters over the weights of a Hugging Face directory: give it as model.hf"
+    if config.model.moe_bias_update_rate:
+        yield (
+            "model.moe_bias_update_rate moves biases of the frozen model under the adapters, which a "
+            "checkpoint of adapters does not hold: remove it"
+        )
     reference = config.reference
     if reference is not None and reference.placement == "offload" and reference.checkpoint is None:
         yield "reference.placement = offload: with lora the reference is the policy's weights; remove it"

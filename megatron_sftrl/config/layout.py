@@ -170,11 +170,12 @@ def expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterato
         for name in ("moe_dispatcher", "moe_permute_fusion", "moe_router_fusion"):
             if getattr(parallel, name) not in (False, "alltoall"):
                 yield f"parallel.{name} is about experts, and the model is no mixture of experts: remove it"
-        if config.model.moe_aux_loss_coeff:
-            yield (
-                f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff} is about experts, and the "
-                "model is no mixture of experts: remove it, or model.moe_aux_loss_coeff=0 on the command line"
-            )
+        for name in ("moe_aux_loss_coeff", "moe_bias_update_rate"):
+            if value := getattr(config.model, name):
+                yield (
+                    f"model.{name} = {value} is about experts, and the model is no mixture of experts: "
+                    f"remove it, or model.{name}=0 on the command line"
+                )
         return
     etp = parallel.etp or parallel.tp
     if mixture.num_experts % parallel.ep:
@@ -212,6 +213,11 @@ def expert_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterato
         yield (
             f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff}: the router's biases keep the "
             "experts of this model busy, and the loss does not know them (nor groups): remove it"
+        )
+    if mixture.routing != "sigmoid" and config.model.moe_bias_update_rate:
+        yield (
+            f"model.moe_bias_update_rate = {config.model.moe_bias_update_rate}: this model's router has no "
+            "biases by which it chooses experts: take model.moe_aux_loss_coeff, or remove it"
         )
     if mixture.experts_per_token == 1 and mixture.normalizes_weights:
         yield (

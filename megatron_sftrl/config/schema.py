@@ -102,6 +102,10 @@ class ModelSection(Section):
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the load-balancing loss of a mixture of experts (Megatron's aux_loss, 1 in a balanced layer).
     A step takes its mean over micro-batches, by their tokens, and its sum over layers."""
+    moe_bias_update_rate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """How far a step moves the biases by which a DeepSeek-V3 or a GLM-4.5 chooses experts (arXiv:2408.15664):
+    up that of an expert that fewer of the step's tokens visited than the mean, down that of one that more
+    did. 0 leaves them as they were loaded."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:

@@ -116,6 +116,8 @@ def _of_the_model(architecture: Architecture, model: ModelSection, *, with_te: b
         else None,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        # Megatron itself leaves biases alone, which mixtures.py adds and moves.
+        moe_router_bias_update_rate=model.moe_bias_update_rate,
         moe_grouped_gemm=with_te and mixture is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,

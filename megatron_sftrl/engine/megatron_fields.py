@@ -34,6 +34,7 @@ _SET_HERE = {
     "model.layers decides": "transformer_impl moe_grouped_gemm",
     "set model.dtype": "params_dtype pipeline_dtype bf16",
     "set model.moe_aux_loss_coeff": "moe_aux_loss_coeff moe_router_load_balancing_type",
+    "set model.moe_bias_update_rate": "moe_router_enable_expert_bias moe_router_bias_update_rate",
     "set parallel.tp": "tensor_model_parallel_size",
     "set parallel.pp": "pipeline_model_parallel_size",
     "set parallel.vp": "virtual_pipeline_model_parallel_size",
@@ -98,7 +99,7 @@ _REFUSED = {
     "which experts see a token would depend on its micro-batch or on chance": """
         moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_dropping moe_token_drop_policy
         moe_input_jitter_eps moe_router_force_load_balancing moe_router_force_biased
-        moe_router_enable_expert_bias moe_router_bias_update_rate moe_enable_routing_replay
+        moe_enable_routing_replay
         moe_router_quantile_balancing_ema moe_expert_rank_capacity_factor""",
     "the loss would gain a term that its tokens' weights do not know": "moe_z_loss_coeff",
     "output layer and loss are this package's own, and would not see it": """

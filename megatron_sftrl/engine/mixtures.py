@@ -1,4 +1,4 @@
-"""Mixtures of experts in training: where their parameters live, and the loss that balances the experts."""
+"""Mixtures of experts in training: where their parameters live, and what keeps the experts equally busy."""
 
 from __future__ import annotations
 
@@ -115,10 +115,63 @@ class ExpertBalance:
         return {BALANCE_METRIC: float(total) / self._num_layers}
 
 
+class CountingRouter(TopKRouter):
+    """Megatron's sigmoid router, which counts the visits of a step's real tokens on this rank."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.num_experts is not None
+        self.visits = torch.zeros(self.num_experts, dtype=torch.int64)
+        """[E], since the last begin_step."""
+
+    def _apply_expert_bias(
+        self,
+        routing_map: Tensor,  # [T, E] bool
+        padding_mask: Tensor | None = None,  # [T] True at padding
+    ) -> None:
+        # Only where gradients are made: the first of two forwards under recomputation does not count.
+        if torch.is_grad_enabled():
+            if padding_mask is not None:
+                routing_map = routing_map & ~padding_mask[:, None]
+            self.visits = self.visits.to(routing_map.device) + routing_map.sum(dim=0)
+
+
+class ExpertBiases:
+    """Moves the biases of CountingRouters behind a step (arXiv:2408.15664, algorithm 1; DeepSeek-V3, 2.1.2):
+
+    b_i += rate * sign(mean_j n_j - n_i)       n_i: tokens of the step, on all ranks, that visited expert i
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], rate: float, parallel: ParallelContext) -> None:
+        self._routers = [
+            module for chunk in chunks for module in chunk.modules() if isinstance(module, CountingRouter)
+        ]
+        self._rate, self._parallel = rate, parallel
+
+    def begin_step(self) -> None:
+        for router in self._routers:
+            router.visits = torch.zeros_like(router.visits)
+
+    def move(self) -> None:
+        """A collective of the stage's ranks."""
+        if not self._routers:  # a pipeline stage of dense layers
+            return
+        visits = torch.stack([router.visits for router in self._routers]).to(self._parallel.device)
+        # A replica's tokens are spread over its tp (sequence parallelism) and cp ranks.
+        dist.all_reduce(visits, group=self._routers[0].tp_cp_group)
+        dist.all_reduce(visits, group=self._parallel.dp_group)
+        # In whole numbers: E times the mean are all visits.
+        signs = torch.sign(visits.sum(dim=1, keepdim=True) - visits.shape[1] * visits)
+        for router, sign in zip(self._routers, signs, strict=True):
+            router.expert_bias.add_(self._rate * sign)  # type: ignore[union-attr]
+
+
 def balance_experts(layer: ModuleSpec, config: TransformerConfig) -> None:
-    """Give a block's mixture the router that balances, where a coefficient asks for it."""
+    """Give a block's mixture the router that balances or counts, where the run asks for one."""
     if config.moe_aux_loss_coeff:
         submodules_of_mlp(layer).router = BalancedRouter
+    if config.moe_router_bias_update_rate:
+        submodules_of_mlp(layer).router = CountingRouter
 
 
 def submodules_of_mlp(layer: ModuleSpec) -> Any:
@@ -128,9 +181,9 @@ def submodules_of_mlp(layer: ModuleSpec) -> Any:
 
 
 def add_routing_biases(chunk: torch.nn.Module) -> None:
-    """Give sigmoid routers the biases that experts are chosen by: frozen, fp32, one of each expert.
+    """Give sigmoid routers the biases that experts are chosen by: fp32, without gradients.
 
-    Megatron's own are buffers, which it moves after every step.
+    Megatron's own are buffers, which it moves after every step, skipped ones and padding included.
     """
     for module in chunk.modules():
         if isinstance(module, TopKRouter) and module.score_function == "sigmoid":

@@ -20,7 +20,7 @@ from megatron_sftrl.engine.context_parallel import gather_whole
 from megatron_sftrl.engine.determinism import named_operator
 from megatron_sftrl.engine.lora import add_adapters, lora_targets
 from megatron_sftrl.engine.megatron_config import check_fp8, transformer_config
-from megatron_sftrl.engine.mixtures import ExpertBalance, forget_routing
+from megatron_sftrl.engine.mixtures import ExpertBalance, ExpertBiases, forget_routing
 from megatron_sftrl.engine.model import (
     LanguageModel,
     build_model_chunks,
@@ -176,6 +176,9 @@ class PolicyEngine:
         self._balance: ExpertBalance | None = None
         if run.model.moe_aux_loss_coeff:
             self._balance = ExpertBalance(self.chunks, architecture.num_layers, parallel)
+        self._biases: ExpertBiases | None = None
+        if run.model.moe_bias_update_rate and with_optimizer:
+            self._biases = ExpertBiases(self.chunks, run.model.moe_bias_update_rate, parallel)
         self.router_replay: RouterReplay | None = None
         if run.grpo is not None and run.grpo.rollout.router_replay:
             self.router_replay = RouterReplay(self.chunks, architecture, parallel)
@@ -253,6 +256,8 @@ class PolicyEngine:
         self.zero_gradients()
         if self._balance is not None:
             self._balance.begin_step(batches)
+        if self._biases is not None:
+            self._biases.begin_step()
         if self.router_replay is not None:
             self.router_replay.begin_step()
         longest = self._objective.longest(batches, over_all_ranks=True)
@@ -340,6 +345,8 @@ class PolicyEngine:
         )
         for each in gathers:
             each.after_update()
+        if self._biases is not None and not result.is_skipped:
+            self._biases.move()
         return result
 
     @contextlib.contextmanager

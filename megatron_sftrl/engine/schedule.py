@@ -71,7 +71,8 @@ def run_schedule(
     config: Any = get_attr_wrapped_model(chunks[0], "config")
     # Megatron's rope without Transformer Engine reads the boundaries layer by layer: there they stay here.
     boundaries = torch.device("cpu") if config.transformer_impl == "local" else parallel.device
-    marks_padding = bool(config.moe_aux_loss_coeff) and not forward_only
+    counts_tokens = config.moe_aux_loss_coeff or config.moe_router_bias_update_rate
+    marks_padding = bool(counts_tokens) and not forward_only
     microbatches = [_microbatch(batch, parallel) for batch in batches]
 
     def forward_step(iterator: Iterator[tuple[int, _Microbatch]], chunk: torch.nn.Module) -> tuple:

@@ -228,6 +228,16 @@ def test_settings_that_fit_are_accepted(overrides: list[str], world_size: int) -
             1,
             "model.moe_aux_loss_coeff = 0.01 is about experts, and the model",
         ),
+        (
+            ["model.moe_bias_update_rate=0.01"],
+            1,
+            "model.moe_bias_update_rate = 0.01 is about experts, and the model",
+        ),
+        (
+            [*MIXTURE, "model.moe_bias_update_rate=0.01"],
+            1,
+            "model.moe_bias_update_rate = 0.01: this model's router has no biases",
+        ),
         ([*MIXTURE, "parallel.ep=4"], 4, "6 experts do not divide by parallel.ep = 4: choose ep among the"),
         ([*SPLIT_MIXTURE, "model.architecture.ffn_hidden_size=97"], 2, "parallel.etp = 2 (as tp)"),
         ([*SPLIT_MIXTURE, "parallel.etp=4"], 4, "parallel.etp = 4 does not divide parallel.tp = 2"),

@@ -48,6 +48,7 @@ def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
             "`sftrl convert to-hf --checkpoint RUN --out DIR`",
         ),
         (["reference.placement=offload"], "reference.placement = offload"),
+        (["model.moe_bias_update_rate=0.1"], "moe_bias_update_rate moves biases of the frozen model"),
         (["lora.targets=[q_prj]"], "w1, w3, w2, got ['q_prj']"),
         (
             ["lora.targets=q_proj"],

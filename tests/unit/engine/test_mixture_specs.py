@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from tests.ranks import run_ranks
 
 
-def routers() -> list[tuple[str, str]]:
-    """Names of the routers with and without a coefficient, in a ModuleSpec and in a partial."""
+def routers() -> list[list[str]]:
+    """Names of the routers of neither, of a coefficient and of a rate, in a ModuleSpec and in a partial."""
     from megatron_sftrl.engine import cpu_backend
 
     cpu_backend.install()
@@ -18,14 +18,15 @@ def routers() -> list[tuple[str, str]]:
     found = []
     for wraps in (SimpleNamespace, partial(partial, dict)):
         names = []
-        for coefficient in (0.0, 0.01):
+        for coefficient, rate in ((0.0, 0.0), (0.01, 0.0), (0.0, 0.01)):
             submodules = SimpleNamespace(router=object)
             layer = SimpleNamespace(submodules=SimpleNamespace(mlp=wraps(submodules=submodules)))
-            balance_experts(layer, SimpleNamespace(moe_aux_loss_coeff=coefficient))  # type: ignore[arg-type]
+            asked = {"moe_aux_loss_coeff": coefficient, "moe_router_bias_update_rate": rate}
+            balance_experts(layer, SimpleNamespace(**asked))  # type: ignore[arg-type]
             names.append(submodules.router.__name__)
-        found.append((names[0], names[1]))
+        found.append(names)
     return found
 
 
-def test_the_balancing_router_is_put_into_the_spec_of_either_version() -> None:
-    assert run_ranks(1, routers)[0] == [("object", "BalancedRouter")] * 2
+def test_the_router_that_is_asked_for_is_put_into_the_spec_of_either_version() -> None:
+    assert run_ranks(1, routers)[0] == [["object", "BalancedRouter", "CountingRouter"]] * 2
