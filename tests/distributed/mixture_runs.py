@@ -12,9 +12,8 @@ from torch import Tensor
 
 from megatron_sftrl.models.architecture import from_section
 from tests.distributed.test_layouts import Curve, make_config, step_batches
-from tests.grid import is_full
 
-NUM_STEPS = 12 if is_full() else 6
+NUM_STEPS = 12
 NUM_BATCHES = 3
 CLIP_GRAD = 0.1
 STEP = 3e-4

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 
 VOCAB_SIZE = 101  # divides by none of the tp sizes: every layout pads differently
 NUM_SEQUENCES = 8
-NUM_STEPS = 20 if is_full() else 5
+NUM_STEPS = 20 if is_full() else 8
 Curve = list[tuple[float, float, float]]
 LOSSES = {
     "sft": {},

@@ -25,7 +25,7 @@ from tests.distributed.replay_runs import (
     softmax_weights,
 )
 from tests.distributed.test_families_against_transformers import largest_difference
-from tests.grid import cases
+from tests.grid import cases, is_full
 from tests.ranks import run_ranks
 
 LENGTHS = [12, 40, 4, 24]  # multiples of 4 for cp 2
@@ -204,7 +204,9 @@ def test_a_response_has_the_experts_that_transformers_chooses_for_its_tokens(
 
 
 def test_replay_brings_a_bf16_engine_and_an_fp32_trainer_together(truths: Truths) -> None:
-    sampling = SamplingParams(max_new_tokens=40, num_samples=8, seed=5)
+    # The largest mismatch is that of a few tokens whose experts changed: it grows with the number of
+    # responses, and little without such tokens. Of 24 it was 6 to 15 times as large, of 192 8 to 20 times.
+    sampling = SamplingParams(max_new_tokens=40, num_samples=64 if is_full() else 8, seed=5)
     ((own, replayed),) = run_ranks(1, largest_mismatches, truths["qwen3_moe"].directory, PROMPTS, sampling)
     print(f"mismatch/max {own:.3f} nats, with replay {replayed:.3f}")
-    assert replayed < own / 10
+    assert replayed < own / (10 if is_full() else 5)

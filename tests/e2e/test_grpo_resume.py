@@ -41,8 +41,7 @@ def test_three_steps_and_three_more_are_six(how: tuple[str, ...], grpo: GrpoProj
             command(grpo, whole, "train.steps=6", *how),
             command(grpo, halves, "train.steps=3", *how),
             command(grpo, halves, "train.steps=6", *how),
-        ],
-        ranks=2 if how == DYNAMIC else 1,
+        ]
     ):
         done.expect(0)
     assert_same(halves, whole, steps=6)
@@ -60,8 +59,8 @@ def test_three_steps_and_three_more_are_six(how: tuple[str, ...], grpo: GrpoProj
 def test_a_killed_run_repeats_its_lost_steps_and_writes_each_once(grpo: GrpoProject, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     long = ("train.steps=14", "checkpoint.every=4", *DYNAMIC)
-    sftrl(*command(grpo, whole, *long))
-    with start_product(*command(grpo, killed, *long), log=tmp_path / "log") as started:
+    sftrl(*command(grpo, whole, *long), ranks=2)
+    with start_product(*command(grpo, killed, *long), log=tmp_path / "log", ranks=2) as started:
         wait_for_step(6, killed, started)
         started.kill()
     reached = metrics_of(killed)[-1]["step"]
@@ -70,5 +69,5 @@ def test_a_killed_run_repeats_its_lost_steps_and_writes_each_once(grpo: GrpoProj
     assert samples_of(killed)[-1]["step"] > saved
     with (killed / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 9, "torn')  # as a kill in the middle of a write leaves it
-    run_product(*command(grpo, killed, *long), log=tmp_path / "log")
+    run_product(*command(grpo, killed, *long), log=tmp_path / "log", ranks=2)
     assert_same(killed, whole, steps=14)
