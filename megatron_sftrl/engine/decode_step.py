@@ -270,29 +270,31 @@ def _attended(
     gate: Tensor | None = None,  # as the query
 ) -> Tensor:
     """[T, H] of the cache, where the new tokens' keys and values are already."""
+    projection = attention.linear_proj
     parts = [_attended_to(attention, query[what.rows], places, what) for what in read]
-    num = sum(map(len, parts))
     # A pipeline has more micro-batches than responses are left.
-    attended = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else query[:0]
+    attended = torch.cat(parts) if parts else query.new_zeros(0, projection.weight.shape[1])
+    num = len(attended)
     if gate is not None:
-        attended = (attended * torch.sigmoid(gate[:num].float())).to(attended.dtype)
-    attended = attended.flatten(1)
+        attended = (attended * torch.sigmoid(gate[:num].float().flatten(1))).to(attended.dtype)
     if num < len(query):
         attended = F.pad(attended, (0, 0, 0, len(query) - num))
-    output = _row_parallel(attention.linear_proj, attended, group)
-    return output + attention.linear_proj.bias if attention.config.add_bias_linear else output
+    output = _row_parallel(projection, attended, group)
+    return output + projection.bias if attention.config.add_bias_linear else output
 
 
 def _attended_to(attention: Any, query: Tensor, places: CacheSlots, what: Reading) -> Tensor:
-    """[S, groups/tp, heads per group, value_dim] of one run."""
+    """[S, heads/tp * value_dim] of one run."""
     keys, values = places.cache.read(attention.layer_number, what)
     # The query heads of a group stand where other tokens would: the group's keys are read once for all.
     sinks = getattr(attention.core_attention, "softmax_offset", None)
     if sinks is None:
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=what.mask, scale=attention.config.softmax_scale
-        )
-    return _attended_with_sinks(query, keys, values, what.mask, sinks, attention.core_attention.scale)
+        scale = attention.config.softmax_scale
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=what.mask, scale=scale)
+    else:
+        scale = attention.core_attention.scale
+        attended = _attended_with_sinks(query, keys, values, what.mask, sinks, scale)
+    return attended.flatten(1)
 
 
 def _attended_with_sinks(

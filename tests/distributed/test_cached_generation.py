@@ -13,9 +13,11 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_sftrl.models import architecture_of
 from megatron_sftrl.types import Prompt, RolloutGroup, SamplingParams
 from tests.contract.models import VOCAB_SIZE, save_versions
-from tests.distributed.engine_outputs import engine_config
+from tests.distributed.engine_outputs import _greedy, _loaded_policy, engine_config
+from tests.distributed.hf_models import save_model
 from tests.distributed.te_layers import copy_into_fused_layers, layers_like_transformer_engines
 from tests.grid import HOW_TO_RUN_ALL, is_full
 from tests.ranks import run_ranks
@@ -274,3 +276,22 @@ def test_an_engine_without_a_cache_says_so_once_with_the_remedy(tmp_path: Path) 
     assert "since parallel.cp is 2: every token runs its whole prefix again" in said
     assert "rollout.engine: vllm" in said
     assert silent == []
+
+
+def one_response(directory: Path, parallel: dict[str, Any]) -> tuple[int, ...]:
+    """Greedy, alone: under a pipeline of two stages the second micro-batch has none."""
+    from megatron.core import parallel_state
+
+    config = engine_config(directory, parallel, "fp32")
+    _, policy = _loaded_policy(config, architecture_of(config.model))
+    (tokens,) = _greedy(policy, [(5, 9, 3)], 6)
+    parallel_state.destroy_model_parallel()
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5_text"])
+def test_a_pipeline_with_more_micro_batches_than_responses_goes_on(tmp_path: Path, name: str) -> None:
+    """Values of another width than keys, gates on what is attended to: where there is nothing, too."""
+    save_model(name, tmp_path)
+    (alone,) = run_ranks(1, one_response, tmp_path, {})
+    assert run_ranks(2, one_response, tmp_path, {"pp": 2}) == [alone, alone]
