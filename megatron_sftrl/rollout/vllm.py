@@ -10,7 +10,7 @@ import gc
 import json
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,8 +133,9 @@ def load_weights(
 ) -> None:
     """Replace every weight of a running engine.
 
-    This is vLLM's reload_weights, which keeps to itself what was loaded, with two repairs for the CPU:
-    without them the engine goes on with the earlier weights there, silently.
+    This is vLLM's reload_weights, which keeps to itself what was loaded, with repairs: without them the
+    engine goes on with earlier weights, silently (on the CPU with a mixture's experts and a tied head,
+    anywhere with a GPT-OSS's sinks).
 
     Args:
         model: of this rank in the engine.
@@ -156,16 +157,22 @@ def load_weights(
             if isinstance(method, FusedMoEMethodBase):
                 # A kernel that is there keeps the experts' weights as it packed them first.
                 method.moe_kernel = None
+    for module in model.modules():
+        if isinstance(getattr(module, "sinks", None), torch.nn.Parameter):
+            # The model copies them itself, into what a reload holds in their place and throws away. A layer
+            # that counts as begun keeps its own.
+            get_layerwise_info(module).load_numel_total = 0
     with set_current_vllm_config(config), torch.no_grad():
         initialize_layerwise_reload(model)
         try:
             missing = expected - model.load_weights(weights)  # type: ignore[operator]
             for name, module in model.named_modules():
-                loaded = get_layerwise_info(module).load_numel
+                info = get_layerwise_info(module)
                 size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-                # Finished layers have been reset to 0. The vocabulary's padding is never loaded.
-                if 0 < loaded < size and not isinstance(module, VocabParallelEmbedding):
-                    missing.add(f"{name} ({loaded} of {size} elements)")
+                # Finished layers have no total any more. The vocabulary's padding is never loaded.
+                is_open = info.load_numel_total and not isinstance(module, VocabParallelEmbedding)
+                if is_open and info.load_numel < size:
+                    missing.add(f"{name} ({info.load_numel} of {size} elements)")
         finally:
             # Also after a failure: what was left half loaded would count in the next update.
             finalize_layerwise_reload(model, config.model_config)
@@ -180,6 +187,20 @@ def load_weights(
             f"no weight of the policy reached these parameters of the rollout engine: {sorted(missing)}; use "
             "rollout.engine: in_process, and report this architecture"
         )
+
+
+def with_experts_apart(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each expert of a GPT-OSS's stacks by itself, under the name that vLLM's loader knows it by.
+
+    A whole stack it copies past the loaders that a reload listens to: the engine would keep earlier experts.
+    """
+    for name, tensor in weights:
+        layer, is_stack, part = name.partition(".mlp.experts.")
+        if not is_stack:
+            yield name, tensor
+            continue
+        for expert, values in enumerate(tensor):
+            yield f"{layer}.mlp.experts.{expert}.{part}", values
 
 
 class VllmEngine:
@@ -362,7 +383,9 @@ class VllmEngine:
 
     def _load(self) -> None:
         with self._resharder.stream() as stream, memory_advice(self._settings):
-            load_weights(self._llm, self._model, stream, is_cuda=self._is_cuda)
+            has_stacks = self._architecture.family == "gpt_oss"
+            weights = with_experts_apart(stream) if has_stacks else stream
+            load_weights(self._llm, self._model, weights, is_cuda=self._is_cuda)
 
     def _answer_together(
         self, asked: list[tuple[Prompt, int]], sampling: SamplingParams, ended: Ended

@@ -95,11 +95,6 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             f"rollout.vllm.tp = {settings.tp}: vLLM runs a {a.family} with transformers' code, which is "
             "known to give the trainer's numbers at tp 1 alone: set it, or use rollout.engine: in_process"
         )
-    if a.family == "gpt_oss":
-        raise UserError(
-            "vLLM 0.32 takes the experts of a gpt_oss when it starts and not again, so that an update of the "
-            "policy would not reach them: use rollout.engine: in_process"
-        )
     if a.family in ("qwen2", "qwen2_moe") and a.head_dim * a.num_attention_heads != a.hidden_size:
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
