@@ -134,8 +134,8 @@ def load_weights(
     """Replace every weight of a running engine.
 
     This is vLLM's reload_weights, which keeps to itself what was loaded, with repairs: without them the
-    engine goes on with earlier weights, silently (on the CPU with a mixture's experts and a tied head,
-    anywhere with a GPT-OSS's sinks).
+    engine goes on with earlier weights, silently (on the CPU those of experts and of a tied head, anywhere
+    the experts and sinks of a GPT-OSS).
 
     Args:
         model: of this rank in the engine.
@@ -150,17 +150,17 @@ def load_weights(
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     config = llm.llm_engine.vllm_config
+    if config.model_config.hf_config.model_type == "gpt_oss":
+        weights = with_experts_apart(weights)
     expected = {name for name, _ in model.named_parameters()}
-    if not is_cuda:
-        for module in model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            if isinstance(method, FusedMoEMethodBase):
-                # A kernel that is there keeps the experts' weights as it packed them first.
-                method.moe_kernel = None
     for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if not is_cuda and isinstance(method, FusedMoEMethodBase):
+            # A kernel that is there keeps the experts' weights as it packed them first.
+            method.moe_kernel = None
         if isinstance(getattr(module, "sinks", None), torch.nn.Parameter):
-            # The model copies them itself, into what a reload holds in their place and throws away. A layer
-            # that counts as begun keeps its own.
+            # A GPT-OSS copies sinks past their loader, which in a reload is into a parameter without memory.
+            # A layer that counts as begun keeps its own.
             get_layerwise_info(module).load_numel_total = 0
     with set_current_vllm_config(config), torch.no_grad():
         initialize_layerwise_reload(model)
@@ -190,17 +190,17 @@ def load_weights(
 
 
 def with_experts_apart(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Each expert of a GPT-OSS's stacks by itself, under the name that vLLM's loader knows it by.
+    """The tensors of a GPT-OSS with each of its experts by itself, under vLLM's name for that.
 
-    A whole stack it copies past the loaders that a reload listens to: the engine would keep earlier experts.
+    A whole stack vLLM copies past the parameters' loaders, in a reload into parameters without memory.
     """
     for name, tensor in weights:
-        layer, is_stack, part = name.partition(".mlp.experts.")
-        if not is_stack:
+        layer, experts, part = name.partition(".mlp.experts.")
+        if not experts:
             yield name, tensor
             continue
         for expert, values in enumerate(tensor):
-            yield f"{layer}.mlp.experts.{expert}.{part}", values
+            yield f"{layer}{experts}{expert}.{part}", values
 
 
 class VllmEngine:
@@ -383,9 +383,7 @@ class VllmEngine:
 
     def _load(self) -> None:
         with self._resharder.stream() as stream, memory_advice(self._settings):
-            has_stacks = self._architecture.family == "gpt_oss"
-            weights = with_experts_apart(stream) if has_stacks else stream
-            load_weights(self._llm, self._model, weights, is_cuda=self._is_cuda)
+            load_weights(self._llm, self._model, stream, is_cuda=self._is_cuda)
 
     def _answer_together(
         self, asked: list[tuple[Prompt, int]], sampling: SamplingParams, ended: Ended
@@ -445,7 +443,7 @@ def beside_trainer(
         UserError: on every rank: what check_vllm refuses, or not enough memory.
     """
     architecture, parallel = policy.architecture, policy.parallel
-    check_vllm(settings, architecture, world_size=parallel.world_size)
+    check_vllm(settings, architecture, world_size=parallel.world_size, job_size=parallel.world_size)
     resharder = between_all_ranks(
         policy.chunks,
         architecture,

@@ -15,6 +15,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture
 from megatron_sftrl.models.engine_shards import EngineLayout, check_cut
 from megatron_sftrl.models.hf_config import hf_config_values
+from megatron_sftrl.models.rope import yarn_attention_factor
 
 _OLDEST_VLLM = (0, 32)
 _CPU_BLOCK = 128
@@ -74,9 +75,12 @@ def ranks(parallel: ParallelContext) -> dict[str, str]:
     return {"RANK": str(parallel.rank), "WORLD_SIZE": str(parallel.world_size)}
 
 
-def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size: int) -> None:
+def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size: int, job_size: int) -> None:
     """Refuse what vLLM cannot do, before anything is built.
 
+    Args:
+        world_size: ranks that form engines.
+        job_size: all ranks of the job, those that only train included.
     Raises:
         UserError: vLLM is missing or too old; ranks that form no whole replicas; a model that vLLM cannot
             cut like this or reads differently; a length that the model has no positions for.
@@ -95,10 +99,37 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             f"rollout.vllm.tp = {settings.tp}: vLLM runs a {a.family} with transformers' code, which is "
             "known to give the trainer's numbers at tp 1 alone: set it, or use rollout.engine: in_process"
         )
+    if a.family == "gpt_oss":
+        _check_gpt_oss(a, job_size)
     if a.family in ("qwen2", "qwen2_moe") and a.head_dim * a.num_attention_heads != a.hidden_size:
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
             f"the width of a {a.family}'s heads, whatever head_dim says, which is {a.head_dim} here: use "
+            "rollout.engine: in_process"
+        )
+
+
+def _check_gpt_oss(a: Architecture, job_size: int) -> None:
+    """Refuse what vLLM's GPT-OSS has of its own, whatever config.json says."""
+    factor = yarn_attention_factor(a.rope.factor, None, None)
+    published = {
+        "swiglu_alpha": (a.gate_slope, 1.702),
+        "swiglu_limit": (a.gate_limit, 7.0),
+        "rms_norm_eps": (a.norm_eps, 1e-5),
+        "tie_word_embeddings": (a.tie_embeddings, False),
+        "attention_factor": (a.rope.attention_factor, factor),
+        "layers with a sliding window": (a.window_layers, a.window_layers and (*range(0, a.num_layers, 2),)),
+    }
+    others = [f"{name} {got}, not {theirs}" for name, (got, theirs) in published.items() if got != theirs]
+    if others:
+        raise UserError(
+            f"vLLM runs every gpt_oss as the published ones, and this has {'; '.join(others)}: use "
+            "rollout.engine: in_process"
+        )
+    if a.ffn_hidden_size % job_size:
+        raise UserError(
+            f"vLLM refuses a gpt_oss whose experts' width, {a.ffn_hidden_size}, is not a multiple of the "
+            f"number of a job's processes, {job_size}: start another number, or use "
             "rollout.engine: in_process"
         )
 

@@ -36,9 +36,9 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 VOCAB_SIZE = 101
-NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss")
 OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "phi3_longrope", "ministral3", "qwen2_moe")
-OTHER_NAMES += ("glm4", "gemma3_text", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
+OTHER_NAMES += ("glm4", "gemma3_text", "glm4_moe", "deepseek_v3", "mistral4")
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},

@@ -40,12 +40,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SOME, OTHERS = ("llama", "llama_tied", "qwen3_moe"), ("qwen2", "qwen3", "mixtral")
 # A few of the pairs: which box of which tensor goes where is tested for all of them, bit for bit, in
 # tests/distributed/test_reshard.py.
-VLLM = {("tp2", 2): OTHERS}
+VLLM = {("tp2", 2): (*OTHERS, "gpt_oss")}
 if is_full():
-    VLLM |= {("pp2", 2): SOME, ("tp2", 1): SOME, ("pp2", 1): OTHERS}
+    VLLM |= {("pp2", 2): (*SOME, "gpt_oss"), ("tp2", 1): (*SOME, "gpt_oss"), ("pp2", 1): OTHERS}
     NAMES += OTHER_NAMES
-    # vLLM runs the first three with transformers' code, at tp 1 only, and does not update the last one.
-    VLLM |= {("one process", 1): OTHER_NAMES[:-1], ("sp2", 2): OTHER_NAMES[3:-1]}
+    # vLLM runs the first three with transformers' code, at tp 1 only.
+    VLLM |= {("one process", 1): (*OTHER_NAMES, "gpt_oss"), ("sp2", 2): OTHER_NAMES[3:]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -260,9 +260,9 @@ def test_a_family_that_vllm_has_no_code_for_is_not_cut(
     architecture = replace(from_section(section), family=family)
     monkeypatch.setattr(vllm_settings, "check_version", lambda: None)
     one, two = (VllmSettings(tp=tp, max_model_len=64) for tp in (1, 2))
-    vllm_settings.check_vllm(one, architecture, world_size=2)
+    vllm_settings.check_vllm(one, architecture, world_size=2, job_size=2)
     with pytest.raises(UserError, match=rf"vllm\.tp = 2: vLLM runs a {family} with transformers' code"):
-        vllm_settings.check_vllm(two, architecture, world_size=2)
+        vllm_settings.check_vllm(two, architecture, world_size=2, job_size=2)
 
 
 def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
