@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron_sftrl.engine.policy import PolicyEngine
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
 from megatron_sftrl.models.architecture import Family, from_section
+from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.rollout import vllm_settings
 from megatron_sftrl.rollout.vllm_settings import VllmSettings
 from megatron_sftrl.trainers.weights import only_read
@@ -242,13 +245,77 @@ def test_a_qwen2_whose_heads_vllm_would_take_for_others_is_refused(monkeypatch: 
     assert refusal(VLLM, monkeypatch, family="qwen3", head_dim=32) == ""
 
 
-def test_a_gpt_oss_whose_experts_vllm_would_not_update_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    section = config_of(VLLM).model.architecture
-    assert section is not None
-    architecture = replace(from_section(section), family="gpt_oss")
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+}
+FULL_FIRST = ["full_attention", "sliding_attention"] * 2
+OTHER_GPT_OSS: dict[str, tuple[dict[str, Any], str]] = {
+    "slope": ({"swiglu_alpha": 1.5}, "swiglu_alpha 1.5, not 1.702"),
+    "limit": ({"swiglu_limit": 5.0}, "swiglu_limit 5.0, not 7.0"),
+    "eps": ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06, not 1e-05"),
+    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings True, not False"),
+    "windows": ({"layer_types": FULL_FIRST}, "layers with a sliding window (1, 3), not (0, 2)"),
+    "factor": (
+        {"rope_scaling": {**GPT_OSS["rope_scaling"], "attention_factor": 1.25}},
+        "attention_factor 1.25, not 1.3465735902799727",
+    ),
+}
+
+
+def said_of_gpt_oss(changes: dict[str, Any], tmp_path: Path, *, job_size: int = 1) -> str:
+    """What check_vllm says; empty if nothing."""
+    (tmp_path / "config.json").write_text(json.dumps({**GPT_OSS, **changes}))
+    settings = VllmSettings(tp=1, max_model_len=64)
+    try:
+        vllm_settings.check_vllm(settings, from_hf_config(tmp_path), world_size=1, job_size=job_size)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", OTHER_GPT_OSS)
+def test_a_gpt_oss_that_vllm_would_take_for_the_published_ones_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(vllm_settings, "check_version", lambda: None)
-    with pytest.raises(UserError, match=r"an update of the policy would not reach them: use rollout\.engine"):
-        vllm_settings.check_vllm(VllmSettings(tp=1, max_model_len=64), architecture, world_size=1)
+    changes, said = OTHER_GPT_OSS[name]
+    assert said_of_gpt_oss(changes, tmp_path) == (
+        f"vLLM runs every gpt_oss as the published ones, and this has {said}: use rollout.engine: in_process"
+    )
+
+
+def test_a_gpt_oss_like_the_published_ones_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vllm_settings, "check_version", lambda: None)
+    assert said_of_gpt_oss({}, tmp_path) == ""
+    # vLLM then has a window of every position.
+    assert said_of_gpt_oss({"layer_types": ["full_attention"] * 4}, tmp_path) == ""
+    said = said_of_gpt_oss({}, tmp_path, job_size=5)
+    assert "width, 96, is not a multiple of the number of a job's processes, 5: start another" in said
 
 
 @pytest.mark.parametrize("family", ["smollm3", "olmo2", "olmo3"])
