@@ -61,7 +61,7 @@ def check_engine(
     if config.rollout.engine == "vllm":
         _check_router_replay(config, device)
         size = config.rollout.devices or world_size
-        check_vllm(_vllm_settings(config), architecture, world_size=size, job_size=world_size)
+        check_vllm(_vllm_settings(config), architecture, world_size=size)
 
 
 def _check_router_replay(config: GrpoConfig, device: torch.device) -> None:

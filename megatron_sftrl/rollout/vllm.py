@@ -443,7 +443,7 @@ def beside_trainer(
         UserError: on every rank: what check_vllm refuses, or not enough memory.
     """
     architecture, parallel = policy.architecture, policy.parallel
-    check_vllm(settings, architecture, world_size=parallel.world_size, job_size=parallel.world_size)
+    check_vllm(settings, architecture, world_size=parallel.world_size)
     resharder = between_all_ranks(
         policy.chunks,
         architecture,

@@ -75,12 +75,11 @@ def ranks(parallel: ParallelContext) -> dict[str, str]:
     return {"RANK": str(parallel.rank), "WORLD_SIZE": str(parallel.world_size)}
 
 
-def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size: int, job_size: int) -> None:
+def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size: int) -> None:
     """Refuse what vLLM cannot do, before anything is built.
 
     Args:
         world_size: ranks that form engines.
-        job_size: all ranks of the job, those that only train included.
     Raises:
         UserError: vLLM is missing or too old; ranks that form no whole replicas; a model that vLLM cannot
             cut like this or reads differently; a length that the model has no positions for.
@@ -100,7 +99,7 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             "known to give the trainer's numbers at tp 1 alone: set it, or use rollout.engine: in_process"
         )
     if a.family == "gpt_oss":
-        _check_gpt_oss(a, job_size)
+        _check_gpt_oss(a, world_size)
     if a.family in ("qwen2", "qwen2_moe") and a.head_dim * a.num_attention_heads != a.hidden_size:
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
@@ -109,7 +108,7 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
         )
 
 
-def _check_gpt_oss(a: Architecture, job_size: int) -> None:
+def _check_gpt_oss(a: Architecture, world_size: int) -> None:
     """Refuse what vLLM's GPT-OSS has of its own, whatever config.json says."""
     factor = yarn_attention_factor(a.rope.factor, None, None)
     published = {
@@ -126,11 +125,11 @@ def _check_gpt_oss(a: Architecture, job_size: int) -> None:
             f"vLLM runs every gpt_oss as the published ones, and this has {'; '.join(others)}: use "
             "rollout.engine: in_process"
         )
-    if a.ffn_hidden_size % job_size:
+    if a.ffn_hidden_size % world_size:
         raise UserError(
             f"vLLM refuses a gpt_oss whose experts' width, {a.ffn_hidden_size}, is not a multiple of the "
-            f"number of a job's processes, {job_size}: start another number, or use "
-            "rollout.engine: in_process"
+            f"number of processes that form engines, {world_size}, whatever their tp: start another number, "
+            "give the engines some of them (rollout.devices), or use rollout.engine: in_process"
         )
 
 

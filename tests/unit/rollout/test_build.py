@@ -285,12 +285,12 @@ OTHER_GPT_OSS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def said_of_gpt_oss(changes: dict[str, Any], tmp_path: Path, *, job_size: int = 1) -> str:
+def said_of_gpt_oss(changes: dict[str, Any], tmp_path: Path, *, world_size: int = 1) -> str:
     """What check_vllm says; empty if nothing."""
     (tmp_path / "config.json").write_text(json.dumps({**GPT_OSS, **changes}))
     settings = VllmSettings(tp=1, max_model_len=64)
     try:
-        vllm_settings.check_vllm(settings, from_hf_config(tmp_path), world_size=1, job_size=job_size)
+        vllm_settings.check_vllm(settings, from_hf_config(tmp_path), world_size=world_size)
     except UserError as error:
         return str(error)
     return ""
@@ -314,8 +314,8 @@ def test_a_gpt_oss_like_the_published_ones_is_not_refused(
     assert said_of_gpt_oss({}, tmp_path) == ""
     # vLLM then has a window of every position.
     assert said_of_gpt_oss({"layer_types": ["full_attention"] * 4}, tmp_path) == ""
-    said = said_of_gpt_oss({}, tmp_path, job_size=5)
-    assert "width, 96, is not a multiple of the number of a job's processes, 5: start another" in said
+    said = said_of_gpt_oss({}, tmp_path, world_size=5)
+    assert "width, 96, is not a multiple of the number of processes that form engines, 5, whatever" in said
 
 
 @pytest.mark.parametrize("family", ["smollm3", "olmo2", "olmo3"])
@@ -327,9 +327,9 @@ def test_a_family_that_vllm_has_no_code_for_is_not_cut(
     architecture = replace(from_section(section), family=family)
     monkeypatch.setattr(vllm_settings, "check_version", lambda: None)
     one, two = (VllmSettings(tp=tp, max_model_len=64) for tp in (1, 2))
-    vllm_settings.check_vllm(one, architecture, world_size=2, job_size=2)
+    vllm_settings.check_vllm(one, architecture, world_size=2)
     with pytest.raises(UserError, match=rf"vllm\.tp = 2: vLLM runs a {family} with transformers' code"):
-        vllm_settings.check_vllm(two, architecture, world_size=2, job_size=2)
+        vllm_settings.check_vllm(two, architecture, world_size=2)
 
 
 def test_every_setting_of_an_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,9 +66,9 @@ def test_an_engine_of_vllm_takes_the_short_factors(monkeypatch: pytest.MonkeyPat
     values = vllm_settings.vllm_config(architecture, dtype=None)  # type: ignore[arg-type]
     assert values["rope_parameters"]["original_max_position_embeddings"] == 64
     assert values["max_position_embeddings"] == 8 * 64
-    vllm_settings.check_vllm(VllmSettings(tp=1, max_model_len=64), architecture, world_size=1, job_size=1)
+    vllm_settings.check_vllm(VllmSettings(tp=1, max_model_len=64), architecture, world_size=1)
     with pytest.raises(UserError, match="max_model_len = 65 passes the model's 64 positions"):
-        vllm_settings.check_vllm(VllmSettings(tp=1, max_model_len=65), architecture, world_size=1, job_size=1)
+        vllm_settings.check_vllm(VllmSettings(tp=1, max_model_len=65), architecture, world_size=1)
 
 
 def test_a_checkpoint_s_record_keeps_both_lists_with_every_bit() -> None:
