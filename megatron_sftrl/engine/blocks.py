@@ -33,12 +33,15 @@ from megatron_sftrl.models.rope import Rope
 class SpanningNorm(torch.nn.Module):
     """RMSNorm over the heads of all tensor-parallel ranks together; a rank holds its own heads' weights.
 
-    Queries and keys leave it in fp32 and are rounded when they have turned to their positions: OLMo's
-    transformers turns them in fp32.
+    With `keeps_fp32` queries and keys leave it in fp32 and are rounded when they have turned to their
+    positions, as in transformers' OLMo.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int, keeps_fp32: bool
+    ) -> None:
         super().__init__()
+        self.keeps_fp32 = keeps_fp32
         self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
         self.width, self.eps = num_heads * hidden_size, eps
         self.weight = torch.nn.Parameter(
@@ -51,14 +54,15 @@ class SpanningNorm(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., heads/tp, head_dim] fp32."""
+        """[..., heads/tp, head_dim]."""
         wide = x.float()
         squares = wide.square().sum(dim=(-2, -1), keepdim=True)
         # The sum's gradient, too, is a sum over ranks: each rank's heads were divided by it.
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         normed = wide * torch.rsqrt(squares / self.width + self.eps)
-        return normed * self.weight.view(x.shape[-2:])
+        output = normed * self.weight.view(x.shape[-2:])
+        return output if self.keeps_fp32 else output.to(x.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -101,7 +105,7 @@ def complete_blocks(
                 layer.add_module(f"{name}_layernorm", post_norm)
             if post_norm is not None or a.residual_multiplier != 1:
                 branch.register_forward_hook(partial(_finish_branch, post_norm, a.residual_multiplier))
-        if a.qk_norm_spans_heads:
+        if a.turns_in_fp32:
             layer.self_attention.core_attention.register_forward_pre_hook(_round_turned)
         _set_positions(layer.self_attention, a, frequencies)
 

@@ -101,7 +101,7 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
         ropes = [architecture.rope_of(layer.layer_number - 1) for layer in layers]
         # The kernel rounds its result alone.
-        turns_in_fp32 = config.apply_rope_fusion or architecture.qk_norm_spans_heads
+        turns_in_fp32 = config.apply_rope_fusion or architecture.turns_in_fp32
         dtype = torch.float32 if turns_in_fp32 else hidden.dtype
         turns = {rope: _turn(rope, modules.frequencies, places, dtype) for rope in set(ropes)}
         windows = [layer_window(config, layer.layer_number) for layer in layers]

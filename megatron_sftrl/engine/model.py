@@ -391,7 +391,8 @@ def _change_norms(layer: ModuleSpec, architecture: Architecture, *, linear: Any)
             ("q_layernorm", architecture.num_attention_heads),
             ("k_layernorm", architecture.num_query_groups),
         ):
-            setattr(attention, name, ModuleSpec(module=SpanningNorm, params={"num_heads": heads}))
+            params = {"num_heads": heads, "keeps_fp32": architecture.turns_in_fp32}
+            setattr(attention, name, ModuleSpec(module=SpanningNorm, params=params))
 
 
 # Random initial weights that depend on the seed and the parameter's name, never on the layout.

@@ -29,6 +29,7 @@ Family = Literal[
     "glm4_moe",
     "deepseek_v3",
     "mistral4",
+    "minimax_m2",
     "gpt_oss",
     "gemma3_text",
     "qwen3_5_text",
@@ -39,7 +40,7 @@ Norms = Literal["before", "behind", "both"]
 Routing = Literal["softmax", "sigmoid"]
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
-MIXTURE_FAMILIES += ("qwen3_5_moe_text", "qwen3_next")
+MIXTURE_FAMILIES += ("minimax_m2", "qwen3_5_moe_text", "qwen3_next")
 _HYBRID_FAMILIES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 
@@ -287,6 +288,11 @@ class Architecture:
             return self.latent.rank + self.latent.rope_dim
         return 2 * max(1, self.num_query_groups // tp) * self.head_dim
 
+    @property
+    def turns_in_fp32(self) -> bool:
+        """Norms over all heads give q and k in fp32, which are rounded behind their positions, not before."""
+        return self.family in ("olmo2", "olmo3")
+
     def rope_of(self, layer: int) -> Rope | None:
         """Positions in a layer, counted from 0; None where there are none."""
         if layer in self.no_rope_layers:
@@ -402,7 +408,8 @@ def has_qkv_bias(family: Family) -> bool:
 
 def has_qk_norm(family: Family) -> bool:
     """Families that normalise q and k."""
-    return family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text", *_HYBRID_FAMILIES)
+    names = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "minimax_m2", "gemma3_text", *_HYBRID_FAMILIES)
+    return family in names
 
 
 def divided_head_dim(hidden_size: int, num_attention_heads: int) -> int:

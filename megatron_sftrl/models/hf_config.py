@@ -240,6 +240,7 @@ def _mixture_values(reader: JsonReader, line: HfFamily, _: int) -> Mixture | Non
             experts_per_token=per_token,
             normalizes_weights=normalizes,
             shared_width=shared_width,
+            routing=line.mixture.routing,
         )
     except ValueError as error:
         reader.problems.append(str(error))
@@ -384,7 +385,8 @@ def _keys_of_mixture(a: Architecture, line: HfFamily) -> dict[str, Any]:
             raise UserError(
                 f"normalizes_weights = False: a {a.family.title()} always divides the weights by their sum"
             )
-        return values | ({"router_jitter_noise": 0.0} if a.family == "mixtral" else {})
+        has_jitter = a.family in ("mixtral", "minimax_m2")
+        return values | ({"router_jitter_noise": 0.0} if has_jitter else {})
     return {
         **values,
         "decoder_sparse_step": 1,

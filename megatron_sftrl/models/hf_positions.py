@@ -221,8 +221,9 @@ def _query_beta(reader: JsonReader, rope: JsonReader, yarn: Rope) -> float:
     return beta
 
 
-FOR_VLLM = ("llama_4_scaling",)
-"""Keys of a config.json that transformers never writes or reads, and without which vLLM computes another
+_ROTARY_DIM = "rotary_dim"
+FOR_VLLM = ("llama_4_scaling", _ROTARY_DIM)
+"""Keys of a config.json that transformers does not write and without which vLLM fails or computes another
 model."""
 
 
@@ -380,6 +381,11 @@ def _fraction(reader: JsonReader, rope: JsonReader, family: HfFamily) -> float:
     if len(given) > 1:
         reader.problems.append(f"{key} is given twice with different values")
     fraction = max(given, default=family.partial_rotary)
+    if _ROTARY_DIM in family.keys and reader.get(_ROTARY_DIM) is not None:
+        head_dim, turning = reader.whole("head_dim", family.head_dim), reader.whole(_ROTARY_DIM)
+        fraction = fraction if given else turning / head_dim
+        if int(head_dim * fraction) != turning:
+            reader.say(_ROTARY_DIM, f" {turning} of head_dim {head_dim} contradicts {key} {fraction:g}")
     if fraction > 1:
         reader.say(key, f" {fraction:g}: at most 1, a whole head")
     return fraction
@@ -432,6 +438,8 @@ def rope_values(a: Architecture, family: HfFamily) -> dict[str, Any]:
         values["rope_scaling"] = {key: value for key, value in scaling.items() if key != "rope_theta"}
     if family.partial_rotary is not None:
         values["partial_rotary_factor"] = a.rope.fraction
+    if _ROTARY_DIM in family.keys:
+        values[_ROTARY_DIM] = a.rope.turning(a.head_dim)
     if _BETA in scaling:
         values["llama_4_scaling"] = scaling_for_vllm(a.rope, a.rope.query_beta)
     return values

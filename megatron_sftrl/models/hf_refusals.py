@@ -175,7 +175,8 @@ def _judge_quantisation(reader: JsonReader, line: HfFamily) -> None:
     has_blocks = (
         isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block)
     )
-    is_fp8 = method == "fp8" and values.get("fmt", "e4m3") == "e4m3" and has_blocks
+    has_values = values.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
+    is_fp8 = method == "fp8" and has_values and has_blocks
     if is_fp8 or (method is not None and method == line.quantised):
         reader.note(key, ": the weights are dequantised while they are read, and exported so")
         return
@@ -265,4 +266,6 @@ def _states_what_is_built(reader: JsonReader, line: HfFamily, key: str) -> bool:
     value = reader.get(key)
     if key == "output_gate_type":
         return value in ("silu", "swish")
+    if key == "attn_type_list":  # a MiniMax's: 1 is a layer that attends to all
+        return isinstance(value, list) and all(kind == 1 for kind in value)
     return key in built and value is not None and value == built[key]

@@ -236,7 +236,7 @@ def _with_scales(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mappin
 
 
 _STACK = re.compile(r"(?P<block>.*\.)(?:mlp|block_sparse_moe)\.experts\.(?P<which>gate_up_proj|down_proj)")
-_MIXTRAL_ROUTER = re.compile(r"(.*\.)mlp\.gate\.weight")
+_LIKE_MIXTRAL = ("mixtral", "minimax_m2")
 
 
 def _experts_apart(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
@@ -244,8 +244,9 @@ def _experts_apart(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapp
     # Those with biases beside them are published so (GPT-OSS).
     if not any(_STACK.fullmatch(name) and f"{name}_bias" not in tensors for name in tensors):
         return tensors
-    is_mixtral = "mixtral" in str(_config(directory).get("architectures")).lower()
-    is_mixtral |= _config(directory).get("model_type") == "mixtral"
+    config = _config(directory)
+    classes = [[hf_family(family).architecture] for family in _LIKE_MIXTRAL]
+    is_mixtral = config.get("architectures") in classes or config.get("model_type") in _LIKE_MIXTRAL
     apart: dict[str, StoredTensor] = {}
     for name, stored in tensors.items():
         for each, part in _parts_of_stack(name, stored, is_mixtral=is_mixtral):
@@ -260,7 +261,7 @@ def _parts_of_stack(
 ) -> Iterator[tuple[str, StoredTensor]]:
     """Of a stack each expert's matrices; any other tensor is its own part."""
     if is_mixtral:
-        name = _MIXTRAL_ROUTER.sub(r"\1block_sparse_moe.gate.weight", name)
+        name = name.replace(".mlp.", ".block_sparse_moe.")
     stack = _STACK.fullmatch(name)
     names = (("gate_proj", "up_proj"), ("down_proj",))
     if is_mixtral:

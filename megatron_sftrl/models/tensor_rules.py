@@ -177,16 +177,19 @@ _QWEN_MIXTURE = _mixture(
     "mlp.experts.{expert}.up_proj.weight",
     "mlp.experts.{expert}.down_proj.weight",
 )
+_MIXTRAL_MIXTURE = _mixture(
+    "block_sparse_moe.gate.weight",
+    "block_sparse_moe.experts.{expert}.w1.weight",
+    "block_sparse_moe.experts.{expert}.w3.weight",
+    "block_sparse_moe.experts.{expert}.w2.weight",
+)
 _OTHER_MIXTURES = {
-    "mixtral": _mixture(
-        "block_sparse_moe.gate.weight",
-        "block_sparse_moe.experts.{expert}.w1.weight",
-        "block_sparse_moe.experts.{expert}.w3.weight",
-        "block_sparse_moe.experts.{expert}.w2.weight",
-    ),
+    "mixtral": _MIXTRAL_MIXTURE,
+    "minimax_m2": _MIXTRAL_MIXTURE,
     "gpt_oss": _BIASED_MIXTURE,
 }
 ROUTING_BIAS = Rule(megatron="mlp.router.expert_bias", hf=("mlp.gate.e_score_correction_bias",))
+_MINIMAX_ROUTING_BIAS = replace(ROUTING_BIAS, hf=("block_sparse_moe.e_score_correction_bias",))
 
 
 def _shared_expert(name: str) -> tuple[Rule, ...]:
@@ -241,7 +244,7 @@ def layer_rules(architecture: Architecture, layer: int) -> Iterator[Rule]:
         yield from _norm(a, "before mlp", "pre_mlp_layernorm.weight")
         yield from _OTHER_MIXTURES.get(a.family, _QWEN_MIXTURE)
         if a.mixture.routing == "sigmoid":
-            yield ROUTING_BIAS
+            yield _MINIMAX_ROUTING_BIAS if a.family == "minimax_m2" else ROUTING_BIAS
         if a.mixture.shared_width:
             yield from _GATED_SHARED_EXPERT if a.mixture.shared_is_gated else _SHARED_EXPERT
     yield from _norm(a, "behind mlp", "post_mlp_layernorm.weight")

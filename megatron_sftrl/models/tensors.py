@@ -321,7 +321,7 @@ def _tensor(
         rows=rows,
         layer=layer,
         expert=expert,
-        is_fp32=rule is ROUTING_BIAS,
+        is_fp32=rule.megatron == ROUTING_BIAS.megatron,
     )
 
 

@@ -72,6 +72,15 @@ _DEEPSEEK_V3 = {
     "num_experts_per_tok": 3,
     "first_k_dense_replace": 1,
 }
+_MINIMAX_M2 = {
+    "model_type": "minimax_m2",
+    **_DEEP,
+    "intermediate_size": 24,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+}
 _GPT_OSS = {
     "model_type": "gpt_oss",
     **_DEEP,
@@ -252,6 +261,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "first_k_dense_replace": 3,
         "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.1},
+    },
+    # Then six query heads a key head, as published, and the share that turns in the newer spelling.
+    "minimax_m2": _MINIMAX_M2,
+    "minimax_m2_published": {
+        **{key: value for key, value in _MINIMAX_M2.items() if key != "rotary_dim"},
+        "hidden_size": 48,
+        "num_attention_heads": 12,
+        "head_dim": 8,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
     },
     "gpt_oss": {**_GPT_OSS, "swiglu_limit": 0.6},
     "gpt_oss_other_gates": {

@@ -42,6 +42,7 @@ NAMES = (
     "glm4_moe",
     "deepseek_v3",
     "mistral4",
+    "minimax_m2",
     "gpt_oss",
     "gemma3_text",
     "qwen3_5_text",
@@ -49,12 +50,13 @@ NAMES = (
 )
 if is_full():
     NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "mistral4_plain", "gpt_oss_other_gates")
-    NAMES += ("gemma3_text_published", "qwen3_5_text_published", "qwen3_5_moe_text")
+    NAMES += ("minimax_m2_published", "gemma3_text_published", "qwen3_5_text_published", "qwen3_5_moe_text")
 # In the everyday run each of these in the layout that is most of its own.
 FEW = {
     "gemma3_text": ("sp2", "cp2"),
     "glm4_moe": ("vp2",),
     "gpt_oss": ("sp2",),
+    "minimax_m2": ("sp2", "ep2"),
     "mistral4": ("sp2", "cp2"),
     "phi3_longrope": ("sp2", "cp2"),
     "qwen3_5_text": ("sp2", "vp2"),

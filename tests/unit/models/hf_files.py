@@ -30,6 +30,7 @@ CLASSES = {
     "glm4_moe": "Glm4Moe",
     "deepseek_v3": "DeepseekV3",
     "mistral4": "Mistral4",
+    "minimax_m2": "MiniMaxM2",
     "gpt_oss": "GptOss",
     "gemma3_text": "Gemma3",
     "qwen3_5_text": "Qwen3_5",
@@ -65,7 +66,7 @@ def read(tmp_path: Path, content: dict[str, object]) -> Architecture:
 
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
 HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
-MIXTURES += HYBRIDS[1:]
+MIXTURES += ("minimax_m2", *HYBRIDS[1:])
 OWN_ROPES = (
     "olmo3",
     "phi3",
@@ -74,6 +75,7 @@ OWN_ROPES = (
     "glm4_moe",
     "deepseek_v3",
     "mistral4",
+    "minimax_m2",
     "gpt_oss",
     "gemma3_text",
     *HYBRIDS,

@@ -204,10 +204,12 @@ def _mixture(rng: random.Random, family: Family, num_layers: int, width: int) ->
         ungrouped = replace(_sigmoid(rng, num_layers, width), num_groups=1, groups_per_token=1)
         return replace(ungrouped, routing="softmax", normalizes_weights=rng.random() < 0.5)
     num_experts = rng.randint(1, 5)
+    always_normalizes = family in ("mixtral", "minimax_m2", "gpt_oss", "qwen3_5_moe_text")
     return Mixture(
         num_experts=num_experts,
         experts_per_token=rng.randint(1, num_experts),
-        normalizes_weights=family in ("mixtral", "gpt_oss", "qwen3_5_moe_text") or rng.random() < 0.5,
+        normalizes_weights=always_normalizes or rng.random() < 0.5,
+        routing="sigmoid" if family == "minimax_m2" else "softmax",
         shared_width=rng.randint(1, 24) if family in ("qwen2_moe", "qwen3_5_moe_text", "qwen3_next") else 0,
     )
 
