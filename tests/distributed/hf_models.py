@@ -269,7 +269,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 48,
         "num_attention_heads": 12,
         "head_dim": 8,
-        "num_local_experts": 16,
+        "num_local_experts": 12,
         "num_experts_per_tok": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
     },
