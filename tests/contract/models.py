@@ -38,7 +38,7 @@ SIZES = {
 VOCAB_SIZE = 101
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt_oss")
 OTHER_NAMES = ("smollm3", "olmo2", "olmo3", "granite", "phi3", "phi3_longrope", "ministral3", "qwen2_moe")
-OTHER_NAMES += ("glm4", "gemma3_text", "glm4_moe", "deepseek_v3", "mistral4")
+OTHER_NAMES += ("glm4", "gemma3_text", "glm4_moe", "deepseek_v3", "mistral4", "minimax_m2")
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
@@ -52,6 +52,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
     },
     "glm4_moe": {"moe_intermediate_size": 64},
+    "minimax_m2": {"rotary_dim": 16},
     "gpt_oss": {"swiglu_limit": 7.0},
     "phi3_longrope": longrope(256),
 }

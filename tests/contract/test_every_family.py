@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_sftrl.types import RolloutGroup
 
 MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4", "gpt_oss")
+MIXTURES += ("minimax_m2",)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2": (2, {"tp": 2}),

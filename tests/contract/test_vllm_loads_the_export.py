@@ -48,6 +48,7 @@ if is_full():
         "llama with llama3 rope": ("llama_llama3", {}),
         "mixtral": ("mixtral", {"intermediate_size": 64}),
         "glm4_moe": ("glm4_moe", {"moe_intermediate_size": 64}),
+        "minimax_m2": ("minimax_m2", {"intermediate_size": 64, "rotary_dim": 16}),
         "gpt_oss": ("gpt_oss", {"intermediate_size": 64, "swiglu_limit": 7.0}),
         "granite": ("granite", {}),
         "phi3": ("phi3", {}),

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 BOUNDS = {
     **dict.fromkeys(("llama_yarn", "mistral", "qwen2_window", "qwen3", "smollm3", "granite", "phi3"), 0.96),
     **dict.fromkeys(("ministral3", "glm4", "mixtral", "qwen3_moe", "qwen3_moe_unnormalized"), 0.96),
-    **dict.fromkeys(("qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4"), 0.96),
+    **dict.fromkeys(("qwen2_moe", "glm4_moe", "deepseek_v3", "mistral4", "minimax_m2"), 0.96),
     **dict.fromkeys(("olmo2", "olmo3"), 0.99),
     **dict.fromkeys(("gemma3_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), 1.02),
     "gpt_oss": 1.05,
