@@ -12,6 +12,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,7 +136,7 @@ def load_weights(
 
     This is vLLM's reload_weights, which keeps to itself what was loaded, with repairs: without them the
     engine goes on with earlier weights, silently (on the CPU those of experts and of a tied head, anywhere
-    the experts and sinks of a GPT-OSS).
+    the experts and sinks of a GPT-OSS), or fails (at the norms of q and k of a MiniMax-M2).
 
     Args:
         model: of this rank in the engine.
@@ -153,6 +154,11 @@ def load_weights(
     if config.model_config.hf_config.model_type == "gpt_oss":
         weights = with_experts_apart(weights)
     expected = {name for name, _ in model.named_parameters()}
+    for parameter in model.parameters():
+        loader: Any = getattr(parameter, "weight_loader", None)
+        if isinstance(loader, partial):
+            # The reload asks each loader for its name.
+            loader.__name__ = loader.func.__name__
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if not is_cuda and isinstance(method, FusedMoEMethodBase):
@@ -238,6 +244,8 @@ class VllmEngine:
         self._guest.run(lambda: on_every_rank(lambda: self._start(dtype)))
         self._model = self._llm.apply_model(lambda model: model)[0]
         self._temper_logits()
+        if not self._is_cuda:
+            _choose_by_sigmoids(self._model)
         self._memory = EngineMemory(
             sleep=lambda: self._guest.run(lambda: self._llm.sleep(level=2)),
             wake=lambda part: self._guest.run(lambda: self._llm.wake_up(tags=[part])),
@@ -429,6 +437,16 @@ class VllmEngine:
         if not self._settings.returns_experts:
             return rollout
         return with_experts(rollout, answer.experts, self._architecture)
+
+
+def _choose_by_sigmoids(model: torch.nn.Module) -> None:
+    """Let routers of vLLM's CPU build take all experts for one group: sigmoids without groups they refuse."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    for module in model.modules():
+        router: Any = getattr(module, "router", None)
+        if isinstance(router, CPURouter) and router.scoring_func == "sigmoid" and not router.use_grouped_topk:
+            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 
 def beside_trainer(

@@ -12,6 +12,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -21,6 +22,14 @@ def main() -> None:
         for directory in request["directories"]
     }
     Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def choose_by_sigmoids(model: Any) -> None:
+    """Routers of the CPU build know sigmoids in groups alone; one group of all experts is the same."""
+    for module in model.modules():
+        router = getattr(module, "router", None)
+        if getattr(router, "scoring_func", "") == "sigmoid" and not router.use_grouped_topk:
+            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
 
 
 def scores(directory: str, prompts: list[list[int]], num_new: int) -> list[dict]:
@@ -39,6 +48,7 @@ def scores(directory: str, prompts: list[list[int]], num_new: int) -> list[dict]
         seed=0,
         disable_log_stats=True,
     )
+    llm.apply_model(choose_by_sigmoids)
     sampling = SamplingParams(
         temperature=0.0, max_tokens=num_new, ignore_eos=True, logprobs=0, prompt_logprobs=0, detokenize=False
     )
