@@ -92,6 +92,9 @@ def save_versions(name: str, root: Path, *, num_versions: int, has_large_logits:
                 parameter.normal_(std=end_std if is_end else 0.1, generator=generator)
                 if "norm" in parameter_name and not is_norm_from_zero(config, parameter_name):
                     parameter.add_(1.0)
+            for buffer_name, buffer in model.named_buffers():
+                if buffer_name.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.1, generator=generator)
         directories.append(root / f"{name}-{seed}")
         model.save_pretrained(directories[-1])
     return Versions(name=name, directories=tuple(directories), has_large_logits=has_large_logits)
