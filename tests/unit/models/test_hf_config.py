@@ -57,6 +57,7 @@ def test_every_size_is_what_transformers_reads(
         "deepseek_v3": ("num_experts", "num_local_experts", "num_key_value_heads", "head_dim"),
         "mistral4": ("num_experts", "num_local_experts", "num_key_value_heads", "head_dim"),
         "gpt_oss": ("moe_intermediate_size", "norm_topk_prob"),
+        "minimax_m2": ("moe_intermediate_size", "norm_topk_prob"),
     }.get(family, tuple(changes) if "num_experts_per_tok" in changes else ())
     if family in ("olmo3", "ministral3", "mistral4", "gpt_oss"):
         not_read = (*not_read, "rope_theta", "rope_parameters", "rope_scaling")
@@ -222,6 +223,12 @@ def test_a_null_on_which_transformers_fails_is_refused(tmp_path: Path, family: s
         ("glm4", {"attention_bias": False}, {"qkv_bias": False}),
         ("ministral3", {"rope_parameters": MINISTRAL}, {"rope.query_beta": 0.3, "rope.factor": 4.0}),
         ("qwen2_moe", {"qkv_bias": False}, {"qkv_bias": False}),
+        ("minimax_m2", {"rotary_dim": 64}, {"rope.fraction": 0.5}),
+        ("minimax_m2", {"rotary_dim": 64, "head_dim": 80}, {"rope.fraction": 0.8, "head_dim": 80}),
+        ("minimax_m2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, {"rope.fraction": 0.5}),
+        ("minimax_m2", {"partial_rotary_factor": 0.5, "rotary_dim": 64}, {"rope.fraction": 0.5}),
+        ("minimax_m2", {"num_local_experts": 3, "num_experts_per_tok": 2}, {"mixture.num_experts": 3}),
+        ("minimax_m2", {"intermediate_size": 5}, {"ffn_hidden_size": 5}),
         ("gpt_oss", {"swiglu_alpha": 1.5}, {"gate_slope": 1.5}),
         ("gpt_oss", {"swiglu_limit": 5.0}, {"gate_limit": 5.0}),
         ("gpt_oss", {"sliding_window": 64}, {"sliding_window": 64}),

@@ -19,7 +19,7 @@ SUPPORTED = (
     "SmolLM3ForCausalLM, Olmo2ForCausalLM, Olmo3ForCausalLM, GraniteForCausalLM, Phi3ForCausalLM, "
     "Ministral3ForCausalLM, Glm4ForCausalLM, Gemma3ForCausalLM, Qwen3_5ForCausalLM, MixtralForCausalLM, "
     "Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, Glm4MoeForCausalLM, DeepseekV3ForCausalLM, "
-    "Mistral4ForCausalLM, GptOssForCausalLM"
+    "Mistral4ForCausalLM, MiniMaxM2ForCausalLM, GptOssForCausalLM"
 )
 
 
@@ -274,6 +274,29 @@ def test_the_same_positions_in_both_spellings_are_no_contradiction(tmp_path: Pat
             "8 experts of 2 of 4 groups: groups are only supported",
         ),
         ("glm4_moe", {"num_local_experts": 8}, "num_local_experts: give n_routed_experts"),
+        ("minimax_m2", {"rotary_dim": 64, "head_dim": 32}, "partial_rotary_factor 2: at most 1"),
+        ("minimax_m2", {"rotary_dim": 0}, "rotary_dim: expected a whole number >= 1, got 0"),
+        ("minimax_m2", {"rotary_dim": 7}, "rotary positions need an even number"),
+        (
+            "minimax_m2",
+            {"rotary_dim": 64, "partial_rotary_factor": 0.25},
+            "rotary_dim 64 of head_dim 128 contradicts partial_rotary_factor 0.25",
+        ),
+        (
+            "minimax_m2",
+            {"rotary_dim": 64, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            "rotary_dim 64 of head_dim 128 contradicts partial_rotary_factor 1",
+        ),
+        ("minimax_m2", {"rope_scaling": YARN}, "rope_type 'yarn': only default are supported"),
+        ("minimax_m2", {"head_dim": None}, "head_dim: expected a whole number >= 1, got None"),
+        ("minimax_m2", {"num_key_value_heads": None}, "num_key_value_heads: expected a whole number"),
+        ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias False: only True is supported"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func 'softmax': only 'sigmoid' is supported"),
+        ("minimax_m2", {"attn_type_list": [1, 0, 1, 1]}, "attn_type_list [1, 0, 1, 1]: it changes which"),
+        ("minimax_m2", {"attention_bias": True}, "attention_bias: biases on all four projections"),
+        ("minimax_m2", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1: not supported"),
+        ("minimax_m2", {"norm_topk_prob": True}, "norm_topk_prob: MiniMaxM2ForCausalLM does not read it"),
+        ("minimax_m2", {"sliding_window": 16}, "sliding_window: MiniMaxM2ForCausalLM has none"),
         (
             "gpt_oss",
             {"attention_bias": False},

@@ -93,7 +93,7 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
     (tmp_path / "config.json").write_text(json.dumps(written))
     # The older names, which transformers 5 reads and replaces by the newer ones.
     older = {"rope_theta", "rope_scaling", *({"num_experts"} if family == "qwen3_moe" else ())}
-    older |= {"partial_rotary_factor"} if family == "phi3" else set()
+    older |= {"partial_rotary_factor"} if family in ("phi3", "minimax_m2") else set()
     older |= {"rope_local_base_freq"} if family == "gemma3_text" else set()
     newer = {key: value for key, value in written.items() if key not in older}
 
@@ -111,6 +111,8 @@ def test_exactly_the_keys_of_transformers_are_written_and_their_values_kept(
     # the factors on queries.
     added = {"llama_4_scaling"} if family in ("ministral3", "mistral4") else {"head_dim"} - own_keys
     added |= hf_family(family).for_vllm.keys()
+    if family == "minimax_m2":  # the share of a head that turns, for vLLM, and layers that draft tokens
+        added |= {"rotary_dim", *hf_family(family).draft_keys}
     if family in HYBRIDS:
         added |= {"partial_rotary_factor", *hf_family(family).draft_keys}
     if family == "qwen3_5_moe_text":

@@ -50,6 +50,17 @@ IN_PUBLIC_FILES: dict[str, tuple[str, dict[str, object]]] = {
         "mistral",
         {"axolotl_config": "run.yml", "hidden_dropout": 0.0, "use_flash_attention_2": True},
     ),
+    "MiniMax-M2": (
+        "minimax_m2",
+        {
+            "attn_type_list": [1] * 4,
+            "mtp_transformer_layers": 1,
+            "qk_norm_type": "per_layer",
+            "shared_intermediate_size": 0,
+            "use_mtp": True,
+            "use_qk_norm": True,
+        },
+    ),
     "Mixtral": ("mixtral", {"output_router_logits": False, "router_aux_loss_coef": 0.02, "is_decoder": True}),
     "Qwen2": ("qwen2", {"use_mrope": False, "seq_length": 8192, "model_max_length": 32768}),
     "values that state what is built": (
@@ -155,7 +166,7 @@ def test_every_key_that_a_readers_model_code_reads_is_read_here_or_refused(
     read_there = {*re.findall(r"\bconfig\.([a-z_]+)", source)}
     read_there |= {*re.findall(r"(?:get|has)attr\(\s*(?:self\.)?config, \"([a-z_]+)\"", source)}
     settings_of_vllm = {"get_text_config", "enable_eplb", "eplb_config", "num_redundant_experts"}
-    settings_of_vllm |= {"use_sequence_parallel_moe", "ada_rms_norm_t_cond_dim"}
+    settings_of_vllm |= {"use_sequence_parallel_moe", "ada_rms_norm_t_cond_dim", "max_model_len"}
     settings_of_vllm |= {f"{name}_config" for name in ("cache", "model", "quant", "parallel")} | {
         "quant_config"
     }

@@ -254,6 +254,34 @@ GPT_OSS_20B = config(
     sliding_window=128,
     swiglu_limit=7.0,
 )
+MINIMAX_M2 = config(
+    "minimax_m2",
+    (3072, 1536, 62, 48, 8, 200064),
+    attn_type_list=[1] * 62,
+    auto_map={"A": "B"},
+    head_dim=128,
+    max_position_embeddings=196608,
+    mtp_transformer_layers=1,
+    num_experts_per_tok=8,
+    num_local_experts=256,
+    num_mtp_modules=3,
+    qk_norm_type="per_layer",
+    quantization_config={
+        "activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn",
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    rms_norm_eps=1e-06,
+    rope_theta=5000000,
+    rotary_dim=64,
+    scoring_func="sigmoid",
+    shared_intermediate_size=0,
+    use_mtp=True,
+    use_qk_norm=True,
+    use_routing_bias=True,
+)
 GLM_4_5_AIR = config(
     "glm4_moe",
     (4096, 10944, 46, 96, 8, 151552),
@@ -370,6 +398,7 @@ MOONLIGHT = config(
         (DEEPSEEK_V3, 671_026_404_352 + 58 * 256),
         (MOONLIGHT, 15_960_108_544 + 26 * 64),
         (GPT_OSS_20B, 20_914_757_184),
+        (MINIMAX_M2, 228_689_748_992 + 62 * 256),
         (GLM_4_5_AIR, 106_852_245_504 + 45 * 128),  # transformers does not count the routers' biases
     ],
 )
@@ -417,6 +446,7 @@ def test_published_positions_are_read_with_every_parameter(tmp_path: Path) -> No
     assert (olmo.window_rope, olmo.rope_of(2), olmo.rope_of(3)) == (plain, plain, olmo.rope)
     assert read(tmp_path, SMOLLM3_3B).rope_of(3) is None
     assert read(tmp_path, MIXTRAL_8X7B).rope == Rope(kind="default", theta=1e6)
+    assert read(tmp_path, MINIMAX_M2).rope == Rope(kind="default", theta=5e6, fraction=0.5)
 
 
 def test_a_mixture_that_does_not_ask_for_normalised_weights_gets_none(tmp_path: Path) -> None:

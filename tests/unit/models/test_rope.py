@@ -74,7 +74,7 @@ def test_without_a_request_the_family_s_default_base_is_used(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("place", ["", "rope_scaling", "rope_parameters"])
-@pytest.mark.parametrize("family", ["phi3", "glm4"])
+@pytest.mark.parametrize("family", ["phi3", "glm4", "minimax_m2"])
 def test_a_part_of_each_head_turns_as_in_transformers(
     tmp_path: Path, family: str, place: str, factor: float
 ) -> None:

@@ -107,13 +107,15 @@ def by_hand(tensor: MegatronTensor, a: Architecture, hf: dict[str, Tensor]) -> T
         simple["mlp.linear_fc1.layer_norm_weight"] = "pre_feedforward_layernorm.weight"
     if a.latent:
         simple["self_attention.q_layernorm.weight"] = "self_attn.q_a_layernorm.weight"
+    if a.family == "minimax_m2":
+        simple["mlp.router.expert_bias"] = "block_sparse_moe.e_score_correction_bias"
     if a.family in ("phi3", "glm4"):
         simple["mlp.linear_fc1.weight"] = "mlp.gate_up_proj.weight"
     if name in simple:
         return hf[block + simple[name]]
     if a.family == "gpt_oss":
         return by_hand_fused(hf, f"{block}mlp.", name.removeprefix("mlp."), tensor.expert)
-    if a.family == "mixtral":
+    if a.family in ("mixtral", "minimax_m2"):
         mlp, gate, up, down = f"{block}block_sparse_moe.", "w1", "w3", "w2"
     else:
         mlp, gate, up, down = f"{block}mlp.", "gate_proj", "up_proj", "down_proj"

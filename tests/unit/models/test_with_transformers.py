@@ -111,7 +111,7 @@ def test_a_single_file_wins_over_an_index_in_transformers_too(tmp_path: Path) ->
     assert torch.equal(loaded, single.state_dict()[name])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2", "qwen3_moe", "qwen2_moe", "deepseek_v3"])
 def test_experts_that_transformers_saved_as_stacks_are_those_that_it_saved_one_by_one(
     tmp_path: Path, family: str
 ) -> None:
