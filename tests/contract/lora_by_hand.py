@@ -47,7 +47,7 @@ def adapted_by_hand(directory: Path, section: LoraSection) -> tuple[Any, Adapter
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).requires_grad_(False)
-    is_mixtral = model.config.model_type == "mixtral"
+    is_mixtral = model.config.model_type in ("mixtral", "minimax_m2")
     gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
     found: Adapters = {}
 

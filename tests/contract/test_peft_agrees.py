@@ -69,6 +69,7 @@ LAYOUTS = {
         {"targets": ["q_proj", "gate_proj", "down_proj"]},
     ),
     "experts of a mixtral, dp2, distributed optimizer": (2, DISTRIBUTED, {}),
+    "experts of a minimax, sp2": (2, SP2, {}),
     "experts and dense layers, ep2": (2, {"ep": 2}, {}),
     "experts and dense layers, sp2": (2, SP2, {}),
     "experts and dense layers, pp2": (2, {"pp": 2}, {}),
@@ -79,6 +80,7 @@ MODELS = {
     "latent attention with whole queries": "deepseek_v3_plain",
     "latent attention": "deepseek_v3",
     "experts of a mixtral": "mixtral",
+    "experts of a minimax": "minimax_m2",
     "experts beside a shared one": "qwen2_moe",
     "experts and dense layers": "glm4_moe",
     "experts": "qwen3_moe",
@@ -90,7 +92,7 @@ RARELY = [
     *("phi3", "phi3, tp2", "phi3, pp2", "latent attention", "experts", "experts, ep2", "experts, etp2"),
     *("latent attention with whole queries, pp2", "experts beside a shared one, sp2"),
     *("experts of a mixtral, dp2, distributed optimizer", "experts and dense layers, ep2"),
-    "experts and dense layers, sp2",
+    *("experts and dense layers, sp2", "experts of a minimax, sp2"),
 ]
 Part = tuple[str, tuple[int, ...]]
 """Name of a tensor, and where the part of a rank begins in it."""

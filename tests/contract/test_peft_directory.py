@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "q, k and v in one": ("phi3", SP2, {}),
     "experts": ("qwen3_moe", {"ep": 2}, {}),
     "experts of a mixtral": ("mixtral", {"pp": 2}, {"targets": ["w1", "w2", "w3"]}),
+    "experts of a minimax": ("minimax_m2", {"pp": 2}, {"targets": ["q_proj", "w1", "w2", "w3"]}),
     "embedding and head": ("qwen3", SP2, {**WHOLE, "targets": ["q_proj", "up_proj"]}),
 }
 """Model, layout, section."""
@@ -118,7 +119,7 @@ def peft_losses(directory: Path, adapter: Path) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", cases(CASES, rarely=["experts of a mixtral"]))
+@pytest.mark.parametrize("name", cases(CASES, rarely=["experts of a mixtral", "experts of a minimax"]))
 def test_peft_has_our_numbers_and_a_run_goes_on_from_its_directory(name: str, tmp_path: Path) -> None:
     model, parallel, section = CASES[name]
     base, out, lora = tmp_path / "base", tmp_path / "peft", {**LORA, **section}

@@ -182,4 +182,4 @@ def softmax_weights(config: Any, logits: Tensor, experts: Tensor) -> Tensor:
 
 def sigmoid_weights(config: Any, logits: Tensor, experts: Tensor) -> Tensor:
     weights = logits.float().sigmoid().gather(1, experts)
-    return weights / weights.sum(dim=1, keepdim=True) * config.routed_scaling_factor
+    return weights / weights.sum(dim=1, keepdim=True) * getattr(config, "routed_scaling_factor", 1.0)

@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[Weigh, int, int]] = {  # weights of a choice, E, k
     "qwen3_next": (softmax_weights, 8, 3),
     "deepseek_v3": (sigmoid_weights, 12, 4),
     "mistral4": (softmax_weights, 8, 3),
+    "minimax_m2": (sigmoid_weights, 8, 3),
     "gpt_oss": (softmax_weights, 8, 3),
     "qwen2_moe": (softmax_weights, 8, 3),
 }
@@ -60,13 +61,14 @@ RUNS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "a hybrid": ("qwen3_next", 1, {}, FULL),
     "deepseek_v3": ("deepseek_v3", 1, {}, {}),
     "mistral4": ("mistral4", 1, {}, {}),
+    "minimax_m2": ("minimax_m2", 1, {}, {}),
     "gpt_oss": ("gpt_oss", 1, {}, MOE),
     "qwen2_moe": ("qwen2_moe", 1, {}, {}),
 }
 SELDOM = (
     "moe recomputed", "sp2 etp1 recomputed", "pp2", "vp2 recomputed", "ep2", "qwen3_moe",
     "sp2 cp2 moe recomputed", "weights that are not normalised", "deepseek_v3", "mistral4", "gpt_oss",
-    "qwen2_moe",
+    "qwen2_moe", "minimax_m2",
 )  # fmt: skip
 
 

@@ -92,10 +92,11 @@ BALANCED = (
     "model.moe_aux_loss_coeff = 0.01: the router's biases keep the",
 )
 WHOLE_SEQUENCE = (["parallel.cp=2"], "parallel.cp = 2: a gated delta net reads its sequence from the first")
-RARELY = ("glm4_moe", "deepseek_v3", "mistral4", "gpt_oss", "qwen3_5_text")
+RARELY = ("glm4_moe", "minimax_m2", "deepseek_v3", "mistral4", "gpt_oss", "qwen3_5_text")
 OTHER_FAMILIES: dict[str, tuple[list[str], str]] = {
     "glm4_moe": BALANCED,
     "deepseek_v3": BALANCED,
+    "minimax_m2": BALANCED,
     "mistral4": (["parallel.tp=2"], "a mixture of experts at parallel.tp = 2 needs parallel.sequence_par"),
     "phi3_longrope": (
         ["data.max_length=129"],
