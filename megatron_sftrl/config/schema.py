@@ -103,9 +103,9 @@ class ModelSection(Section):
     """Weight of the load-balancing loss of a mixture of experts (Megatron's aux_loss, 1 in a balanced layer).
     A step takes its mean over micro-batches, by their tokens, and its sum over layers."""
     moe_bias_update_rate: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """How far a step moves the biases by which a DeepSeek-V3 or a GLM-4.5 chooses experts (arXiv:2408.15664):
-    up that of an expert that fewer of the step's tokens visited than the mean, down that of one that more
-    did. 0 leaves them as they were loaded."""
+    """How far a step moves the biases by which a DeepSeek-V3, a GLM-4.5 or a MiniMax-M2 chooses experts
+    (arXiv:2408.15664): up that of an expert that fewer of the step's tokens visited than the mean, down that
+    of one that more did. 0 leaves them as they were loaded."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:

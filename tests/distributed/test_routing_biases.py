@@ -18,7 +18,7 @@ from tests.hf_models import read_tensors, write_model
 from tests.ranks import run_ranks
 
 RATE, NUM_STEPS = 0.125, 3  # large enough to send tokens elsewhere
-NAME = ".mlp.gate.e_score_correction_bias"
+NAME = ".e_score_correction_bias"
 SPLIT = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {},
@@ -97,9 +97,9 @@ def moved(directory: Path, parallel: dict[str, Any], recompute: str = "none", lo
     )
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("hf"), "glm4_moe")
+@pytest.fixture(scope="module", params=cases(["glm4_moe", "minimax_m2"], rarely=["minimax_m2"]))
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("hf"), request.param)
 
 
 @functools.cache
