@@ -23,6 +23,8 @@ _CPU_BLOCK = 128
 
 _RUN_BY_TRANSFORMERS = ("smollm3", "olmo2", "olmo3")
 """Families that vLLM 0.32 has no code of its own for."""
+_NEVER_TIED = ("glm4_moe", "deepseek_v3", "mistral4", "minimax_m2")
+"""Families whose vLLM 0.32 code does not read tie_word_embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,11 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
         raise UserError(
             f"rollout.vllm.tp = {settings.tp}: vLLM runs a {a.family} with transformers' code, which is "
             "known to give the trainer's numbers at tp 1 alone: set it, or use rollout.engine: in_process"
+        )
+    if a.family in _NEVER_TIED and a.tie_embeddings:
+        raise UserError(
+            f"tie_word_embeddings: vLLM gives a {a.family} an output layer of its own all the same, which no "
+            "weight of the policy would reach: use rollout.engine: in_process"
         )
     if a.family == "gpt_oss":
         _check_gpt_oss(a, world_size)

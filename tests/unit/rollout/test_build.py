@@ -245,6 +245,20 @@ def test_a_qwen2_whose_heads_vllm_would_take_for_others_is_refused(monkeypatch: 
     assert refusal(VLLM, monkeypatch, family="qwen3", head_dim=32) == ""
 
 
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "mistral4", "minimax_m2"])
+def test_a_tied_output_layer_that_vllm_would_not_tie_is_refused(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = config_of(VLLM).model.architecture
+    assert section is not None
+    architecture = replace(from_section(section), family=family, tie_embeddings=False)
+    monkeypatch.setattr(vllm_settings, "check_version", lambda: None)
+    settings = VllmSettings(tp=1, max_model_len=64)
+    vllm_settings.check_vllm(settings, architecture, world_size=1)
+    with pytest.raises(UserError, match=rf"vLLM gives a {family} an output layer of its own all the same"):
+        vllm_settings.check_vllm(settings, replace(architecture, tie_embeddings=True), world_size=1)
+
+
 GPT_OSS: dict[str, Any] = {
     "model_type": "gpt_oss",
     "architectures": ["GptOssForCausalLM"],
