@@ -158,7 +158,7 @@ def load_weights(
         loader: Any = getattr(parameter, "weight_loader", None)
         if isinstance(loader, partial):
             # The reload asks each loader for its name.
-            loader.__name__ = loader.func.__name__
+            loader.__name__ = loader.func.__name__  # type: ignore[attr-defined]
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if not is_cuda and isinstance(method, FusedMoEMethodBase):

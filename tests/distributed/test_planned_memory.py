@@ -130,7 +130,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", cases(FAMILIES, rarely=["minimax_m2", "gpt_oss", "gemma3_text", "qwen3_5_text"]))
+@pytest.mark.parametrize("family", cases(FAMILIES, rarely=FAMILIES.keys() - {"glm4_moe"}))
 def test_the_state_of_other_families_is_planned_to_the_byte(family: str, tmp_path: Path) -> None:
     model = write_config(tmp_path, family)
     sections = {"loss": {"name": "gift", "beta": 4.0}, "reference": {"kind": "frozen"}, "model": model}
