@@ -9,7 +9,7 @@ one region for each rank.
     gate, up (also of experts)  an equal run of rows
     o_proj, down                an equal run of columns
     embedding, output layer     the vocabulary padded to a multiple of 64 is cut evenly, padding is not read
-    norms, routers              everything
+    norms, routers              everything, though of a MiniMax-M2's norms of q and k it keeps its heads' part
     sinks                       an equal run of query heads
     matrices of all experts     the same rows or columns of each expert
     fused q/k/v and gate/up     everything: of each part an equal run of rows, which are no one region

@@ -237,6 +237,7 @@ def _with_scales(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mappin
 
 _STACK = re.compile(r"(?P<block>.*\.)(?:mlp|block_sparse_moe)\.experts\.(?P<which>gate_up_proj|down_proj)")
 _LIKE_MIXTRAL = ("mixtral", "minimax_m2")
+"""Families whose published files have Mixtral's names of a mixture's tensors."""
 
 
 def _experts_apart(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
