@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,13 @@ def experts_dtype(num_experts: int) -> np.dtype:
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
+class Prefix(NamedTuple):
+    """What stands in front of a sequence of a batch: the first `length` tokens of the sequence `of` in it."""
+
+    of: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """One packed micro-batch, aligned on the predicting position: `labels[t]` follows `tokens[t]`.
@@ -36,7 +44,7 @@ class TokenBatch:
     Args:
         tokens: [T] int64, the model's input.
         labels: [T] int64, the token to predict at each position; any valid id where masked.
-        positions: [T] int64, position of the token inside its own sequence.
+        positions: [T] int64, position of the token inside its own sequence, its prefix included.
         loss_mask: [T] bool, True where the label is trained.
         cu_seqlens: [S + 1] int32, cumulative sequence lengths, first 0 and last T.
         token_weight: [T] fp32, sums to 1 over one optimizer step and all ranks; 0 where masked.
@@ -50,6 +58,8 @@ class TokenBatch:
         is_padding: [T] bool, True where no real token stands; none does when not given.
         experts: [T, layers with experts, k] int16, those that the policy's forward visits, OWN_CHOICE where
             its routers choose. They choose everywhere when not given.
+        prefixes: [S] what each sequence continues: responses to one prompt may stand behind one copy of it.
+            None continues another when empty.
     Raises:
         UserError: a field whose shape is not [T], or cu_seqlens that do not end at T.
     """
@@ -67,11 +77,12 @@ class TokenBatch:
     is_demonstration: Tensor | None = None
     is_padding: Tensor | None = None
     experts: Tensor | None = None
+    prefixes: tuple[Prefix | None, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "cu_seqlens" or value is None:
+            if field.name == "cu_seqlens" or not isinstance(value, Tensor):
                 continue
             shape = value.shape[:1] if field.name == "experts" else value.shape
             if shape != self.tokens.shape or len(shape) != 1:
@@ -98,16 +109,21 @@ class TokenBatch:
         """[S] tokens of each sequence; on a device it is waited for: ask before the batch goes there."""
         return tuple(self.cu_seqlens.diff().tolist())
 
+    def complete(self) -> list[int]:
+        """The sequences that end here, in order: all but those that are a prefix of others."""
+        prefixes = {prefix.of for prefix in self.prefixes if prefix is not None}
+        return [sequence for sequence in range(self.num_sequences) if sequence not in prefixes]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenBatch:
         """The same batch with every tensor on `device`; `non_blocking` as torch's."""
         return self.map(lambda value: value.to(device, non_blocking=non_blocking))
 
-    def map(self, function: Callable[[Tensor], Tensor], **replaced: Tensor) -> TokenBatch:
+    def map(self, function: Callable[[Tensor], Tensor], **replaced: Any) -> TokenBatch:
         """The same batch with `function` applied to every tensor that is there, but those in `replaced`."""
         changed = {
             field.name: function(value)
             for field in dataclasses.fields(self)
-            if field.name not in replaced and (value := getattr(self, field.name)) is not None
+            if field.name not in replaced and isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **changed, **replaced)
 

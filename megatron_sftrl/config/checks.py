@@ -124,6 +124,7 @@ def check_run(
         *_lora_problems(config),
         *_rollout_problems(config, loss_needs),
         *_replay_problems(config, architecture),
+        *_sharing_problems(config, architecture),
         *_idle_problems(config),
     ]
     if problems:
@@ -375,6 +376,29 @@ def _replay_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterat
             "rollout.router_replay: train.recompute_modules = moe under train.fp8 does not know it yet: take "
             "moe_act, or train.recompute: full"
         )
+
+
+def _sharing_problems(config: TrainingConfig, architecture: ModelSizes) -> Iterator[str]:
+    if config.grpo is None or not config.grpo.rollout.share_prompts:
+        return
+    if not config.batch.packing:
+        yield (
+            "rollout.share_prompts puts the responses to a prompt into one packed micro-batch: set "
+            "batch.packing: true with batch.max_tokens, or remove share_prompts"
+        )
+    if config.grpo.rollout.group_size == 1:
+        yield "rollout.share_prompts has no effect: rollout.group_size = 1; remove it"
+    if architecture.delta_net is not None:
+        yield (
+            f"rollout.share_prompts: a gated delta net ({architecture.family}) begins every sequence with an "
+            "empty state, not with that behind a prompt: remove share_prompts"
+        )
+    for key in ("moe_aux_loss_coeff", "moe_bias_update_rate"):
+        if getattr(config.model, key):
+            yield (
+                f"rollout.share_prompts: model.{key} balances experts over the tokens of a step, of which a "
+                "shared prompt's would count once: remove one of them"
+            )
 
 
 def _ahead_problems(grpo: GrpoConfig, loss_needs: tuple[str, ...]) -> Iterator[str]:

@@ -505,6 +505,8 @@ class RolloutSection(Section):
     """Of a mixture of experts: the policy's forwards in training visit the experts that the engine chose for
     each token, weighed by the trainer's own logits (R3, arXiv:2510.11370); the reference chooses its own.
     Rollouts grow by tokens * layers with experts * experts_per_token bytes, on every rank."""
+    share_prompts: bool = False
+    """Updates compute a prompt once for the responses of its group in a micro-batch, with torch's layers."""
     passes: int = Field(default=1, ge=1)
     """Times that each response is trained on, in mini-batches of batch.global_size."""
     offload: bool = False

@@ -20,10 +20,14 @@ from megatron_sftrl.data.mixture import Mixture, permutation
 from megatron_sftrl.data.packing import (
     Assignment,
     Carried,
+    Piece,
+    SharedPrompt,
     StepNormalization,
     build_token_batch,
     padded_batch_length,
+    pieces_of,
     plan_microbatches,
+    plan_sharing_microbatches,
     predicting_length,
 )
 from megatron_sftrl.errors import UserError
@@ -83,6 +87,7 @@ def lay_out_step(
     pad_id: int,
     carried: Sequence[Carried],
     experts_shape: tuple[int, int] | None = None,
+    shared: Sequence[SharedPrompt | None] = (),
 ) -> StepData:
     """Spread a step's sequences over ranks and micro-batches, and build this rank's.
 
@@ -91,32 +96,30 @@ def lay_out_step(
         example: the sequence at a place; asked for those of this rank only.
         pad_id: any valid id.
         experts_shape: as for build_token_batch.
+        shared: of each sequence, with packing; none shares its prompt when empty.
     Raises:
         UserError: a sequence does not fit into batch.max_tokens.
     """
-    multiple = layout.sequence_multiple_of
-    lengths = [predicting_length(length, multiple) for length in num_tokens]
-    max_tokens = batch.max_tokens
-    plan = plan_microbatches(
-        lengths,
-        dp_size=layout.dp_size,
-        micro_size=batch.micro_size,
-        packing=batch.packing,
-        # Padding for context parallelism comes on top of what the user counted.
-        max_tokens=None if max_tokens is None else predicting_length(max_tokens + 1, multiple),
-        microbatch_multiple=layout.microbatch_multiple,
-    )
-    totals = _batch_lengths(plan, lengths, layout)
+    plan = _assignment(num_tokens, batch, layout, shared)
+    pieces = [
+        [
+            pieces_of(*_chosen(positions, num_tokens, shared), multiple=layout.sequence_multiple_of)
+            for positions in microbatches
+        ]
+        for microbatches in plan
+    ]
+    totals = _batch_lengths(pieces, layout)
     batches = tuple(
         build_token_batch(
             [example(position) for position in positions],
             normalization=normalization,
             pad_id=pad_id,
-            sequence_multiple_of=multiple,
+            sequence_multiple_of=layout.sequence_multiple_of,
             pad_to_multiple_of=layout.pad_to_multiple_of,
             pad_to_length=total,
             carried=carried,
             experts_shape=experts_shape,
+            shared=_chosen(positions, num_tokens, shared)[1],
         )
         for positions, total in zip(plan[layout.dp_rank], totals[layout.dp_rank], strict=True)
     )
@@ -126,23 +129,62 @@ def lay_out_step(
         microbatch_rows=tuple(tuple(map(tuple, microbatches)) for microbatches in plan),
         num_sequences=len(num_tokens),
         num_loss_tokens=normalization.num_loss_tokens,
-        num_tokens=sum(num_tokens) - len(num_tokens),
+        num_tokens=sum(
+            piece.last - piece.first for of_rank in pieces for batch in of_rank for piece in batch
+        ),
         num_padded_tokens=sum(map(sum, totals)),
     )
 
 
-def _batch_lengths(plan: Assignment, lengths: list[int], layout: BatchLayout) -> list[list[int]]:
+def _assignment(
+    num_tokens: Sequence[int],
+    batch: BatchSection,
+    layout: BatchLayout,
+    shared: Sequence[SharedPrompt | None],
+) -> Assignment:
+    multiple, max_tokens = layout.sequence_multiple_of, batch.max_tokens
+    # Padding for context parallelism comes on top of what the user counted.
+    max_tokens = None if max_tokens is None else predicting_length(max_tokens + 1, multiple)
+    if shared:
+        assert batch.packing, "config.checks refuses rollout.share_prompts without packing"
+        return plan_sharing_microbatches(
+            num_tokens,
+            shared,
+            dp_size=layout.dp_size,
+            max_tokens=max_tokens,
+            multiple=multiple,
+            microbatch_multiple=layout.microbatch_multiple,
+        )
+    return plan_microbatches(
+        [predicting_length(length, multiple) for length in num_tokens],
+        dp_size=layout.dp_size,
+        micro_size=batch.micro_size,
+        packing=batch.packing,
+        max_tokens=max_tokens,
+        microbatch_multiple=layout.microbatch_multiple,
+    )
+
+
+def _chosen(
+    positions: Sequence[int], num_tokens: Sequence[int], shared: Sequence[SharedPrompt | None]
+) -> tuple[list[int], list[SharedPrompt | None]]:
+    """Tokens and shared prompts of the sequences at some places of the step."""
+    return [num_tokens[i] for i in positions], [shared[i] for i in positions] if shared else []
+
+
+def _batch_lengths(pieces: list[list[list[Piece]]], layout: BatchLayout) -> list[list[int]]:
     """T of every micro-batch of every rank."""
+    multiple = layout.sequence_multiple_of
     totals = [
         [
             padded_batch_length(
-                sum(lengths[position] for position in positions),
-                sequence_multiple_of=layout.sequence_multiple_of,
+                sum(piece.span(multiple) for piece in batch),
+                sequence_multiple_of=multiple,
                 pad_to_multiple_of=layout.pad_to_multiple_of,
             )
-            for positions in microbatches
+            for batch in microbatches
         ]
-        for microbatches in plan
+        for microbatches in pieces
     ]
     if not layout.uniform_length:
         return totals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from megatron_sftrl.config.data import Aggregation
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.losses.api import token_weights
-from megatron_sftrl.types import OWN_CHOICE, TokenBatch
+from megatron_sftrl.types import OWN_CHOICE, Prefix, TokenBatch
 
 Carried = Literal["behavior_logprobs", "old_logprobs", "rollout_logprobs", "advantages", "is_demonstration"]
 """Fields of an Example that stand under the same name in a TokenBatch."""
@@ -52,6 +52,68 @@ def padded_batch_length(num_tokens: int, *, sequence_multiple_of: int, pad_to_mu
     return _round_up(max(num_tokens, 1), math.lcm(sequence_multiple_of, pad_to_multiple_of))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedPrompt:
+    """Sequences of a step with the same number begin with the same `length` tokens, none of them learned.
+
+    The last token of a prompt is not among them: it predicts another one in each response.
+    """
+
+    number: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Tokens that stand together in a batch: a sequence of its cu_seqlens.
+
+    Args:
+        example: its place among the batch's.
+        first, last: the tokens that predict, from position `first` on, `last` is behind them.
+        prefix: None from position 0 on.
+        is_prefix: others continue it; the example itself is another piece.
+    """
+
+    example: int
+    first: int
+    last: int
+    prefix: Prefix | None = None
+    is_prefix: bool = False
+
+    def span(self, multiple: int) -> int:
+        """Positions that it occupies in a batch whose sequences are multiples of it."""
+        return _round_up(self.last - self.first, multiple)
+
+
+def pieces_of(
+    num_tokens: Sequence[int], shared: Sequence[SharedPrompt | None] = (), *, multiple: int = 1
+) -> list[Piece]:
+    """How sequences of so many tokens stand in a batch: whole, or those of one prompt behind one copy of it.
+
+    A prompt is shared where that takes fewer positions; it stands in front of the first of its sequences.
+    """
+    lengths = [number - 1 for number in num_tokens]
+    saved: dict[int, int] = {}
+    for length, prompt in zip(lengths, shared, strict=bool(shared)):
+        if prompt is not None:
+            whole, rest = _round_up(length, multiple), _round_up(length - prompt.length, multiple)
+            copy = -_round_up(prompt.length, multiple)
+            saved[prompt.number] = saved.get(prompt.number, copy) + whole - rest
+    pieces: list[Piece] = []
+    places: dict[int, int] = {}
+    for example, length in enumerate(lengths):
+        prompt = shared[example] if shared else None
+        if prompt is None or saved[prompt.number] <= 0:
+            pieces.append(Piece(example=example, first=0, last=length))
+            continue
+        if prompt.number not in places:
+            places[prompt.number] = len(pieces)
+            pieces.append(Piece(example=example, first=0, last=prompt.length, is_prefix=True))
+        prefix = Prefix(places[prompt.number], prompt.length)
+        pieces.append(Piece(example=example, first=prompt.length, last=length, prefix=prefix))
+    return pieces
+
+
 def build_token_batch(
     examples: Sequence[Example],
     *,
@@ -62,6 +124,7 @@ def build_token_batch(
     pad_to_length: int | None = None,
     carried: Sequence[Carried] = (),
     experts_shape: tuple[int, int] | None = None,
+    shared: Sequence[SharedPrompt | None] = (),
 ) -> TokenBatch:
     """Lay sequences one behind the other, aligned on the predicting position: labels[t] = tokens[t + 1].
 
@@ -78,10 +141,12 @@ def build_token_batch(
         carried: values of learned tokens that the batch carries, too; 0 where masked.
         experts_shape: (layers with experts, k) where the batch carries experts; OWN_CHOICE where an example
             has none, and in padding.
+        shared: of each example; none shares its prompt when empty.
     Raises:
         UserError: the examples do not fit into pad_to_length, or an example lacks a carried value.
     """
-    lengths = [predicting_length(len(example.tokens), sequence_multiple_of) for example in examples]
+    pieces = pieces_of([len(example.tokens) for example in examples], shared, multiple=sequence_multiple_of)
+    lengths = [piece.span(sequence_multiple_of) for piece in pieces]
     total = padded_batch_length(
         sum(lengths), sequence_multiple_of=sequence_multiple_of, pad_to_multiple_of=pad_to_multiple_of
     )
@@ -101,23 +166,29 @@ def build_token_batch(
         name: np.zeros(total, np.bool_ if name == "is_demonstration" else np.float32) for name in carried
     }
     start = 0
-    for example, length in zip(examples, lengths, strict=True):
-        real = slice(start, start + len(example.tokens) - 1)
-        tokens[real] = example.tokens[:-1]
-        labels[real] = example.tokens[1:]
-        mask[real] = example.loss_mask[1:]
+    for piece, length in zip(pieces, lengths, strict=True):
+        example, first, last = examples[piece.example], piece.first, piece.last
+        real = slice(start, start + last - first)
+        tokens[real] = example.tokens[first:last]
+        labels[real] = example.tokens[first + 1 : last + 1]
+        mask[real] = is_learned = example.loss_mask[first + 1 : last + 1]
+        assert not example.loss_mask[: first + 1].any(), "nothing is learned of what stands in front"
         is_padding[real] = False
         for name, target in values.items():
             found = getattr(example, name)
             if found is None:
                 raise UserError(f"{example.source}: the row has no {name}")
-            target[real][example.loss_mask[1:]] = found
+            if not piece.is_prefix:
+                target[real][is_learned] = found
         start += length
+    starts = [piece.first for piece in pieces] + [0] * (len(spans) - len(pieces))
     loss_mask, cu_seqlens = torch.from_numpy(mask), _cumulative(spans)
     return TokenBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
-        positions=torch.cat([torch.arange(length) for length in spans]),
+        positions=torch.cat(
+            [start + torch.arange(length) for start, length in zip(starts, spans, strict=True)]
+        ),
         loss_mask=loss_mask,
         cu_seqlens=cu_seqlens,
         token_weight=token_weights(
@@ -129,19 +200,33 @@ def build_token_batch(
             max_length=normalization.max_length,
         ),
         is_padding=torch.from_numpy(is_padding),
-        experts=_packed_experts(examples, lengths, (total, *experts_shape)) if experts_shape else None,
+        experts=_packed_experts(examples, pieces, lengths, (total, *experts_shape))
+        if experts_shape
+        else None,
+        prefixes=_prefixes(pieces, len(spans)),
         **{name: torch.from_numpy(array) for name, array in values.items()},
     )
 
 
+def _prefixes(pieces: Sequence[Piece], num_sequences: int) -> tuple[Prefix | None, ...]:
+    """As in TokenBatch."""
+    if all(piece.prefix is None for piece in pieces):
+        return ()
+    return (*(piece.prefix for piece in pieces), *[None] * (num_sequences - len(pieces)))
+
+
 def _packed_experts(
-    examples: Sequence[Example], lengths: Sequence[int], shape: tuple[int, int, int]
+    examples: Sequence[Example],
+    pieces: Sequence[Piece],
+    lengths: Sequence[int],
+    shape: tuple[int, int, int],
 ) -> Tensor:
-    """[T, layers with experts, k] int16 of sequences that take `lengths` positions each."""
+    """[T, layers with experts, k] int16 of pieces that take `lengths` positions each."""
     experts, start = np.full(shape, OWN_CHOICE, np.int16), 0
-    for example, length in zip(examples, lengths, strict=True):
-        if example.experts is not None:
-            experts[start : start + len(example.tokens) - 1] = example.experts
+    for piece, length in zip(pieces, lengths, strict=True):
+        chosen = examples[piece.example].experts
+        if chosen is not None:
+            experts[start : start + piece.last - piece.first] = chosen[piece.first : piece.last]
         start += length
     return torch.from_numpy(experts)
 
@@ -166,6 +251,7 @@ def padded_batch(batch: TokenBatch, total: int) -> TokenBatch:
         positions=torch.cat([batch.positions, torch.arange(missing)]),
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([total])]),
         is_padding=torch.cat([batch.is_padding, batch.is_padding.new_ones(missing)]),
+        prefixes=(*batch.prefixes, None) if batch.prefixes else (),
     )
 
 
@@ -226,6 +312,78 @@ def plan_microbatches(
         for rank, group in zip(ranks, groups[start : start + dp_size], strict=True):
             assignment[rank].append(sorted(group))
     return assignment
+
+
+def plan_sharing_microbatches(
+    num_tokens: Sequence[int],
+    shared: Sequence[SharedPrompt | None],
+    *,
+    dp_size: int,
+    max_tokens: int | None,
+    multiple: int,
+    microbatch_multiple: int = 1,
+) -> Assignment:
+    """The same with packing, where sequences with a shared prompt are kept together.
+
+    Such a group is cut where it does not fit into a micro-batch, and further while that makes the rank with
+    the most positions have fewer: each part computes the prompt again.
+
+    Args:
+        num_tokens: of each sequence of the step.
+        multiple: of the positions of each sequence (2 * cp when cp > 1).
+    Raises:
+        UserError: as plan_microbatches.
+    """
+
+    def occupied(positions: Sequence[int]) -> int:
+        pieces = pieces_of(
+            [num_tokens[i] for i in positions], [shared[i] for i in positions], multiple=multiple
+        )
+        return sum(piece.span(multiple) for piece in pieces)
+
+    best: Assignment | None = None
+    least, cuts = math.inf, 1
+    while True:
+        parts = _parts_of_groups(num_tokens, shared, cuts, occupied, capacity=max_tokens)
+        plan = plan_microbatches(
+            [occupied(part) for part in parts],
+            dp_size=dp_size,
+            micro_size=1,
+            packing=True,
+            max_tokens=max_tokens,
+            microbatch_multiple=microbatch_multiple,
+        )
+        whole = [[sorted(i for part in batch for i in parts[part]) for batch in of_rank] for of_rank in plan]
+        most = max(sum(map(occupied, of_rank)) for of_rank in whole)
+        if most >= least:
+            assert best is not None
+            return best
+        best, least, cuts = whole, most, 2 * cuts
+
+
+def _parts_of_groups(
+    num_tokens: Sequence[int],
+    shared: Sequence[SharedPrompt | None],
+    cuts: int,
+    occupied: Callable[[Sequence[int]], int],
+    *,
+    capacity: int | None,
+) -> list[list[int]]:
+    """Positions of the step, those of a group in at least `cuts` parts of at most `capacity` tokens."""
+    groups: dict[object, list[int]] = {}
+    for position, prompt in enumerate(shared):
+        groups.setdefault(("alone", position) if prompt is None else prompt.number, []).append(position)
+    parts: list[list[int]] = []
+    for members in groups.values():
+        longest_first = sorted(members, key=lambda position: (-num_tokens[position], position))
+        number = min(cuts, len(members))
+        while True:
+            cut = [sorted(longest_first[first::number]) for first in range(number)]
+            if number == len(members) or capacity is None or max(map(occupied, cut)) <= capacity:
+                break
+            number += 1
+        parts += cut
+    return parts
 
 
 def _pack(

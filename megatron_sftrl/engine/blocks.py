@@ -146,10 +146,12 @@ def _set_positions(attention: Any, architecture: Architecture, frequencies: Mapp
 
 
 def _turn_by(frequencies: Tensor, _: torch.nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
-    angles: Tensor = options["rotary_pos_emb"]  # [longest sequence, 1, 1, head_dim]
-    places = torch.arange(len(angles), device=angles.device, dtype=torch.float32)
+    packed = options["packed_seq_params"]
+    assert isinstance(packed, PackedSequences)
+    places = torch.arange(packed.max_seqlen_q, device=frequencies.device, dtype=torch.float32)  # type: ignore[arg-type]
     own = torch.outer(places, frequencies)
-    return args, {**options, "rotary_pos_emb": torch.cat((own, own), dim=-1)[:, None, None]}
+    angles = torch.cat((own, own), dim=-1)[:, None, None]
+    return args, {**options, "rotary_pos_emb": packed.turning(angles)}
 
 
 def _scale_query(

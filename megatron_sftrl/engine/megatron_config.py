@@ -267,6 +267,7 @@ def check_megatron(run: TrainingConfig, architecture: Architecture, *, is_cuda: 
         *_latent_problems(run, architecture, with_te=with_te),
         *_sink_problems(run, architecture, with_te=with_te),
         *_hybrid_problems(run, architecture, with_te=with_te),
+        *_sharing_problems(run, with_te=with_te),
         *_idle_fields(run, with_te=with_te, is_mixture=architecture.mixture is not None),
     ]
     if problems:
@@ -299,6 +300,14 @@ def _sink_problems(run: TrainingConfig, architecture: Architecture, *, with_te: 
         yield (
             f"model.layers = {run.model.layers}: the sinks and experts of a {architecture.family} are only "
             "known with torch's layers: set model.layers = torch"
+        )
+
+
+def _sharing_problems(run: TrainingConfig, *, with_te: bool) -> Iterator[str]:
+    if with_te and run.grpo is not None and run.grpo.rollout.share_prompts:
+        yield (
+            f"rollout.share_prompts: Transformer Engine's attention (model.layers = {run.model.layers}) does "
+            "not know it: set model.layers = torch, or remove share_prompts"
         )
 
 

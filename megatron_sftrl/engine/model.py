@@ -217,6 +217,7 @@ def build_model_chunks(
         _mark_tensor_parallel_parameters(chunks[-1])
         mark_expert_parameters(chunks[-1])
         _remember_prompts(chunks[-1])
+        chunks[-1].decoder.register_forward_pre_hook(_place_branches, with_kwargs=True)
         # Megatron's own scaling knows one fixed form of llama3 and no linear one.
         chunks[-1].rotary_pos_emb.inv_freq = frequencies[architecture.rope]
     return chunks
@@ -280,6 +281,12 @@ def _remember_prompts(chunk: LanguageModel) -> None:
         if chunk.architecture.attends(layer.layer_number - 1):
             attention = layer.self_attention.core_attention
             attention.register_forward_pre_hook(partial(write, layer.layer_number), with_kwargs=True)
+
+
+def _place_branches(_: torch.nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict]:
+    """Let sequences that continue others turn to the positions behind them; Megatron counts each from 0."""
+    packed: PackedSequences = options["packed_seq_params"]
+    return args, {**options, "rotary_pos_emb": packed.turning(options["rotary_pos_emb"])}
 
 
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_sftrl.engine.kv_cache import CacheSlots
+from megatron_sftrl.types import Prefix
 
 
 @dataclass
@@ -25,13 +27,15 @@ class PackedSequences(PackedSeqParams):
         lengths: of the whole sequences, before context parallelism cuts them.
         places: of the tokens in a cache of keys and values; None in training.
         experts: as in TokenBatch, of this rank's share under context parallelism.
+        prefixes: as in TokenBatch.
     """
 
     lengths: tuple[int, ...] = ()
+    prefixes: tuple[Prefix | None, ...] = ()
     places: CacheSlots | None = None
     experts: Tensor | None = None
     _plans: dict[int | None, AttentionPlan] = field(default_factory=dict, repr=False)
-    _positions: Tensor | None = field(default=None, repr=False)
+    _positions: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
     _rows_with_gaps: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -42,10 +46,11 @@ class PackedSequences(PackedSeqParams):
         device: torch.device,
         places: CacheSlots | None = None,
         experts: Tensor | None = None,
+        prefixes: tuple[Prefix | None, ...] = (),
     ) -> PackedSequences:
         """The sequences; `device` is where the attention layers expect their boundaries."""
         offsets = torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
-        longest = max(lengths)
+        longest = max(map(sum, zip(lengths, _starts(lengths, prefixes), strict=True)))
         return cls(
             qkv_format="thd",
             cu_seqlens_q=offsets,
@@ -57,25 +62,44 @@ class PackedSequences(PackedSeqParams):
             lengths=tuple(lengths),
             places=places,
             experts=experts,
+            prefixes=prefixes,
         )
 
     def plan(self, *, cp_rank: int, cp_size: int, window: int | None, device: torch.device) -> AttentionPlan:
         """How this rank attends in a layer with that window; made for the first such layer."""
-        if window is not None and window >= max(self.lengths) and cp_size == 1:
+        if window is not None and window >= self.max_seqlen_q and cp_size == 1:
             window = None
         if window not in self._plans:
             self._plans[window] = attention_plan(
-                self.lengths, cp_rank=cp_rank, cp_size=cp_size, window=window, device=device
+                self.lengths,
+                prefixes=self.prefixes,
+                cp_rank=cp_rank,
+                cp_size=cp_size,
+                window=window,
+                device=device,
             )
         return self._plans[window]
 
     def positions_of(self, cp_group: dist.ProcessGroup, device: torch.device) -> Tensor:
-        """[T/cp] int64 place of each of this rank's tokens in its sequence; made once."""
-        if self._positions is None:
-            cut = (cp_group.size(), cp_group.rank())
-            parts = [zigzag_positions(length, *cut) for length in self.lengths]
-            self._positions = torch.cat(parts).to(device, non_blocking=True)
-        return self._positions
+        """[T/cp] int64 place of each of this rank's tokens in its sequence, prefix included; made once."""
+        return self._positions_of((cp_group.size(), cp_group.rank()), device)
+
+    def turning(self, angles: Tensor) -> Tensor:
+        """Rows of a rope's angles, [longest sequence, ...], in the form that Megatron takes them.
+
+        Where sequences have prefixes that is a row for each token of the whole packed order.
+        """
+        return angles[self._positions_of((1, 0), angles.device)] if self.prefixes else angles
+
+    def _positions_of(self, cut: tuple[int, int], device: torch.device) -> Tensor:
+        if cut not in self._positions:
+            starts = _starts(self.lengths, self.prefixes)
+            parts = [
+                start + zigzag_positions(length, *cut)
+                for start, length in zip(starts, self.lengths, strict=True)
+            ]
+            self._positions[cut] = torch.cat(parts).to(device, non_blocking=True)
+        return self._positions[cut]
 
     def rows_with_gaps(self, gap: int, device: torch.device) -> Tensor:
         """[T] int64 row of each token where `gap` rows more stand before each sequence; made once."""
@@ -122,7 +146,13 @@ class AttentionPlan:
 
 
 def attention_plan(
-    lengths: Sequence[int], *, cp_rank: int, cp_size: int, window: int | None, device: torch.device
+    lengths: Sequence[int],
+    *,
+    prefixes: Sequence[Prefix | None] = (),
+    cp_rank: int,
+    cp_size: int,
+    window: int | None,
+    device: torch.device,
 ) -> AttentionPlan:
     """Which queries meet which keys, in as few calls as similar lengths allow; `lengths` are whole."""
 
@@ -131,14 +161,18 @@ def attention_plan(
 
     local = [length // cp_size for length in lengths]
     starts = [sum(local[:index]) for index in range(len(local))]
+    inside = _starts(lengths, prefixes)
     calls, back, num_returned = [], torch.empty(sum(local), dtype=torch.int64), 0
-    for sequences in _similar_lengths(lengths):
+    for sequences in _similar_lengths(lengths, inside):
         longest = max(lengths[index] for index in sequences)
+        has_prefix = inside[sequences[0]] > 0
         mask = None
-        if cp_size > 1 or (window is not None and longest > window):
-            mask = there(_position_mask(sequences, lengths, cp_size, cp_rank, window))
+        if has_prefix or cp_size > 1 or (window is not None and longest > window):
+            mask = there(_position_mask(sequences, lengths, inside, cp_size, cp_rank, window))
         queries = there(_padded_index(sequences, lengths, cp_size))
         keys = queries if cp_size == 1 else there(_padded_index(sequences, lengths, 1))
+        if has_prefix:
+            keys = torch.cat([there(_prefix_index(sequences, lengths, prefixes)), keys], dim=1)
         calls.append(AttentionCall(queries=queries, keys=keys, mask=mask))
         for index in sequences:
             rows = num_returned + torch.arange(local[index])
@@ -148,12 +182,17 @@ def attention_plan(
     return AttentionPlan(calls=tuple(calls), whole_order=whole_order, back=there(back))
 
 
-def _similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+def _starts(lengths: Sequence[int], prefixes: Sequence[Prefix | None]) -> list[int]:
+    """[S] position of each sequence's first token: how long its prefix is."""
+    return [0 if prefix is None else prefix.length for prefix in prefixes] or [0] * len(lengths)
+
+
+def _similar_lengths(lengths: Sequence[int], starts: Sequence[int]) -> list[list[int]]:
     """Sequence indices grouped so that padding inside a group less than doubles the work per axis."""
-    groups: dict[int, list[int]] = {}
-    for sequence, length in enumerate(lengths):
+    groups: dict[tuple[int, int], list[int]] = {}
+    for sequence, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         if length > 0:
-            groups.setdefault(length.bit_length(), []).append(sequence)
+            groups.setdefault((length.bit_length(), start.bit_length()), []).append(sequence)
     return list(groups.values())
 
 
@@ -163,6 +202,16 @@ def _padded_index(sequences: Sequence[int], lengths: Sequence[int], split: int) 
     ends, chosen = local.cumsum(0), torch.tensor(sequences)
     steps = torch.arange(max(lengths[index] for index in sequences) // split)
     return (ends - local)[chosen, None] + torch.minimum(steps[None], local[chosen, None] - 1)
+
+
+def _prefix_index(
+    sequences: Sequence[int], lengths: Sequence[int], prefixes: Sequence[Prefix | None]
+) -> Tensor:
+    """[S, longest prefix] row of each token of a sequence's prefix; a short one repeats its last row."""
+    starts = [0, *accumulate(lengths)]
+    found = [prefix for index in sequences if (prefix := prefixes[index]) is not None]
+    steps = torch.arange(max(prefix.length for prefix in found))
+    return torch.stack([starts[prefix.of] + steps.clamp(max=prefix.length - 1) for prefix in found])
 
 
 def zigzag_positions(length: int, cp_size: int, cp_rank: int) -> Tensor:
@@ -187,21 +236,33 @@ def _whole_sequence_order(lengths: Sequence[int], cp_size: int) -> Tensor:
 
 
 def _position_mask(
-    sequences: Sequence[int], lengths: Sequence[int], cp_size: int, cp_rank: int, window: int | None
+    sequences: Sequence[int],
+    lengths: Sequence[int],
+    starts: Sequence[int],
+    cp_size: int,
+    cp_rank: int,
+    window: int | None,
 ) -> Tensor:
     """[S or 1, 1, q, k] True where the key is at or before the query, fewer than `window` positions away.
 
-    Without context parallelism every sequence has the same mask: S is 1 and the memory is one sequence's.
+    Without context parallelism and prefixes every sequence has the same mask: S is 1 and the memory is one
+    sequence's. Keys of prefixes, the longest of the call, stand in front of the sequences' own.
     """
     longest = max(lengths[s] for s in sequences)
-    keys = torch.arange(longest)
-    queries = keys[None]
+    begin = torch.tensor([starts[s] for s in sequences])[:, None]  # [S, 1]
+    begin = begin if begin.any() else begin[:1]
+    steps = torch.arange(int(begin.max()))[None]
+    # What only fills a shorter prefix up stands behind every query.
+    before = torch.where(steps < begin, steps, torch.iinfo(torch.int64).max)
+    keys = torch.cat([before, begin + torch.arange(longest)], dim=1)  # [S or 1, k]
+    queries = torch.arange(longest)[None]
     if cp_size > 1:
         # A query that only fills up a short sequence sees some key too: the softmax of none is 0 / 0.
         queries = torch.full((len(sequences), longest // cp_size), longest - 1)
         for row, sequence in zip(queries, sequences, strict=True):
             positions = zigzag_positions(lengths[sequence], cp_size, cp_rank)
             row[: positions.numel()] = positions
-    queries = queries[:, None, :, None]
+    queries = (queries + begin)[:, None, :, None]
+    keys = keys[:, None, None]
     mask = queries >= keys
     return mask if window is None else mask & (queries - window < keys)

@@ -85,7 +85,13 @@ def run_schedule(
         experts = microbatch.experts
         if experts is not None:
             experts = experts.to(parallel.device, non_blocking=True)
-        packed = PackedSequences.of(microbatch.lengths, device=boundaries, places=cached, experts=experts)
+        packed = PackedSequences.of(
+            microbatch.lengths,
+            device=boundaries,
+            places=cached,
+            experts=experts,
+            prefixes=microbatch.batch.prefixes,
+        )
         output = chunk(**model_inputs(microbatch.batch, packed, marks_padding=marks_padding))
 
         def finish(hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:

@@ -15,7 +15,7 @@ from megatron_sftrl.config.data import Aggregation
 from megatron_sftrl.config.schema import BatchSection
 from megatron_sftrl.data.examples import Example
 from megatron_sftrl.data.loader import BatchLayout, StepData, lay_out_step
-from megatron_sftrl.data.packing import StepNormalization
+from megatron_sftrl.data.packing import SharedPrompt, StepNormalization
 from megatron_sftrl.data.prompts import PromptRow
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.engine.policy import Ask, PolicyEngine
@@ -113,6 +113,8 @@ class ExperienceBatches:
         needs_reward: the loss looks at advantages: a response without a reward carries none.
         has_demonstrations: groups may hold some, and the loss is told which tokens are theirs.
         experts_shape: (layers with experts, k) under rollout.router_replay.
+        shares_prompts: a prompt is computed once for the responses of its group in a micro-batch. Under
+            rollout.router_replay it visits the experts that the first of them has.
     """
 
     batch: BatchSection
@@ -123,6 +125,7 @@ class ExperienceBatches:
     needs_reward: bool = True
     has_demonstrations: bool = False
     experts_shape: tuple[int, int] | None = None
+    shares_prompts: bool = False
 
     def has_signal(self, responses: Sequence[Response]) -> bool:
         """A response that carries loss has an advantage, where the loss looks at advantages."""
@@ -181,7 +184,15 @@ class ExperienceBatches:
                 *(("is_demonstration",) if self.has_demonstrations else ()),
             ),
             experts_shape=self.experts_shape,
+            shared=_shared_prompts(responses) if self.shares_prompts else (),
         )
+
+
+def _shared_prompts(responses: Sequence[Response]) -> list[SharedPrompt]:
+    """Of each response, all but the last token of its group's prompt."""
+    prompts = [(each.group, each.rollout.prompt_tokens) for each in responses]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return [SharedPrompt(number=numbers[prompt], length=len(prompt[1]) - 1) for prompt in prompts]
 
 
 def with_advantages(responses: Sequence[Response], estimator: AdvantageEstimator) -> list[Response]:
@@ -243,8 +254,9 @@ def by_row(
         ):
             starts = batch.cu_seqlens.tolist()
             whole, mask = values.cpu(), batch.loss_mask
-            for row, start, stop in zip(rows, starts, starts[1:], strict=False):
-                mine[row] = whole[:, start:stop][:, mask[start:stop]].tolist()
+            for row, sequence in zip(rows, batch.complete(), strict=False):
+                place = slice(starts[sequence], starts[sequence + 1])
+                mine[row] = whole[:, place][:, mask[place]].tolist()
     shares: list[dict[int, list[list[float]]] | None] = [None] * parallel.world_size
     dist.all_gather_object(shares, mine)
     bad = [rank for rank, share in enumerate(shares) if not all(map(_are_finite, (share or {}).values()))]

@@ -298,6 +298,7 @@ class GrpoTrainer:
             needs_reward="advantages" in run.loss.needs,
             has_demonstrations=config.rollout.demonstrations > 0,
             experts_shape=None if run.policy.router_replay is None else run.policy.router_replay.shape,
+            shares_prompts=config.rollout.share_prompts,
         )
         self.updates = EngineUpdates(config, engine, run.policy, prompts.rows, self.batches, self.sampling)
 

@@ -157,7 +157,7 @@ def _some_tokens(batch: TokenBatch, tokens: Tensor) -> TokenBatch:
     """The batch of some tokens, as if they were one sequence."""
     # Not of a list: copying it to a device would wait for the device.
     bounds = torch.arange(2, dtype=batch.cu_seqlens.dtype, device=tokens.device) * tokens.numel()
-    return batch.map(lambda value: value[tokens], cu_seqlens=bounds)
+    return batch.map(lambda value: value[tokens], cu_seqlens=bounds, prefixes=())
 
 
 def weighted_sum(token_loss: Tensor, token_weight: Tensor) -> Tensor:
