@@ -146,7 +146,7 @@ def _assignment(
     # Padding for context parallelism comes on top of what the user counted.
     max_tokens = None if max_tokens is None else predicting_length(max_tokens + 1, multiple)
     if shared:
-        assert batch.packing, "config.checks refuses rollout.share_prompts without packing"
+        assert max_tokens is not None, "config.checks refuses rollout.share_prompts without packing"
         return plan_sharing_microbatches(
             num_tokens,
             shared,

@@ -319,7 +319,7 @@ def plan_sharing_microbatches(
     shared: Sequence[SharedPrompt | None],
     *,
     dp_size: int,
-    max_tokens: int | None,
+    max_tokens: int,
     multiple: int,
     microbatch_multiple: int = 1,
 ) -> Assignment:
@@ -367,21 +367,24 @@ def _parts_of_groups(
     cuts: int,
     occupied: Callable[[Sequence[int]], int],
     *,
-    capacity: int | None,
+    capacity: int,
 ) -> list[list[int]]:
     """Positions of the step, those of a group in at least `cuts` parts of at most `capacity` tokens."""
-    groups: dict[object, list[int]] = {}
+    rest = [
+        length - (0 if prompt is None else prompt.length)
+        for length, prompt in zip(num_tokens, shared, strict=True)
+    ]
+    groups: dict[int, list[int]] = {}
     for position, prompt in enumerate(shared):
-        groups.setdefault(("alone", position) if prompt is None else prompt.number, []).append(position)
+        groups.setdefault(-1 - position if prompt is None else prompt.number, []).append(position)
     parts: list[list[int]] = []
     for members in groups.values():
-        longest_first = sorted(members, key=lambda position: (-num_tokens[position], position))
-        number = min(cuts, len(members))
-        while True:
-            cut = [sorted(longest_first[first::number]) for first in range(number)]
-            if number == len(members) or capacity is None or max(map(occupied, cut)) <= capacity:
+        longest_first = sorted(members, key=lambda position: (-rest[position], position))
+        for number in range(min(cuts, len(members)), len(members) + 1):
+            cut = _least_loaded(rest, longest_first, sum(rest), number)
+            assert cut is not None, "there is room for all of them together"
+            if max(map(occupied, cut)) <= capacity:
                 break
-            number += 1
         parts += cut
     return parts
 
