@@ -23,8 +23,9 @@ from tests.distributed.test_families_against_transformers import largest_differe
 from tests.grid import cases
 from tests.ranks import run_ranks
 
-# Of each group: tokens of the prompt, and of each response. Below and beyond a window, of one token alone.
-GROUPS = [(2 * WINDOW + 5, (40, 1, 7, 6)), (9, (20, 3, 21)), (1, (5, 4)), (WINDOW, (2,))]
+# Of each group: tokens of the prompt, and of each response. Below and beyond a window, of one token alone;
+# of similar length, so that attention to two of them is one call.
+GROUPS = [(2 * WINDOW + 5, (40, 1, 7, 6)), (12, (20, 3, 21)), (1, (5, 4)), (WINDOW, (2, 3)), (8, (2,))]
 MAX_TOKENS = 80  # the first group does not fit, and is cut
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
 FULL = {"recompute": "full"}

@@ -21,6 +21,7 @@ from tests.grid import cases, often
 # carry the difference on (measured: 2e-6 in any number).
 OTHER_ORDER = 2e-5
 
+SHARED = ("batch={global_size: 8, packing: true, max_tokens: 48}", "rollout.share_prompts=true")
 LAYOUTS = {
     "dp2, distributed optimizer": (
         "parallel={distributed_optimizer: true, overlap_grad_reduce: true, overlap_param_gather: true}",
@@ -37,8 +38,11 @@ LAYOUTS = {
     ),
     "pp2, vp2": ("parallel={pp: 2, vp: 2}",),
     "cp2": ("parallel.cp=2",),
+    "dp2, prompts shared": SHARED,
+    "cp2, prompts shared": (*SHARED, "parallel.cp=2"),
+    "pp2, vp2, prompts shared": (*SHARED, "parallel={pp: 2, vp: 2}"),
 }
-SELDOM = ["tp2", "pp2"]
+SELDOM = ["tp2", "pp2", "dp2, prompts shared", "pp2, vp2, prompts shared"]
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_sftrl.data.examples import Example
-from megatron_sftrl.data.packing import StepNormalization, build_token_batch
+from megatron_sftrl.data.packing import SharedPrompt, StepNormalization, build_token_batch, padded_batch
+from megatron_sftrl.types import OWN_CHOICE, Prefix
 
 PAD = 99
 STEP = StepNormalization(aggregation="token_mean", num_loss_tokens=5, num_sequences=2, max_length=8)
@@ -97,3 +100,58 @@ def test_building_a_batch_leaves_the_examples_alone() -> None:
     batch.tokens.fill_(0)
     np.testing.assert_array_equal(SECOND.tokens, before[0])
     np.testing.assert_array_equal(SECOND.loss_mask, before[1])
+
+
+def test_responses_stand_behind_one_copy_of_their_prompt_which_ends_before_its_last_token() -> None:
+    group = [
+        example([10, 11, 12, 30], "0001", scores=[-1.0]),
+        SECOND,
+        example([10, 11, 12, 40, 41], "00011", scores=[-2.0, -3.0]),
+    ]
+    prompt = SharedPrompt(number=7, length=2)
+    batch = build_token_batch(
+        group,
+        normalization=STEP,
+        pad_id=PAD,
+        pad_to_multiple_of=8,
+        carried=("behavior_logprobs",),
+        shared=[prompt, None, prompt],
+    )
+    #                               prompt    first  second              third   padding
+    assert batch.tokens.tolist() == [10, 11, 12, 20, 21, 22, 23, 24, 12, 40, *[PAD] * 6]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 2, 3, *range(6)]
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 8, 10, 16]
+    assert batch.prefixes == (None, Prefix(0, 2), None, Prefix(0, 2), None)
+    assert batch.complete() == [1, 2, 3, 4], "all but the prompt, and the padding"
+    labels = batch.labels[batch.loss_mask]
+    assert labels.tolist() == [30, 21, 22, 25, 40, 41]
+    assert batch.behavior_logprobs is not None
+    assert batch.behavior_logprobs[batch.loss_mask].tolist() == [-1, -3, -4, -5, -2, -3]
+    longer = padded_batch(batch, 24)
+    assert longer.prefixes == (*batch.prefixes, None)
+
+
+def test_a_prompt_is_copied_where_one_for_all_takes_more_room() -> None:
+    """Of context parallelism each piece is a multiple of 4: prompt 4 + 4 + 4, and 4 + 4 without sharing."""
+    group = [example([10, 11, 12, number], "0001") for number in (30, 31)]
+    shared = [SharedPrompt(number=0, length=2)] * 2
+    batch = build_token_batch(group, normalization=STEP, pad_id=PAD, sequence_multiple_of=4, shared=shared)
+    assert batch.cu_seqlens.tolist() == [0, 4, 8]
+    assert batch.prefixes == ()
+    alone = build_token_batch(group[:1], normalization=STEP, pad_id=PAD, shared=shared[:1])
+    assert alone.tokens.tolist() == [10, 11, 12]
+
+
+def test_a_shared_prompt_visits_the_experts_of_its_first_response() -> None:
+    group = [example([10, 11, 12, 30], "0001"), example([10, 11, 12, 40, 41], "00011")]
+    experts = [np.arange(len(each.tokens) - 1)[:, None, None] + 10 * i for i, each in enumerate(group)]
+    batch = build_token_batch(
+        [replace(each, experts=chosen) for each, chosen in zip(group, experts, strict=True)],
+        normalization=STEP,
+        pad_id=PAD,
+        pad_to_multiple_of=4,
+        experts_shape=(1, 1),
+        shared=[SharedPrompt(number=0, length=2)] * 2,
+    )
+    assert batch.experts is not None
+    assert batch.experts.flatten().tolist() == [0, 1, 2, 12, 13, *[OWN_CHOICE] * 3]
