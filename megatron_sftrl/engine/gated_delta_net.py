@@ -239,7 +239,7 @@ def _kernel_of_fla(like: Tensor) -> Rule | None:
 def _by_groups(heads: Heads, packed: PackedSequences, keep: Keep | None) -> Tensor:
     """Sequences of similar length together, filled up to the longest."""
     query, key, value, decay, rate = heads
-    plan = packed.plan(cp_rank=0, cp_size=1, window=None, device=query.device)
+    plan = packed.plan(cp_rank=0, cp_size=1, window=None, like=query)
     outputs = []
     for call in plan.calls:
         decays, rates = decay[call.queries], rate[call.queries].float()

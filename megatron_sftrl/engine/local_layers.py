@@ -128,9 +128,7 @@ class PackedAttention(torch.nn.Module):
         assert isinstance(packed_seq_params, PackedSequences)
         assert attention_mask is None and attention_bias is None
         cp_rank, cp_size = self.cp_group.rank(), self.cp_group.size()
-        plan = packed_seq_params.plan(
-            cp_rank=cp_rank, cp_size=cp_size, window=self.window, device=query.device
-        )
+        plan = packed_seq_params.plan(cp_rank=cp_rank, cp_size=cp_size, window=self.window, like=query)
         if plan.whole_order is not None:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)[plan.whole_order]
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)[plan.whole_order]
@@ -156,7 +154,7 @@ class PackedAttention(torch.nn.Module):
             key = F.pad(key, (0, 1, 0, 0, 1, 0))
             key[:, 0, :, -1] = 1
             value = F.pad(value, (0, 1, 0, 0, 1, 0))
-            mask = None if mask is None else F.pad(mask, (1, 0, 1, 0), value=True)
+            mask = None if mask is None else F.pad(mask, (1, 0, 1, 0))
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),

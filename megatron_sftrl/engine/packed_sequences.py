@@ -34,7 +34,7 @@ class PackedSequences(PackedSeqParams):
     prefixes: tuple[Prefix | None, ...] = ()
     places: CacheSlots | None = None
     experts: Tensor | None = None
-    _plans: dict[int | None, AttentionPlan] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[int | None, torch.dtype], AttentionPlan] = field(default_factory=dict, repr=False)
     _positions: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
     _rows_with_gaps: Tensor | None = field(default=None, repr=False)
 
@@ -65,20 +65,25 @@ class PackedSequences(PackedSeqParams):
             prefixes=prefixes,
         )
 
-    def plan(self, *, cp_rank: int, cp_size: int, window: int | None, device: torch.device) -> AttentionPlan:
-        """How this rank attends in a layer with that window; made for the first such layer."""
+    def plan(self, *, cp_rank: int, cp_size: int, window: int | None, like: Tensor) -> AttentionPlan:
+        """How this rank attends in a layer with that window; made for the first such layer.
+
+        Args:
+            like: of the device and dtype of its queries.
+        """
         if window is not None and window >= self.max_seqlen_q and cp_size == 1:
             window = None
-        if window not in self._plans:
-            self._plans[window] = attention_plan(
+        key = (window, like.dtype)
+        if key not in self._plans:
+            self._plans[key] = attention_plan(
                 self.lengths,
                 prefixes=self.prefixes,
                 cp_rank=cp_rank,
                 cp_size=cp_size,
                 window=window,
-                device=device,
+                like=like,
             )
-        return self._plans[window]
+        return self._plans[key]
 
     def positions_of(self, cp_group: dist.ProcessGroup, device: torch.device) -> Tensor:
         """[T/cp] int64 place of each of this rank's tokens in its sequence, prefix included; made once."""
@@ -122,7 +127,8 @@ class AttentionCall:
     Args:
         queries: [S, q] rows of this rank's packed tokens.
         keys: [S, k] rows of the whole packed tokens.
-        mask: [S or 1, 1, q, k] True where a query sees a key; None where that is the causal mask.
+        mask: [S or 1, 1, q, k] 0 where a query sees a key, else -inf; None where that is the causal mask. Of
+            the queries' dtype: from True and False every layer would make and keep one of its own.
     """
 
     queries: Tensor
@@ -152,12 +158,12 @@ def attention_plan(
     cp_rank: int,
     cp_size: int,
     window: int | None,
-    device: torch.device,
+    like: Tensor,
 ) -> AttentionPlan:
     """Which queries meet which keys, in as few calls as similar lengths allow; `lengths` are whole."""
 
     def there(made: Tensor) -> Tensor:
-        return made.to(device, non_blocking=True)
+        return made.to(like.device, non_blocking=True)
 
     local = [length // cp_size for length in lengths]
     starts = [sum(local[:index]) for index in range(len(local))]
@@ -168,7 +174,8 @@ def attention_plan(
         has_prefix = inside[sequences[0]] > 0
         mask = None
         if has_prefix or cp_size > 1 or (window is not None and longest > window):
-            mask = there(_position_mask(sequences, lengths, inside, cp_size, cp_rank, window))
+            is_seen = there(_position_mask(sequences, lengths, inside, cp_size, cp_rank, window))
+            mask = torch.zeros_like(is_seen, dtype=like.dtype).masked_fill_(~is_seen, -torch.inf)
         queries = there(_padded_index(sequences, lengths, cp_size))
         keys = queries if cp_size == 1 else there(_padded_index(sequences, lengths, 1))
         if has_prefix:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sftrl.config.schema import RunConfig
 from megatron_sftrl.models import architecture_of
-from megatron_sftrl.types import TokenBatch
+from megatron_sftrl.types import Prefix, TokenBatch
 from tests.distributed.uncounted_collectives import LABEL, UncountedCollectives
 
 if TYPE_CHECKING:
@@ -44,8 +44,14 @@ class Held:
     peak: int
 
 
-def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int) -> Held:
-    """Two steps on random tokens; the second, when Adam's moments exist, is measured."""
+def measure(
+    run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbatches: int, prompt: int = 0
+) -> Held:
+    """Two steps on random tokens; the second, when Adam's moments exist, is measured.
+
+    Args:
+        prompt: tokens that stand once in front of all sequences of a micro-batch.
+    """
     from megatron.core import parallel_state
 
     from megatron_sftrl.engine.parallel import initialize_parallel
@@ -55,7 +61,13 @@ def measure(run: RunConfig, *, num_tokens: int, num_sequences: int, num_microbat
     policy, reference = policy_and_reference(run, context)
     loss = build_loss(run.loss.name, run.loss.options)
     batches = [
-        packed(num_tokens, num_sequences, policy.architecture.vocab_size, seed=context.dp_rank * 100 + number)
+        packed(
+            num_tokens,
+            num_sequences,
+            policy.architecture.vocab_size,
+            seed=context.dp_rank * 100 + number,
+            prompt=prompt,
+        )
         for number in range(num_microbatches)
     ]
 
@@ -109,19 +121,22 @@ def policy_and_reference(
     return policy, reference
 
 
-def packed(num_tokens: int, num_sequences: int, vocab_size: int, *, seed: int) -> TokenBatch:
-    """Random tokens in sequences of one length."""
+def packed(num_tokens: int, num_sequences: int, vocab_size: int, *, seed: int, prompt: int = 0) -> TokenBatch:
+    """Random tokens in sequences of one length, all behind the first `prompt` tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator)
-    length = num_tokens // num_sequences
-    assert length * num_sequences == num_tokens
+    length = (num_tokens - prompt) // num_sequences
+    assert prompt + length * num_sequences == num_tokens
+    lengths = [prompt] * (prompt > 0) + [length] * num_sequences
+    positions = [torch.arange(prompt), *[prompt + torch.arange(length)] * num_sequences]
     return TokenBatch(
         tokens=tokens[:-1],
         labels=tokens[1:],
-        positions=torch.arange(length).repeat(num_sequences),
+        positions=torch.cat(positions),
         loss_mask=torch.ones(num_tokens, dtype=torch.bool),
-        cu_seqlens=torch.arange(0, num_tokens + 1, length, dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         token_weight=torch.full((num_tokens,), 1.0 / num_tokens),
+        prefixes=(None, *[Prefix(0, prompt)] * num_sequences) if prompt else (),
     )
 
 

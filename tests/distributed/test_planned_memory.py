@@ -199,6 +199,7 @@ class Step:
 
     Args:
         hf: a model of hf_models, whose sizes `model` has, in place of the toy.
+        prompt: tokens that stand once in front of all sequences.
     """
 
     hf: str | None = None
@@ -215,6 +216,7 @@ class Step:
     num_tokens: int = 1024
     num_sequences: int = 4
     num_microbatches: int = 2
+    prompt: int = 0
 
 
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 192, "vocab_size": 600, "max_position_embeddings": 4096}
@@ -223,6 +225,7 @@ HYBRID = {
     **{"hidden_size": 64, "intermediate_size": 192, "vocab_size": 600, "max_position_embeddings": 4096},
     **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
+OLMO = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 600, "max_position_embeddings": 4096}
 DEEP_HYBRID = {**HYBRID, "num_hidden_layers": 12}
 DEEP = {"num_layers": 12}
 SPLIT = {"tp": 2, "sequence_parallel": True}
@@ -312,6 +315,13 @@ STEPS = {
         loss={"name": "gift", "beta": 4.0},
         reference={"kind": "frozen"},
     ),
+    "prompts shared": Step(num_tokens=1024, num_sequences=4, prompt=512),
+    "long prompts shared, windows": Step(
+        hf="olmo3", model=OLMO, dtype="fp32", num_tokens=1280, num_sequences=8, prompt=1024
+    ),
+    "prompts shared, recomputed at cp 2": Step(
+        world_size=2, parallel={"cp": 2}, recompute="full", num_tokens=2048, num_sequences=8, prompt=1024
+    ),
     "pp 2, recomputed": Step(world_size=2, parallel={"pp": 2}, recompute="full", num_microbatches=4),
     "pp 2 vp 2": Step(world_size=2, parallel={"pp": 2, "vp": 2}, num_microbatches=4),
     "cp 2": Step(world_size=2, parallel={"cp": 2}, num_tokens=2048, num_sequences=2),
@@ -361,7 +371,10 @@ def run_of(step: Step, directory: Path) -> RunConfig:
         reference=step.reference,
         lora=step.lora,
         train=train,
-        data={"train": ["unused"], "max_length": step.num_tokens // step.num_sequences},
+        data={
+            "train": ["unused"],
+            "max_length": step.prompt + (step.num_tokens - step.prompt) // step.num_sequences,
+        },
         batch={"global_size": 8, "packing": True, "max_tokens": step.num_tokens},
     )
 
@@ -372,7 +385,7 @@ def planned_peak(run: RunConfig, step: Step, pp_rank: int) -> int:
         architecture_of(run.model),
         run,
         grid,
-        microbatch_of(run, grid, "torch"),
+        replace(microbatch_of(run, grid, "torch"), prompt=step.prompt, group=step.num_sequences),
         stage=pp_rank,
         num_microbatches=step.num_microbatches,
     )
@@ -395,6 +408,8 @@ SELDOM = [
     "experts",
     "cut experts, recomputed",
     "recomputed",
+    "prompts shared",
+    "prompts shared, recomputed at cp 2",
     "all that is elementwise, tp 2",
     "a reference at pp 2",
     *(name for name in STEPS if name.startswith("a hybrid") and name != "a hybrid"),
@@ -438,4 +453,5 @@ def measure_step(run: RunConfig, step: Step) -> Held:
         num_tokens=step.num_tokens,
         num_sequences=step.num_sequences,
         num_microbatches=step.num_microbatches,
+        prompt=step.prompt,
     )

@@ -43,6 +43,8 @@ class Microbatch:
         tokens, residual_tokens, element: t, u and e.
         longest: tokens of its longest sequence, before context parallelism.
         kernels: whose layers.
+        prompt: of those `longest` tokens, how many stand once in front of `group` responses; 0 where every
+            sequence has its own.
     """
 
     tokens: int
@@ -50,6 +52,13 @@ class Microbatch:
     longest: int
     element: int
     kernels: Kernels
+    prompt: int = 0
+    group: int = 1
+
+    @property
+    def prompts_read(self) -> float:
+        """Tokens of prompts that attention copies for each response, for a token of the micro-batch."""
+        return self.group * self.prompt / (self.prompt + self.group * (self.longest - self.prompt))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,10 +217,18 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
         total += (t - batch.residual_tokens) * a.hidden_size * e
     total += 3 * t * a.rope_head_dim * e  # cos and sin
     total += t * (3 * _INT64 + 1)  # rows of the packed tokens
-    if grid.cp > 1:  # the mask by positions, as SDPA's additive values
-        total += t * batch.longest * (e + 1)
-    # Reading the packed sequences out copies q, k and v; putting them back copies the output.
-    return total + query + grid.cp * (keys + values) + output + output
+    # Reading the packed sequences out copies q, k and v, the prompt's for each response; putting them back
+    # copies the output.
+    copied = round(grid.cp * (1 + batch.prompts_read) * (keys + values))
+    return total + query + copied + output + output
+
+
+def _mask_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """Masks by positions, which the blocks share: of layers with a window and of those without."""
+    if batch.kernels == "transformer_engine" or not (grid.cp > 1 or batch.prompt):
+        return 0
+    num_kinds = 1 + (0 < len(a.window_layers) < a.num_layers)
+    return num_kinds * batch.tokens * batch.longest * batch.element
 
 
 def _latent_bytes(a: Architecture, latent: Latent, grid: Grid, batch: Microbatch) -> int:
@@ -332,12 +349,15 @@ def microbatch_of(config: TrainingConfig, grid: Grid, kernels: Kernels) -> Micro
     multiple = 2 * grid.cp if grid.cp > 1 else 1
     whole = config.batch.max_tokens or config.batch.micro_size * _round_up(config.longest_trained, multiple)
     tokens = _round_up(whole, multiple * grid.tp) // grid.cp
+    grpo = config.grpo
     return Microbatch(
         tokens=tokens,
         residual_tokens=tokens // grid.tp if grid.sequence_parallel else tokens,
         longest=config.longest_trained,
         element=element_bytes(config),
         kernels=kernels,
+        prompt=grpo.data.max_prompt_length - 1 if grpo and grpo.rollout.share_prompts else 0,
+        group=grpo.rollout.group_size if grpo else 1,
     )
 
 
@@ -360,6 +380,7 @@ def step_peak(
     num_full = recomputed_blocks(config, per_chunk)
     in_flight = chunks_in_flight(grid, stage=stage, num_microbatches=num_microbatches)
     blocks = in_flight * (num_full * block.input + (per_chunk - num_full) * block.saved)
+    blocks += in_flight * _mask_bytes(architecture, grid, batch)
     # What the stages exchange is kept until its backward, and an output on its way.
     exchanged = (in_flight + 1) * block.input if grid.pp > 1 else 0
     # The block at work: recomputed, and the gradients in it. Blocks that kept all have let go by then.

@@ -18,6 +18,7 @@ from megatron_sftrl.models import architecture_of, from_hf_config
 from megatron_sftrl.trainers.checked import batch_layout
 from tests.unit.config.example import example
 from tests.unit.config.test_checks import MIXTURE
+from tests.unit.config.test_router_replay import run_with
 from tests.unit.models.hf_files import values
 
 BF16 = ("model.dtype=bf16", "parallel.distributed_optimizer=true")
@@ -89,6 +90,15 @@ def test_sinks_ask_for_torch_s_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = replace(architecture_of(run.model), has_sinks=True)
     with pytest.raises(UserError, match=r"sinks and experts of a .*: set model\.layers = torch"):
         check_megatron(run, architecture, is_cuda=True)
+
+
+def test_shared_prompts_ask_for_torch_s_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda model, is_cuda: is_cuda)
+    run = run_with("rollout.share_prompts=true", "rollout.router_replay=false")
+    architecture = architecture_of(run.model)
+    with pytest.raises(UserError, match=r"share_prompts: Transformer Engine's .*: set model\.layers = torch"):
+        check_megatron(run, architecture, is_cuda=True)
+    check_megatron(run, architecture, is_cuda=False)
 
 
 def test_where_the_packages_are_there_the_settings_pass(monkeypatch: pytest.MonkeyPatch) -> None:
