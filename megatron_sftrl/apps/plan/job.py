@@ -42,7 +42,7 @@ def workload_of(config: TrainingConfig, grid: Grid, *, mean_length: int | None =
     batch = config.batch
     per_microbatch = batch.micro_size
     if batch.max_tokens is not None:
-        per_microbatch = max(1, batch.max_tokens // length)
+        per_microbatch = max(1, int(batch.max_tokens / _computed_tokens(config, length)))
     wave = grid.dp * (grid.pp if grid.vp > 1 else 1)
     groups = _round_up(math.ceil(batch.global_size / per_microbatch), wave)
     responses = updates = 0
@@ -52,10 +52,19 @@ def workload_of(config: TrainingConfig, grid: Grid, *, mean_length: int | None =
     return Workload(
         length=length,
         num_microbatches=groups // grid.dp,
-        microbatch_tokens=per_microbatch * length,
+        microbatch_tokens=math.ceil(per_microbatch * _computed_tokens(config, length)),
         num_updates=updates or 1,
         num_responses=responses,
     )
+
+
+def _computed_tokens(config: TrainingConfig, length: int) -> float:
+    """Of a sequence of so many in an update: of a shared prompt, in proportion to its longest, a G-th."""
+    grpo = config.grpo
+    if grpo is None or not grpo.rollout.share_prompts:
+        return length
+    prompt = length * grpo.data.max_prompt_length / grpo.max_length
+    return length - prompt * (1 - 1 / grpo.rollout.group_size)
 
 
 def block_flops(architecture: Architecture, *, tokens: int, length: int) -> float:

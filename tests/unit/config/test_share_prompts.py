@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sftrl.apps.plan.activations import microbatch_of
+from megatron_sftrl.apps.plan.job import Workload, workload_of
 from megatron_sftrl.apps.plan.model_state import grid_of
 from megatron_sftrl.config.checks import check_run
 from megatron_sftrl.errors import UserError
@@ -44,6 +45,16 @@ def test_a_plan_counts_the_copies_that_attention_makes_of_a_shared_prompt() -> N
     assert prompts_read() == 0
     # 31 of a prompt's 32 tokens stand once in front of 4 responses of 33 positions.
     assert prompts_read(*SHARED) == pytest.approx(4 * 31 / (31 + 4 * 33))
+
+
+def test_a_plan_estimates_a_shared_prompt_once_for_its_group() -> None:
+    def work(*overrides: str) -> Workload:
+        run = run_with(*PACKED, *overrides, "rollout.router_replay=false", "rollout.group_size=4")
+        return workload_of(run, grid_of(run.parallel, 1))
+
+    # 64 tokens a sequence, 32 of them the prompt's: of a group of 4 each takes 40.
+    assert (work().microbatch_tokens, work().num_microbatches) == (2 * 64, 4)
+    assert (work(*SHARED).microbatch_tokens, work(*SHARED).num_microbatches) == (3 * 40, 3)
 
 
 def test_a_state_does_not_begin_behind_a_prompt(tmp_path: Path) -> None:
