@@ -17,11 +17,11 @@ import torch
 from megatron_sftrl.config.schema import ReferenceSection, RunConfig
 from megatron_sftrl.engine.parallel import ParallelContext
 from megatron_sftrl.models.architecture import from_section
-from megatron_sftrl.types import Prompt, SamplingParams
+from megatron_sftrl.types import Prefix, Prompt, SamplingParams
 from tests.distributed import test_late_weights, test_mixed_lengths
 from tests.distributed.test_layouts import LOSSES, make_config, step_batches, train
 from tests.distributed.test_mixed_lengths import LONG, SHORT
-from tests.distributed.test_packed_attention import assert_equal, packed, sequence_by_sequence
+from tests.distributed.test_packed_attention import PREFIXES, assert_equal, packed, sequence_by_sequence
 from tests.e2e.product import run_product
 from tests.e2e.project import make_project, metrics_of
 from tests.unit.losses.test_golden import PATHS, errors
@@ -216,9 +216,13 @@ def test_a_long_microbatch_leaves_the_gradients_of_a_short_one(lengths: list[int
     assert found.ways == {"output"}
 
 
+@pytest.mark.parametrize("prefixes", [(), PREFIXES])
 @pytest.mark.parametrize("window", [None, 5])
-def test_packed_attention_equals_each_sequence_alone(window: int | None) -> None:
-    assert_equal([packed(1, window, device="cuda")], sequence_by_sequence(window))
+def test_packed_attention_equals_each_sequence_alone(
+    window: int | None, prefixes: tuple[Prefix | None, ...]
+) -> None:
+    found = packed(1, window, device="cuda", prefixes=prefixes)
+    assert_equal([found], sequence_by_sequence(window, prefixes))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

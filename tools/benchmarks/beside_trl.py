@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=2 python -m tools.benchmarks.beside_trl [--trl-python ENV/bin/python] [--json FILE]
 
 The same random Llama of 135M weights, rows, batch, fp32, AdamW and threads. Each turn is a run of its own,
-as a user starts it, ours and then TRL's; of each run the first step is left out. `recomputed` keeps no
-activations inside a layer: train.recompute=full, and gradient_checkpointing, TRL's default. `TRL, by default`
-does not pack, either.
+as a user starts it, ours and then TRL's; of each run the first step is left out. Of GRPO ours has
+rollout.share_prompts, and `prompts not shared` is without. `recomputed` keeps no activations inside a layer:
+train.recompute=full, and gradient_checkpointing, TRL's default; ours has a number of layers, too
+(train.recompute_layers). `TRL, by default` does not pack, either.
 TRL wants an environment of its own (pip install trl==1.16.0 beside torch), unless this one has it.
 """
 
@@ -28,8 +29,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, GROUP_SIZE, NEW_TOKENS, LR = 1024, 16, 64, 1e-5
-OURS, OURS_RECOMPUTED = "ours", "ours, recomputed"
-TRL, TRL_RECOMPUTED, TRL_DEFAULT = "TRL", "TRL, recomputed", "TRL, by default"
 LIMITS = {"sft": (1.4, 0.65), "grpo": (1.8, 0.45)}
 """Tokens per second at least, and peak memory at most, of TRL's."""
 _TEMPLATE = (
@@ -54,6 +53,28 @@ def even_words(inputs: RewardInputs, config: RewardConfig) -> RewardOutput:
 '''
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One way to run a step.
+
+    Args:
+        recomputed: layers without activations, None for all of them.
+    """
+
+    name: str
+    is_ours: bool = True
+    recomputed: int | None = 0
+    packs: bool = True
+    shares_prompts: bool = True
+
+
+OURS, TRL = Side(name="ours"), Side(name="TRL", is_ours=False)
+WHOLE_PROMPTS = Side(name="ours, prompts not shared", shares_prompts=False)
+OURS_RECOMPUTED = Side(name="ours, recomputed", recomputed=None)
+TRL_RECOMPUTED = Side(name="TRL, recomputed", is_ours=False, recomputed=None)
+TRL_DEFAULT = Side(name="TRL, by default", is_ours=False, recomputed=None, packs=False)
+
+
 @dataclass(slots=True)
 class Measured:
     """Of all turns of one side."""
@@ -71,18 +92,27 @@ def main() -> None:
         found = {}
         for kind in arguments.kinds:
             num_tokens = _write_rows(root, kind, vocabulary, arguments.rows)
-            sides = [OURS, TRL]
-            sides += [OURS_RECOMPUTED, TRL_RECOMPUTED] if arguments.recomputed else []
-            sides += [TRL_DEFAULT] if kind == "sft" and arguments.default else []
-            measured = {side: Measured() for side in sides}
+            measured = {side: Measured() for side in _sides(kind, arguments)}
             for turn in range(arguments.turns):
-                for side in sides:
-                    _run(kind, side, root / f"{kind}-{turn}-{sides.index(side)}", arguments, measured[side])
+                for number, (side, each) in enumerate(measured.items()):
+                    _run(kind, side, root / f"{kind}-{turn}-{number}", arguments, each)
             found[kind] = _report(kind, measured, num_tokens)
     if arguments.json is not None:
         temporary = arguments.json.with_name(arguments.json.name + ".tmp")
         temporary.write_text(json.dumps(found, indent=2) + "\n")
         temporary.replace(arguments.json)
+
+
+def _sides(kind: str, arguments: argparse.Namespace) -> list[Side]:
+    sides = [OURS, TRL]
+    if kind == "grpo":
+        sides.append(WHOLE_PROMPTS)
+    if arguments.recomputed:
+        some = arguments.recompute_layers
+        sides += [Side(name=f"ours, {some} recomputed", recomputed=some), OURS_RECOMPUTED, TRL_RECOMPUTED]
+    if kind == "sft" and arguments.default:
+        sides.append(TRL_DEFAULT)
+    return sides
 
 
 def _parse() -> argparse.Namespace:
@@ -91,6 +121,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=["sft", "grpo"], default=["sft", "grpo"])
     parser.add_argument("--default", action="store_true", help="SFT as TRL does it by default, too")
     parser.add_argument("--recomputed", action="store_true", help="both sides without activations, too")
+    parser.add_argument("--recompute-layers", type=int, default=13, help="of one of ours, with --recomputed")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of each run; the first is not counted")
     parser.add_argument("--rows", type=int, default=16, help="of an SFT step, 64 to 256 tokens each")
@@ -148,15 +179,16 @@ def _write_rows(root: Path, kind: str, vocabulary: list[str], num_rows: int) -> 
     return total or GROUP_SIZE * NEW_TOKENS
 
 
-def _run(kind: str, side: str, run: Path, arguments: argparse.Namespace, measured: Measured) -> None:
+def _run(kind: str, side: Side, run: Path, arguments: argparse.Namespace, measured: Measured) -> None:
     """One run of one side, added to what was measured of it."""
     root, threads = run.parent, int(os.environ.get("OMP_NUM_THREADS", "1"))
-    start: Callable[..., list[float]] = _ours if side in (OURS, OURS_RECOMPUTED) else _trl
+    start: Callable[..., list[float]] = _ours if side.is_ours else _trl
     settings = {
         "model": str(root / "model"), "data": str(root / f"{kind}.jsonl"), "run_dir": str(run), "lr": LR,
-        "steps": arguments.steps, "threads": threads, "packing": side != TRL_DEFAULT, "max_length": LENGTH,
+        "steps": arguments.steps, "threads": threads, "packing": side.packs, "max_length": LENGTH,
         "rows_per_pass": 8, "group_size": GROUP_SIZE, "max_new_tokens": NEW_TOKENS,
-        "num_rows": arguments.rows, "recompute": side in (OURS_RECOMPUTED, TRL_RECOMPUTED, TRL_DEFAULT),
+        "num_rows": arguments.rows, "recompute": side.recomputed != 0, "recompute_layers": side.recomputed,
+        "share_prompts": side.shares_prompts,
     }  # fmt: skip
     losses = start(kind, settings, run, arguments.trl_python, measured)
     measured.first_losses.append(losses[0])
@@ -173,6 +205,8 @@ def _ours(kind: str, settings: dict[str, Any], run: Path, _: str, measured: Meas
         "train": {"steps": settings["steps"], "recompute": "full" if settings["recompute"] else "none"},
         "log": {"wandb": "off", "progress": False},
     }
+    if settings["recompute_layers"]:
+        tree["train"]["recompute_layers"] = settings["recompute_layers"]
     if kind == "sft":
         tree["data"]["max_length"] = LENGTH
     else:
@@ -180,7 +214,7 @@ def _ours(kind: str, settings: dict[str, Any], run: Path, _: str, measured: Meas
         tree["batch"] |= {"global_size": GROUP_SIZE, "max_tokens": GROUP_SIZE * (NEW_TOKENS + 32)}
         tree["rollout"] = {
             "engine": "in_process", "prompts_per_step": 1, "group_size": GROUP_SIZE,
-            "max_new_tokens": NEW_TOKENS,
+            "max_new_tokens": NEW_TOKENS, "share_prompts": settings["share_prompts"],
         }  # fmt: skip
         tree["rewards"] = [{"name": "even_words", "modules": [str(run.parent / "my_reward.py")]}]
     written = run.with_suffix(".yaml")
@@ -220,27 +254,32 @@ def _start(command: list[str], measured: Measured) -> None:
     measured.peak_bytes.append(usage.ru_maxrss * 1024)
 
 
-def _report(kind: str, measured: dict[str, Measured], num_tokens: int) -> dict[str, Any]:
+def _report(kind: str, measured: dict[Side, Measured], num_tokens: int) -> dict[str, Any]:
     """Print the table; the same numbers."""
     seconds = {side: statistics.median(each.seconds) for side, each in measured.items()}
     peaks = {side: max(each.peak_bytes) for side, each in measured.items()}
     print(f"{kind}: {num_tokens} tokens a step")
     for side, each in measured.items():
         print(
-            f"  {side:<16} {seconds[side]:8.2f} s a step {num_tokens / seconds[side]:8.0f} tokens/s "
+            f"  {side.name:<24} {seconds[side]:8.2f} s a step {num_tokens / seconds[side]:8.0f} tokens/s "
             f"{peaks[side] / 1e9:6.2f} GB   first loss {each.first_losses[0]:.6f}"
         )
     fastest, smallest = LIMITS[kind]
-    pairs = [(OURS, TRL), (OURS_RECOMPUTED, TRL_RECOMPUTED), (OURS_RECOMPUTED, TRL)]
-    for ours, theirs in pairs[: None if OURS_RECOMPUTED in measured else 1]:
+    pairs = [(side, TRL) for side in measured if side.is_ours]
+    if OURS_RECOMPUTED in measured:
+        pairs.append((OURS_RECOMPUTED, TRL_RECOMPUTED))
+    for ours, theirs in pairs:
         speed, memory = seconds[theirs] / seconds[ours], peaks[ours] / peaks[theirs]
-        print(f"  {ours} / {theirs}: {speed:.2f} of the tokens per second (at least {fastest}), ", end="")
+        print(
+            f"  {ours.name} / {theirs.name}: {speed:.2f} of the tokens per second (at least {fastest}), ",
+            end="",
+        )
         print(f"{memory:.2f} of the memory (at most {smallest})")
     if kind == "sft":
         gap = abs(measured[OURS].first_losses[0] - measured[TRL].first_losses[0])
         print(f"  first losses differ by {gap:.1e} (at most 1e-4)")
     return {
-        side: {
+        side.name: {
             "seconds": each.seconds, "tokens_per_second": num_tokens / seconds[side],
             "peak_bytes": peaks[side], "first_loss": each.first_losses[0],
         }
