@@ -80,14 +80,13 @@ class TokenBatch:
     prefixes: tuple[Prefix | None, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "cu_seqlens" or not isinstance(value, Tensor):
+        for name, value in self.tensors().items():
+            if name == "cu_seqlens":
                 continue
-            shape = value.shape[:1] if field.name == "experts" else value.shape
+            shape = value.shape[:1] if name == "experts" else value.shape
             if shape != self.tokens.shape or len(shape) != 1:
                 raise UserError(
-                    f"TokenBatch.{field.name}: expected shape [T] = {list(self.tokens.shape)}, "
+                    f"TokenBatch.{name}: expected shape [T] = {list(self.tokens.shape)}, "
                     f"got {list(value.shape)}"
                 )
         if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 2:
@@ -109,6 +108,11 @@ class TokenBatch:
         """[S] tokens of each sequence; on a device it is waited for: ask before the batch goes there."""
         return tuple(self.cu_seqlens.diff().tolist())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that is there, by its field."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def complete(self) -> list[int]:
         """The sequences that end here, in order: all but those that are a prefix of others."""
         prefixes = {prefix.of for prefix in self.prefixes if prefix is not None}
@@ -120,11 +124,7 @@ class TokenBatch:
 
     def map(self, function: Callable[[Tensor], Tensor], **replaced: Any) -> TokenBatch:
         """The same batch with `function` applied to every tensor that is there, but those in `replaced`."""
-        changed = {
-            field.name: function(value)
-            for field in dataclasses.fields(self)
-            if field.name not in replaced and isinstance(value := getattr(self, field.name), Tensor)
-        }
+        changed = {name: function(value) for name, value in self.tensors().items() if name not in replaced}
         return dataclasses.replace(self, **changed, **replaced)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def draw_case(
     logprobs = policy.double().log_softmax(1).gather(1, labels[:, None]).squeeze(1)
     # Near and far from the policy, on both sides: clips and masks of the loss act on some tokens.
     old = (logprobs + 0.15 * noise(num_tokens)).float()
-    fields = {
+    fields: dict[str, Any] = {
         "behavior_logprobs": (logprobs - 0.1 + 0.4 * noise(num_tokens)).float(),
         "old_logprobs": old,
         "rollout_logprobs": old + 0.3 * noise(num_tokens),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,19 +143,19 @@ def _evaluate_in_one_pass(
 
 def modified_inputs(loss: Loss, piece: Piece, groups: RankGroups) -> list[str]:
     """Names of the inputs that the loss wrote into, in one process, also when that made it fail."""
-    own = _copy(piece)
+    own, before = _copy(piece), piece.batch.tensors()
     logits = own.policy.requires_grad_().clone()
     with contextlib.suppress(Exception):
         output = loss(_inputs(own, logits, groups))
         weighted_sum(output.token_loss, own.batch.token_weight).backward()
     return [
         name
-        for name, value, before in (
+        for name, value, earlier in (
             ("policy logits", logits, piece.policy),
             ("reference logits", own.reference, piece.reference),
-            *_fields(own.batch, piece.batch),
+            *((f"batch.{field}", tensor, before[field]) for field, tensor in own.batch.tensors().items()),
         )
-        if value is not None and before is not None and not torch.equal(value, before)
+        if value is not None and earlier is not None and not torch.equal(value, earlier)
     ]
 
 
@@ -167,11 +167,6 @@ def _copy(piece: Piece) -> Piece:
         policy=piece.policy.clone(),
         reference=None if piece.reference is None else piece.reference.clone(),
     )
-
-
-def _fields(batch: TokenBatch, before: TokenBatch) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-    for field in dataclasses.fields(TokenBatch):
-        yield f"batch.{field.name}", getattr(batch, field.name), getattr(before, field.name)
 
 
 def _inputs(
