@@ -98,18 +98,19 @@ def test_other_layouts_on_either_side_follow_one_process(
 
 
 @pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
-def test_the_death_of_a_generator_ends_the_job_which_then_repeats_its_lost_steps(
-    grpo: GrpoProject, tmp_path: Path
+@pytest.mark.parametrize("rank", [pytest.param("0", id="trainer"), pytest.param("1", id="generator")])
+def test_the_death_of_either_side_ends_the_job_which_then_repeats_its_lost_steps(
+    rank: str, grpo: GrpoProject, tmp_path: Path
 ) -> None:
-    """Responses on their way are lost with it, and generated again."""
+    """Responses on their way are lost, and generated again."""
     one, killed = tmp_path / "one", tmp_path / "killed"
     long = (*AHEAD, "train.steps=14", "checkpoint.every=4")
     sftrl(*grpo.command(one, *long))
     command = grpo.command(killed, *long, "rollout.devices=1")
     with start_product(*command, log=tmp_path / "log", ranks=2) as started:
         wait_for_step(6, killed, started)
-        (generator,) = [each for each in started.processes() if each.environ().get("RANK") == "1"]
-        generator.kill()
+        (victim,) = [each for each in started.processes() if each.environ().get("RANK") == rank]
+        victim.kill()
         assert started.wait(timeout_s=60) == 1
         assert "exitcode  : -9" in started.output()
     assert 4 < metrics_of(killed)[-1]["step"] < 14, "the kill came at another moment: the test is blind"
