@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -158,38 +158,9 @@ def build_token_batch(
             )
         total = pad_to_length
     spans = [*lengths, total - sum(lengths)] if total > sum(lengths) else lengths
-    tokens = np.full(total, pad_id, np.int64)
-    labels = np.full(total, pad_id, np.int64)
-    mask = np.zeros(total, np.bool_)
-    is_padding = np.ones(total, np.bool_)
-    values = {
-        name: np.zeros(total, np.bool_ if name == "is_demonstration" else np.float32) for name in carried
-    }
-    start = 0
-    for piece, length in zip(pieces, lengths, strict=True):
-        example, first, last = examples[piece.example], piece.first, piece.last
-        real = slice(start, start + last - first)
-        tokens[real] = example.tokens[first:last]
-        labels[real] = example.tokens[first + 1 : last + 1]
-        mask[real] = is_learned = example.loss_mask[first + 1 : last + 1]
-        assert not example.loss_mask[: first + 1].any(), "nothing is learned of what stands in front"
-        is_padding[real] = False
-        for name, target in values.items():
-            found = getattr(example, name)
-            if found is None:
-                raise UserError(f"{example.source}: the row has no {name}")
-            if not piece.is_prefix:
-                target[real][is_learned] = found
-        start += length
-    starts = [piece.first for piece in pieces] + [0] * (len(spans) - len(pieces))
-    loss_mask, cu_seqlens = torch.from_numpy(mask), _cumulative(spans)
+    fields = _filled(examples, pieces, lengths, total, pad_id, carried, experts_shape)
+    loss_mask, cu_seqlens = fields["loss_mask"], _cumulative(spans)
     return TokenBatch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        positions=torch.cat(
-            [start + torch.arange(length) for start, length in zip(starts, spans, strict=True)]
-        ),
-        loss_mask=loss_mask,
         cu_seqlens=cu_seqlens,
         token_weight=token_weights(
             loss_mask,
@@ -199,13 +170,56 @@ def build_token_batch(
             num_sequences=normalization.num_sequences,
             max_length=normalization.max_length,
         ),
-        is_padding=torch.from_numpy(is_padding),
-        experts=_packed_experts(examples, pieces, lengths, (total, *experts_shape))
-        if experts_shape
-        else None,
         prefixes=_prefixes(pieces, len(spans)),
-        **{name: torch.from_numpy(array) for name, array in values.items()},
+        **fields,
     )
+
+
+def _filled(
+    examples: Sequence[Example],
+    pieces: Sequence[Piece],
+    lengths: Sequence[int],
+    total: int,
+    pad_id: int,
+    carried: Sequence[Carried],
+    experts_shape: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """[total, ...] fields of a TokenBatch of pieces that take `lengths` positions each."""
+    tokens, labels = (np.full(total, pad_id, np.int64) for _ in range(2))
+    positions, mask, is_padding = (
+        np.empty(total, np.int64),
+        np.zeros(total, np.bool_),
+        np.ones(total, np.bool_),
+    )
+    values = {
+        name: np.zeros(total, np.bool_ if name == "is_demonstration" else np.float32) for name in carried
+    }
+    experts = np.full((total, *experts_shape), OWN_CHOICE, np.int16) if experts_shape else None
+    start = 0
+    for piece, length in zip(pieces, lengths, strict=True):
+        example, first, last = examples[piece.example], piece.first, piece.last
+        assert not example.loss_mask[: first + 1].any(), "nothing is learned of what stands in front"
+        real = slice(start, start + last - first)
+        tokens[real] = example.tokens[first:last]
+        labels[real] = example.tokens[first + 1 : last + 1]
+        mask[real] = is_learned = example.loss_mask[first + 1 : last + 1]
+        is_padding[real] = False
+        positions[start : start + length] = np.arange(first, first + length)
+        for name, target in values.items():
+            found = getattr(example, name)
+            if found is None:
+                raise UserError(f"{example.source}: the row has no {name}")
+            if not piece.is_prefix:
+                target[real][is_learned] = found
+        if experts is not None and example.experts is not None:
+            experts[real] = example.experts[first:last]
+        start += length
+    positions[start:] = np.arange(total - start)
+    arrays = {
+        "tokens": tokens, "labels": labels, "positions": positions, "loss_mask": mask,
+        "is_padding": is_padding, **({} if experts is None else {"experts": experts}), **values,
+    }  # fmt: skip
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _prefixes(pieces: Sequence[Piece], num_sequences: int) -> tuple[Prefix | None, ...]:
@@ -213,22 +227,6 @@ def _prefixes(pieces: Sequence[Piece], num_sequences: int) -> tuple[Prefix | Non
     if all(piece.prefix is None for piece in pieces):
         return ()
     return (*(piece.prefix for piece in pieces), *[None] * (num_sequences - len(pieces)))
-
-
-def _packed_experts(
-    examples: Sequence[Example],
-    pieces: Sequence[Piece],
-    lengths: Sequence[int],
-    shape: tuple[int, int, int],
-) -> Tensor:
-    """[T, layers with experts, k] int16 of pieces that take `lengths` positions each."""
-    experts, start = np.full(shape, OWN_CHOICE, np.int16), 0
-    for piece, length in zip(pieces, lengths, strict=True):
-        chosen = examples[piece.example].experts
-        if chosen is not None:
-            experts[start : start + piece.last - piece.first] = chosen[piece.first : piece.last]
-        start += length
-    return torch.from_numpy(experts)
 
 
 def padded_batch(batch: TokenBatch, total: int) -> TokenBatch:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sftrl.types import TokenBatch
 from tests.ranks import run_ranks
 
 
@@ -21,8 +22,14 @@ def said_of(value: float) -> str:
 
     rank = dist.get_rank()
     numbers = torch.tensor([math.nan, value if rank == 1 else -1.0, -2.0])
-    batch = SimpleNamespace(
-        cu_seqlens=torch.tensor([0, 3]), loss_mask=torch.tensor([False, True, True]), labels=None
+    ids = torch.arange(3)
+    batch = TokenBatch(
+        tokens=ids,
+        labels=ids,
+        positions=ids,
+        loss_mask=torch.tensor([False, True, True]),
+        cu_seqlens=torch.tensor([0, 3]),
+        token_weight=torch.zeros(3),
     )
     data: Any = SimpleNamespace(batches=[batch], microbatch_rows=[[[rank]], [[rank]]])
     policy: Any = SimpleNamespace(
