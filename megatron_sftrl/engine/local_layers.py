@@ -8,6 +8,7 @@ rounds to bf16 once more than anyone else's before it adds a bias.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,32 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, is_from_zero: bool
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, fp32; from zero it is 1 + weight."""
     if weight is not None:
         weight = 1 + weight.float() if is_from_zero else weight.float()
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """F.rms_norm of x.float(), which would keep x and x / rms in fp32: this keeps x as it is, and 1 / rms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        # Keys are a part of q, k and v in one tensor, all of which a view would keep.
+        x = x.contiguous()
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        normed = x * scale  # fp32, as its factor
+        return normed if weight is None else normed.mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, grad_weight = x * scale, None
+        if weight is not None and ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad.clone() if weight is None else grad * weight
+        along = (grad * normed).mean(-1, keepdim=True)
+        grad.sub_(normed.mul_(along)).mul_(scale)
+        return grad.to(x.dtype), grad_weight, None
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):

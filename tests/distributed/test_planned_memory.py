@@ -443,7 +443,7 @@ def test_recomputing_frees_what_the_plan_says(name: str, tmp_path: Path) -> None
     runs = [(run_of(each, tmp_path), each) for each in (plain, step)]
     before, after = (run_ranks(1, measure_step, *each)[0].peak for each in runs)
     planned = planned_peak(*runs[0], 0) - planned_peak(*runs[1], 0)
-    assert before - after > 0.08 * before
+    assert before - after > 0.05 * before
     assert planned == pytest.approx(before - after, rel=0.1)
 
 

@@ -166,10 +166,9 @@ def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, loss: 
 
 
 def _norm_bytes(width: int, batch: Microbatch, tokens: int | None = None, out: bool = True) -> int:
-    """Input and output of an RMSNorm; the torch one keeps input and normalised values in fp32."""
+    """Input and output of an RMSNorm, and a factor for each token."""
     tokens = batch.residual_tokens if tokens is None else tokens
-    kept = batch.element if batch.kernels == "transformer_engine" else 2 * _FP32
-    return tokens * (width * (kept + batch.element * out) + _FP32)
+    return tokens * (width * batch.element * (1 + out) + _FP32)
 
 
 def _mixer_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> tuple[int, int]:
@@ -204,7 +203,7 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
         total += _latent_bytes(a, a.latent, grid, batch)
     if a.qk_norm and a.qk_norm_spans_heads:
         width = (a.num_attention_heads + a.num_query_groups) // grid.tp * a.head_dim
-        total += _norm_bytes(width, batch, tokens=t, out=False)
+        total += 2 * t * width * _FP32  # SpanningNorm keeps what it reads and what it divided
     elif a.qk_norm:
         for heads in (a.num_attention_heads, a.num_query_groups):
             total += _norm_bytes(a.head_dim, batch, tokens=t * (heads // grid.tp), out=False)
