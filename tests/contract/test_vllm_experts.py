@@ -86,9 +86,7 @@ def experts_of_both(directory: Path) -> list[tuple[NDArray[Any], NDArray[Any]]]:
 @needs_vllm
 @pytest.mark.parametrize(
     "model",
-    cases(
-        ["qwen3_moe", "glm4_moe", "minimax_m2", "gpt_oss"], rarely=["glm4_moe", "minimax_m2", "gpt_oss"]
-    ),
+    cases(["qwen3_moe", "glm4_moe", "minimax_m2", "gpt_oss"], rarely=["glm4_moe", "minimax_m2", "gpt_oss"]),
 )
 def test_vllm_chooses_the_experts_that_the_trainer_chooses(model: str, tmp_path: Path) -> None:
     """fp32; the first layer of a glm4_moe has no experts."""

@@ -49,13 +49,14 @@ RUNS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "latent attention": ("deepseek_v3", 1, {}, {}),
     "latent attention, sp2 cp2": ("mistral4", 4, {**SEQUENCE, "cp": 2}, {}),
     "a mixture, ep2": ("qwen3_moe", 2, {"ep": 2}, {}),
+    "norms over all heads, a part of each turns": ("minimax_m2", 1, {}, {}),
     "sinks": ("gpt_oss", 1, {}, {}),
     "sinks, cp2": ("gpt_oss", 2, {"cp": 2}, {}),
 }
 SELDOM = (
     "recomputed", "pp2", "dp2", "sp2 cp2", "a window in all layers", "windows with positions of their own",
     "norms over all heads, two ropes", "part of a head turns", "queries that grow", "latent attention",
-    "latent attention, sp2 cp2", "sinks, cp2",
+    "latent attention, sp2 cp2", "norms over all heads, a part of each turns", "sinks, cp2",
 )  # fmt: skip
 
 
