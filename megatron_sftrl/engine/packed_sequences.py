@@ -256,9 +256,9 @@ def _position_mask(
     sequence's. Keys of prefixes, the longest of the call, stand in front of the sequences' own.
     """
     longest = max(lengths[s] for s in sequences)
-    begin = torch.tensor([starts[s] for s in sequences])[:, None]  # [S, 1]
-    begin = begin if begin.any() else begin[:1]
-    steps = torch.arange(int(begin.max()))[None]
+    inside = [starts[s] for s in sequences]
+    begin = torch.tensor(inside if any(inside) else [0])[:, None]  # [S or 1, 1]
+    steps = torch.arange(max(inside))[None]
     # What only fills a shorter prefix up stands behind every query.
     before = torch.where(steps < begin, steps, torch.iinfo(torch.int64).max)
     keys = torch.cat([before, begin + torch.arange(longest)], dim=1)  # [S or 1, k]

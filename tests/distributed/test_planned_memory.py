@@ -438,7 +438,8 @@ FREED = {
 
 @pytest.mark.parametrize("name", cases(FREED, rarely=["layernorm", "mlp", "mlp_act"]))
 def test_recomputing_frees_what_the_plan_says(name: str, tmp_path: Path) -> None:
-    plain = Step(model=DEEP, num_tokens=512)
+    # Megatron keeps the state of random numbers, 10 KB, for each norm that it makes again.
+    plain = Step(model=DEEP, num_tokens=2048)
     step = replace(plain, **{"recompute": "selective", **FREED[name]})
     runs = [(run_of(each, tmp_path), each) for each in (plain, step)]
     before, after = (run_ranks(1, measure_step, *each)[0].peak for each in runs)

@@ -93,8 +93,9 @@ RICH = (
 SPARSE = {
     "dp2, one response an update": ("batch={global_size: 1, aggregation: constant_length}",),
     "pp2, sequence mean": ("batch={global_size: 8, aggregation: sequence_mean}", "parallel.pp=2"),
-    "cp2, packing": (
+    "cp2, prompts shared": (
         "batch={global_size: 8, aggregation: sequence_mean, packing: true, max_tokens: 64}",
+        "rollout.share_prompts=true",
         "parallel.cp=2",
     ),
 }
@@ -107,7 +108,10 @@ def test_sequence_ratios_masked_responses_and_idle_replicas_follow_one_process(
     ones, twos = ([tmp_path / f"{ranks}-{number}" for number in range(len(SPARSE))] for ranks in (1, 2))
     settings = [[*RICH, *each] for each in SPARSE.values()]
     for done in sftrl_each(
-        [grpo.command(path, *each, "parallel={}") for path, each in zip(ones, settings, strict=True)]
+        [
+            grpo.command(path, *each, "rollout.share_prompts=false", "parallel={}")
+            for path, each in zip(ones, settings, strict=True)
+        ]
     ):
         done.expect(0)
     sftrl_each([grpo.command(path, *each) for path, each in zip(twos, settings, strict=True)], ranks=2)

@@ -137,7 +137,8 @@ def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> 
     products = mlp(architecture, grid, batch) - norm
     if batch.kernels == "torch" and architecture.gate_limit is None:
         products += 2 * _widest(architecture, grid, batch)  # Megatron's own MLP runs there
-    return products + 4 * stream + gathered * grid.sequence_parallel
+    masks = _mask_bytes(architecture, grid, batch)
+    return products + 4 * stream + gathered * grid.sequence_parallel + masks
 
 
 def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, loss: LossSection) -> HeadBytes:
