@@ -103,11 +103,11 @@ def gelu_tanh(gate: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh")
 
 
-BACKWARDS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
-    F.silu: torch.ops.aten.silu_backward,
-    gelu_tanh: partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+BACKWARDS: dict[Any, Callable[..., Tensor]] = {
+    F.silu: torch.ops.aten.silu_backward.grad_input,
+    gelu_tanh: partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
 }
-"""By activation, the gradient of its input from that of its output."""
+"""By activation, the gradient of its input from that of its output, written to `grad_input`."""
 
 
 def gated(both: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -130,8 +130,12 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (both,) = ctx.saved_tensors
         gate, linear = both.chunk(2, dim=-1)
-        gate_grad = BACKWARDS[ctx.activation](grad * linear, gate)
-        return torch.cat((gate_grad, grad * ctx.activation(gate)), dim=-1), None
+        grads = torch.empty_like(both)
+        gate_grad, linear_grad = grads.chunk(2, dim=-1)
+        torch.mul(grad, linear, out=linear_grad)
+        BACKWARDS[ctx.activation](linear_grad, gate, grad_input=gate_grad)
+        torch.mul(grad, ctx.activation(gate), out=linear_grad)
+        return grads, None
 
 
 class _KeptBlocks:
