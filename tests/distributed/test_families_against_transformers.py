@@ -6,6 +6,7 @@ processes of a layout: what costs is the start.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,28 @@ class Truth:
         logits = [self.model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
         torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
         self.gradients = saved_gradients(self.model, directory / "gradients")
+        self.bounds = dict.fromkeys(self.gradients, 1e-5)
+        if "linear_num_key_heads" in CONFIGS[name]:
+            self.bounds |= self._bounds_of_decays(directory)
+
+    def _bounds_of_decays(self, directory: Path) -> dict[str, float]:
+        """Gradients of what a gated delta net forgets are sums of many parts that cancel: transformers' own
+        are this far from those in float64, and so may ours be on another side.
+        """
+        model = copy.deepcopy(self.model).double()
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+        logits = [model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
+        torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
+        doubles = saved_gradients(model, directory / "gradients in float64")
+        decays = [tensor for tensor in self.gradients if tensor.endswith((".A_log", ".dt_bias"))]
+        errors = [
+            relative(doubles[tensor] - self.gradients[tensor], self.gradients[tensor]) for tensor in decays
+        ]
+        return dict.fromkeys(decays, max(1e-5, 2 * max(errors)))
+
+
+def relative(difference: Tensor, to: Tensor) -> float:
+    return float(difference.abs().max() / to.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +149,13 @@ def case(truth: Truth, parallel: dict[str, Any]) -> Case:
 
 
 def largest_difference(ranks: list[dict], expected: dict[str, Tensor]) -> float:
-    """Over all ranks' parts, which are all of it, over the largest |value| of each tensor."""
+    return max(differences(ranks, expected).values())
+
+
+def differences(ranks: list[dict], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of each tensor the largest of all ranks' parts, which are all of it, over its largest |value|."""
     seen = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in expected.items()}
-    largest = 0.0
+    largest = dict.fromkeys(expected, 0.0)
     for parts in ranks:
         for name, regions in parts.items():
             scale = float(expected[name].abs().max())
@@ -138,7 +165,7 @@ def largest_difference(ranks: list[dict], expected: dict[str, Tensor]) -> float:
                     known, whole = known.unflatten(-1, (-1, 2)), whole.unflatten(-1, (-1, 2))
                 known[region.slices] = True
                 difference = float((values - whole[region.slices]).abs().max())
-                largest = max(largest, difference / scale)
+                largest[name] = max(largest[name], difference / scale)
     assert all(bool(mask.all()) for mask in seen.values())
     return largest
 
@@ -147,12 +174,12 @@ def assert_is(truth: Truth, ranks: list[Numbers], name: str) -> None:
     scale = truth.logits.abs().max()
     logits = [rank.logits for rank in ranks if rank.logits is not None]
     error = max(float((each - truth.logits).abs().max() / scale) for each in logits)
-    weights = largest_difference([rank.weights for rank in ranks], truth.tensors)
-    gradients = largest_difference([rank.gradients for rank in ranks], truth.gradients)
-    print(f"{name}: logits {error:.1e}, gradients {gradients:.1e}")
-    assert weights == 0, name
+    weights = differences([rank.weights for rank in ranks], truth.tensors)
+    gradients = differences([rank.gradients for rank in ranks], truth.gradients)
+    print(f"{name}: logits {error:.1e}, gradients {max(gradients.values()):.1e}")
+    assert not any(weights.values()), name
     assert error <= 1e-5, name
-    assert gradients <= 1e-5, name
+    assert not {each: size for each, size in gradients.items() if size > truth.bounds[each]}, name
     for number, prompt in enumerate(PROMPTS[: len(ranks[0].responses)]):
         response = ranks[0].responses[number]
         assert all(rank.responses[number] == response for rank in ranks), (name, number)
