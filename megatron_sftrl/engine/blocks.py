@@ -105,9 +105,9 @@ def complete_blocks(
                 layer.add_module(f"{name}_layernorm", post_norm)
             if post_norm is not None or a.residual_multiplier != 1:
                 branch.register_forward_hook(partial(_finish_branch, post_norm, a.residual_multiplier))
+        _set_positions(layer.self_attention, a, frequencies)
         if a.turns_in_fp32:
             layer.self_attention.core_attention.register_forward_pre_hook(_round_turned)
-        _set_positions(layer.self_attention, a, frequencies)
 
 
 def _multiply(factor: float, _: torch.nn.Module, __: tuple, output: Tensor) -> Tensor:
@@ -131,18 +131,37 @@ def _round_turned(_: torch.nn.Module, args: tuple) -> tuple:
 
 
 def _set_positions(attention: Any, architecture: Architecture, frequencies: Mapping[Rope, Tensor]) -> None:
-    """Megatron has one rope for all layers (or none: no_rope_freq), and no factor on queries."""
-    rope = architecture.rope_of(attention.layer_number - 1)
-    if rope is None:
+    """Torch's layers turn here, Transformer Engine's in Megatron's way: it has one rope for all layers (or
+    none: no_rope_freq). It has no factor on queries.
+    """
+    layer = attention.layer_number - 1
+    rope = architecture.rope_of(layer)
+    if rope is None or not architecture.attends(layer):
         return
-    if rope != architecture.rope:
+    group, before = attention.pg_collection.cp, attention.core_attention.register_forward_pre_hook
+    if attention.config.transformer_impl == "local":
+        if architecture.latent is None:
+            before(partial(_turn, rope, frequencies[rope], group), with_kwargs=True)
+    elif rope != architecture.rope:
         # Its factor on cos and sin is read from the configuration.
         attention.config = copy.copy(attention.config)
         scale_cos_and_sin(attention.config, rope.attention_factor)
         attention.register_forward_pre_hook(partial(_turn_by, frequencies[rope]), with_kwargs=True)
     if rope.query_beta:
-        scale = partial(_scale_query, rope, attention.pg_collection.cp)
-        attention.core_attention.register_forward_pre_hook(scale, with_kwargs=True)
+        before(partial(_scale_query, rope, group), with_kwargs=True)
+
+
+def _turn(
+    rope: Rope,
+    frequencies: Tensor,
+    group: dist.ProcessGroup,
+    _: torch.nn.Module,
+    args: tuple,
+    options: dict[str, Any],
+) -> tuple[tuple, dict]:
+    query, key, *others = args
+    turn = options["packed_seq_params"].turn(rope, frequencies, group, query.dtype)
+    return (turn(query), turn(key), *others), options
 
 
 def _turn_by(frequencies: Tensor, _: torch.nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
@@ -150,8 +169,7 @@ def _turn_by(frequencies: Tensor, _: torch.nn.Module, args: tuple, options: dict
     assert isinstance(packed, PackedSequences)
     places = torch.arange(packed.max_seqlen_q, device=frequencies.device, dtype=torch.float32)  # type: ignore[arg-type]
     own = torch.outer(places, frequencies)
-    angles = torch.cat((own, own), dim=-1)[:, None, None]
-    return args, {**options, "rotary_pos_emb": packed.turning(angles)}
+    return args, {**options, "rotary_pos_emb": torch.cat((own, own), dim=-1)[:, None, None]}
 
 
 def _scale_query(

@@ -27,6 +27,7 @@ from megatron_sftrl.engine import cpu_backend
 from megatron_sftrl.engine.blocks import query_factors
 from megatron_sftrl.engine.kv_cache import CacheSlots, Reading, readings
 from megatron_sftrl.engine.local_layers import layer_window, rms_norm
+from megatron_sftrl.engine.rotary import Turn
 from megatron_sftrl.models.architecture import Architecture, Latent
 from megatron_sftrl.models.rope import Rope
 
@@ -56,19 +57,15 @@ _NORM_WEIGHTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Turn:
-    """Positions of the new tokens in layers of one rope.
+class _Positions:
+    """Of the new tokens in layers of one rope.
 
     Args:
-        rope: the layers'.
-        cos, sin: [T, 1, 1, turning dimensions]; the sine has the sign with which the other dimension of a
-            pair is added.
+        turn: of queries and keys.
         query: [T, 1, 1, 1] factors on queries, None for 1.
     """
 
-    rope: Rope
-    cos: Tensor
-    sin: Tensor
+    turn: Turn
     query: Tensor | None
 
 
@@ -103,7 +100,7 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
         # The kernel rounds its result alone.
         turns_in_fp32 = config.apply_rope_fusion or architecture.turns_in_fp32
         dtype = torch.float32 if turns_in_fp32 else hidden.dtype
-        turns = {rope: _turn(rope, modules.frequencies, places, dtype) for rope in set(ropes)}
+        stand = {rope: _positions(rope, modules.frequencies, places, dtype) for rope in set(ropes)}
         windows = [layer_window(config, layer.layer_number) for layer in layers]
         read = {window: readings(places, window=window) for window in set(windows)}
         for layer, rope, window in zip(layers, ropes, windows, strict=True):
@@ -112,7 +109,7 @@ def new_token_states(model: GPTModel, tokens: Tensor, places: CacheSlots) -> Ten
             attend = _attention if architecture.latent is None else _latent_attention
             if not architecture.attends(layer.layer_number - 1):
                 attend = _delta_net
-            output = attend(attention, architecture, normed, group, places, turns[rope], read[window])
+            output = attend(attention, architecture, normed, group, places, stand[rope], read[window])
             hidden = _added(hidden, output, "post_self_attn_layernorm", layer, architecture)
             if isinstance(layer.mlp, MoELayer):
                 normed = _before(hidden, names.experts, layer, architecture)
@@ -147,31 +144,16 @@ def _norm(x: Tensor, weight: Tensor, config: TransformerConfig) -> Tensor:
     return rms_norm(x, weight, config.layernorm_epsilon, is_from_zero=is_from_zero).to(x.dtype)
 
 
-def _turn(
+def _positions(
     rope: Rope | None, frequencies: Mapping[Rope, Tensor], places: CacheSlots, dtype: torch.dtype
-) -> _Turn | None:
+) -> _Positions | None:
     """None where the layers have no positions."""
     if rope is None:
         return None
-    positions = places.positions.float()
-    angles = torch.outer(positions, frequencies[rope])
-    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-    if rope.interleaved:
-        cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-    else:
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    query = query_factors(rope, positions)[:, None, None, None].to(dtype) if rope.query_beta else None
-    return _Turn(rope=rope, cos=cos.to(dtype)[:, None, None], sin=sin.to(dtype)[:, None, None], query=query)
-
-
-def _turned(x: Tensor, turn: _Turn) -> Tensor:
-    """Queries and keys, [..., head_dim], turned to their positions."""
-    if (num := turn.cos.shape[-1]) < x.shape[-1]:
-        still = x[..., num:]
-        return torch.cat((_turned(x[..., :num], turn), still), dim=-1)
-    is_interleaved = turn.rope.interleaved
-    other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if is_interleaved else x.roll(num // 2, -1)
-    return (x * turn.cos).add_(other * turn.sin).to(x.dtype)
+    query = None
+    if rope.query_beta:
+        query = query_factors(rope, places.positions.float())[:, None, None, None].to(dtype)
+    return _Positions(turn=Turn.of(rope, frequencies[rope], places.positions, dtype), query=query)
 
 
 def _attention(
@@ -180,7 +162,7 @@ def _attention(
     x: Tensor,  # [T, H]
     group: dist.ProcessGroup,
     places: CacheSlots,
-    turn: _Turn | None,
+    positions: _Positions | None,
     read: Sequence[Reading],
 ) -> Tensor:
     config: TransformerConfig = attention.config
@@ -208,12 +190,12 @@ def _attention(
         turned[:, :, :-1].mul_(attention.q_layernorm.weight)
         turned[:, :, -1].mul_(attention.k_layernorm.weight)
         turned = turned.to(x.dtype)
-    if turn is not None:
-        turned = _turned(turned, turn)
+    if positions is not None:
+        turned = positions.turn(turned)
     turned = turned.to(x.dtype)
     query, key = turned[:, :, :-1], turned[:, :, -1]
-    if turn is not None and turn.query is not None:
-        query = query * turn.query.to(x.dtype)
+    if positions is not None and positions.query is not None:
+        query = query * positions.query.to(x.dtype)
     places.cache.write(attention.layer_number, places, key, value)
     return _attended(attention, query, group, places, read, gate)
 
@@ -224,7 +206,7 @@ def _delta_net(
     x: Tensor,  # [T, H]
     group: dist.ProcessGroup,
     places: CacheSlots,
-    __: _Turn | None,
+    __: _Positions | None,
     ___: Sequence[Reading],
 ) -> Tensor:
     return _row_parallel(net.linear_proj, net.step(x, places), group)
@@ -236,12 +218,12 @@ def _latent_attention(
     x: Tensor,  # [T, H]
     group: dist.ProcessGroup,
     places: CacheSlots,
-    turn: _Turn | None,
+    positions: _Positions | None,
     read: Sequence[Reading],
 ) -> Tensor:
     """latent_attention.py's; the cache holds keys and values of each head."""
     latent: Latent = attention.latent
-    assert turn is not None
+    assert positions is not None
     if latent.query_rank is None:
         query = _linear(attention.linear_q_proj, x)
     else:
@@ -250,13 +232,11 @@ def _latent_attention(
     small, turning = _linear(attention.linear_kv_down_proj, x).split([latent.rank, latent.rope_dim], -1)
     both = _linear(attention.linear_kv_up_proj, attention.kv_layernorm(small))
 
-    def turned(part: Tensor) -> Tensor:
-        return _turned(part[:, :, None], turn)[:, :, 0]
-
-    query, key, value = attention.heads_of(query, turned(turning[:, None]), both, turned)
+    turn = positions.turn
+    query, key, value = attention.heads_of(query, turn(turning[:, None]), both, turn)
     query = query[:, :, None]
-    if turn.query is not None:
-        query = query * turn.query.to(x.dtype)
+    if positions.query is not None:
+        query = query * positions.query.to(x.dtype)
     places.cache.write(attention.layer_number, places, key, value)
     return _attended(attention, query, group, places, read)
 

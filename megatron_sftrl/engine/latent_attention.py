@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -27,6 +26,7 @@ from torch import Tensor
 from megatron_sftrl.engine.local_layers import PackedAttention, RMSNorm
 from megatron_sftrl.engine.packed_sequences import PackedSequences
 from megatron_sftrl.models.architecture import Latent
+from megatron_sftrl.models.rope import Rope, inverse_frequencies
 
 
 class WholeLinear(torch.nn.Module):
@@ -49,7 +49,7 @@ class LatentAttention(MegatronModule):
 
     Args:
         latent: its sizes.
-        attention_factor: of cos and sin.
+        rope: of the parts that turn.
     """
 
     def __init__(
@@ -60,12 +60,14 @@ class LatentAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         latent: Latent,
-        attention_factor: float,
+        rope: Rope,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None and config.kv_channels is not None
         self.layer_number, self.latent, self.pg_collection = layer_number, latent, pg_collection
-        self._attention_factor = attention_factor
+        self._rope = rope
+        frequencies = inverse_frequencies(rope, latent.rope_dim)
+        self._frequencies = frequencies.to(torch.cuda.current_device())
         heads, hidden = config.num_attention_heads, config.hidden_size
         self.heads, self.head_dim = heads // pg_collection.tp.size(), config.kv_channels
         self.core_attention = PackedAttention(
@@ -102,7 +104,6 @@ class LatentAttention(MegatronModule):
         hidden_states: Tensor,  # [T, 1, H], under sequence parallelism this rank's share of T
         attention_mask: None = None,
         *,
-        rotary_pos_emb: Tensor,  # [longest sequence, 1, 1, rope_dim]
         packed_seq_params: PackedSequences,
         **_: object,
     ) -> tuple[Tensor, None]:
@@ -120,17 +121,8 @@ class LatentAttention(MegatronModule):
             turning = copy_to_tensor_model_parallel_region(turning, group=group)
         both, _ = self.linear_kv_up_proj(self.kv_layernorm(small))
 
-        def turned(x: Tensor) -> Tensor:
-            return apply_rotary_pos_emb(
-                x,
-                rotary_pos_emb,
-                self.config,
-                cu_seqlens=packed_seq_params.cu_seqlens_q,
-                mscale=self._attention_factor,
-                cp_group=self.pg_collection.cp,
-            )
-
-        query, key, value = self.heads_of(query, turned(turning), both, turned)
+        turn = packed_seq_params.turn(self._rope, self._frequencies, self.pg_collection.cp, query.dtype)
+        query, key, value = self.heads_of(query, turn(turning), both, turn)
         attended = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
         return self.linear_proj(attended[:, None])
 

@@ -183,6 +183,7 @@ def build_model_chunks(
         for rope in (architecture.rope, architecture.window_rope)
         if rope is not None
     }
+    turns_itself = config.transformer_impl != "local"  # Megatron; else blocks.py lets queries and keys turn
     chunks = []
     for chunk in range(parallel.vp_size):
         is_first = parallel.pp_rank == 0 and chunk == 0
@@ -201,7 +202,7 @@ def build_model_chunks(
                     post_process=is_last,
                     parallel_output=True,
                     share_embeddings_and_output_weights=architecture.tie_embeddings,
-                    position_embedding_type="rope",
+                    position_embedding_type="rope" if turns_itself else "none",
                     rotary_percent=architecture.rope.fraction,
                     rotary_base=architecture.rope.theta,  # type: ignore[arg-type]
                     pg_collection=groups,
@@ -217,9 +218,9 @@ def build_model_chunks(
         _mark_tensor_parallel_parameters(chunks[-1])
         mark_expert_parameters(chunks[-1])
         _remember_prompts(chunks[-1])
-        chunks[-1].decoder.register_forward_pre_hook(_place_branches, with_kwargs=True)
-        # Megatron's own scaling knows one fixed form of llama3 and no linear one.
-        chunks[-1].rotary_pos_emb.inv_freq = frequencies[architecture.rope]
+        if turns_itself:
+            # Its own scaling knows one fixed form of llama3 and no linear one.
+            chunks[-1].rotary_pos_emb.inv_freq = frequencies[architecture.rope]
     return chunks
 
 
@@ -281,12 +282,6 @@ def _remember_prompts(chunk: LanguageModel) -> None:
         if chunk.architecture.attends(layer.layer_number - 1):
             attention = layer.self_attention.core_attention
             attention.register_forward_pre_hook(partial(write, layer.layer_number), with_kwargs=True)
-
-
-def _place_branches(_: torch.nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict]:
-    """Let sequences that continue others turn to the positions behind them; Megatron counts each from 0."""
-    packed: PackedSequences = options["packed_seq_params"]
-    return args, {**options, "rotary_pos_emb": packed.turning(options["rotary_pos_emb"])}
 
 
 def _mark_tensor_parallel_parameters(chunk: LanguageModel) -> None:
@@ -362,7 +357,7 @@ def _layer_spec(
     if not attends:
         own = ModuleSpec(module=GatedDeltaNet, params={"net": architecture.delta_net})
     elif architecture.latent is not None:
-        sizes = {"latent": architecture.latent, "attention_factor": architecture.rope.attention_factor}
+        sizes = {"latent": architecture.latent, "rope": architecture.rope}
         own = ModuleSpec(module=LatentAttention, params=sizes)
     else:
         own = None

@@ -16,6 +16,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_sftrl.engine.kv_cache import CacheSlots
+from megatron_sftrl.engine.rotary import Turn
+from megatron_sftrl.models.rope import Rope
 from megatron_sftrl.types import Prefix
 
 
@@ -35,6 +37,7 @@ class PackedSequences(PackedSeqParams):
     places: CacheSlots | None = None
     experts: Tensor | None = None
     _plans: dict[tuple[int | None, torch.dtype], AttentionPlan] = field(default_factory=dict, repr=False)
+    _turns: dict[tuple[Rope, torch.dtype], Turn] = field(default_factory=dict, repr=False)
     _positions: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
     _rows_with_gaps: Tensor | None = field(default=None, repr=False)
 
@@ -48,7 +51,7 @@ class PackedSequences(PackedSeqParams):
         experts: Tensor | None = None,
         prefixes: tuple[Prefix | None, ...] = (),
     ) -> PackedSequences:
-        """The sequences; `device` is where the attention layers expect their boundaries."""
+        """The sequences; `device` is where Transformer Engine's layers expect their boundaries."""
         offsets = torch.tensor([0, *lengths]).cumsum(0).int().to(device, non_blocking=True)
         longest = max(map(sum, zip(lengths, _starts(lengths, prefixes), strict=True)))
         return cls(
@@ -89,12 +92,12 @@ class PackedSequences(PackedSeqParams):
         """[T/cp] int64 place of each of this rank's tokens in its sequence, prefix included; made once."""
         return self._positions_of((cp_group.size(), cp_group.rank()), device)
 
-    def turning(self, angles: Tensor) -> Tensor:
-        """Rows of a rope's angles, [longest sequence, ...], in the form that Megatron takes them.
-
-        Where sequences have prefixes that is a row for each token of the whole packed order.
-        """
-        return angles[self._positions_of((1, 0), angles.device)] if self.prefixes else angles
+    def turn(self, rope: Rope, frequencies: Tensor, cp_group: dist.ProcessGroup, dtype: torch.dtype) -> Turn:
+        """How this rank's queries and keys turn in layers of that rope; made for the first such layer."""
+        if (rope, dtype) not in self._turns:
+            positions = self.positions_of(cp_group, frequencies.device)
+            self._turns[rope, dtype] = Turn.of(rope, frequencies, positions, dtype)
+        return self._turns[rope, dtype]
 
     def _positions_of(self, cut: tuple[int, int], device: torch.device) -> Tensor:
         if cut not in self._positions:

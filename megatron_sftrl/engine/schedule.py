@@ -69,8 +69,6 @@ def run_schedule(
     sizes = {batch.num_tokens for batch in batches}
     assert parallel.pp_size == 1 or len(sizes) == 1, "pipeline stages exchange tensors of one size"
     config: Any = get_attr_wrapped_model(chunks[0], "config")
-    # Megatron's rope without Transformer Engine reads the boundaries layer by layer: there they stay here.
-    boundaries = torch.device("cpu") if config.transformer_impl == "local" else parallel.device
     counts_tokens = config.moe_aux_loss_coeff or config.moe_router_bias_update_rate
     marks_padding = bool(counts_tokens) and not forward_only
     microbatches = [_microbatch(batch, parallel) for batch in batches]
@@ -87,7 +85,7 @@ def run_schedule(
             experts = experts.to(parallel.device, non_blocking=True)
         packed = PackedSequences.of(
             microbatch.lengths,
-            device=boundaries,
+            device=parallel.device,
             places=cached,
             experts=experts,
             prefixes=microbatch.batch.prefixes,

@@ -221,21 +221,18 @@ def _greedy(policy: PolicyEngine, prompts: list[tuple[int, ...]], num_new: int) 
 
 
 def engine_cos_sin(config: RunConfig, architecture: Architecture, length: int) -> Tensor:
-    """[length, head_dim] (cos, sin) of half the dimensions each, as Megatron's attention applies them."""
+    """[length, head_dim] (cos, sin) of half the dimensions each, as torch's layers apply them."""
     from megatron.core import parallel_state
-    from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
+
+    from megatron_sftrl.engine.packed_sequences import PackedSequences
 
     context, policy = _loaded_policy(config, architecture)
-    half = architecture.head_dim // 2
+    half, chunk = architecture.head_dim // 2, policy.chunks[0]
     unit = torch.cat([torch.ones(length, 1, half), torch.zeros(length, 1, half)], dim=-1)
-    rotated = rope_utils.apply_rotary_pos_emb(
-        unit.to(policy.config.params_dtype),
-        policy.chunks[0].rotary_pos_emb(length, packed_seq=True),
-        policy.config,
-        cu_seqlens=torch.tensor([0, length]),
-        mscale=yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(policy.config),
-        cp_group=context.cp_group,
-    )
+    unit = unit.to(policy.config.params_dtype)
+    packed = PackedSequences.of([length], device=context.device)
+    turn = packed.turn(architecture.rope, chunk.frequencies[architecture.rope], context.cp_group, unit.dtype)
+    rotated = turn(unit)
     parallel_state.destroy_model_parallel()
     return rotated[:, 0]
 

@@ -30,8 +30,6 @@ _ONLY_ON_THE_CPU = {
     # Looked at only where that stops no device.
     ("megatron_sftrl/vocab_parallel/distribution.py", "_check_ids"),
     ("megatron_sftrl/vocab_parallel/one_pass.py", "backward"),
-    # Reads the boundaries of sequences, which schedule.py leaves on the host for these layers.
-    ("rope_utils.py", "_apply_rotary_pos_emb_thd"),
 }
 
 

@@ -137,8 +137,8 @@ def forward_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> 
     products = mlp(architecture, grid, batch) - norm
     if batch.kernels == "torch" and architecture.gate_limit is None:
         products += 2 * _widest(architecture, grid, batch)  # Megatron's own MLP runs there
-    masks = _mask_bytes(architecture, grid, batch)
-    return products + 4 * stream + gathered * grid.sequence_parallel + masks
+    shared = _shared_bytes(architecture, grid, batch)
+    return products + 4 * stream + gathered * grid.sequence_parallel + shared
 
 
 def head_bytes(architecture: Architecture, grid: Grid, batch: Microbatch, loss: LossSection) -> HeadBytes:
@@ -215,7 +215,6 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
         return total + query + keys + values + output  # the last is read by the projection as well
     if a.qkv_bias and grid.sequence_parallel:  # BiasedColumnParallelLinear keeps the gathered input
         total += (t - batch.residual_tokens) * a.hidden_size * e
-    total += 3 * t * a.rope_head_dim * e  # cos and sin
     total += t * (3 * _INT64 + 1)  # rows of the packed tokens
     # Reading the packed sequences out copies q, k and v, the prompt's for each response; putting them back
     # copies the output.
@@ -223,12 +222,16 @@ def _attention_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
     return total + query + copied + output + output
 
 
-def _mask_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
-    """Masks by positions, which the blocks share: of layers with a window and of those without."""
-    if batch.kernels == "transformer_engine" or not (grid.cp > 1 or batch.prompt):
+def _shared_bytes(a: Architecture, grid: Grid, batch: Microbatch) -> int:
+    """What blocks share: of each rope cosines and sines, of each kind of window a mask by positions."""
+    if batch.kernels == "transformer_engine":
         return 0
+    num_ropes = 1 if a.window_rope is None else 2
+    tables = num_ropes * 2 * batch.tokens * a.rope.turning(a.rope_head_dim) * batch.element
+    if grid.cp == 1 and not batch.prompt:
+        return tables
     num_kinds = 1 + (0 < len(a.window_layers) < a.num_layers)
-    return num_kinds * batch.tokens * batch.longest * batch.element
+    return tables + num_kinds * batch.tokens * batch.longest * batch.element
 
 
 def _latent_bytes(a: Architecture, latent: Latent, grid: Grid, batch: Microbatch) -> int:
@@ -380,7 +383,7 @@ def step_peak(
     num_full = recomputed_blocks(config, per_chunk)
     in_flight = chunks_in_flight(grid, stage=stage, num_microbatches=num_microbatches)
     blocks = in_flight * (num_full * block.input + (per_chunk - num_full) * block.saved)
-    blocks += in_flight * _mask_bytes(architecture, grid, batch)
+    blocks += in_flight * _shared_bytes(architecture, grid, batch)
     # What the stages exchange is kept until its backward, and an output on its way.
     exchanged = (in_flight + 1) * block.input if grid.pp > 1 else 0
     # The block at work: recomputed, and the gradients in it. Blocks that kept all have let go by then.
