@@ -163,3 +163,36 @@ def test_a_plain_optimizer_goes_on_from_there_and_back(name: str, tmp_path: Path
         assert stored.keys() == again.keys()
         for key, value in stored.items():
             torch.testing.assert_close(again[key].float(), value.float(), rtol=2**-8, atol=0, msg=key)
+
+
+def how_weights_move() -> set[tuple[str, bool]]:
+    """Class of each inner optimizer, and whether a weight is read and written once."""
+    from megatron_sftrl.engine.optimizer import inner_optimizers
+    from megatron_sftrl.engine.optimizer import leaves as leaves_of
+
+    with engines(Span(parallel={})) as (_, policy, _):
+        assert policy.optimizer is not None
+        inner = [each for leaf in leaves_of(policy.optimizer) for each in inner_optimizers(leaf)]
+        return {(type(each).__name__, group["fused"]) for each in inner for group in each.param_groups}
+
+
+def test_torchs_adamw_moves_a_weight_in_one_pass() -> None:
+    assert run_ranks(1, how_weights_move) == [{("AdamW", True)}]
+
+
+def test_that_pass_moves_a_part_of_a_tensor_as_the_whole() -> None:
+    """Or the distributed optimizer, which cuts anywhere, would train another model."""
+    torch.manual_seed(0)
+    weights, gradients = torch.randn(10_007), torch.randn(4, 10_007)
+
+    def moved(part: slice) -> Tensor:
+        weight = torch.nn.Parameter(weights[part].clone())
+        optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.1, fused=True)
+        for gradient in gradients:
+            weight.grad = gradient[part].clone()
+            optimizer.step()
+        return weight.detach()
+
+    whole = moved(slice(None))
+    for part in (slice(0, 1), slice(3, 5001), slice(5001, 10_007)):
+        assert torch.equal(moved(part), whole[part])
