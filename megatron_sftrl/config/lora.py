@@ -22,6 +22,13 @@ LoraTarget = Literal[
     "kv_a_proj_with_mqa",
     "kv_b_proj",
     "o_proj",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "out_proj",
     "gate_proj",
     "up_proj",
     "gate_up_proj",
@@ -32,24 +39,27 @@ LoraTarget = Literal[
 ]
 WholeWeight = Literal["embed_tokens", "lm_head"]
 ALL_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+NARROW_TARGETS: frozenset[LoraTarget] = frozenset({"in_proj_ba", "in_proj_b", "in_proj_a"})
+"""A row or two for each head: PEFT gives them adapters of a larger rank, too."""
 
 
 class LoraSection(Section):
     """Low-rank adapters beside frozen matrices: W x + scale B A x, as PEFT trains them."""
 
     rank: int = Field(ge=1)
-    """r, rows of A and columns of B; at most the smaller side of each matrix."""
+    """r, rows of A and columns of B; at most the smaller side of each matrix, but of in_proj_ba, in_proj_b and
+    in_proj_a, which have a row or two for each head."""
     alpha: float = Field(gt=0, allow_inf_nan=False)
     """scale = alpha / rank, with rslora alpha / sqrt(rank)."""
     targets: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
     """The matrices that get an adapter, by their Hugging Face names: [q_proj, v_proj]; of a mixture every
-    expert's. all-linear: all of attention, MLP and experts; a router stays as it is."""
+    expert's. all-linear: all of attention, gated delta nets, MLP and experts; a router stays as it is."""
     modules_to_save: list[WholeWeight] = Field(default_factory=list)
     """What is trained whole, beside the adapters: embed_tokens, lm_head, of a model that has both of them. A
     reference has a copy of these weights."""
     dropout: float = Field(ge=0, lt=1, default=0.0)
     """Share of the entries of x that A does not see, drawn in each training forward; the others grow to make
-    up for them. The matrices of one layer (q, k and v; gate and up) share a draw."""
+    up for them. The matrices of one layer (q, k and v; gate and up; in_proj_*) share a draw."""
     init: Literal["uniform", "gaussian"] = "uniform"
     """Of A: uniform in +-1/sqrt(in), PEFT's default, or gaussian of deviation 1/rank. B starts at 0."""
     start: ExpandedPath | None = None
@@ -77,6 +87,11 @@ class LoraSection(Section):
         if not isinstance(value, list) or not value:
             raise UserError(
                 f"lora.targets: expected all-linear, or a list such as [q_proj, v_proj], got {value!r}"
+            )
+        if "conv1d" in value:
+            raise UserError(
+                "lora.targets: the convolution of gated delta nets, conv1d, has no adapter: transformers reads "
+                "its weights past the module that PEFT would put one on; remove it"
             )
         if unknown := [name for name in value if name not in ALL_TARGETS]:
             raise UserError(f"lora.targets: expected some of {', '.join(ALL_TARGETS)}, got {unknown}")

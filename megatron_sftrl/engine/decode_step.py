@@ -209,7 +209,7 @@ def _delta_net(
     __: _Positions | None,
     ___: Sequence[Reading],
 ) -> Tensor:
-    return _row_parallel(net.linear_proj, net.step(x, places), group)
+    return _row_parallel(net.linear_proj, net.step(_linear(net.in_proj, x), places), group)
 
 
 def _latent_attention(

@@ -120,19 +120,19 @@ class GatedDeltaNet(MegatronModule):
         attended = rule(heads, packed, self._keeps(packed.places))
         return self.linear_proj(self.out_norm(attended, gate).flatten(1)[:, None])
 
-    def step(self, x: Tensor, places: CacheSlots) -> Tensor:
+    def step(self, projected: Tensor, places: CacheSlots) -> Tensor:
         """What linear_proj is given for one new token of each cached sequence; moves their states on.
 
         Args:
-            x: [T, H], of which `places.span` are the first.
+            projected: [T, key heads/tp * rows_each] by in_proj, of which `places.span` are the first.
         Returns:
             [T, value heads/tp * value_dim], 0 in the others.
         """
-        assert places.span is not None and self.in_proj.weight is not None
+        assert places.span is not None
         num = places.span[1] - places.span[0]
         if num == 0:  # a pipeline has more micro-batches than responses are left
-            return x.new_zeros(len(x), len(self.A_log) * self.net.value_dim)
-        mixed, gate, rate, time = self._parts(F.linear(x[:num], self.in_proj.weight))
+            return projected.new_zeros(len(projected), len(self.A_log) * self.net.value_dim)
+        mixed, gate, rate, time = self._parts(projected[:num])
         before = places.cache.state(self.layer_number, CONVOLUTION, places)
         window = torch.cat((before, mixed[:, None]), dim=1)  # [S, kernel, channels/tp]
         before.copy_(window[:, 1:])
@@ -143,9 +143,9 @@ class GatedDeltaNet(MegatronModule):
         matrices.mul_(decay.exp()[..., None, None])
         correction = (value.float() - (matrices * key[..., None]).sum(-2)) * rate.float()[..., None]
         matrices.add_(key[..., None] * correction[..., None, :])
-        attended = (matrices * query[..., None]).sum(-2).to(x.dtype)
+        attended = (matrices * query[..., None]).sum(-2).to(projected.dtype)
         output = self.out_norm(attended, gate).flatten(1)
-        return F.pad(output, (0, 0, 0, len(x) - num))
+        return F.pad(output, (0, 0, 0, len(projected) - num))
 
     def _parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[T, channels/tp] for the convolution, [T, heads/tp, value_dim] gates, twice [T, heads/tp]."""

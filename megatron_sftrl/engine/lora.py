@@ -78,15 +78,25 @@ class _Block:
         name: of that.
         first: of its rows, this rank's first one.
         place: of B's rows on this rank, all of the matrix, these.
+        order: of tensors.Block.
     """
 
     name: str
     first: int
     place: slice
+    order: tuple[int, ...]
 
     @property
     def num_rows(self) -> int:
         return self.place.stop - self.place.start
+
+    def of_layer(self, up: Tensor, num_turns: int) -> Tensor:
+        """Its rows of B in the order of the layer's."""
+        rows = up[self.place]
+        if len(self.order) == 1:
+            return rows
+        parts = rows.unflatten(0, (num_turns, len(self.order), -1)).unbind(1)
+        return torch.stack([parts[number] for number in self.order], dim=1).flatten(0, 2)
 
 
 class Adapter(torch.nn.Module):
@@ -126,7 +136,7 @@ class Adapter(torch.nn.Module):
             rows, before = each.num_rows // cuts, whole.get(each.name, 0)
             first = each.start + (self._slices.rank * rows if cuts > 1 else 0)
             place = slice(before // cuts, before // cuts + rows)
-            blocks.append(_Block(name=each.name, first=first, place=place))
+            blocks.append(_Block(name=each.name, first=first, place=place, order=each.order))
             whole[each.name] = before + each.num_rows
         return blocks, whole
 
@@ -191,7 +201,7 @@ class Adapter(torch.nn.Module):
         parts = dict(zip(self.names, inner.chunk(len(self.names), dim=-1), strict=True))
         ups = dict(zip(self.names, self.up, strict=True))
         outputs = [
-            F.linear(parts[block.name], ups[block.name][block.place])
+            F.linear(parts[block.name], block.of_layer(ups[block.name], self._num_turns))
             if block.name in ups
             else inner.new_zeros(*inner.shape[:-1], block.num_rows)
             for block in self._blocks

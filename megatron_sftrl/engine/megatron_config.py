@@ -317,8 +317,6 @@ def _hybrid_problems(run: TrainingConfig, architecture: Architecture, *, with_te
             f"model.layers = {run.model.layers}: gated delta nets ({architecture.family}) are only known "
             "with torch's layers: set model.layers = torch"
         )
-    if architecture.delta_net is not None and run.lora is not None:
-        yield f"lora does not know gated delta nets ({architecture.family}) yet: remove it"
 
 
 def check_fp8(train: TrainSection, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -114,6 +114,21 @@ class HfRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Consecutive rows of a Hugging Face tensor, an equal part of which has each turn in a Megatron tensor.
+
+    Args:
+        start, num_rows: in the file, of all turns.
+        order: of the parts of a turn, one behind the other in the file, Megatron's order.
+    """
+
+    name: str
+    start: int
+    num_rows: int
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MegatronTensor:
     """One tensor of the model, whole, without vocabulary padding.
 
@@ -124,7 +139,9 @@ class MegatronTensor:
         shape: (rows,) or (rows, columns); of a convolution (rows, 1, width).
         shard: the dimension that tensor parallelism cuts; None for a tensor that every rank has whole.
         num_parts: equal parts of the rows that tensor parallelism cuts one by one (2 for a gated MLP).
-        num_blocks: see `blocks`.
+        num_turns: how often each of `blocks` has its turn in the rows: one for each key/value or key head.
+        num_gated: of the first runs of a turn, those that are one block, in another order in the file: the
+            query heads of a group and their gates.
         is_expert: expert parallelism spreads it, and etp cuts it instead of tp.
         has_padding: rows of padding may follow in a model (vocabulary).
         rows: what it is made of, in order.
@@ -138,7 +155,8 @@ class MegatronTensor:
     shape: tuple[int, ...]
     shard: Shard | None
     num_parts: int
-    num_blocks: int
+    num_turns: int
+    num_gated: int
     is_expert: bool
     has_padding: bool
     rows: tuple[HfRows, ...]
@@ -147,15 +165,20 @@ class MegatronTensor:
     is_fp32: bool
 
     @property
-    def num_turns(self) -> int:
-        """How often each of the blocks has its turn."""
-        return len(self.rows) // self.num_blocks
-
-    @property
-    def blocks(self) -> tuple[HfRows, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """What takes turns in the rows: q, k and v, or gate and up; of matrices of their own or of one."""
-        firsts = self.rows[: self.num_blocks]
-        return tuple(replace(first, num_rows=first.num_rows * self.num_turns) for first in firsts)
+        firsts = self.rows[: len(self.rows) // self.num_turns]
+        gated, others = firsts[: self.num_gated], firsts[self.num_gated :]
+        return tuple(self._block(runs) for runs in (gated, *((run,) for run in others)) if runs)
+
+    def _block(self, runs: Sequence[HfRows]) -> Block:
+        start, size = min(run.start for run in runs), runs[0].num_rows
+        return Block(
+            name=runs[0].name,
+            start=start,
+            num_rows=len(runs) * size * self.num_turns,
+            order=tuple((run.start - start) // size for run in runs),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +331,7 @@ def _tensor(
             places.insert(0, (layer, architecture.num_layers))
     names = [prefix + name.format(expert=expert) for name in rule.hf]
     rows = tuple(_rows(rule, names, architecture, expert if rule.fused else None))
+    heads_each = architecture.num_attention_heads // architecture.num_query_groups
     return MegatronTensor(
         key=key,
         index=tuple(at for at, _ in places),
@@ -315,7 +339,8 @@ def _tensor(
         shape=(sum(run.num_rows for run in rows), *shape_of_row(rule, architecture)),
         shard=rule.shard,
         num_parts=2 if rule.rows == "halves" else 1,
-        num_blocks=3 if rule.rows == "groups" else len(rows),
+        num_turns=_num_turns(rule, architecture),
+        num_gated=2 * heads_each if rule.rows == "groups" and architecture.has_output_gate else 0,
         is_expert=expert is not None,
         has_padding=rule in (EMBEDDING, OUTPUT),
         rows=rows,
@@ -323,6 +348,13 @@ def _tensor(
         expert=expert,
         is_fp32=rule.megatron == ROUTING_BIAS.megatron,
     )
+
+
+def _num_turns(rule: Rule, a: Architecture) -> int:
+    if rule.rows == "keys":
+        assert a.delta_net is not None
+        return a.delta_net.num_key_heads
+    return a.num_query_groups if rule.rows == "groups" else 1
 
 
 def _rows(rule: Rule, names: list[str], a: Architecture, expert: int | None) -> Iterator[HfRows]:

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 
 from megatron_sftrl.config.checks import check_run
-from megatron_sftrl.config.lora import ALL_TARGETS
+from megatron_sftrl.config.lora import ALL_TARGETS, NARROW_TARGETS
 from megatron_sftrl.config.schema import GrpoConfig, TrainingConfig
 from megatron_sftrl.data.loader import BatchLayout
 from megatron_sftrl.data.prompts import end_token_ids
@@ -186,7 +186,8 @@ def check_targets(config: TrainingConfig, architecture: Architecture) -> None:
     sides: dict[str, int] = {}
     for name, shape in hf_matrices(architecture, ALL_TARGETS).items():
         target = short_name(name)
-        sides[target] = min(*shape, sides.get(target, shape[0]))
+        smaller = lora.rank if target in NARROW_TARGETS else min(shape)
+        sides[target] = min(smaller, sides.get(target, smaller))
     if lora.targets != "all-linear" and (missing := [name for name in lora.names if name not in sides]):
         raise UserError(
             f"lora.targets: a {architecture.family} has no {', '.join(missing)} that an adapter could be put "

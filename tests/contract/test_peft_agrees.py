@@ -73,6 +73,16 @@ LAYOUTS = {
     "experts and dense layers, ep2": (2, {"ep": 2}, {}),
     "experts and dense layers, sp2": (2, SP2, {}),
     "experts and dense layers, pp2": (2, {"pp": 2}, {}),
+    "hybrid": (1, {}, {}),
+    "hybrid, tp2": (2, {"tp": 2}, {"targets": ["q_proj", "v_proj", "in_proj_qkv", "in_proj_a", "out_proj"]}),
+    "hybrid, sp2": (2, SP2, {}),
+    "hybrid, pp2": (2, {"pp": 2}, {"targets": ["k_proj", "in_proj_z", "in_proj_b", "down_proj"]}),
+    "hybrid, vp2": (2, {"pp": 2, "vp": 2}, {}),
+    "hybrid, dp2, distributed optimizer": (2, DISTRIBUTED, {}),
+    "hybrid with experts": (1, {}, {}),
+    "hybrid with experts, sp2, etp1, ep2": (2, {**SP2, "etp": 1, "ep": 2}, {}),
+    "hybrid with experts, pp2": (2, {"pp": 2}, {"targets": ["in_proj_qkvz", "gate_proj", "out_proj"]}),
+    "hybrid with experts of a Qwen3.5, sp2": (2, SP2, {}),
 }
 FUSED = ["sp2, Transformer Engine's layers", "experts, ep2, Transformer Engine's layers"]
 MODELS = {
@@ -84,6 +94,9 @@ MODELS = {
     "experts beside a shared one": "qwen2_moe",
     "experts and dense layers": "glm4_moe",
     "experts": "qwen3_moe",
+    "hybrid with experts of a Qwen3.5": "qwen3_5_moe_text",
+    "hybrid with experts": "qwen3_next",
+    "hybrid": "qwen3_5_text",
 }
 """Of LAYOUTS those with other layers, and by the beginning of their names those with another model."""
 BOUNDS = {"latent attention with whole queries, pp2": 5e-5}
