@@ -26,14 +26,26 @@ pytestmark = pytest.mark.skipif(
 LORA = {"rank": 4, "alpha": 6}
 SP2 = {"tp": 2, "sequence_parallel": True}
 WHOLE = {"modules_to_save": ["embed_tokens", "lm_head"]}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj"]
 CASES: dict[str, tuple[str, dict, dict]] = {
     "q, k and v in one": ("phi3", SP2, {}),
     "experts": ("qwen3_moe", {"ep": 2}, {}),
     "experts of a mixtral": ("mixtral", {"pp": 2}, {"targets": ["w1", "w2", "w3"]}),
     "experts of a minimax": ("minimax_m2", {"pp": 2}, {"targets": ["q_proj", "w1", "w2", "w3"]}),
+    "a hybrid": ("qwen3_5_text", SP2, {}),
+    "a hybrid with experts": ("qwen3_next", {"pp": 2}, {"targets": [*ATTENTION, "in_proj_qkvz", "in_proj_ba"]}),
+    "a hybrid with experts of a Qwen3.5": (
+        "qwen3_5_moe_text",
+        {"ep": 2},
+        {"targets": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]},
+    ),
     "embedding and head": ("qwen3", SP2, {**WHOLE, "targets": ["q_proj", "up_proj"]}),
 }
 """Model, layout, section."""
+SELDOM = [
+    *("experts of a mixtral", "experts of a minimax"),
+    *("a hybrid with experts", "a hybrid with experts of a Qwen3.5"),
+]
 
 
 def saved(directory: Path, parallel: dict, lora: dict, checkpoints: Path) -> Tensor:
@@ -119,7 +131,7 @@ def peft_losses(directory: Path, adapter: Path) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", cases(CASES, rarely=["experts of a mixtral", "experts of a minimax"]))
+@pytest.mark.parametrize("name", cases(CASES, rarely=SELDOM))
 def test_peft_has_our_numbers_and_a_run_goes_on_from_its_directory(name: str, tmp_path: Path) -> None:
     model, parallel, section = CASES[name]
     base, out, lora = tmp_path / "base", tmp_path / "peft", {**LORA, **section}
