@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def policy_over(directory: Path, parallel: dict, lora: dict, **more: Any) -> Any:
     """The policy with the weights of `directory`, and the adapters that drawn() gives."""
     from megatron_sftrl.engine.live_weights import load_hf_weights
-    from megatron_sftrl.engine.lora import adapters_of
     from megatron_sftrl.engine.parallel import initialize_parallel
     from megatron_sftrl.engine.policy import PolicyEngine
     from megatron_sftrl.models import architecture_of
@@ -40,13 +40,19 @@ def policy_over(directory: Path, parallel: dict, lora: dict, **more: Any) -> Any
     policy = PolicyEngine(architecture, config, context)
     with open_weights(directory) as weights:
         load_hf_weights(policy.chunks, weights, architecture, context)
-    with torch.no_grad():
-        for adapter in adapters_of(policy.chunks):
-            for _, place in adapter.places():
-                assert place.data is not None
-                place.data.copy_(drawn(place.key, place.global_shape)[place.global_slice()])
+    draw_adapters(policy.chunks)
     policy.reload_optimizer_weights()
     return policy, config
+
+
+@torch.no_grad()
+def draw_adapters(chunks: Any) -> None:
+    from megatron_sftrl.engine.lora import adapters_of
+
+    for adapter in adapters_of(chunks):
+        for _, place in adapter.places():
+            assert place.data is not None
+            place.data.copy_(drawn(place.key, place.global_shape)[place.global_slice()])
 
 
 def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -149,6 +155,16 @@ def merged(directory: Path, lora: dict = LORA) -> dict[str, Tensor]:
             weight = weight + SCALE * up @ down
         found[name] = weight
     return found
+
+
+def write_merged(directory: Path, lora: dict, out: Path) -> Path:
+    """The model of merged() as a directory."""
+    from safetensors.torch import save_file
+
+    out.mkdir()
+    shutil.copy(directory / "config.json", out)
+    save_file(merged(directory, lora), out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 ENGINES: dict[str, tuple[str, dict, int]] = {

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sftrl.config.lora import ALL_TARGETS
 from megatron_sftrl.errors import UserError
 from tests.distributed.engine_outputs import engine_config
+from tests.distributed.test_lora import LORA, draw_adapters, write_merged
 from tests.grid import cases
 from tests.hf_models import write_model
 from tests.ranks import run_ranks
@@ -28,8 +30,21 @@ CROSSINGS = {
 }
 
 
-def crossed(hf: Path, layout: dict[str, Any], num_generators: int, tp: int) -> tuple[list[str], int]:
-    """Of a generator: parameters that are not those of a model that was loaded there, and bytes that came."""
+def crossed(
+    hf: Path,
+    layout: dict[str, Any],
+    num_generators: int,
+    tp: int,
+    lora: dict[str, Any] | None = None,
+    merged: Path | None = None,
+) -> tuple[list[str], int]:
+    """Of a generator: parameters that are not those of a model that was loaded there, and bytes that came.
+
+    Args:
+        lora: of the trainers, whose adapters draw_adapters() gives; everything is fp32 then.
+        merged: what the generator loads in place of `hf`.
+    """
+    from megatron_sftrl.config.lora import LoraSection
     from megatron_sftrl.engine.live_weights import live_weights, load_hf_weights
     from megatron_sftrl.engine.parallel import run_context
     from megatron_sftrl.engine.policy import PolicyEngine
@@ -40,9 +55,10 @@ def crossed(hf: Path, layout: dict[str, Any], num_generators: int, tp: int) -> t
 
     side = side_of(num_generators)
     assert side is not None
-    config = engine_config(
-        hf, {"tp": tp, "sequence_parallel": tp > 1} if side.is_generator else layout, "bf16"
-    )
+    own_layout = {"tp": tp, "sequence_parallel": tp > 1} if side.is_generator else layout
+    config = engine_config(hf, own_layout, "bf16" if lora is None else "fp32")
+    if lora is not None and not side.is_generator:
+        config = config.model_copy(update={"lora": LoraSection.model_validate(lora)})
     architecture = architecture_of(config.model)
     with (
         run_context(config, side.ranks) as parallel,
@@ -53,8 +69,9 @@ def crossed(hf: Path, layout: dict[str, Any], num_generators: int, tp: int) -> t
             for _ in range(1 + side.is_generator)
         ]
         loaded, empty = policies[0], policies[-1]
-        with open_weights(hf) as weights:
+        with open_weights(merged if merged and side.is_generator else hf) as weights:
             load_hf_weights(loaded.chunks, weights, architecture, parallel)
+        draw_adapters(loaded.chunks)
         held = live_weights(empty.chunks, architecture)
         resharder = Resharder(
             None if side.is_generator else lambda: held,
@@ -77,7 +94,10 @@ def crossed(hf: Path, layout: dict[str, Any], num_generators: int, tp: int) -> t
             [*empty.chunks[0].parameters(), *empty.chunks[0].buffers()],
             strict=True,
         )
-        different = [name for (name, truth), found in pairs if not torch.equal(truth, found)]
+        bound = 0 if merged is None else 1e-6
+        different = [
+            name for (name, truth), found in pairs if not torch.allclose(truth, found, rtol=0, atol=bound)
+        ]
         return different, resharder.last_report.received_bytes
 
 
@@ -89,6 +109,27 @@ def test_what_a_generator_receives_is_the_model_that_it_would_load(name: str, tm
     hf = write_model(tmp_path / "hf", name, dtype=torch.bfloat16)
     found = run_ranks(2 + num_generators, crossed, hf, layout, num_generators, tp, group=False)
     assert found[:2] == [([], 0)] * 2
+    for different, num_bytes in found[2:]:
+        assert different == []
+        assert num_bytes > 0
+
+
+ADAPTED = {
+    "qwen3_next": ({"pp": 2}, 2, 2),
+    "qwen3_5_text": ({"tp": 2, "sequence_parallel": True}, 1, 1),
+    "qwen3_5_moe_text": ({"ep": 2}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", cases(ADAPTED, rarely=["qwen3_next", "qwen3_5_moe_text"]))
+def test_a_generator_of_a_hybrid_receives_what_adapters_make_of_it(name: str, tmp_path: Path) -> None:
+    layout, num_generators, tp = ADAPTED[name]
+    hf, lora = write_model(tmp_path / "hf", name), {**LORA, "targets": list(ALL_TARGETS)}
+    merged = write_merged(hf, lora, tmp_path / "merged")
+    lora["targets"] = "all-linear"
+    found = run_ranks(
+        2 + num_generators, crossed, hf, layout, num_generators, tp, lora, merged, group=False
+    )
     for different, num_bytes in found[2:]:
         assert different == []
         assert num_bytes > 0
