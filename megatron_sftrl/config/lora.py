@@ -47,8 +47,8 @@ class LoraSection(Section):
     """Low-rank adapters beside frozen matrices: W x + scale B A x, as PEFT trains them."""
 
     rank: int = Field(ge=1)
-    """r, rows of A and columns of B; at most the smaller side of each matrix, but of in_proj_ba, in_proj_b and
-    in_proj_a, which have a row or two for each head."""
+    """r, rows of A and columns of B; at most the smaller side of each matrix, except of in_proj_ba,
+    in_proj_b and in_proj_a, which have a row or two for each head."""
     alpha: float = Field(gt=0, allow_inf_nan=False)
     """scale = alpha / rank, with rslora alpha / sqrt(rank)."""
     targets: Literal["all-linear"] | Annotated[list[LoraTarget], Field(min_length=1)] = "all-linear"
@@ -90,8 +90,8 @@ class LoraSection(Section):
             )
         if "conv1d" in value:
             raise UserError(
-                "lora.targets: the convolution of gated delta nets, conv1d, has no adapter: transformers reads "
-                "its weights past the module that PEFT would put one on; remove it"
+                "lora.targets: the convolution of gated delta nets, conv1d, has no adapter: transformers "
+                "reads its weights past the module that PEFT would put one on; remove it"
             )
         if unknown := [name for name in value if name not in ALL_TARGETS]:
             raise UserError(f"lora.targets: expected some of {', '.join(ALL_TARGETS)}, got {unknown}")

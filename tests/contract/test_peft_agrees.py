@@ -99,6 +99,8 @@ MODELS = {
     "hybrid": "qwen3_5_text",
 }
 """Of LAYOUTS those with other layers, and by the beginning of their names those with another model."""
+
+
 def model_of(layout: str) -> str:
     return next((model for start, model in MODELS.items() if layout.startswith(start)), MODEL)
 
@@ -107,8 +109,8 @@ BOUNDS = {
     "latent attention with whole queries, pp2": 5e-5,
     **dict.fromkeys((name for name in LAYOUTS if model_of(name) == "qwen3_next"), 2e-5),
 }
-"""Of gradients; transformers' own of the four layers are 1.5e-5 from float64 there, and of a Qwen3-Next 6.3e-6
-(ours 4.6e-6; measured)."""
+"""Of gradients; transformers' own of the four layers are 1.5e-5 from float64 there, and of a Qwen3-Next
+6.3e-6 (ours 4.6e-6; measured)."""
 RARELY = [
     *("phi3", "phi3, tp2", "phi3, pp2", "latent attention", "experts", "experts, ep2", "experts, etp2"),
     *("latent attention with whole queries, pp2", "experts beside a shared one, sp2"),

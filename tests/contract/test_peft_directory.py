@@ -33,7 +33,11 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "experts of a mixtral": ("mixtral", {"pp": 2}, {"targets": ["w1", "w2", "w3"]}),
     "experts of a minimax": ("minimax_m2", {"pp": 2}, {"targets": ["q_proj", "w1", "w2", "w3"]}),
     "a hybrid": ("qwen3_5_text", SP2, {}),
-    "a hybrid with experts": ("qwen3_next", {"pp": 2}, {"targets": [*ATTENTION, "in_proj_qkvz", "in_proj_ba"]}),
+    "a hybrid with experts": (
+        "qwen3_next",
+        {"pp": 2},
+        {"targets": [*ATTENTION, "in_proj_qkvz", "in_proj_ba"]},
+    ),
     "a hybrid with experts of a Qwen3.5": (
         "qwen3_5_moe_text",
         {"ep": 2},

@@ -1,4 +1,4 @@
-"""Adapters of hybrids, in attention with gates and in gated delta nets: what they answer, and a run that goes on.
+"""Adapters of hybrids, on attention with gates and on gated delta nets: answers, and a run that goes on.
 
 What they are trained to is in tests/contract/test_peft_agrees.py.
 """
@@ -55,7 +55,9 @@ def test_greedy_tokens_are_those_of_the_merged_model_in_transformers(tmp_path: P
         for prompt, response in zip(PROMPTS, responses, strict=True):
             whole = torch.tensor([*prompt, *response])
             ours, base = (
-                tuple(transformers_logits(model, whole, [len(whole)]).argmax(1)[len(prompt) - 1 : -1].tolist())
+                tuple(
+                    transformers_logits(model, whole, [len(whole)]).argmax(1)[len(prompt) - 1 : -1].tolist()
+                )
                 for model in models
             )
             assert response == ours

@@ -140,6 +140,28 @@ def test_the_state_of_other_families_is_planned_to_the_byte(family: str, tmp_pat
         assert (planned.optimizer, planned.reference) == (held.optimizer, held.reference)
 
 
+HYBRIDS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "qwen3_5_text": (2, {"tp": 2, **SHARDED}, {}),
+    "qwen3_next": (
+        4,
+        {"pp": 2, "ep": 2, **SHARDED},
+        {"targets": ["q_proj", "in_proj_ba", "out_proj", "up_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", cases(HYBRIDS, rarely=["qwen3_next"]))
+def test_adapters_of_a_hybrid_are_planned_to_the_byte(family: str, tmp_path: Path) -> None:
+    world_size, parallel, lora = HYBRIDS[family]
+    sections = {"loss": {"name": "curiosft", "top_k": 16}, "reference": {"kind": "moving_average"}}
+    sections |= {"model": write_config(tmp_path, family), "lora": {"rank": 4, "alpha": 8, **lora}}
+    for held, planned in planned_and_held(make_run(parallel, {}, "bf16", **sections), world_size):
+        assert (planned.parameters, planned.gradients) == (held.parameters, held.gradients)
+        assert (planned.optimizer, planned.reference_average) == (held.optimizer, held.average)
+        assert planned.gradients > 0
+        assert 0 < planned.frozen < planned.parameters
+
+
 def write_config(directory: Path, family: str, dtype: str = "bf16", **sizes: Any) -> dict[str, Any]:
     """The section `model` of a run whose model hf_models describes, with other sizes."""
     config = {**CONFIGS[family], **sizes, "architectures": [hf_family(family).architecture]}  # type: ignore[arg-type]
@@ -315,6 +337,19 @@ STEPS = {
         loss={"name": "gift", "beta": 4.0},
         reference={"kind": "frozen"},
     ),
+    "adapters of a hybrid": Step(
+        hf="qwen3_5_text", model=DEEP_HYBRID, lora={"rank": 8, "alpha": 8}, num_tokens=512, num_sequences=2
+    ),
+    "adapters of a hybrid with dropout, tp 2": Step(
+        hf="qwen3_5_text",
+        model=DEEP_HYBRID,
+        world_size=2,
+        parallel=SPLIT,
+        lora={"rank": 8, "alpha": 8, "dropout": 0.1},
+    ),
+    "adapters of a hybrid with experts, fp32": Step(
+        hf="qwen3_next", model=DEEP_HYBRID, lora={"rank": 8, "alpha": 8}, dtype="fp32", num_tokens=512
+    ),
     "prompts shared": Step(num_tokens=1024, num_sequences=4, prompt=512),
     "long prompts shared, windows": Step(
         hf="olmo3", model=OLMO, dtype="fp32", num_tokens=1280, num_sequences=8, prompt=1024
@@ -404,7 +439,7 @@ SELDOM = [
     "uneven stages",
     "experts' SwiGLU",
     "pp 2, recomputed",
-    "adapters",
+    *(name for name in STEPS if name.startswith("adapters")),
     "experts",
     "cut experts, recomputed",
     "recomputed",

@@ -127,9 +127,7 @@ def test_a_generator_of_a_hybrid_receives_what_adapters_make_of_it(name: str, tm
     hf, lora = write_model(tmp_path / "hf", name), {**LORA, "targets": list(ALL_TARGETS)}
     merged = write_merged(hf, lora, tmp_path / "merged")
     lora["targets"] = "all-linear"
-    found = run_ranks(
-        2 + num_generators, crossed, hf, layout, num_generators, tp, lora, merged, group=False
-    )
+    found = run_ranks(2 + num_generators, crossed, hf, layout, num_generators, tp, lora, merged, group=False)
     for different, num_bytes in found[2:]:
         assert different == []
         assert num_bytes > 0

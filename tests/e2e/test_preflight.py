@@ -109,8 +109,8 @@ OTHER_FAMILIES: dict[str, tuple[list[str], str]] = {
     ),
     "qwen3_5_text": WHOLE_SEQUENCE,
     "qwen3_next": (
-        ["lora={rank: 4, alpha: 8}"],
-        "lora does not know gated delta nets (qwen3_next) yet: remove it",
+        ["lora={rank: 4, alpha: 8, targets: [q_proj, conv1d]}"],
+        "lora.targets: the convolution of gated delta nets, conv1d, has no adapter",
     ),
     "gemma3_text": (["model.moe_aux_loss_coeff=0.01"], "is about experts, and the model is no mixture"),
 }

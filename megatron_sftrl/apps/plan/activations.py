@@ -425,9 +425,15 @@ def _with_adapters(
     A frozen matrix has no gradient and keeps no input of its own, but the adapter beside it does.
     """
     rank, names, _ = adapted
-    inner = batch.tokens * rank * num_adapted(a, names) * batch.element
+    attending = a.share_attending
+    num = attending * num_adapted(a, names, attends=True)
+    attended = attending * a.num_attention_heads * a.head_dim
+    if (net := a.delta_net) is not None:
+        num += (1 - attending) * num_adapted(a, names, attends=False)
+        attended += (1 - attending) * net.num_value_heads * net.value_dim
+    inner = round(batch.tokens * rank * num * batch.element)
     if has_dropout:
-        attended = batch.tokens * (a.num_attention_heads // grid.tp) * a.head_dim * batch.element
+        attended = round(batch.tokens * attended / grid.tp * batch.element)
         streams = 2 * batch.residual_tokens * a.hidden_size * batch.element
         inner += (streams + attended + _widest(a, grid, batch)) * (batch.element + 1) // batch.element
     wide = 2 * _FC1_OUTPUT * _widest(a, grid, batch)  # B A x as it is made, and scaled

@@ -210,11 +210,11 @@ def adapted_by(config: TrainingConfig) -> Adapted | None:
     return lora.rank, lora.names, tuple(WHOLE_WEIGHTS[name][1] for name in lora.modules_to_save)
 
 
-def num_adapted(architecture: Architecture, names: tuple[str, ...]) -> int:
-    """Matrices with an adapter that a token goes through in a block."""
+def num_adapted(architecture: Architecture, names: tuple[str, ...], *, attends: bool) -> int:
+    """Matrices with an adapter that a token goes through in a block with attention or a gated delta net."""
     mixture = architecture.mixture
     # Of one rank's experts: one.
-    kind = LayerKind(has_experts=mixture is not None, attends=True)
+    kind = LayerKind(has_experts=mixture is not None, attends=attends)
     tensors = _block_tensors(architecture, kind, ep=mixture.num_experts if mixture else 1)
     found = {
         run.name: mixture.experts_per_token if mixture and tensor.is_expert else 1

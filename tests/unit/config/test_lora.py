@@ -17,9 +17,11 @@ from megatron_sftrl.config.lora import LoraSection
 from megatron_sftrl.engine.lora import adapter_shapes, lora_targets
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models import architecture_of
+from megatron_sftrl.models.hf_config import from_hf_config
 from megatron_sftrl.trainers.adapters import open_start
 from megatron_sftrl.trainers.checked import check_targets
 from tests.unit.config.example import example, message_of
+from tests.unit.models.hf_files import values
 
 LORA = ("lora={rank: 2, alpha: 4}", "model.architecture=null", "model.hf=BASE")
 
@@ -50,6 +52,10 @@ def test_adapters_over_a_model_of_hugging_face_are_accepted() -> None:
         (["reference.placement=offload"], "reference.placement = offload"),
         (["model.moe_bias_update_rate=0.1"], "moe_bias_update_rate moves biases of the frozen model"),
         (["lora.targets=[q_prj]"], "w1, w3, w2, got ['q_prj']"),
+        (
+            ["lora.targets=[q_proj, conv1d]"],
+            "lora.targets: the convolution of gated delta nets, conv1d, has no",
+        ),
         (
             ["lora.targets=q_proj"],
             "lora.targets: expected all-linear, or a list such as [q_proj, v_proj], got 'q_proj'",
@@ -92,6 +98,28 @@ def test_every_expert_has_adapters_and_a_router_has_none() -> None:
     assert all(name.startswith("experts.") for name in in_experts)
     with pytest.raises(UserError, match=r"a mixtral has no gate_proj .* w1, w3, w2"):
         check("lora.targets=[gate_proj]", sizes=("model.architecture.family=mixtral", *mixture[1:]))
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"), [("qwen3_next", ["qkvz", "ba"]), ("qwen3_5_text", ["qkv", "z", "b", "a"])]
+)
+def test_a_gated_delta_net_has_the_targets_of_its_files(
+    family: str, parts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values(family)))
+    architecture, config = from_hf_config(tmp_path), example(*LORA, "lora.rank=64")
+    check_targets(config, architecture)  # more than the 32 heads of in_proj_b
+    assert config.lora is not None
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    own = [*(f"in_proj_{part}" for part in parts), "out_proj"]
+    assert lora_targets(architecture, config.lora)[:-3] == [*attention, *own]
+    other = "in_proj_z" if family == "qwen3_next" else "in_proj_ba"
+    with pytest.raises(
+        UserError, match=rf"a {family} has no {other} that .* choose among q_proj, .*, out_proj"
+    ):
+        check_targets(example(*LORA, f"lora.targets=[{other}]"), architecture)
+    with pytest.raises(UserError, match=r"lora.rank = 4096 is larger than"):
+        check_targets(example(*LORA, "lora.rank=4096"), architecture)
 
 
 def test_what_peft_passes_over_of_a_mixture_is_found() -> None:

@@ -73,15 +73,13 @@ def test_latent_attention_has_torchs_layers_alone(tmp_path: Path, monkeypatch: p
     check_megatron(example(), architecture, is_cuda=False)
 
 
-def test_hybrids_have_torchs_layers_and_no_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hybrids_have_torchs_layers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values("qwen3_5_text")))
     architecture = from_hf_config(tmp_path)
     monkeypatch.setattr(megatron_config, "uses_transformer_engine", lambda model, is_cuda: is_cuda)
     with pytest.raises(UserError, match=r"gated delta nets \(qwen3_5_text\) are only known with torch's"):
         check_megatron(example(), architecture, is_cuda=True)
     check_megatron(example(), architecture, is_cuda=False)
-    with pytest.raises(UserError, match=r"lora does not know gated delta nets \(qwen3_5_text\) yet"):
-        check_megatron(example("lora={rank: 2, alpha: 4}"), architecture, is_cuda=False)
 
 
 def test_sinks_ask_for_torch_s_layers(monkeypatch: pytest.MonkeyPatch) -> None:

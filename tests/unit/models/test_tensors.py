@@ -204,6 +204,25 @@ def test_every_row_of_every_hugging_face_tensor_is_covered_exactly_once() -> Non
         assert all(bool((count == 1).all()) for count in counts.values()), architecture
 
 
+def test_blocks_in_turns_are_the_rows_of_the_table() -> None:
+    """What adapters go by."""
+    for architecture in cases():
+        for tensor in megatron_tensors(architecture):
+            if tensor.rows[0].expert is not None:  # of a tensor of all experts, which has no adapter
+                continue
+            found: list[tuple[str, int]] = []
+            for turn, block in itertools.product(range(tensor.num_turns), tensor.blocks):
+                num = block.num_rows // tensor.num_turns
+                rows, each = (
+                    range(block.start + turn * num, block.start + (turn + 1) * num),
+                    num // len(block.order),
+                )
+                parts = [rows[number * each :][:each] for number in block.order]
+                found += [(block.name, row) for part in parts for row in part]
+            runs = [(run.name, range(run.start, run.start + run.num_rows)) for run in tensor.rows]
+            assert found == [(name, row) for name, rows in runs for row in rows], tensor.key
+
+
 def test_key_and_index_name_a_tensor_and_the_stack_holds_every_index() -> None:
     for architecture in cases():
         tensors = list(megatron_tensors(architecture))
