@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_sftrl.apps.convert.adapters import passed_over_by_peft
 from tests.contract.models import VOCAB_SIZE, save_versions
-from tests.distributed.hf_models import save_model
+from tests.distributed.hf_models import auto_model, save_model
 from tests.distributed.test_layouts import step_batches
 from tests.distributed.test_lora import losses_of, policy_over
 from tests.grid import cases
+from tests.hf_models import read_tensors
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -50,6 +54,10 @@ SELDOM = [
     *("experts of a mixtral", "experts of a minimax"),
     *("a hybrid with experts", "a hybrid with experts of a Qwen3.5"),
 ]
+
+
+IN_PART = ["qwen2_moe", "glm4_moe", "qwen3_next", "qwen3_5_moe_text"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def saved(directory: Path, parallel: dict, lora: dict, checkpoints: Path) -> Tensor:
@@ -149,6 +157,29 @@ def test_peft_has_our_numbers_and_a_run_goes_on_from_its_directory(name: str, tm
     torch.testing.assert_close(first[0], ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
     assert torch.equal(both[1], first[0]), "the frozen reference has moved"
     assert (both[0] - both[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", cases(IN_PART, rarely=["qwen2_moe", "glm4_moe", "qwen3_next"]))
+def test_of_experts_beside_others_peft_passes_over_what_is_said(family: str, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "peft"
+    save_model(family, base)
+    run_ranks(1, saved, base, {}, {**LORA, "targets": MLP}, tmp_path / "checkpoints")
+    run_ranks(1, export, tmp_path / "checkpoints", out)
+    adapters = {name.removeprefix("base_model.model."): each for name, each in read_tensors(out).items()}
+    passed_over, weights = passed_over_by_peft(adapters, family), read_tensors(base)
+    assert passed_over
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if (down := adapters.get(f"{module}.lora_A.weight")) is not None and module not in passed_over:
+            weights[name] = weight + 1.5 * adapters[f"{module}.lora_B.weight"] @ down
+    (tmp_path / "loaded").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "loaded")
+    save_file(weights, tmp_path / "loaded" / "model.safetensors", metadata={"format": "pt"})
+    loaded = auto_model().from_pretrained(tmp_path / "loaded", dtype=torch.float32).eval()
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        theirs, ours = with_adapter(base, out)(tokens).logits, loaded(tokens).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
 
 
 def answered_by_vllm(directory: Path, adapter: Path, prompts: list[list[int]]) -> list[tuple[list, list]]:

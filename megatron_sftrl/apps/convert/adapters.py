@@ -109,14 +109,15 @@ def passed_over_by_peft(names: Collection[str], family: str) -> list[str]:
     """Of a mixture, the matrices whose adapters PEFT (0.21.2) does not load where others have their names.
 
     Where it puts experts' adapters together, all matrices of such a name are experts' to it: those of dense
-    layers and shared experts are lost. With Qwen2-MoE and Mistral 4 it does not, and the experts' are lost.
+    layers and shared experts are lost. With Qwen2-MoE, Qwen3.5-MoE and Mistral 4 it does not, and the
+    experts' are lost.
 
     Args:
         names: of tensors, as StoredAdapters.kinds has them.
     """
     modules = sorted({name.rsplit(".", 2)[0] for name in names if ".lora_" in name})
     in_experts = [module for module in modules if ".experts." in module]
-    if family in ("qwen2_moe", "mistral4"):
+    if family in ("qwen2_moe", "qwen3_5_moe_text", "mistral4"):
         return in_experts
     stacked = {module.split(".")[-1] for module in in_experts}
     return [module for module in modules if module not in in_experts and module.split(".")[-1] in stacked]

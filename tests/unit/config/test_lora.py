@@ -131,7 +131,7 @@ def test_what_peft_passes_over_of_a_mixture_is_found() -> None:
     found = passed_over_by_peft(shapes, "glm4_moe")
     assert len(found) == architecture.num_layers
     assert found[0] == "model.layers.0.mlp.shared_expert.up_proj"
-    for family in ("qwen2_moe", "mistral4"):
+    for family in ("qwen2_moe", "qwen3_5_moe_text", "mistral4"):
         found = passed_over_by_peft(shapes, family)
         assert len(found) == 4 * architecture.num_layers
         assert found[0] == "model.layers.0.mlp.experts.0.up_proj"
