@@ -116,7 +116,8 @@ RARELY = [
     *("latent attention with whole queries, pp2", "experts beside a shared one, sp2"),
     *("experts of a mixtral, dp2, distributed optimizer", "experts and dense layers, ep2"),
     *("experts and dense layers, sp2", "experts of a minimax, sp2"),
-    *("hybrid", "hybrid, tp2", "hybrid, pp2", "hybrid, dp2, distributed optimizer", "hybrid with experts"),
+    *("hybrid", "hybrid, tp2", "hybrid, sp2", "hybrid, pp2", "hybrid, dp2, distributed optimizer"),
+    "hybrid with experts",
     *("hybrid with experts, pp2", "hybrid with experts of a Qwen3.5, sp2"),
 ]
 Part = tuple[str, tuple[int, ...]]
