@@ -174,6 +174,40 @@ def test_grpo_samples_from_the_adapters_that_it_trains(grpo: GrpoProject, base: 
         assert apart[-1]["loss"] == pytest.approx(metrics[-1]["loss"], abs=1e-4)
 
 
+@pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_a_hybrid_goes_the_whole_way(
+    family: str, project: Project, grpo: GrpoProject, tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "base", family, vocab_size=VOCAB_SIZE, std=0.1)
+    make_tokenizer(base)
+    run, merged, peft = (tmp_path / name for name in ("run", "merged", "peft"))
+    every = "lora={rank: 4, alpha: 8, dropout: 0.1}"
+    layout = "parallel={tp: 2, sequence_parallel: true}"
+    command = [each if each != LORA else every for each in sft(project, base, run)]
+    sftrl(*command, layout, "optim.lr=0.02", ranks=2)
+    losses = [row["loss"] for row in metrics_of(run)]
+    assert losses[-1] < losses[0]
+    export = ["convert", "to-hf", "--checkpoint", str(run)]
+    said = sftrl(*export, "--out", str(merged), "--verify").stderr
+    assert "verify: largest logit difference" in said
+    said = sftrl(*export, "--out", str(peft), "--adapters").stderr
+    assert ("PEFT over transformers 5 passes over" in said) == (family == "qwen3_next")
+    weights, adapters = read_tensors(merged), read_tensors(peft)
+    linear = {name for name in adapters if ".linear_attn." in name}
+    assert len(linear) == 2 * (3 if family == "qwen3_next" else 5) * 2  # two layers, A and B
+    for name, weight in read_tensors(base).items():
+        inside = f"base_model.model.{name.removesuffix('.weight')}"
+        if (down := adapters.get(f"{inside}.lora_A.weight")) is not None:
+            weight = weight + SCALE * adapters[f"{inside}.lora_B.weight"] @ down
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-6, msg=name)
+    for name, devices in {"beside": [], "apart": ["rollout.devices=1"]}.items():
+        command = grpo_with_adapters(grpo, base, tmp_path / name)
+        command = [each if each != LORA else every.replace("0.1", "0.0") for each in command]
+        sftrl(*command, *devices, ranks=1 + len(devices))
+        assert all(row["mismatch/max"] < 1e-4 for row in metrics_of(tmp_path / name))
+
+
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not here: bash tests/oracles.sh installs it")
 @pytest.mark.skipif(not is_full(), reason=HOW_TO_RUN_ALL)
 def test_vllm_samples_from_the_merged_adapters_of_every_step(grpo: GrpoProject, tmp_path: Path) -> None:
