@@ -175,8 +175,10 @@ def _judge_quantisation(reader: JsonReader, line: HfFamily) -> None:
     has_blocks = (
         isinstance(block, list) and len(block) == 2 and all(type(each) is int and each > 0 for each in block)
     )
+    # A null there is a factor for each matrix; without the key each reader assumes something else.
+    has_scales = has_blocks or ("weight_block_size" in values and block is None)
     has_values = values.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
-    is_fp8 = method == "fp8" and has_values and has_blocks
+    is_fp8 = method == "fp8" and has_values and has_scales
     if is_fp8 or (method is not None and method == line.quantised):
         reader.note(key, ": the weights are dequantised while they are read, and exported so")
         return

@@ -16,7 +16,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +43,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockScales:
-    """A factor of each block of (rows, columns) of a matrix; the last blocks may be smaller."""
+    """A factor of each block of (rows, columns) of a matrix; the last blocks may be smaller.
+
+    Of a stack of matrices `stored` holds those of all, one matrix behind the other.
+    """
 
     stored: StoredTensor
     block: tuple[int, int]
@@ -238,6 +241,61 @@ def _what_is_wrong(file: Path, error: Exception) -> str:
             if size < expected:
                 return f"{file} is truncated: its header promises {expected} bytes, it has {size}; {again}"
     return f"{file} is not a valid safetensors file: {error}; {again}"
+
+
+# Weights of 8 bits that have to be multiplied: with a factor for each block of rows and columns, as DeepSeek
+# publishes them, or with one for a whole matrix, as Mistral does, also where a tensor is a stack of matrices.
+
+
+_INVERSE, _OF_INPUTS = "_scale_inv", "activation_scale"
+
+
+def with_scales(
+    tensors: Mapping[str, StoredTensor], block: Sequence[int] | None, *, readable: Sequence[torch.dtype]
+) -> dict[str, StoredTensor]:
+    """The tensors, each of 8 bits together with its scales; those of activations are left out.
+
+    Args:
+        block: (rows, columns) of a factor; None for one factor for each matrix.
+        readable: dtypes that scales may have.
+    Raises:
+        UserError: scales of another shape or dtype.
+    """
+    found = {name: stored for name, stored in tensors.items() if not name.endswith(_OF_INPUTS)}
+    for name in [name for name in found if name.endswith(_INVERSE)]:
+        weight = name.removesuffix(_INVERSE)
+        stored, scales = tensors.get(weight), tensors[name]
+        # Whoever checks the names says that nobody expects the others.
+        is_known = stored is not None and len(stored.shape) in ((2, 3) if block is None else (2,))
+        if stored is None or not is_known or stored.dtype != torch.float8_e4m3fn:
+            continue
+        rows, columns = block or stored.shape[-2:]
+        grid = (-(-stored.shape[-2] // rows), -(-stored.shape[-1] // columns))
+        whole = (*stored.shape[:-2], *grid)
+        fits = math.prod(scales.shape) == math.prod(whole) if block is None else scales.shape == whole
+        if not fits or scales.dtype not in readable:
+            of = "matrix" if block is None else f"block of {rows} x {columns}"
+            raise UserError(
+                f"{scales.file.parent}: {name}: expected a float for each {of} of {weight} "
+                f"{list(stored.shape)}, {list(whole)}, got {list(scales.shape)} of {str(scales.dtype)[6:]}"
+            )
+        own = BlockScales(stored=replace(found.pop(name), shape=whole), block=(rows, columns))
+        found[weight] = replace(stored, scales=own)
+    return found
+
+
+def part_of_stack(stored: StoredTensor, number: int, shape: tuple[int, int], *, parts: int) -> StoredTensor:
+    """One of the matrices of this shape that lie one behind the other in a stack, `parts` for each expert."""
+    scales = stored.scales
+    if scales is not None:
+        factors = replace(
+            scales.stored,
+            offset=scales.stored.offset + number // parts * scales.stored.dtype.itemsize,
+            shape=(1, 1),
+        )
+        scales = BlockScales(stored=factors, block=shape)
+    offset = stored.offset + number * math.prod(shape) * stored.dtype.itemsize
+    return replace(stored, offset=offset, shape=shape, scales=scales)
 
 
 # Tensors of experts that a file holds in MXFP4, as the bf16 tensors that transformers makes of them.

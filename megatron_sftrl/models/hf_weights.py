@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -23,10 +23,12 @@ from megatron_sftrl.models.hf_tensor_file import (
     BlockScales,
     StoredTensor,
     packed_experts,
+    part_of_stack,
     read_packed,
     read_part,
     read_pickle_header,
     read_safetensors_header,
+    with_scales,
 )
 from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf_shapes
 
@@ -34,6 +36,7 @@ from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf
 
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BLOCK = "weight_block_size"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_FILE = "pytorch_model.bin"
@@ -80,7 +83,10 @@ def find_weights(directory: Path, *, allow_pickle: bool) -> WeightFiles:
         tensors = {
             own: entry for name, entry in tensors.items() if (own := language_model_name(name)) is not None
         }
-    return WeightFiles(tensors=_experts_apart(directory, _with_scales(directory, tensors)), notes=notes)
+    quantised = _config(directory).get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("quant_method") == "fp8" and _BLOCK in quantised:
+        tensors = with_scales(tensors, quantised[_BLOCK], readable=_READABLE)
+    return WeightFiles(tensors=_experts_apart(directory, tensors), notes=notes)
 
 
 def _choose(directory: Path, *, allow_pickle: bool) -> tuple[str, tuple[str, ...]]:
@@ -199,37 +205,6 @@ def _disagreements(
             yield f"{name}: in {found[0]}, but not in the index"
 
 
-# Weights of 8 bits with a factor for each block of rows and columns, as DeepSeek publishes them. They are
-# multiplied when they are read; nothing else knows of them.
-
-
-_SCALES = ".weight_scale_inv"
-
-
-def _with_scales(directory: Path, tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """The tensors, each of 8 bits together with its scales; UserError: scales of another shape."""
-    quantised = _config(directory).get("quantization_config")
-    block = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
-    if not block:
-        return tensors
-    found = dict(tensors)
-    for name in [name for name in tensors if name.endswith(_SCALES)]:
-        weight = f"{name.removesuffix(_SCALES)}.weight"
-        stored = tensors.get(weight)
-        if stored is None or stored.dtype != torch.float8_e4m3fn:
-            continue  # check() says that nobody expects it
-        expected = tuple(-(-size // length) for size, length in zip(stored.shape, block, strict=True))
-        if tensors[name].shape != expected or tensors[name].dtype not in _READABLE:
-            raise UserError(
-                f"{directory}: {name}: expected a float for each block of {block[0]} x {block[1]} of "
-                f"{weight} {list(stored.shape)}, {list(expected)}, got {list(tensors[name].shape)} of "
-                f"{str(tensors[name].dtype)[6:]}"
-            )
-        scales = BlockScales(stored=found.pop(name), block=(block[0], block[1]))
-        found[weight] = replace(stored, scales=scales)
-    return found
-
-
 # Mixtures that transformers 5 saved as it holds them (save_original_format=False): each layer's experts are
 # two tensors, gate_up_proj [E, 2 width, H] and down_proj [E, H, width]. Their parts lie in the file as those
 # of single experts would, one behind the other.
@@ -272,11 +247,10 @@ def _parts_of_stack(
         yield name, stored
         return
     shape = (stored.shape[1] // len(parts), stored.shape[2])
-    size = shape[0] * shape[1] * stored.dtype.itemsize
     block = stack["block"] + ("block_sparse_moe" if is_mixtral else "mlp")
     for number in range(stored.shape[0] * len(parts)):
         expert, part = divmod(number, len(parts))
-        place = replace(stored, offset=stored.offset + number * size, shape=shape)
+        place = part_of_stack(stored, number, shape, parts=len(parts))
         yield f"{block}.experts.{expert}.{parts[part]}.weight", place
 
 
