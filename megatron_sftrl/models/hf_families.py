@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Family
 from megatron_sftrl.models.hf_family import MULTIPLIERS, HfFamily
@@ -220,6 +222,10 @@ def hf_family(family: Family) -> HfFamily:
     return next(line for line in HF_FAMILIES if line.family == family)
 
 
+# Published under a name of their own that transformers (5.19) does not know without the model's own code.
+_OTHER_NAMES: Mapping[object, Family] = {"kimi_k2": "deepseek_v3"}
+
+
 def asked_family(reader: JsonReader) -> HfFamily:
     """The family that `architectures`, or without it `model_type`, names.
 
@@ -228,12 +234,11 @@ def asked_family(reader: JsonReader) -> HfFamily:
     """
     asked, model_type = reader.get("architectures"), reader.get("model_type")
     names = asked if isinstance(asked, list) else []
-    if model_type == "kimi_k2":
-        raise UserError(
-            f"{reader.file}: model_type 'kimi_k2': transformers does not know it without the model's own "
-            "code, which is never run; its network is DeepSeek-V3's: set model_type to deepseek_v3 and "
-            "architectures to DeepseekV3ForCausalLM, and remove auto_map"
+    if model_type in _OTHER_NAMES:
+        reader.note(
+            "model_type", f" {model_type!r}: the network of a {_OTHER_NAMES[model_type]}, also in exports"
         )
+        model_type = _OTHER_NAMES[model_type]
     if asked is None:
         chosen = [line for line in HF_FAMILIES if line.family == model_type]
     else:

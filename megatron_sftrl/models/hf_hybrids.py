@@ -8,6 +8,7 @@ from typing import Any
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, DeltaNet, Family
 from megatron_sftrl.models.hf_families import hf_family
+from megatron_sftrl.models.hf_tensor_file import tensor_names
 from megatron_sftrl.models.json_reader import JsonReader
 
 _DELTA, _FULL = "linear_attention", "full_attention"
@@ -122,14 +123,31 @@ def language_model(reader: JsonReader, *, text_only: bool) -> JsonReader:
             f"{reader.file}: model_type {reader.get('model_type')!r} is a multimodal model: set "
             "model.text_only: true (sftrl convert: --text-only) to train and export its language model alone"
         )
-    key = "tie_word_embeddings"
-    inside = reader.values["text_config"].get(key)
-    if inside is not None and reader.has(key) and reader.get(key) != inside:
-        reader.say(key, f" {reader.get(key)!r} contradicts that of text_config, {inside!r}")
+    notes = [*reader.notes, "text_config alone is read: a model of text, without images and video"]
     return JsonReader(
         reader.file,
-        language_model_values(reader.values),
+        {**language_model_values(reader.values), **_tied_or_not(reader, notes)},
         prefix="text_config: ",
         problems=reader.problems,
-        notes=[*reader.notes, "text_config alone is read: a model of text, without images and video"],
+        notes=notes,
     )
+
+
+def _tied_or_not(reader: JsonReader, notes: list[str]) -> dict[str, bool]:
+    """Whether the output layer is the embedding, of a file that says it twice and differently.
+
+    transformers 5 does so whenever it saves a Mistral 3 that was published without the outer key, whose
+    default is true, and goes by the weights: an output layer that is there is not tied.
+    """
+    key = "tie_word_embeddings"
+    inside, outside = reader.values["text_config"].get(key), reader.get(key)
+    if inside is None or not reader.has(key) or outside == inside:
+        return {}
+    said = f" {outside!r} contradicts that of text_config, {inside!r}"
+    names = tensor_names(reader.file.parent)
+    if names is None:
+        reader.say(key, f"{said}, and there are no weights to tell which is true; set both alike")
+        return {}
+    has_output = any(name.endswith("lm_head.weight") for name in names)
+    notes.append(f"{key}{said}: the weights have {'an' if has_output else 'no'} output layer of their own")
+    return {key: not has_output}

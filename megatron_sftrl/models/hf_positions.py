@@ -203,16 +203,13 @@ def _read_set(
 
 
 def _query_beta(reader: JsonReader, rope: JsonReader, yarn: Rope) -> float:
-    """Of a Ministral 3, whose attention reads both keys inside the set and the longest length beside it.
+    """Of a Ministral 3, whose attention reads both keys inside the set.
 
     vLLM reads them from a set of its own, llama_4_scaling, which an export has and which must agree.
     """
     beta = rope.number(_BETA, at_least=0)
     if not rope.has("original_max_position_embeddings"):
         rope.say("original_max_position_embeddings", " is missing")
-    inside = rope.get("max_position_embeddings")
-    if inside not in (None, reader.get("max_position_embeddings")):
-        rope.say("max_position_embeddings", f" {inside!r} differs from the one beside the set")
     if reader.has("llama_4_scaling") and reader.get("llama_4_scaling") != scaling_for_vllm(yarn, beta):
         reader.say(
             "llama_4_scaling",

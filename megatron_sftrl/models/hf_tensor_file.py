@@ -172,6 +172,24 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def tensor_names(directory: Path) -> frozenset[str] | None:
+    """Names in a model's safetensors file or in the index of its shards; None where there is neither.
+
+    Raises:
+        UserError: a file that is cut short or no safetensors file.
+    """
+    if (directory / SINGLE_FILE).is_file():
+        return frozenset(read_safetensors_header(directory / SINGLE_FILE))
+    try:
+        return frozenset(json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever reads the weights says what is wrong with an index
+
+
 def read_pickle_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a file that torch.save wrote, by name; only tensors are unpickled, none of its code
     runs.

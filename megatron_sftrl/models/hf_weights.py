@@ -19,7 +19,9 @@ from megatron_sftrl.models.hf_families import hf_family
 from megatron_sftrl.models.hf_hybrids import is_multimodal, language_model_name
 from megatron_sftrl.models.hf_tensor_file import (
     BLOCKS,
+    INDEX_FILE,
     SCALES,
+    SINGLE_FILE,
     BlockScales,
     StoredTensor,
     packed_experts,
@@ -37,8 +39,6 @@ from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_regions, hf
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BLOCK = "weight_block_size"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_FILE = "pytorch_model.bin"
 _PICKLE_INDEX = "pytorch_model.bin.index.json"
 

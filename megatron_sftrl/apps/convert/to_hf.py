@@ -238,7 +238,11 @@ def _with_config(assets: HfAssets, architecture: Architecture, dtype: torch.dtyp
     if "config.json" in assets.files:
         line = hf_family(architecture.family)
         added = {key: values[key] for key in (*FOR_VLLM, *line.for_vllm) if key in values}
-        changed = dict.fromkeys(line.draft_keys, 0)
+        changed = {
+            **dict.fromkeys(line.draft_keys, 0),
+            "model_type": architecture.family,
+            "tie_word_embeddings": architecture.tie_embeddings,
+        }
         # Weights that were dequantised while they were read are written as they were trained.
         return with_keys(with_dtype(assets, dtype), added, instead=changed, without=("quantization_config",))
     text = json.dumps(values, indent=2) + "\n"

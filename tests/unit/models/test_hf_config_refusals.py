@@ -39,10 +39,7 @@ def refusal(tmp_path: Path, content: dict[str, object]) -> str:
         ({"architectures": None, "model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, SUPPORTED),
         ({"architectures": None, "model_type": "gemma2"}, "model_type 'gemma2'"),
-        (
-            {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2"},
-            "model_type 'kimi_k2': transformers does not know it without the model's own code",
-        ),
+        ({"model_type": "kimi_k2"}, "model_type 'deepseek_v3' contradicts architectures"),
         ({"model_type": "qwen3"}, "model_type 'qwen3' contradicts architectures"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "remote code is never run"),
         ({"quantization_config": {"bits": 4}}, "quantization_config ({'bits': 4}): quantised weights cannot"),
