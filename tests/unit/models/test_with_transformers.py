@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+)
 
+from megatron_sftrl.errors import UserError
+from megatron_sftrl.models.hf_config import read_hf_config
 from megatron_sftrl.models.hf_output import (
     new_directory,
     plan_files,
@@ -127,3 +137,34 @@ def test_experts_that_transformers_saved_as_stacks_are_those_that_it_saved_one_b
     # transformers reads both, too.
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stacked")
     assert not differing(dict(model.named_parameters()), dict(again.named_parameters()))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_mistral_3_that_transformers_saved_is_tied_where_its_weights_are(
+    tmp_path: Path, is_tied: bool
+) -> None:
+    """Its default for the outer key is true, whatever text_config says: Mistral Small 3.1 has neither."""
+    text = {"model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 32, "patch_size": 16}
+    model = Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=is_tied)
+    )
+    model.save_pretrained(tmp_path / "published")
+    file = tmp_path / "published" / "config.json"
+    published = json.loads(file.read_text())
+    del published["tie_word_embeddings"]
+    file.write_text(json.dumps(published))
+    again = Mistral3ForConditionalGeneration.from_pretrained(tmp_path / "published")
+    again.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (written["tie_word_embeddings"], written["text_config"]["tie_word_embeddings"]) == (True, False)
+    a, notes = read_hf_config(tmp_path / "again", text_only=True)
+    assert a.tie_embeddings == is_tied
+    assert any("tie_word_embeddings True contradicts that of text_config, False" in note for note in notes)
+    with open_weights(tmp_path / "again") as weights:
+        weights.check_model(a)
+    (tmp_path / "again" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="there are no weights to tell which is true; set both alike"):
+        read_hf_config(tmp_path / "again", text_only=True)
