@@ -74,17 +74,29 @@ def rollout_memory(
 
 @functools.lru_cache(maxsize=8)
 def _engine_elements(architecture: Architecture, tp: int) -> tuple[int, int]:
-    """What the first rank of an engine reads, and the most whole tensors that vLLM has waiting.
+    """What the first rank of an engine holds, and the most whole tensors that vLLM has waiting.
 
-    It gathers a block's tensors, all experts of a mixture among them, before it fills the block.
+    It gathers a block's tensors, all experts of a mixture among them, before it fills the block. Of a tensor
+    that files fuse it reads everything and keeps its own rows.
     """
     regions = engine_regions(architecture, tp=tp, tp_rank=0)
-    read = sum(region.numel for region in regions.values())
+    held = sum(_held(architecture, name, region.numel, tp) for name, region in regions.items())
     together: Counter[str] = Counter()
     for name, shape in hf_shapes(architecture).items():
         in_block = re.match(r".*\.layers\.\d+\.", name)
         together[in_block[0] if in_block else name] += math.prod(shape)
-    return read, max(together.values())
+    return held, max(together.values())
+
+
+def _held(a: Architecture, name: str, num_elements: int, tp: int) -> int:
+    """What a rank of an engine keeps of what it reads."""
+    if name.endswith(".gate_up_proj.weight"):
+        return num_elements // tp
+    if name.endswith(".qkv_proj.weight"):
+        heads = a.num_attention_heads + 2 * a.num_query_groups
+        kept = a.num_attention_heads // tp + 2 * max(1, a.num_query_groups // tp)
+        return num_elements // heads * kept
+    return num_elements
 
 
 def _in_process(

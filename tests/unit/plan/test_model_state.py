@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sftrl.apps.plan.memory import _engine_elements
 from megatron_sftrl.apps.plan.model_state import grid_of, model_state
 from megatron_sftrl.config.schema import ParallelSection
+from megatron_sftrl.models.architecture import num_parameters
 from megatron_sftrl.models.hf_config import from_hf_config
 from tests.unit.config.example import example
+from tests.unit.models.published import architecture as read_architecture
+from tests.unit.models.published import config
 from tests.unit.plan.public_models import PARAMETERS, model_directory
 
 LAYOUTS = {
@@ -87,3 +91,15 @@ def test_moments_in_bf16_offloaded_shares_and_copies_for_fp8_are_counted(tmp_pat
     a = architecture
     block = a.hidden_size * (2 * 8192 + 2 * 1024 + 3 * a.ffn_hidden_size)
     assert (plain, eight) == (0, 3 * 40 * block // 8)  # with the transpose, and the reference's
+
+
+@pytest.mark.parametrize(("family", "tp"), [("phi3", 1), ("phi3", 2), ("phi3", 8), ("glm4", 2), ("glm4", 8)])
+def test_an_engine_holds_its_part_of_tensors_that_files_fuse(tmp_path: Path, family: str, tp: int) -> None:
+    """vLLM reads them whole and keeps its rows: as many as of a Llama's, whose files have them apart."""
+    sizes = (512, 1024, 3, 16, 2, 1024)
+    fused, apart = (
+        read_architecture(tmp_path, config(name, sizes, attention_bias=False, head_dim=32))
+        for name in (family, "llama")
+    )
+    norms = num_parameters(fused) - num_parameters(apart)  # of a GLM-4, behind attention and MLP
+    assert _engine_elements(fused, tp)[0] == _engine_elements(apart, tp)[0] + norms
