@@ -219,8 +219,11 @@ def _auto_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        reason: object = error
+        if "trust_remote_code" in str(error):
+            reason = "it is a program of its own, which is never run; add a tokenizer.json of its vocabulary"
         raise error_of(
-            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {error}", error
+            f"tokenizer.path: {path} cannot be loaded as a Hugging Face tokenizer: {reason}", error
         ) from error
 
 
@@ -314,11 +317,7 @@ def load_sentencepiece(path: Path) -> LoadedTokenizer:
     except (RuntimeError, OSError) as error:
         raise error_of(f"tokenizer.path: {path} is not a SentencePiece model: {error}", error) from error
     backend = _SentencePieceBackend(processor, hashlib.sha256(data).hexdigest())
-    named = {
-        "bos_token": processor.bos_id(),
-        "eos_token": processor.eos_id(),
-        "pad_token": processor.pad_id(),
-    }
+    named = {f"{name}_token": getattr(processor, f"{name}_id")() for name in ("bos", "eos", "pad")}
     defined = {name: i for name, i in named.items() if i >= 0}
     return LoadedTokenizer(
         backend=backend,

@@ -15,6 +15,7 @@ import tokenizers
 from megatron_sftrl.config.schema import TokenizerSection
 from megatron_sftrl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_sftrl.data.tokenizer_backends import PROBES
+from megatron_sftrl.errors import UserError
 from tests.unit.data.tokenizers_for_tests import SENTENCEPIECE_MODEL, template_path, write_byte_level
 
 
@@ -306,3 +307,15 @@ def test_a_generic_class_has_no_defaults_and_the_import_of_autotokenizer_is_spar
         [sys.executable, "-W", "ignore", "-c", look], capture_output=True, text=True, timeout=300
     )
     assert ended.stdout.splitlines() == ["False"], ended.stderr
+
+
+def test_a_tokenizer_that_is_a_program_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Kimi K2's and Moonlight's: tiktoken's ranks and a file of Python."""
+    config = {
+        "tokenizer_class": "TikTokenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tiktoken.model").write_text("YQ== 0\n")
+    with pytest.raises(UserError, match="a program of its own, which is never run; add a tokenizer"):
+        load_tokenizer(TokenizerSection(path=str(tmp_path)))
