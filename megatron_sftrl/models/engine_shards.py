@@ -23,7 +23,7 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_boxes, megatron_tensors
 
-_WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight")
+_WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight", ".in_proj_qkv.weight", ".conv1d.weight")
 VOCAB_MULTIPLE = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE, whatever the tensor parallel size."""
 
@@ -88,12 +88,9 @@ def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict
 def check_cut(architecture: Architecture, tp: int) -> None:
     """Refuse hybrids, and a tp that cannot cut the heads, widths or vocabulary: UserError."""
     a = architecture
-    if a.delta_net is not None:
-        raise UserError(
-            f"vLLM's gated delta nets ({a.family}) have not been held against the trainer's: its CPU build "
-            "knows them in bf16 alone, and Qwen3.5 with torchvision alone; use rollout.engine: in_process"
-        )
     problems = []
+    if a.delta_net and a.delta_net.num_key_heads % tp:
+        problems.append(f"linear_num_key_heads = {a.delta_net.num_key_heads} is not a multiple of it")
     if a.num_attention_heads % tp:
         problems.append(f"num_attention_heads = {a.num_attention_heads} is not a multiple of it")
     if a.num_query_groups % tp and tp % a.num_query_groups:

@@ -341,6 +341,7 @@ class VllmEngine:
         from vllm import LLM
 
         settings, timeout = self._settings, int(self._parallel.timeout.total_seconds())
+        is_hybrid = self._architecture.delta_net is not None
         cache = None if self._is_cuda else cpu_cache_bytes(settings, self._architecture, dtype)
         name = on_rank_zero(lambda: secrets.token_hex(8))
         with tempfile.TemporaryDirectory(prefix="vllm-model-") as directory, memory_advice(settings):
@@ -361,7 +362,9 @@ class VllmEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=cache,
                 enforce_eager=settings.enforce_eager or not self._is_cuda,
-                enable_prefix_caching=settings.enable_prefix_caching,
+                enable_prefix_caching=settings.enable_prefix_caching and (self._is_cuda or not is_hybrid),
+                # The trainer's, whatever config.json says: states add up over a whole response.
+                mamba_ssm_cache_dtype="float32" if is_hybrid else "auto",
                 enable_return_routed_experts=settings.returns_experts,
                 # A prompt cut into chunks draws a token for each; vLLM then winds its random stream back,
                 # which torch's generators for the CPU cannot.

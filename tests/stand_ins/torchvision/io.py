@@ -1,0 +1,7 @@
+"""Names that transformers imports."""
+
+
+class ImageReadMode: ...
+
+
+def decode_image() -> None: ...

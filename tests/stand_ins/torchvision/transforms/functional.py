@@ -1,0 +1,4 @@
+"""Names that transformers imports."""
+
+
+def pil_to_tensor() -> None: ...
