@@ -3,7 +3,8 @@
 Written beside our own rule on purpose: `layers/linear.py` (ColumnParallelLinear, MergedColumnParallelLinear,
 QKVParallelLinear, RowParallelLinear.weight_loader), `layers/vocab_parallel_embedding.py` (_get_indices,
 weight_loader), `layers/fused_moe/routed_experts.py` (_load_w13, _load_w2),
-`models/gpt_oss.py` (_load_weights_other).
+`models/gpt_oss.py` (_load_weights_other), `layers/mamba/gdn/qwen_gdn_linear_attn.py` (create_qkvz_proj,
+create_ba_proj, conv1d with mamba_v2_sharded_weight_loader, A_log and dt_bias with sharded_weight_loader).
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp:
         heads = architecture.num_attention_heads // tp
         return weight.narrow(0, tp_rank * heads, heads)
     last = name.rsplit(".", 2)[-2]
+    if ".linear_attn." in name:
+        return _of_delta_net(name.split(".linear_attn.")[1], weight, tp, tp_rank)
     if name.endswith("o_proj.bias") or ".router." in name:
         return weight
     if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
         return _vocab_parallel(weight, tp, tp_rank)
     if last in ("q_proj", "q_b_proj"):
-        num_heads = architecture.num_attention_heads // tp
+        # With attn_output_gate QKVParallelLinear is told of twice as many query heads.
+        num_heads = architecture.num_attention_heads * (1 + architecture.has_output_gate) // tp
         shard_size = num_heads * architecture.head_dim
         return weight.narrow(0, tp_rank * shard_size, shard_size)
     if last in ("k_proj", "v_proj"):
@@ -54,6 +58,26 @@ def loaded_by_vllm(name: str, weight: Tensor, architecture: Architecture, *, tp:
         or "layernorm" in last
     ), name
     return weight
+
+
+def _of_delta_net(name: str, weight: Tensor, tp: int, tp_rank: int) -> Tensor:
+    if name in ("A_log", "dt_bias"):
+        shard_size = weight.shape[0] // tp
+        return weight.narrow(0, tp_rank * shard_size, shard_size)
+    if name in ("in_proj_qkv.weight", "conv1d.weight", "norm.weight"):
+        return weight  # of q, k and v each a run of rows, which are no one region; the norm is not cut
+    if name == "out_proj.weight":
+        shard_size = weight.shape[1] // tp
+        return weight.narrow(1, tp_rank * shard_size, shard_size)
+    assert name in (
+        "in_proj_qkvz.weight",  # one output size, in which the parts of each key head are together
+        "in_proj_ba.weight",
+        "in_proj_z.weight",
+        "in_proj_b.weight",
+        "in_proj_a.weight",
+    ), name
+    shard_size = weight.shape[0] // tp
+    return weight.narrow(0, tp_rank * shard_size, shard_size)
 
 
 def _key_or_value(weight: Tensor, architecture: Architecture, tp: int, tp_rank: int) -> Tensor:

@@ -155,6 +155,12 @@ class DeltaNet:
         """Of the projection that a key head is made of: the same, gates, and two numbers a value head."""
         return self.channels_each + self.value_heads_each * (self.value_dim + 2)
 
+    def state_bytes(self, *, tp: int, element: int) -> int:
+        """What a layer keeps of a sequence on one of tp ranks: fp32 matrices, and inputs of the convolution of
+        `element` bytes each."""
+        matrices = self.num_value_heads // tp * self.key_dim * self.value_dim * 4
+        return matrices + self.num_key_heads // tp * self.channels_each * (self.kernel - 1) * element
+
 
 class LayerKind(NamedTuple):
     """Whether a layer has a mixture or an MLP, and attention or a gated delta net."""

@@ -13,6 +13,8 @@ one region for each rank.
     sinks                       an equal run of query heads
     matrices of all experts     the same rows or columns of each expert
     fused q/k/v and gate/up     everything: of each part an equal run of rows, which are no one region
+    gated delta nets            rows (of out_proj columns) of an equal run of key heads, of their value heads;
+                                of Qwen3.5's in_proj_qkv and of convolutions everything, as of fused q/k/v
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_boxes, megatron_tensors
 
-_WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight", ".in_proj_qkv.weight", ".conv1d.weight")
+_WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight")
+_WHOLE += (".in_proj_qkv.weight", ".conv1d.weight")
 VOCAB_MULTIPLE = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE, whatever the tensor parallel size."""
 
@@ -86,7 +89,7 @@ def engine_regions(architecture: Architecture, *, tp: int, tp_rank: int) -> dict
 
 
 def check_cut(architecture: Architecture, tp: int) -> None:
-    """Refuse hybrids, and a tp that cannot cut the heads, widths or vocabulary: UserError."""
+    """Refuse a tp that cannot cut the heads, widths or vocabulary: UserError."""
     a = architecture
     problems = []
     if a.delta_net and a.delta_net.num_key_heads % tp:

@@ -24,7 +24,7 @@ from megatron_sftrl.rollout.in_process import InProcessEngine
 from megatron_sftrl.rollout.reshard import Resharder, ReshardReport, wanted_by
 from megatron_sftrl.rollout.separate import RemoteEngine, serve
 from megatron_sftrl.rollout.vllm import VllmEngine, beside_trainer
-from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_vllm
+from megatron_sftrl.rollout.vllm_settings import VllmSettings, check_on_cpu, check_vllm
 
 LOGGER = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ def check_engine(
         _check_router_replay(config, device)
         size = config.rollout.devices or world_size
         check_vllm(_vllm_settings(config), architecture, world_size=size)
+        if device.type == "cpu":
+            check_on_cpu(architecture, _dtype(config))
 
 
 def _check_router_replay(config: GrpoConfig, device: torch.device) -> None:
@@ -106,8 +108,7 @@ def serve_trainers(
         tp_rank = EngineLayout(tp=settings.tp, world_size=parallel.world_size).tp_rank(parallel.rank)
         wanted = engine_regions(architecture, tp=settings.tp, tp_rank=tp_rank)
         resharder = Resharder(None, architecture, wanted, bridge, parallel.device, **_messages(config))
-        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-        engine = VllmEngine(architecture, parallel, dtype, resharder, settings, decode, progress)
+        engine = VllmEngine(architecture, parallel, _dtype(config), resharder, settings, decode, progress)
 
         def update(version: int) -> ReshardReport | None:
             engine.update(None, version=version)
@@ -165,6 +166,11 @@ def _vllm_settings(config: GrpoConfig) -> VllmSettings:
         bucket_bytes=vllm.bucket_mb * 2**20,
         has_checksums=vllm.checksums,
     )
+
+
+def _dtype(config: GrpoConfig) -> torch.dtype:
+    """Of the weights that engines get."""
+    return torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
 
 
 def _messages(config: GrpoConfig) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from megatron_sftrl.rollout.process_state import Guest
 from megatron_sftrl.rollout.reshard import Resharder, ReshardReport, between_all_ranks
 from megatron_sftrl.rollout.vllm_settings import (
     VllmSettings,
+    check_on_cpu,
     check_vllm,
     cpu_cache_bytes,
     environment,
@@ -341,7 +342,7 @@ class VllmEngine:
         from vllm import LLM
 
         settings, timeout = self._settings, int(self._parallel.timeout.total_seconds())
-        is_hybrid = self._architecture.delta_net is not None
+        is_hybrid = self._architecture.has_output_gate
         cache = None if self._is_cuda else cpu_cache_bytes(settings, self._architecture, dtype)
         name = on_rank_zero(lambda: secrets.token_hex(8))
         with tempfile.TemporaryDirectory(prefix="vllm-model-") as directory, memory_advice(settings):
@@ -465,6 +466,9 @@ def beside_trainer(
     """
     architecture, parallel = policy.architecture, policy.parallel
     check_vllm(settings, architecture, world_size=parallel.world_size)
+    dtype = policy.config.params_dtype
+    if parallel.device.type == "cpu":
+        check_on_cpu(architecture, dtype)
     resharder = between_all_ranks(
         policy.chunks,
         architecture,
@@ -474,7 +478,6 @@ def beside_trainer(
         is_checked=settings.is_checked,
         has_checksums=settings.has_checksums,
     )
-    dtype = policy.config.params_dtype
     return VllmEngine(architecture, parallel, dtype, resharder, settings, decode, progress)
 
 

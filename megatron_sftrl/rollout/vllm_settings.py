@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,12 @@ _CPU_BLOCK = 128
 
 _RUN_BY_TRANSFORMERS = ("smollm3", "olmo2", "olmo3")
 """Families that vLLM 0.32 has no code of its own for."""
-_NEVER_TIED = ("glm4_moe", "deepseek_v3", "mistral4", "minimax_m2")
+_NEVER_TIED = ("glm4_moe", "deepseek_v3", "mistral4", "minimax_m2", "qwen3_next")
 """Families whose vLLM 0.32 code does not read tie_word_embeddings."""
+_BESIDE_IMAGES = ("qwen3_5_text", "qwen3_5_moe_text")
+"""Families whose vLLM 0.32 code lies in one file with that of images, which imports torchvision."""
+_CPU_DELTA_SIZES = ((64, 64, 4), (128, 128, 4))
+"""Keys, values and convolution of the gated delta nets that vLLM 0.32 has kernels for on the CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,8 @@ class VllmSettings:
         gpu_memory_utilization: share of each GPU's memory that vLLM may take in all; weights and activations
             first, the cache gets the rest. On the CPU the cache has room for max_num_seqs whole responses.
         enforce_eager: no CUDA graphs; slower, starts sooner and needs less memory. Always so on the CPU.
-        enable_prefix_caching: the responses to one prompt share its keys and values.
+        enable_prefix_caching: the responses to one prompt share its keys and values; those of a hybrid on a
+            GPU alone, for vLLM then reads prompts in parts (see VllmEngine).
         returns_experts: responses come with the experts of their tokens (rollout.router_replay).
         bucket_bytes, is_checked, has_checksums: see Resharder.
     """
@@ -83,10 +89,17 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
     Args:
         world_size: ranks that form engines.
     Raises:
-        UserError: vLLM is missing or too old; ranks that form no whole replicas; a model that vLLM cannot
-            cut like this or reads differently; a length that the model has no positions for.
+        UserError: vLLM is missing or too old, or what its code of the model imports is; ranks that form no
+            whole replicas; a model that vLLM cannot cut like this or reads differently; a length that the
+            model has no positions for.
     """
     check_version()
+    if architecture.family in _BESIDE_IMAGES and importlib.util.find_spec("torchvision") is None:
+        raise UserError(
+            f"vLLM's code of a {architecture.family} lies in one file with that of images and imports "
+            "torchvision, which is not installed: install the build that belongs to this torch (another one "
+            "cannot be imported), or use rollout.engine: in_process"
+        )
     EngineLayout(tp=settings.tp, world_size=world_size)
     check_cut(architecture, settings.tp)
     a = architecture
@@ -111,6 +124,29 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
         raise UserError(
             f"vLLM takes hidden_size / num_attention_heads = {a.hidden_size} / {a.num_attention_heads} for "
             f"the width of a {a.family}'s heads, whatever head_dim says, which is {a.head_dim} here: use "
+            "rollout.engine: in_process"
+        )
+
+
+def check_on_cpu(a: Architecture, dtype: torch.dtype) -> None:
+    """Refuse what vLLM has no kernels for on the CPU: UserError."""
+    if not a.has_output_gate:
+        return
+    if (net := a.delta_net) is None:
+        raise UserError(
+            f"vLLM on the CPU has not been tried with a {a.family} whose layers all attend: use "
+            "rollout.engine: in_process"
+        )
+    if dtype != torch.bfloat16:
+        raise UserError(
+            f"vLLM runs the gated delta nets of a {a.family} on the CPU in bf16 alone, and this trains in "
+            "fp32: set model.dtype: bf16, or use rollout.engine: in_process"
+        )
+    sizes = (net.key_dim, net.value_dim, net.kernel)
+    if sizes not in _CPU_DELTA_SIZES:
+        raise UserError(
+            "vLLM's gated delta nets on the CPU have linear_key_head_dim, linear_value_head_dim and "
+            f"linear_conv_kernel_dim {' or '.join(map(str, _CPU_DELTA_SIZES))}, and this model {sizes}: use "
             "rollout.engine: in_process"
         )
 
@@ -172,10 +208,19 @@ def vllm_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any
 
 def cpu_cache_bytes(settings: VllmSettings, architecture: Architecture, dtype: torch.dtype) -> int:
     """Room for max_num_seqs responses of max_model_len tokens, in whole blocks and some to spare."""
-    a = architecture
-    tokens = (settings.max_num_seqs + 1) * (-(-settings.max_model_len // _CPU_BLOCK) + 1) * _CPU_BLOCK
-    heads = max(1, a.num_query_groups // settings.tp)
-    return 2 * a.num_layers * tokens * heads * a.head_dim * dtype.itemsize
+    a, block = architecture, _CPU_BLOCK
+    token = 2 * max(1, a.num_query_groups // settings.tp) * a.head_dim * dtype.itemsize  # of a layer
+    attending, others, together = a.num_layers, 0, a.num_layers
+    if (net := a.delta_net) is not None:
+        # All layers have blocks of one size, into which states of a whole response fit, in groups of equally
+        # many layers of one kind, in which some may be missing.
+        block *= -(-net.state_bytes(tp=settings.tp, element=dtype.itemsize) // (block * token))
+        others = len(net.layers)
+        attending -= others
+        few, many = sorted((attending, others))
+        together = many if many < 1.5 * few or few == 0 else few
+    blocks = -(-attending // together) * (-(-settings.max_model_len // block) + 1) + -(-others // together)
+    return (settings.max_num_seqs + 1) * blocks * together * block * token
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class RolloutMemory:
 
     Args:
         weights: of the engine; 0 where it reads the trainer's.
-        cache: keys and values.
+        cache: keys and values, and states of a hybrid.
         work: most that the engine's forward, its growing cache or its drawing holds beyond the whole cache.
         update: messages and the tensors being filled while weights move, when the cache is asleep.
         num_concurrent: responses of full length that the cache holds, per engine.
@@ -59,9 +59,11 @@ def rollout_memory(
     vllm, element = config.rollout.vllm, element_bytes(config)
     num_elements, loading = _engine_elements(architecture, vllm.tp)
     weights = float(num_elements * element)
-    per_token = architecture.num_layers * architecture.cached_by_vllm(vllm.tp) * element
+    num_states = len(architecture.delta_net.layers) if architecture.delta_net else 0
+    per_token = (architecture.num_layers - num_states) * architecture.cached_by_vllm(vllm.tp) * element
+    states = num_states * _state_bytes(architecture, vllm.tp, element)
     cache = vllm.gpu_memory_utilization * hardware.gpu_memory - weights - VLLM_WORK
-    fits = int(max(0.0, cache) // (per_token * config.max_length))
+    fits = int(max(0.0, cache) // (per_token * config.max_length + states))
     return RolloutMemory(
         weights=weights,
         cache=max(0.0, cache),
@@ -131,7 +133,8 @@ def _in_process(
     ]
     width = architecture.head_dim + architecture.value_dim
     per_token = max(map(sum, stages)) * groups * width * batch.element
-    states = max(len(stage) - sum(stage) for stage in stages) * _state_bytes(architecture, grid, batch)
+    num_states = max(len(stage) - sum(stage) for stage in stages)
+    states = num_states * _state_bytes(architecture, grid.tp, batch.element)
     cache = float((slots + 1) * (longest * per_token + states))
     prompt_length, missing = config.data.max_prompt_length, 0.0
     is_more = bool(config.held_out) or config.filters.dynamic_sampling
@@ -150,12 +153,10 @@ def _in_process(
     )
 
 
-def _state_bytes(architecture: Architecture, grid: Grid, batch: Microbatch) -> int:
-    """What a gated delta net keeps of a sequence: fp32 matrices, and the last inputs of its convolution."""
-    if (net := architecture.delta_net) is None:
-        return 0
-    matrices = net.num_value_heads // grid.tp * net.key_dim * net.value_dim * 4
-    return matrices + net.num_key_heads // grid.tp * net.channels_each * (net.kernel - 1) * batch.element
+def _state_bytes(architecture: Architecture, tp: int, element: int) -> int:
+    """What a gated delta net keeps of a sequence, on one of tp ranks."""
+    net = architecture.delta_net
+    return 0 if net is None else net.state_bytes(tp=tp, element=element)
 
 
 def _prefix_bytes(
