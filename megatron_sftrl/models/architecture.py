@@ -156,8 +156,8 @@ class DeltaNet:
         return self.channels_each + self.value_heads_each * (self.value_dim + 2)
 
     def state_bytes(self, *, tp: int, element: int) -> int:
-        """What a layer keeps of a sequence on one of tp ranks: fp32 matrices, and inputs of the convolution of
-        `element` bytes each."""
+        """What one of tp ranks keeps of a sequence in a layer: fp32 matrices and inputs of the convolution,
+        of `element` bytes each."""
         matrices = self.num_value_heads // tp * self.key_dim * self.value_dim * 4
         return matrices + self.num_key_heads // tp * self.channels_each * (self.kernel - 1) * element
 

@@ -68,17 +68,20 @@ class Versions:
     has_large_logits: bool
 
 
-def save_versions(name: str, root: Path, *, num_versions: int, has_large_logits: bool = False) -> Versions:
+def save_versions(
+    name: str, root: Path, *, num_versions: int, has_large_logits: bool = False, **others: Any
+) -> Versions:
     """Write the named model `num_versions` times, each with weights of its own seed.
 
     Args:
         has_large_logits: up to 7, about a trained model's. Otherwise their standard deviation is near
             0.25: two versions differ by 0.3 nats, 10^5 tolerances, and rounding in fp32, which grows with the
             logits, stays below a tolerance of 1e-6.
+        others: keys of the config.json that shall differ.
     """
     from transformers import AutoConfig
 
-    changes = {**SIZES, **EXPERTS.get(name, {})}
+    changes = {**SIZES, **EXPERTS.get(name, {}), **others}
     end_std = 0.13 if has_large_logits else 0.02
     directories = []
     for seed in range(num_versions):

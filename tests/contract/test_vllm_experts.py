@@ -44,7 +44,7 @@ class Listener:
         return told
 
 
-def experts_of_both(directory: Path) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+def experts_of_both(directory: Path, dtype: str = "fp32") -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """Of a response to each prompt: vLLM's experts of its tokens as a rollout has them, and the trainer's."""
     import torch
     from megatron.core import parallel_state
@@ -56,7 +56,7 @@ def experts_of_both(directory: Path) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     from megatron_sftrl.rollout.vllm_settings import VllmSettings
     from megatron_sftrl.trainers.experience import ask_logprobs
 
-    config = engine_config(directory, {}, "fp32")
+    config = engine_config(directory, {}, dtype)
     architecture = architecture_of(config.model)
     context, policy = _loaded_policy(config, architecture)
     policy.router_replay = RouterReplay(policy.chunks, architecture, context)
