@@ -148,7 +148,7 @@ def tensors_of(engine: VllmEngine) -> dict[str, Tensor]:
 
 
 def most_together(engine: VllmEngine) -> tuple[int, int]:
-    """Of responses that fill the engine: most of them at the same time, and how many lost their place."""
+    """Of responses that fill all engines: most of them at the same time here, and how many lost their place."""
     core: Any = engine._llm.llm_engine.engine_core
     scheduler, real = core.engine_core.scheduler, core.get_output
     seen: list[int] = []
@@ -159,7 +159,8 @@ def most_together(engine: VllmEngine) -> tuple[int, int]:
         return output
 
     core.get_output = told
-    tokens = torch.randint(VOCAB_SIZE, (7, MAX_LENGTH - 8), generator=torch.Generator().manual_seed(1))
+    shape = (7 * engine._layout.num_replicas, MAX_LENGTH - 8)
+    tokens = torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(1))
     prompts = [Prompt(id=number, tokens=tuple(each)) for number, each in enumerate(tokens.tolist())]
     preempted: list[int] = []
     real_preempt = scheduler._preempt_request
