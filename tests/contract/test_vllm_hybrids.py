@@ -148,7 +148,7 @@ def tensors_of(engine: VllmEngine) -> dict[str, Tensor]:
 
 
 def most_together(engine: VllmEngine) -> tuple[int, int]:
-    """Of responses that fill all engines: most of them at the same time here, and how many lost their place."""
+    """Of responses that fill all engines: most of them at one time here, and how many lost their place."""
     core: Any = engine._llm.llm_engine.engine_core
     scheduler, real = core.engine_core.scheduler, core.get_output
     seen: list[int] = []

@@ -7,7 +7,7 @@ what vLLM reads of the stream is cut by a transcription of its own loaders.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sftrl.models.architecture import Architecture, from_section
+from megatron_sftrl.models.architecture import Architecture, DeltaNet, from_section
 from megatron_sftrl.models.engine_shards import EngineLayout
 from megatron_sftrl.models.tensors import hf_shapes
 from tests.distributed.test_layouts import make_config, step_batches
@@ -26,6 +26,12 @@ from tests.vllm_loaders import loaded_by_vllm
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 MIXTURES = ("mixtral", "qwen3_moe")
+HYBRIDS: dict[Any, str] = {
+    "qwen3_5_text": "qwen3",
+    "qwen3_5_moe_text": "qwen3_moe",
+    "qwen3_next": "qwen3_moe",
+}
+"""And what else their blocks are made of."""
 SPLIT = {"tp": 2, "sequence_parallel": True}
 TINY, AMPLE = 1000, 2**24
 """Buckets, bytes: below most tensors of these models, and above the whole model."""
@@ -94,6 +100,21 @@ def lacking_bytes(chunks: list[Any], architecture: Architecture, items: dict[str
     return 4 * sum(int(mask.sum()) for mask in missing.values())
 
 
+def as_hybrid(architecture: Architecture, family: Any) -> Architecture:
+    """With gated delta nets in the first layer and every second one, whose sizes all differ."""
+    net = DeltaNet(
+        layers=tuple(range(0, architecture.num_layers, 2)),
+        num_key_heads=4,
+        num_value_heads=8,
+        key_dim=3,
+        value_dim=5,
+        kernel=4,
+    )
+    mixture = architecture.mixture and replace(architecture.mixture, shared_width=16)
+    gates: dict[str, Any] = {"has_output_gate": True, "norms_from_zero": True, "tie_embeddings": False}
+    return replace(architecture, family=family, delta_net=net, mixture=mixture, **gates)
+
+
 def reshard_families(
     layout: dict[str, Any], families: Sequence[str], engine_tps: Sequence[int], sizes: dict[str, Any]
 ) -> list[Update]:
@@ -106,9 +127,11 @@ def reshard_families(
     updates: list[Update] = []
     parallel = initialize_parallel(make_config(layout).parallel)
     for family in families:
-        run = make_config(layout, family=family, **{**FAMILIES[family], **sizes})
+        others = HYBRIDS.get(family, family)
+        run = make_config(layout, family=others, **{**FAMILIES[others], **sizes})
         assert run.model.architecture is not None
         architecture = from_section(run.model.architecture)
+        architecture = as_hybrid(architecture, family) if family in HYBRIDS else architecture
         hf = numbered(architecture)
         chunks = build(parallel, run, architecture, hf)
         for tp in engine_tps:
@@ -157,18 +180,18 @@ def reshard_families(
 
 LAYOUTS = {
     "one process": (1, {}, DENSE + MIXTURES, (1,)),
-    "tp2": (2, {"tp": 2}, DENSE, (1, 2)),
-    "pp2": (2, {"pp": 2}, DENSE, (1, 2)),
+    "tp2": (2, {"tp": 2}, (*DENSE, "qwen3_5_text"), (1, 2)),
+    "pp2": (2, {"pp": 2}, (*DENSE, *HYBRIDS), (1, 2)),
     "3 + 1 layers": (2, {"pp": 2, "last_stage_layers": 1}, ("qwen3_moe",), (1, 2)),
     "vp2": (2, {"pp": 2, "vp": 2}, (*DENSE, "qwen3_moe"), (1, 2)),
     "dp2": (2, {}, DENSE, (1, 2)),
-    "ep2": (2, {"ep": 2}, MIXTURES, (1, 2)),
+    "ep2": (2, {"ep": 2}, (*MIXTURES, "qwen3_next"), (1, 2)),
     "cp2 ep2": (2, {"cp": 2, "ep": 2}, ("mixtral",), (2,)),
-    "tp2 etp2": (2, SPLIT, MIXTURES, (1, 2)),
+    "tp2 etp2": (2, SPLIT, (*MIXTURES, "qwen3_5_moe_text"), (1, 2)),
     "tp2 etp1 ep2": (2, {**SPLIT, "etp": 1, "ep": 2}, MIXTURES, (1, 2)),
     # Engines of tp 4 over 2 key/value heads: two ranks read the same head.
-    "tp2 pp2": (4, {"tp": 2, "pp": 2}, ("qwen2", "qwen3"), (1, 2, 4)),
-    "tp2 etp1 ep2 pp2": (4, {**SPLIT, "etp": 1, "ep": 2, "pp": 2}, ("qwen3_moe",), (2, 4)),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}, ("qwen2", "qwen3", "qwen3_5_text"), (1, 2, 4)),
+    "tp2 etp1 ep2 pp2": (4, {**SPLIT, "etp": 1, "ep": 2, "pp": 2}, ("qwen3_moe", "qwen3_next"), (2, 4)),
 }
 
 
