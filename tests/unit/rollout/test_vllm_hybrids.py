@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sftrl.apps.plan.activations import microbatch_of
+from megatron_sftrl.apps.plan.job import Hardware
+from megatron_sftrl.apps.plan.memory import rollout_memory
+from megatron_sftrl.apps.plan.model_state import grid_of
 from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, DeltaNet, from_section
 from megatron_sftrl.rollout import vllm_settings
@@ -110,3 +114,16 @@ def test_a_cache_on_the_cpu_has_room_for_states_and_for_keys_and_values_in_equal
     ):
         found = cpu_cache_bytes(settings, hybrid("qwen3_next", net, num_layers=num_layers), BF16)
         assert found == 7 * (groups + 4) * together * block * 128
+
+
+def test_a_plan_counts_states_once_a_response_and_keys_and_values_where_layers_attend() -> None:
+    config = config_of({"engine": "vllm", "vllm": {"max_num_seqs": 10**6}})
+    architecture = hybrid("qwen3_next")
+    grid = grid_of(config.parallel, 1)
+    found = rollout_memory(
+        architecture, config, grid, microbatch_of(config, grid, "torch"), Hardware(gpu_memory=8e9)
+    )
+    states = 3 * (4 * 128 * 128 * 4 + 3 * 1024 * 2)
+    assert found.bytes_per_token == 128
+    assert found.cache == 4e9 - 3e9 - found.weights
+    assert found.num_concurrent == found.cache // (states + 64 * 128)
