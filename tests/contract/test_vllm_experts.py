@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,9 @@ class Listener:
         return told
 
 
-def experts_of_both(directory: Path, dtype: str = "fp32") -> list[tuple[NDArray[Any], NDArray[Any]]]:
+def experts_of_both(
+    directory: Path, dtype: str = "fp32", prompts: Sequence[Prompt] = PROMPTS
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """Of a response to each prompt: vLLM's experts of its tokens as a rollout has them, and the trainer's."""
     import torch
     from megatron.core import parallel_state
@@ -67,7 +70,7 @@ def experts_of_both(directory: Path, dtype: str = "fp32") -> list[tuple[NDArray[
     listener = Listener(architecture.num_layers, architecture.mixture.experts_per_token)
     bind_routed_experts_capturer(engine._model, listener)  # type: ignore[arg-type]
     found = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         (group,) = engine.generate([prompt], GREEDY)
         rollout = with_experts(group.rollouts[0], listener.take(), architecture)
         whole = torch.tensor([*rollout.prompt_tokens, *rollout.response_tokens])

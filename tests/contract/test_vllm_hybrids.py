@@ -348,8 +348,9 @@ def test_vllm_is_as_close_to_fp32_as_transformers_in_bf16(name: str, tmp_path: P
 
 
 def experts_in_bf16(directory: Path) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    """Not for a prompt of one token by itself, which vLLM's kernel for a Qwen3.5's convolution refuses."""
     with torchvision_to_import():
-        return experts_of_both(directory, "bf16")
+        return experts_of_both(directory, "bf16", [prompt for prompt in PROMPTS if len(prompt.tokens) > 1])
 
 
 @needs_vllm
