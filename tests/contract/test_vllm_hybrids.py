@@ -178,6 +178,7 @@ class Seen:
         first: greedy tokens after the first update.
         updated, read: responses after the second one, and of the engine that read the files.
         unequal: names of what the two engines multiply with that differs; and how many do not.
+        states: dtypes of what gated delta nets remember.
         together: see most_together.
     """
 
@@ -185,6 +186,7 @@ class Seen:
     updated: list[RolloutGroup]
     read: list[RolloutGroup]
     unequal: tuple[list[str], int]
+    states: set[torch.dtype]
     together: tuple[int, int]
 
 
@@ -207,6 +209,9 @@ def observe(parallel: dict[str, Any], tp: int, families: dict[str, tuple[Path, .
             engine.update(policy, version=1)
             updated, ours = answers(engine), tensors_of(engine)
             together = most_together(engine)
+            nets: Any = [each for each in engine._model.modules() if hasattr(each, "A_log")]
+            states = {net.kv_cache[1].dtype for net in nets}
+            del nets
             engine.close()
             engine = engine_from_disk(policy, second, tp=tp)
             read, theirs = answers(engine), tensors_of(engine)
@@ -219,6 +224,7 @@ def observe(parallel: dict[str, Any], tp: int, families: dict[str, tuple[Path, .
                 updated=updated,
                 read=read,
                 unequal=(unequal, len(ours) - len(unequal)),
+                states=states,
                 together=together,
             )
     return seen
@@ -239,6 +245,7 @@ def test_an_engine_after_two_updates_is_one_that_read_the_files(
             assert rank.updated == rank.read, name
             greedy = [group.rollouts[0].response_tokens for group in rank.updated[: len(PROMPTS)]]
             assert rank.first != greedy, f"{name}: both versions say the same, the test is blind"
+            assert rank.states == {torch.float32}, name
             assert rank.together == (7, 0), name
 
 

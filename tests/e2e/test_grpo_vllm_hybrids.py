@@ -26,7 +26,7 @@ pytestmark = [
 
 NUM_STEPS = 10
 SAME_LOGPROBS = 0.1
-"""Mean nats between engine and trainer, both in bf16; of one token it may be 1, where both choose other experts."""
+"""Nats between engine and trainer in bf16, the mean; of a token 1.7 where they choose other experts."""
 
 
 def assert_together(metrics: Metrics) -> None:
