@@ -54,12 +54,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"ep": 2}),
 }
 MIXTURES = ("qwen3_next", "qwen3_5_moe_text")
-CASES = [("tp2", 2, ("qwen3_5_text", "qwen3_next"))]
+CASES: list[tuple[str, int, tuple[str, ...]]] = [("tp2", 2, ("qwen3_5_text",))]
 if is_full():
     CASES += [
         ("one process", 1, tuple(CHANGES)),
         ("tp2", 1, tuple(CHANGES)),
-        ("tp2", 2, ("qwen3_5_moe_text",)),
+        ("tp2", 2, MIXTURES),
         ("pp2", 1, tuple(CHANGES)),
         ("pp2", 2, tuple(CHANGES)),
         ("ep2", 1, MIXTURES),
