@@ -80,6 +80,7 @@ TWO = {
     "an engine over both": ("parallel={tp: 2, sequence_parallel: true}", "rollout.vllm.tp=2"),
     "two engines": ("parallel.pp=2",),
     "a generator": ("rollout.devices=1",),
+    "adapters": ("parallel={tp: 2, sequence_parallel: true}", "lora={rank: 4, alpha: 8}"),
 }
 
 
