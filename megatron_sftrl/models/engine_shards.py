@@ -25,8 +25,9 @@ from megatron_sftrl.errors import UserError
 from megatron_sftrl.models.architecture import Architecture, padded_vocab_size
 from megatron_sftrl.models.tensors import MegatronTensor, Region, hf_boxes, megatron_tensors
 
-_WHOLE = (".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight")
-_WHOLE += (".in_proj_qkv.weight", ".conv1d.weight")
+_WHOLE = (
+    ".qkv_proj.weight", ".gate_up_proj.weight", "_norm.weight", ".in_proj_qkv.weight", ".conv1d.weight",
+)  # fmt: skip
 VOCAB_MULTIPLE = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE, whatever the tensor parallel size."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,12 +94,15 @@ def check_vllm(settings: VllmSettings, architecture: Architecture, *, world_size
             model has no positions for.
     """
     check_version()
-    if architecture.family in _BESIDE_IMAGES and importlib.util.find_spec("torchvision") is None:
-        raise UserError(
-            f"vLLM's code of a {architecture.family} lies in one file with that of images and imports "
-            "torchvision, which is not installed: install the build that belongs to this torch (another one "
-            "cannot be imported), or use rollout.engine: in_process"
-        )
+    if architecture.family in _BESIDE_IMAGES:
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError) as error:  # the latter where it was compiled for another torch
+            raise UserError(
+                f"vLLM's code of a {architecture.family} lies in one file with that of images and imports "
+                f"torchvision, which cannot be imported ({error}): install the build that belongs to this "
+                "torch, or use rollout.engine: in_process"
+            ) from error
     EngineLayout(tp=settings.tp, world_size=world_size)
     check_cut(architecture, settings.tp)
     a = architecture
