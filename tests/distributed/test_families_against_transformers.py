@@ -1,7 +1,7 @@
-"""Families beside Llama's: logits, gradients, weights and generated tokens are those of transformers.
+"""Families: logits, gradients, weights and generated tokens are those of transformers.
 
-Each family runs in one strong layout of each kind; with SFTRL_TEST_FULL=1 in all of them. Families share the
-processes of a layout: what costs is the start.
+Each family runs in one strong layout of each kind; with SFTRL_TEST_FULL=1 in all of them, and those nearest
+to Llama as well. Families share the processes of a layout: what costs is the start.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ NAMES = (
 if is_full():
     NAMES += ("glm4_moe_ungrouped", "deepseek_v3_plain", "mistral4_plain", "gpt_oss_other_gates")
     NAMES += ("minimax_m2_published", "gemma3_text_published", "qwen3_5_text_published", "qwen3_5_moe_text")
+    NAMES += ("llama", "llama_llama3", "mistral", "mistral_without_window", "qwen2", "qwen2_window", "qwen3")
+    NAMES += ("qwen3_window", "mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_unnormalized")
 # In the everyday run each of these in the layout that is most of its own.
 FEW = {
     "gemma3_text": ("sp2", "cp2"),
