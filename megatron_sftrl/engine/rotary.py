@@ -53,6 +53,7 @@ class Turn:
         return self.turned(x, self.sin)
 
     def turned(self, x: Tensor, sin: Tensor) -> Tensor:
+        """With its own sine; with that of the other sign, back."""
         if (num := self.cos.shape[-1]) < x.shape[-1]:
             return torch.cat((self.turned(x[..., :num], sin), x[..., num:]), dim=-1)
         shape = (len(x), *(1,) * (x.dim() - 2), num)

@@ -141,7 +141,7 @@ def architecture(directory: Path, content: Content) -> Architecture:
     return from_hf_config(directory, text_only=True)
 
 
-def check(directory: Path, content: Content, parameters: int) -> None:
+def assert_is_transformers(directory: Path, content: Content, parameters: int) -> None:
     """Its number of parameters is the published one and that of transformers' network, with transformers'
     positions, and what transformers 5 writes of it, in the newer spelling, is the same architecture.
     """

@@ -14,7 +14,7 @@ from tests.unit.models.published import (
     WHOLE_MATRICES,
     Content,
     architecture,
-    check,
+    assert_is_transformers,
     config,
     hybrid,
     mistral_text,
@@ -395,7 +395,7 @@ DENSE_HYBRIDS = {
     ],
 )
 def test_a_published_model_is_that_of_transformers(tmp_path: Path, content: Content, parameters: int) -> None:
-    check(tmp_path, content, parameters)
+    assert_is_transformers(tmp_path, content, parameters)
 
 
 def test_published_positions_are_read_with_every_parameter(tmp_path: Path) -> None:

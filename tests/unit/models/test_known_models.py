@@ -12,7 +12,7 @@ from tests.unit.models.published import (
     WHOLE_MATRICES,
     Content,
     architecture,
-    check,
+    assert_is_transformers,
     config,
     mistral_text,
     multimodal,
@@ -379,7 +379,7 @@ GEMMA_3_27B = multimodal(
     ],
 )
 def test_a_published_model_is_that_of_transformers(tmp_path: Path, content: Content, parameters: int) -> None:
-    check(tmp_path, content, parameters)
+    assert_is_transformers(tmp_path, content, parameters)
 
 
 def test_published_windows_are_honoured_where_they_are_in_use(tmp_path: Path) -> None:
