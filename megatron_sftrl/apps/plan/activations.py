@@ -113,9 +113,10 @@ def block_bytes(
     work = _widest(architecture, grid, batch) + 2 * stream
     whole = unfused = gathered * grid.sequence_parallel
     if batch.kernels == "torch" and architecture.mixture is None:
-        # Beside the product's gradient those of both halves of fc1's output, and one half on its way there;
-        # the tokens of the other ranks are gathered before or after that.
-        unfused = max(whole, (_FC1_OUTPUT + 1) * _widest(architecture, grid, batch))
+        # Beside the product's gradient those of both halves of fc1's output, written in place, and the gate
+        # behind its activation, which takes the room of what fc2 had read; the tokens of the other ranks are
+        # gathered before or after that.
+        unfused = max(whole, _FC1_OUTPUT * _widest(architecture, grid, batch))
     if architecture.mixture is not None:
         # Token visits are permuted, exchanged and sorted by expert: what a step reads, and what it writes.
         work += 2 * routed_tokens(architecture, grid, batch) * architecture.hidden_size * batch.element
