@@ -105,8 +105,6 @@ def model_of(layout: str) -> str:
     return next((model for start, model in MODELS.items() if layout.startswith(start)), MODEL)
 
 
-BOUNDS = dict.fromkeys((name for name in LAYOUTS if name.startswith("latent attention")), 2e-5)
-"""Of gradients, to those in float64: transformers' own are up to 1.5e-5 away there, ours 9.9e-6."""
 RARELY = [
     *("phi3", "phi3, tp2", "phi3, pp2", "latent attention", "experts", "experts, ep2", "experts, etp2"),
     *("latent attention with whole queries, pp2", "experts beside a shared one, sp2"),
@@ -131,11 +129,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Truth:
-    """The same of whole tensors, gradients in float64, and the adapters that training starts from."""
+    """The same of whole tensors, gradients in float64, and the adapters that training starts from.
+
+    `rounding` is the most by which PEFT's own fp32 misses a gradient, as a part of the largest in its tensor.
+    """
 
     start: dict[str, Tensor]
     curve: list[tuple[float, float]]
     gradients: dict[str, Tensor]
+    rounding: float
     weights: dict[str, Tensor]
 
 
@@ -302,13 +304,20 @@ def truth_of(directories: dict[str, Path]) -> Callable[[str, str], Truth]:
     def train(name: str, lora: str) -> Truth:
         model, adapters = adapted_model(directories[name], json.loads(lora))
         start = copied(adapters)
-        curve, _ = train_peft(model, adapters)
+        curve, rounded = train_peft(model, adapters)
         exact, same = adapted_model(directories[name], json.loads(lora))
         exact.double()
         if hasattr(exact, "set_experts_implementation"):
             exact.set_experts_implementation("eager")  # the grouped product knows no float64
         _, gradients = train_peft(exact, same, num_steps=1)
-        return Truth(start=start, curve=curve, gradients=gradients, weights=copied(adapters))
+        rounding = max(
+            float((rounded[key] - gradient).abs().max() / gradient.abs().max())
+            for key, gradient in gradients.items()
+        )
+        assert rounding < 1e-4
+        return Truth(
+            start=start, curve=curve, gradients=gradients, rounding=rounding, weights=copied(adapters)
+        )
 
     return train
 
@@ -332,7 +341,8 @@ def test_every_layout_trains_what_peft_trains(
         torch.testing.assert_close(ours[:, 0], expected[:, 0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours[:, 1], expected[:, 1], rtol=1e-4, atol=0)
-        assert_parts(trained.gradients, truth.gradients, BOUNDS.get(layout, 1e-5))
+        # How far fp32 is from float64 depends on the processor's vectors, in PEFT as in ours.
+        assert_parts(trained.gradients, truth.gradients, max(2e-5, 3 * truth.rounding))
         # Adam divides small gradients by their own size, and so makes their rounding larger.
         assert_parts(trained.weights, truth.weights, 1e-3)
     assert {key for trained in ranks for key, _ in trained.weights} == truth.start.keys()
