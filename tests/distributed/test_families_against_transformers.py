@@ -99,24 +99,21 @@ class Truth:
         logits = [self.model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
         torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
         self.gradients = saved_gradients(self.model, directory / "gradients")
-        self.bounds = dict.fromkeys(self.gradients, 1e-5)
-        if "linear_num_key_heads" in CONFIGS[name]:
-            self.bounds |= self._bounds_of_decays(directory)
+        self.bound = max(1e-5, 2 * self._rounding(directory))
 
-    def _bounds_of_decays(self, directory: Path) -> dict[str, float]:
-        """Gradients of what a gated delta net forgets are sums of many parts that cancel: transformers' own
-        are this far from those in float64, and so may ours be on another side.
+    def _rounding(self, directory: Path) -> float:
+        """The most by which transformers' own gradients miss those in float64; so may ours, on another side.
+
+        How much that is depends on the processor's vectors: 1.4e-5 where parts cancel (a gated delta net's
+        decays, norms inside of latent attention, biases of keys), 1e-6 to 8e-6 in most families.
         """
         model = copy.deepcopy(self.model).double()
+        model.zero_grad()
         model.set_experts_implementation("eager")  # the grouped product knows no float64
         logits = [model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
         torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
-        doubles = saved_gradients(model, directory / "gradients in float64")
-        decays = [tensor for tensor in self.gradients if tensor.endswith((".A_log", ".dt_bias"))]
-        errors = [
-            relative(doubles[tensor] - self.gradients[tensor], self.gradients[tensor]) for tensor in decays
-        ]
-        return dict.fromkeys(decays, max(1e-5, 2 * max(errors)))
+        exact = saved_gradients(model, directory / "gradients in float64")
+        return max(relative(exact[name] - ours, exact[name]) for name, ours in self.gradients.items())
 
 
 def relative(difference: Tensor, to: Tensor) -> float:
@@ -181,7 +178,7 @@ def assert_is(truth: Truth, ranks: list[Numbers], name: str) -> None:
     print(f"{name}: logits {error:.1e}, gradients {max(gradients.values()):.1e}")
     assert not any(weights.values()), name
     assert error <= 1e-5, name
-    assert not {each: size for each, size in gradients.items() if size > truth.bounds[each]}, name
+    assert not {each: size for each, size in gradients.items() if size > truth.bound}, name
     for number, prompt in enumerate(PROMPTS[: len(ranks[0].responses)]):
         response = ranks[0].responses[number]
         assert all(rank.responses[number] == response for rank in ranks), (name, number)
