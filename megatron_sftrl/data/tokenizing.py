@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,8 +189,8 @@ def _joined(
 # Rendering a template holds Python's lock, so that threads do not help: large data goes to processes. They
 # are forked from a server that has imported what they need and has started no thread.
 
-_ALONE = 1024
-"""Rows that are tokenized before processes are started, which takes a second."""
+_ALONE = 1.0
+"""Seconds of tokenizing before processes are started, which takes as long: smaller data never needs them."""
 _MOST = 16
 """Processes that one reader keeps busy."""
 _AHEAD = 4
@@ -202,18 +202,21 @@ def tokenize_rows(
 ) -> Iterator[tuple[list[FormattedRow], TokenizedRows]]:
     """All rows in order, in chunks, with what became of each chunk.
 
-    Beyond some thousand rows `num_processes` processes do the work, where they are more than one.
+    Where it takes longer than a second `num_processes` processes do the work, if they are more than one.
 
     Raises:
         UserError: a row that cannot be read or used, named by file and line: the first such row.
         RuntimeError: a process has died.
     """
-    chunks, first_row = _chunks(rows), 0
-    for chunk in chunks if num_processes < 2 else islice(chunks, _ALONE // _CHUNK):
-        yield chunk, tokenizing.tokenize(chunk, first_row)
+    chunks, first_row, used = _chunks(rows), 0, 0.0
+    for chunk in chunks:
+        start = time.monotonic()
+        tokenized = tokenizing.tokenize(chunk, first_row)
+        used += time.monotonic() - start
+        yield chunk, tokenized
         first_row += len(chunk)
-    if num_processes > 1 and (chunk := next(chunks, None)) is not None:
-        yield from _in_processes(chain([chunk], chunks), tokenizing, num_processes, first_row)
+        if num_processes > 1 and used >= _ALONE:
+            yield from _in_processes(chunks, tokenizing, num_processes, first_row)
 
 
 def processes_of_this_rank(*, is_alone: bool) -> int:

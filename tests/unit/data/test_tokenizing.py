@@ -39,9 +39,9 @@ def tokenizer(request, tmp_path: Path):
 
 @pytest.fixture
 def two_processes(monkeypatch) -> None:
-    """Two processes for everything behind the first 40 rows, in chunks of 20."""
+    """Two processes for everything behind the first 20 rows, in chunks of 20."""
     monkeypatch.setattr(tokenizing, "_CHUNK", 20)
-    monkeypatch.setattr(tokenizing, "_ALONE", 40)
+    monkeypatch.setattr(tokenizing, "_ALONE", 0.0)
     monkeypatch.setattr(dataset_module, "processes_of_this_rank", lambda is_alone: 2)
 
 
@@ -128,6 +128,30 @@ def test_a_process_that_dies_is_told_as_such(tokenizer, two_processes, tmp_path)
     dying = Dying(tokenizer=tokenizer, max_length=60, truncation="drop")
     with pytest.raises(RuntimeError, match=r"a process that tokenizes rows has died .* behind .*a\.jsonl:"):
         list(tokenize_rows(rows, dying, num_processes=2))
+
+
+HERE: list[int] = []
+"""Of the chunks that this process has tokenized, their first rows."""
+
+
+class Here(Tokenizing):
+    """Notes what it tokenizes, in a list of the process that does it."""
+
+    def tokenize(self, rows: Sequence[FormattedRow], first_row: int) -> TokenizedRows:
+        HERE.append(first_row)
+        return super().tokenize(rows, first_row)
+
+
+@pytest.mark.parametrize(("seconds", "num_here"), [(0.0, 1), (60.0, 10)])
+def test_little_work_is_done_here(seconds, num_here, two_processes, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tokenizing, "_ALONE", seconds)
+    tokenizer = load_tokenizer(TokenizerSection(path=write_byte_level(tmp_path / "t", template="generation")))
+    here = Here(tokenizer=tokenizer, max_length=60, truncation="drop")
+    path = write(tmp_path / "a.jsonl", some_rows(200))
+    HERE.clear()
+    rows = read_formatted(path, "demonstrations", key="data.train")
+    assert sum(len(chunk) for chunk, _ in tokenize_rows(rows, here, num_processes=2)) == 200
+    assert list(range(0, 20 * num_here, 20)) == HERE
 
 
 def test_a_format_is_the_same_one_in_another_process() -> None:
