@@ -398,9 +398,13 @@ def step_peak(
         )
     head = head_bytes(architecture, grid, batch, config.loss)
     num_models = 1 + has_reference
-    # The graph of the micro-batch before is let go after this one's forward, and its logits with it.
+    # The graph of the micro-batch before is let go after this one's forward, and its logits with it; and what
+    # its blocks shared, where one that is recomputed has kept it.
     held = num_models * head.logits
-    earlier = held if num_microbatches > 1 and not head.is_fused else 0
+    earlier = 0
+    if num_microbatches > 1:
+        earlier += 0 if head.is_fused else held
+        earlier += _shared_bytes(architecture, grid, batch) if num_full else 0
     at_head = max(earlier + head.forward, head.backward)
     states = num_microbatches * block.input * has_reference
     return StepPeak(
