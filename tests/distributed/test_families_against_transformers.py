@@ -113,7 +113,9 @@ class Truth:
         logits = [model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
         torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
         exact = saved_gradients(model, directory / "gradients in float64")
-        return max(relative(exact[name] - ours, exact[name]) for name, ours in self.gradients.items())
+        rounding = max(relative(exact[name] - ours, exact[name]) for name, ours in self.gradients.items())
+        assert rounding < 3e-5, f"{directory.name}: float64 is not the same model"
+        return rounding
 
 
 def relative(difference: Tensor, to: Tensor) -> float:
