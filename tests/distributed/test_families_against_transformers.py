@@ -96,12 +96,10 @@ class Truth:
         self.model = save_model(name, directory)
         self.tensors = experts_apart(read_tensors(directory))
         self.logits = transformers_logits(self.model, random_tokens(1), LENGTHS)
-        logits = [self.model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
-        torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
-        self.gradients = saved_gradients(self.model, directory / "gradients")
-        self.bound = max(1e-5, 2 * self._rounding(directory))
+        self.gradients = gradients_of(self.model, directory / "gradients")
+        self.bound = max(1e-5, 2 * self._rounding())
 
-    def _rounding(self, directory: Path) -> float:
+    def _rounding(self) -> float:
         """The most by which transformers' own gradients miss those in float64; so may ours, on another side.
 
         How much that is depends on the processor's vectors: 1.4e-5 where parts cancel (a gated delta net's
@@ -110,12 +108,17 @@ class Truth:
         model = copy.deepcopy(self.model).double()
         model.zero_grad()
         model.set_experts_implementation("eager")  # the grouped product knows no float64
-        logits = [model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
-        torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
-        exact = saved_gradients(model, directory / "gradients in float64")
+        exact = gradients_of(model, self.directory / "gradients in float64")
         rounding = max(relative(exact[name] - ours, exact[name]) for name, ours in self.gradients.items())
-        assert rounding < 3e-5, f"{directory.name}: float64 is not the same model"
+        assert rounding < 3e-5, f"{self.directory.name}: float64 is not the same model"
         return rounding
+
+
+def gradients_of(model: Any, directory: Path) -> dict[str, Tensor]:
+    """Of the mean nll, by the names of the model's file; `directory` is where they are written meanwhile."""
+    logits = [model(each[None]).logits[0] for each in random_tokens(1).split(LENGTHS)]
+    torch.nn.functional.cross_entropy(torch.cat(logits), random_tokens(2)).backward()
+    return saved_gradients(model, directory)
 
 
 def relative(difference: Tensor, to: Tensor) -> float:

@@ -458,8 +458,8 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(name: str, tm
     for held in run_ranks(step.world_size, measure_step, run, step):
         planned = planned_peak(run, step, held.pp_rank)
         print(f"{name}: {planned / held.peak:.2f}")
-        # Measured: 0.92 to 1.09.
-        assert planned == pytest.approx(held.peak, rel=0.15)
+        # Measured: 0.92 to 1.09. A plan that is too small is the one that ends a run.
+        assert 0.9 * held.peak <= planned <= 1.15 * held.peak
 
 
 FREED = {

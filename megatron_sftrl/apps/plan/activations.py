@@ -403,8 +403,7 @@ def step_peak(
     held = num_models * head.logits
     earlier = 0
     if num_microbatches > 1:
-        earlier += 0 if head.is_fused else held
-        earlier += _shared_bytes(architecture, grid, batch) if num_full else 0
+        earlier = held * (not head.is_fused) + _shared_bytes(architecture, grid, batch) * (num_full > 0)
     at_head = max(earlier + head.forward, head.backward)
     states = num_microbatches * block.input * has_reference
     return StepPeak(
